@@ -1,0 +1,141 @@
+"""From a recipe and overrides to a validated `RunConfig`, with every error of the file reported at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name -> YAML text of every recipe in the package, by name."""
+    folder = resources.files("configs") / "recipes"
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Resolve RECIPE (a YAML file or a shipped name; None: ./detour.yaml, else `demo`) and `key=value` overrides.
+
+    Raises InputError naming every wrong key with the nearest right one.
+    """
+    if recipe is None:
+        recipe = "detour.yaml" if Path("detour.yaml").exists() else "demo"
+    tree = OmegaConf.create(_recipe_tree(recipe))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"{override!r} is not an override; write key=value, for instance batch.sequences=8")
+        try:
+            OmegaConf.update(tree, key, OmegaConf.from_dotlist(["value" + override[len(key) :]]).value, force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
+            raise InputError(f"{override!r} cannot be applied to {recipe}: {_first_line(error)}") from None
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{recipe}: {_first_line(error)}") from None
+    return validate(plain, recipe)
+
+
+def validate(tree: Any, origin: str) -> RunConfig:
+    """A plain dict -> RunConfig; InputError with one line for each wrong key."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(tree, item) for item in error.errors()]
+        raise InputError(f"{origin}: {len(lines)} error{'s' * (len(lines) > 1)}\n  " + "\n  ".join(lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The YAML of a resolved configuration; `load_config` of it gives the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Human-readable `key: old -> new` of every leaf in which two configurations differ."""
+    left, right = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    return [
+        f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _recipe_tree(recipe: str) -> Any:
+    path, shipped = Path(recipe), shipped_recipes()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"recipe {recipe}: {error.strerror or error}") from None
+    elif recipe in shipped:
+        text = shipped[recipe]
+    else:
+        near = difflib.get_close_matches(recipe, shipped, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(shipped)}"
+        raise InputError(f"no recipe {recipe!r}: neither a YAML file nor a shipped recipe; {hint}")
+    try:
+        tree = yaml.load(text, Loader=_yaml_loader())
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {recipe} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"recipe {recipe} is empty or not a mapping; `detour recipes` lists complete ones")
+    return tree
+
+
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """OmegaConf's safe loader: reads 2e-4 as a number, which YAML 1.1 does not, and refuses duplicate keys."""
+    from omegaconf._utils import get_yaml_loader
+
+    return get_yaml_loader()
+
+
+def _explain(tree: Any, item: Any) -> str:
+    location = item["loc"]
+    key = ".".join(str(part) for part in location) or "(whole file)"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _fields(location[:-1]), n=1)
+        return f"{key}: no such key; " + (
+            f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_fields(location[:-1]))}"
+        )
+    if item["type"] == "missing":
+        return f"{key}: missing; this key is required"
+    message = item["msg"].removeprefix("Value error, ")
+    given = item.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""
+    return f"{key}: {message}{shown}"
+
+
+def _fields(location: Sequence[Any]) -> list[str]:
+    """Names of the keys allowed at a place of the schema."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            inner = [annotation, *get_args(annotation)]
+            model = next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None or not tree:
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, sub in items for key, value in _leaves(sub, f"{prefix}{name}.").items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,276 @@
+"""The configuration of a run. Every section is frozen and refuses unknown keys."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from configs.units import Count, Duration
+
+Fraction = Field(ge=0.0, le=1.0)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """Where the weights come from and what shape they have. Any ModernBertConfig field may be overridden here."""
+
+    init: str = "scratch"
+    """`scratch`, a Hugging Face directory or hub id, or a Detour checkpoint directory."""
+    size: Literal["tiny", "base", "large"] | None = None
+    """A named shape; only with `init: scratch`."""
+    vocab_size: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    num_hidden_layers: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    hidden_activation: str | None = None
+    max_position_embeddings: PositiveInt | None = None
+    initializer_range: PositiveFloat | None = None
+    initializer_cutoff_factor: PositiveFloat | None = None
+    norm_eps: PositiveFloat | None = None
+    norm_bias: bool | None = None
+    attention_bias: bool | None = None
+    attention_dropout: float | None = None
+    embedding_dropout: float | None = None
+    mlp_bias: bool | None = None
+    mlp_dropout: float | None = None
+    decoder_bias: bool | None = None
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    local_attention: PositiveInt | None = None
+    global_attn_every_n_layers: PositiveInt | None = None
+    global_rope_theta: PositiveFloat | None = None
+    local_rope_theta: PositiveFloat | None = None
+    rope_parameters: dict[str, dict[str, Any]] | None = None
+    tie_word_embeddings: bool | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    cls_token_id: int | None = None
+    sep_token_id: int | None = None
+    classifier_pooling: Literal["cls", "mean"] | None = None
+    classifier_dropout: float | None = None
+    classifier_bias: bool | None = None
+    classifier_activation: str | None = None
+
+    @model_validator(mode="after")
+    def _size_or_weights(self) -> Self:
+        if self.size is not None and self.init != "scratch":
+            raise ValueError("size names a new model and init names existing weights: give one of the two")
+        if self.size is None and self.init == "scratch" and self.hidden_size is None:
+            raise ValueError("say which model: init (a Hugging Face directory or hub id) or size (tiny, base, large)")
+        return self
+
+
+class Source(Section):
+    """One corpus of the mixture."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    shards: str
+    """Directory with a manifest.json, or a glob or URL of WebDataset tars."""
+    text: tuple[str, ...] = ()
+    """Text files (jsonl[.gz|.zst], txt, parquet). Where `shards` does not exist yet it is prepared from these."""
+    weight: PositiveFloat = 1.0
+    """Share of the training tokens, relative to the other sources."""
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class Data(Section):
+    """What a step trains on: a pure function of this section, the sources' contents and the step."""
+
+    sequence_length: PositiveInt = 1024
+    """Tokens of a packed sequence."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of the data order and the masks."""
+    streams: PositiveInt = 48
+    """Logical streams. Data-parallel sizes that divide it see the same data."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources need different names, got {names}")
+        return self
+
+
+class Batch(Section):
+    sequences: PositiveInt = 384
+    """Packed sequences of a global batch, over all data-parallel ranks."""
+    micro: PositiveInt | Literal["auto"] = "auto"
+    """Packed sequences of a micro-batch on one data-parallel rank."""
+
+
+class LearningRate(Section):
+    """Learning rate of one phase, as a share of `optimizer.lr`. It restarts at the phase's first step."""
+
+    warmup: Duration = Duration(0, "tokens")
+    """Linear warmup from zero at the phase's start."""
+    shape: Literal["constant", "linear", "cosine", "1-sqrt"] = "constant"
+    """After the warmup, until the phase's last step."""
+    final: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the peak reached at the phase's end; a constant shape has none."""
+
+    @model_validator(mode="after")
+    def _steps_only(self) -> Self:
+        if self.warmup.unit == "minutes":
+            raise ValueError(
+                "warmup is given in tokens or steps: minutes would make the schedule depend on the machine"
+            )
+        return self
+
+
+class Phase(Section):
+    """A stretch of training with one objective. Optimizer state crosses from one phase to the next untouched."""
+
+    objective: Literal["clm", "mlm"]
+    tokens: Count | None = None
+    """Length in token slots (sequences x sequence_length a step), rounded to the nearest step."""
+    steps: PositiveInt | None = None
+    lr: LearningRate = LearningRate()
+    mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
+    """Share of the maskable tokens that MLM predicts."""
+    mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Of the predicted tokens: replaced by the mask token, by a random token, left as they are."""
+    freeze: tuple[int, ...] = ()
+    """Layers whose weights and Adam moments stay untouched during this phase (0 is the first layer)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("give the phase one length: tokens or steps")
+        if self.tokens == 0:
+            raise ValueError("tokens must be greater than 0")
+        if min(self.mask_split) < 0 or abs(sum(self.mask_split) - 1) > 1e-9:
+            raise ValueError(f"mask_split needs three shares that add up to 1, got {list(self.mask_split)}")
+        if len(set(self.freeze)) < len(self.freeze) or any(layer < 0 for layer in self.freeze):
+            raise ValueError(f"freeze lists different layer numbers from 0, got {list(self.freeze)}")
+        return self
+
+    def length(self, tokens_per_step: int) -> int:
+        """Optimizer steps of this phase; never less than one."""
+        return self.steps or max(1, round((self.tokens or 0) / tokens_per_step))
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-6
+    weight_decay: float = Field(default=1e-5, ge=0.0)
+    """None on biases and norms."""
+    decoupled: bool = True
+    """True: the decay of a step is weight_decay * lr / peak lr. False: weight_decay * lr, as in torch's AdamW."""
+    clip: float = Field(default=1.0, ge=0.0)
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas lie in [0, 1), got {list(value)}")
+        return value
+
+
+class Parallel(Section):
+    """Data parallel is what is left of the workers."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    sequence: bool = False
+    """Sequence parallel: the activations between tensor-parallel regions are split along the tokens."""
+
+    @model_validator(mode="after")
+    def _sequence_needs_tensor(self) -> Self:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence parallel splits activations over tensor-parallel ranks: set tensor to 2 or more")
+        return self
+
+
+class Checkpoint(Section):
+    every: Duration = Duration(500, "steps")
+    """Interval in steps, tokens or minutes; one is always written at the end of a phase and of the run."""
+    keep: PositiveInt = 3
+    """Newest checkpoints kept."""
+
+    @field_validator("every")
+    @classmethod
+    def _not_zero(cls, value: Duration) -> Duration:
+        if value.value == 0:
+            raise ValueError("the checkpoint interval must be greater than 0")
+        return value
+
+
+class Cluster(Section):
+    nodes: PositiveInt = 1
+    """Nodes of the Ray cluster to use; `--nodes` sets it."""
+    workers_per_node: PositiveInt | Literal["auto"] = "auto"
+    """auto: one worker a GPU; without GPUs, the tensor x pipeline size."""
+    start_timeout: PositiveInt = 120
+    """Seconds to wait for the nodes before giving up."""
+    max_failures: int = Field(default=3, ge=0)
+    """Worker failures survived before the run is given up."""
+
+
+class Monitoring(Section):
+    port: int = Field(default=9464, ge=1, le=65535)
+    """First port tried for the metrics endpoint."""
+    address: str = "127.0.0.1"
+    """Address the metrics endpoint listens on."""
+    every: Duration = Duration(10, "steps")
+    """Interval of the lines in metrics.jsonl, in steps."""
+
+    @field_validator("every")
+    @classmethod
+    def _steps(cls, value: Duration) -> Duration:
+        if value.unit != "steps" or value.value == 0:
+            raise ValueError(f"the logging interval is a number of steps such as '10 steps', got '{value}'")
+        return value
+
+
+class RunConfig(Section):
+    """One run: a model, its data and the phases it is trained through."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=17, ge=0)
+    """Seed of the initial weights."""
+    model: Model
+    tokenizer: str
+    """Directory with a tokenizer.json, a hub id, or `package://tokenizer/modernbert` for the shipped one."""
+    data: Data
+    batch: Batch = Batch()
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    optimizer: Optimizer = Optimizer()
+    parallel: Parallel = Parallel()
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
+    monitoring: Monitoring = Monitoring()
+
+    @model_validator(mode="after")
+    def _streams_divide_the_batch(self) -> Self:
+        if self.batch.sequences % self.data.streams:
+            raise ValueError(
+                f"data.streams: {self.data.streams} streams must divide batch.sequences ({self.batch.sequences}), "
+                "so that every step draws equally from each stream"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Token slots of a global batch: sequences x sequence length."""
+        return self.batch.sequences * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.length(self.tokens_per_step) for phase in self.phases)

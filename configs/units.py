@@ -1,0 +1,81 @@
+"""Typed quantities of a run: token counts and durations. Tokens are the master clock."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, GetCoreSchemaHandler, WithJsonSchema
+from pydantic_core import CoreSchema, core_schema
+
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)")
+Unit = Literal["tokens", "steps", "minutes"]
+
+
+def parse_count(value: Any) -> int:
+    """``50B``, ``100M``, ``1.5k`` or a plain number -> an integer. Raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"expected a count such as 2M or 50B, got {value!r}")
+    match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
+    number = float(value) if match is None and not isinstance(value, str) else None
+    if match is not None:
+        number = float(match[1]) * _SUFFIX[match[2].lower()]
+    if number is None or number != int(number) or number < 0:
+        raise ValueError(f"expected a count such as 2M or 50B, got {value!r}")
+    return int(number)
+
+
+def format_count(value: float) -> str:
+    """1_234_567 -> ``1.23M``; the inverse of `parse_count` up to three significant digits."""
+    for suffix in ("T", "B", "M", "k"):
+        if abs(value) >= _SUFFIX[suffix.lower()]:
+            return f"{value / _SUFFIX[suffix.lower()]:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+Count = Annotated[
+    int,
+    BeforeValidator(parse_count),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "examples": ["2M", "50B"]}]}),
+]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length in tokens, steps or minutes: ``100M`` (tokens), ``100M tokens``, ``500 steps``, ``10 minutes``."""
+
+    value: int
+    unit: Unit
+
+    @classmethod
+    def parse(cls, value: Any) -> Duration:
+        """Read a duration from YAML. A bare count is in tokens. Raises ValueError."""
+        if isinstance(value, Duration):
+            return value
+        words = str(value).split()
+        unit = words[-1].lower() if len(words) > 1 else "tokens"
+        unit = unit if unit.endswith("s") else unit + "s"
+        if len(words) > 2 or unit not in ("tokens", "steps", "minutes"):
+            raise ValueError(f"expected tokens, steps or minutes such as '100M tokens' or '500 steps', got {value!r}")
+        return cls(parse_count(words[0] if words else value), unit)  # type: ignore[arg-type]
+
+    def steps(self, tokens_per_step: int) -> int:
+        """The nearest whole number of optimizer steps. Minutes have none: ValueError."""
+        if self.unit == "minutes":
+            raise ValueError("a duration in minutes has no fixed number of steps")
+        return self.value if self.unit == "steps" else round(self.value / tokens_per_step)
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.unit}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {"type": ["string", "integer"], "examples": ["100M tokens", "500 steps", "10 minutes"]}

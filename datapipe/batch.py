@@ -1,0 +1,53 @@
+"""What the data pipeline hands to training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE = -100
+"""Label of a position that pays no loss."""
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Documents laid end to end in one row of `sequence_length` tokens, padded at the end."""
+
+    ids: NDArray[np.int32]
+    """[sequence_length]"""
+    lengths: tuple[int, ...]
+    """Tokens of each document, in order; their sum is the real (not padding) tokens of the row."""
+    stream: int
+    """The logical stream it comes from."""
+    number: int
+    """Its place in that stream, from 0; never restarts."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed sequences laid end to end; T = micro-batch sequences x sequence length, padding included."""
+
+    inputs: NDArray[np.int64]
+    """[T] token ids as the model sees them."""
+    labels: NDArray[np.int64]
+    """[T] token ids to predict; IGNORE where no loss is paid."""
+    cu_seqlens: NDArray[np.int32]
+    """[documents + 1] from 0 to T; the padding at the end of a row counts as a document of its own."""
+    tokens: int
+    """Real tokens, padding not counted."""
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One data-parallel rank's share of a global batch."""
+
+    step: int
+    """0-based step this batch belongs to."""
+    micro_batches: tuple[MicroBatch, ...]
+    state: dict[str, Any]
+    """JSON: where each of this rank's streams stands after this batch, by stream number. The union over ranks is whole."""
+    epochs: dict[str, int]
+    """Epoch (from 0) each source has reached on this rank's streams."""
