@@ -48,6 +48,6 @@ class StepData:
     """0-based step this batch belongs to."""
     micro_batches: tuple[MicroBatch, ...]
     state: dict[str, Any]
-    """JSON: where each of this rank's streams stands after this batch, by stream number. The union over ranks is whole."""
+    """JSON: where each of this rank's streams stands after this batch, by stream. The union over ranks is whole."""
     epochs: dict[str, int]
     """Epoch (from 0) each source has reached on this rank's streams."""
