@@ -1,0 +1,132 @@
+"""The JSON-lines files of a run directory: metrics.jsonl and events.jsonl.
+
+A number that is not finite is written as null, so that every line is strict JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+
+
+@contextmanager
+def surviving_full_disk(path: Path) -> Iterator[None]:
+    """Training is worth more than its log: a full disk is a warning, any other error is raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        logging.getLogger(__name__).warning("%s: %s", path, error.strerror)
+
+
+class LineWriter:
+    """Appends JSON lines. A full disk never stops the run: what could not be written is held and written later."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._held = b""
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._held += _encode(record)
+        self._write_held()
+
+    def sync(self) -> None:
+        """Force the lines onto the disk, so that they survive a loss of power."""
+        self._write_held()
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        self._write_held()
+        os.close(self._file)
+
+    def _write_held(self) -> None:
+        with surviving_full_disk(self._path):
+            while self._held:
+                self._held = self._held[os.write(self._file, self._held) :]
+
+
+def append_event(directory: Path, kind: str, **fields: Any) -> None:
+    """Append `{"time": ISO 8601 with zone, "event": kind, **fields}` to the run's events.jsonl.
+
+    One O_APPEND write, so several processes may do it at once. A full disk loses the event, never the run.
+    """
+    path = directory / EVENTS
+    line = _encode({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **fields})
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+        with surviving_full_disk(path):
+            os.write(file, b"\n" + line if torn else line)
+    finally:
+        os.close(file)
+
+
+def read_events(directory: Path) -> list[dict[str, Any]]:
+    """Every event of the run, oldest first."""
+    return list(_read(directory / EVENTS))
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Every logged step of the run, in order."""
+    return list(_read(directory / METRICS))
+
+
+def rewind_metrics(directory: Path, step: int) -> None:
+    """Cut metrics.jsonl back to the lines of completed steps up to `step`, dropping a torn last line.
+
+    A run that resumes at `step` will log the later ones again.
+    """
+    path = directory / METRICS
+    if not path.exists():
+        return
+    keep = 0
+    with path.open("rb+") as file:
+        for line in file:
+            record = _decode(line)
+            if record is None or record["step"] > step:
+                break
+            keep += len(line)
+        file.truncate(keep)
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                record = _decode(line)
+                if record is not None:
+                    yield record
+    except FileNotFoundError:
+        return
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return (json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The object of a complete line; None for a torn one, which a process killed while writing leaves behind."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

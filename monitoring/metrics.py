@@ -1,0 +1,159 @@
+"""Every metric of the endpoint: its name, type, help, labels, and where its value comes from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from monitoring.telemetry import Histogram, Telemetry
+
+Event = dict[str, Any]
+Kind = Literal["gauge", "counter", "histogram"]
+Sample = tuple[dict[str, str], float | Histogram]
+"""Labels and value."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of the endpoint. Every sample has the label `run` besides those given here."""
+
+    name: str
+    kind: Kind
+    help: str
+    samples: Sequence[Sample]
+
+
+INTERRUPTIONS = ("worker_failed", "preempted")
+"""Events after which the workers are started again, and the reasons they stand for where they give none."""
+
+
+def run_metrics(now: Telemetry | None, events: Iterable[Event]) -> list[Metric]:
+    """What is known of a run: without telemetry only its restarts and its name."""
+    return [_restarts(events), _info(now), *(_training_metrics(now) if now else [])]
+
+
+def _restarts(events: Iterable[Event]) -> Metric:
+    """The two usual reasons are there from the start, so that a first rise shows."""
+    counts = Counter(dict.fromkeys(INTERRUPTIONS, 0))
+    counts.update(str(event.get("reason") or event["event"]) for event in events if event["event"] in INTERRUPTIONS)
+    return Metric(
+        "detour_launcher_restarts_total", "counter", "Interruptions of the workers, by reason", _each("reason", counts)
+    )
+
+
+def _info(now: Telemetry | None) -> Metric:
+    labels = {key: str(value) for key, value in now.info.items()} if now else {}
+    return Metric("detour_run_info", "gauge", "What the run is; always 1", [(labels, 1)])
+
+
+def _training_metrics(now: Telemetry) -> list[Metric]:
+    return [
+        Metric(
+            "detour_train_loss",
+            "gauge",
+            "Training loss, mean over the paying positions, at the latest step of each objective",
+            _each("objective", now.loss),
+        ),
+        Metric(
+            "detour_train_tokens_total",
+            "counter",
+            "Real tokens trained on, padding not counted",
+            _each("objective", now.counters.tokens),
+        ),
+        Metric("detour_train_step", "gauge", "Completed optimizer steps", _one(now.step)),
+        Metric("detour_train_steps_planned", "gauge", "Optimizer steps of the whole run", _one(now.total_steps)),
+        Metric(
+            "detour_train_step_timestamp_seconds",
+            "gauge",
+            "Unix time at which the latest step ended",
+            _one(now.step_time),
+        ),
+        Metric(
+            "detour_train_tokens_per_second",
+            "gauge",
+            "Real tokens a second over all devices",
+            _one(now.tokens_per_second),
+        ),
+        Metric(
+            "detour_train_tokens_per_second_per_device",
+            "gauge",
+            "Real tokens a second on one device",
+            _one(now.tokens_per_second_per_device),
+        ),
+        Metric(
+            "detour_train_mfu_ratio",
+            "gauge",
+            "Model FLOPs utilisation: the share of the devices' peak spent on the model's own operations",
+            _one(now.mfu),
+        ),
+        Metric(
+            "detour_train_step_seconds",
+            "histogram",
+            "Wall time of a step, waiting for data included",
+            _one(now.counters.step_seconds),
+        ),
+        Metric(
+            "detour_train_data_wait_seconds_total",
+            "counter",
+            "Time steps waited for their data",
+            _one(now.counters.data_wait_seconds),
+        ),
+        Metric("detour_train_learning_rate", "gauge", "Learning rate of the latest step", _one(now.learning_rate)),
+        Metric("detour_train_grad_norm", "gauge", "Global gradient norm before clipping", _one(now.grad_norm)),
+        Metric(
+            "detour_train_phase",
+            "gauge",
+            "1 on the current phase, 0 on the others",
+            [
+                ({"phase": str(index), "objective": objective}, float(index == now.phase))
+                for index, objective in enumerate(now.objectives)
+            ],
+        ),
+        Metric(
+            "detour_data_packing_ratio",
+            "gauge",
+            "Real tokens as a share of the token slots of the latest step",
+            _one(now.packing_ratio),
+        ),
+        Metric(
+            "detour_data_epoch",
+            "gauge",
+            "Epoch each source has reached, from 0",
+            _each("source", now.epochs),
+        ),
+        Metric(
+            "detour_checkpoint_seconds",
+            "histogram",
+            "Time to save a checkpoint",
+            _one(now.counters.checkpoint_seconds),
+        ),
+        Metric("detour_checkpoint_step", "gauge", "Step of the newest checkpoint", _one(now.checkpoint_step)),
+        Metric(
+            "detour_checkpoint_timestamp_seconds",
+            "gauge",
+            "Unix time at which the newest checkpoint was complete",
+            _one(now.checkpoint_time),
+        ),
+        Metric(
+            "detour_worker_step_seconds",
+            "gauge",
+            "Time each rank took for its own part of the latest logged step",
+            _each("rank", {worker.rank: worker.step_seconds for worker in now.workers}),
+        ),
+        Metric(
+            "detour_worker_memory_bytes",
+            "gauge",
+            "Memory each rank holds: of its GPU where there is one, else of its process",
+            _each("rank", {worker.rank: worker.memory_bytes for worker in now.workers}),
+        ),
+    ]
+
+
+def _one(value: float | Histogram | None) -> list[Sample]:
+    return [] if value is None else [({}, value)]
+
+
+def _each(label: str, values: Mapping[Any, float]) -> list[Sample]:
+    return [({label: str(key)}, value) for key, value in values.items()]

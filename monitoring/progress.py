@@ -1,0 +1,108 @@
+"""Live progress of a run in the terminal that started it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from configs.units import format_count
+from monitoring.telemetry import Telemetry
+
+REFRESH_SECONDS = 0.5
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Prints where a run stands while the context is open.
+
+    On a terminal this is one line that stays at the bottom; elsewhere it is a line every ten seconds, and one at each
+    new phase and at the last step.
+    """
+
+    def __init__(self, directory: Path, console: Console | None = None) -> None:
+        self._directory = directory
+        self._console = console or Console()
+        self._stale = Telemetry.read(directory)
+        self._started = time.monotonic()
+        self._note = "starting"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def note(self, text: str) -> None:
+        """What is happening until the next step, for instance `starting 2 workers`."""
+        self._note, self._stale = text, Telemetry.read(self._directory)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        if self._console.is_terminal:
+            with Live(self._text(), console=self._console, refresh_per_second=4) as live:
+                while not self._stop.wait(REFRESH_SECONDS):
+                    live.update(self._text())
+                live.update(self._text())
+            return
+        printed, shown = -math.inf, None
+        while not self._stop.wait(REFRESH_SECONDS):
+            now = self._current()
+            state = (now.phase, now.step == now.total_steps) if now else None
+            if time.monotonic() - printed >= LINE_SECONDS or state != shown:
+                self._console.print(self._text(), soft_wrap=True)
+                printed, shown = time.monotonic(), state
+        self._console.print(self._text(), soft_wrap=True)
+
+    def _current(self) -> Telemetry | None:
+        """The telemetry, once there is a step newer than the latest note."""
+        now = Telemetry.read(self._directory)
+        if now is None or now.step_time is None:
+            return None
+        return None if self._stale and self._stale.step_time == now.step_time else now
+
+    def _text(self) -> Text:
+        now = self._current()
+        if now is None:
+            return Text(f"{self._note} · {format_seconds(time.monotonic() - self._started)}")
+        return Text(describe(now))
+
+
+def describe(now: Telemetry) -> str:
+    """One line: phase, objective, step, loss, throughput and time left."""
+    left = (now.total_steps - now.step) * now.step_seconds
+    return " · ".join(
+        [
+            f"phase {now.phase + 1}/{len(now.objectives)} {now.objective}",
+            f"step {now.step}/{now.total_steps}",
+            f"loss {now.loss.get(now.objective, math.nan):.3f}",
+            f"{format_count(now.tokens_per_second)} tokens/s",
+            f"{format_seconds(left)} left" if now.step < now.total_steps else "done",
+        ]
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """42 -> `42 s`, 200 -> `3 min 20 s`, 7320 -> `2 h 2 min`, 200000 -> `2 d 7 h`; `?` where it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for index, (unit, size) in enumerate(units):
+        if whole >= size:
+            smaller = units[index + 1 : index + 2]
+            rest = [f"{whole % size // below} {name}" for name, below in smaller if whole % size // below]
+            return " ".join([f"{whole // size} {unit}", *rest])
+    return "0 s"

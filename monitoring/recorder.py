@@ -1,0 +1,216 @@
+"""What the trainer's global rank 0 reports: every step, into metrics.jsonl and telemetry.json."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import RunConfig
+from monitoring.log import METRICS, LineWriter, append_event, read_events, rewind_metrics
+from monitoring.telemetry import Counters, Telemetry, Worker, highest
+
+TELEMETRY_INTERVAL = 1.0
+"""Seconds between two writings of telemetry.json."""
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """One rank's own view of its last step."""
+
+    rank: int
+    step_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, summed over all ranks."""
+
+    step: int
+    """Completed steps, so the first is 1."""
+    phase: int
+    """Index into the configuration's phases, from 0."""
+    objective: str
+    loss: float
+    """Mean over the positions that paid."""
+    tokens: int
+    """Real tokens, padding not counted."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    step_seconds: float
+    """Wall time, waiting for data included."""
+    data_wait_seconds: float
+    flops: float
+    """Floating-point operations the model needs for it, forward and backward."""
+    packing_ratio: float
+    """Real tokens as a share of the token slots."""
+    epochs: dict[str, int]
+    """Epoch each source has reached, from 0."""
+    workers: list[WorkerRecord] | None
+    """Every rank's view at a due step; None at other steps."""
+
+
+def due(config: RunConfig, step: int) -> bool:
+    """Whether a line of metrics.jsonl is written after this many completed steps."""
+    return step % config.monitoring.every.value == 0 or step == config.total_steps
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since something was last written."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    wait: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, record: StepRecord) -> None:
+        self.steps += 1
+        self.seconds += record.step_seconds
+        self.wait += record.data_wait_seconds
+        self.tokens += record.tokens
+        self.flops += record.flops
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+    def mfu(self, peak_flops: float) -> float:
+        """Model FLOPs utilisation: the share of the devices' peak that the model's own operations took."""
+        return self.flops / (self.seconds * peak_flops) if self.seconds and peak_flops else math.nan
+
+
+class Recorder:
+    """Logs a run from its trainer. On resume it cuts metrics.jsonl back to the resumed step and goes on from there.
+
+    Args:
+        directory: The run directory.
+        config: The resolved configuration.
+        info: Labels of `detour_run_info`, for instance precision, model size, workers and versions.
+        devices: Devices the throughput is divided by.
+        peak_flops: Floating-point operations a second one device can do; 0 where it is not known (no MFU then).
+        state: `Recorder.state()` of the checkpoint resumed from; None for a fresh run.
+        step: Completed steps of that checkpoint; 0 for a fresh run.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: RunConfig,
+        info: dict[str, str | int | float],
+        devices: int,
+        peak_flops: float,
+        state: dict[str, Any] | None,
+        step: int,
+    ) -> None:
+        self._directory, self._config = directory, config
+        self._devices, self._peak_flops = devices, devices * peak_flops
+        state = state or {"counters": {}, "since_line": {}}
+        self._counters = Counters.model_validate(state["counters"])
+        self._since_line = _Window(**state["since_line"])
+        self._since_written = _Window()
+        self._written = -math.inf
+
+        before = Telemetry.read(directory)
+        self._floor = (before.counters if before else Counters()).model_dump()
+        known = before.stopped().model_dump(exclude={"step_time"}) if before else {}
+        self._telemetry = Telemetry.model_validate(
+            known
+            | {
+                "run": config.name,
+                "info": info,
+                "objectives": [phase.objective for phase in config.phases],
+                "total_steps": config.total_steps,
+                "step": step,
+                "checkpoint_step": step or None,
+            }
+        )
+        rewind_metrics(directory, step)
+        self._lines = LineWriter(directory / METRICS)
+        self._write_telemetry()
+
+    def due(self, step: int) -> bool:
+        """Whether `step` gets a line in metrics.jsonl."""
+        return due(self._config, step)
+
+    def phase_started(self, index: int, objective: str, step: int) -> None:
+        """Phase `index` begins after `step` completed steps. A phase begun again after a rollback is one event."""
+        self._telemetry.phase = index
+        begun = [event["phase"] for event in read_events(self._directory) if event["event"] == "phase_started"]
+        if index not in begun:
+            append_event(self._directory, "phase_started", step=step, phase=index, objective=objective)
+        self._write_telemetry()
+
+    def step(self, record: StepRecord) -> None:
+        """Take in one step; call it after every step, in order."""
+        counters, telemetry = self._counters, self._telemetry
+        counters.tokens[record.objective] = counters.tokens.get(record.objective, 0) + record.tokens
+        counters.data_wait_seconds += record.data_wait_seconds
+        counters.step_seconds.observe(record.step_seconds)
+        self._since_line.add(record)
+        self._since_written.add(record)
+
+        telemetry.step, telemetry.step_time = record.step, time.time()
+        telemetry.phase = record.phase
+        telemetry.loss[record.objective] = record.loss
+        telemetry.learning_rate, telemetry.grad_norm = record.learning_rate, record.grad_norm
+        telemetry.packing_ratio, telemetry.epochs = record.packing_ratio, record.epochs
+        if record.workers is not None:
+            telemetry.workers = [Worker(**asdict(worker)) for worker in record.workers]
+        if self.due(record.step):
+            self._lines.append(self._line(record))
+            self._since_line = _Window()
+        if record.step == telemetry.total_steps or time.monotonic() - self._written >= TELEMETRY_INTERVAL:
+            self._write_telemetry()
+
+    def checkpoint_saved(self, step: int, seconds: float, path: Path) -> None:
+        """The checkpoint after `step` steps is complete; saving it took this long."""
+        self._counters.checkpoint_seconds.observe(seconds)
+        self._telemetry.checkpoint_step, self._telemetry.checkpoint_time = step, time.time()
+        where = path.relative_to(self._directory) if path.is_relative_to(self._directory) else path
+        append_event(self._directory, "checkpoint_saved", step=step, seconds=round(seconds, 3), path=str(where))
+        self._write_telemetry()
+
+    def state(self) -> dict[str, Any]:
+        """JSON for the checkpoint, so that every total goes on exactly. The lines up to here are on disk after it."""
+        self._lines.sync()
+        return {"counters": self._counters.model_dump(mode="json"), "since_line": asdict(self._since_line)}
+
+    def close(self) -> None:
+        self._write_telemetry()
+        self._lines.close()
+
+    def _line(self, record: StepRecord) -> dict[str, Any]:
+        window = self._since_line
+        return {
+            "step": record.step,
+            "phase": record.phase,
+            "objective": record.objective,
+            "loss": record.loss,
+            "tokens": sum(self._counters.tokens.values()),
+            "learning_rate": record.learning_rate,
+            "grad_norm": record.grad_norm,
+            "step_seconds": window.seconds / window.steps,
+            "tokens_per_second": window.tokens_per_second,
+            "mfu": window.mfu(self._peak_flops),
+            "data_wait_seconds": window.wait / window.steps,
+            "packing_ratio": record.packing_ratio,
+        }
+
+    def _write_telemetry(self) -> None:
+        """Counters shown never fall: after a rollback they stand still until the run is past where it had been."""
+        window, telemetry = self._since_written, self._telemetry
+        if window.steps:
+            telemetry.tokens_per_second = window.tokens_per_second
+            telemetry.tokens_per_second_per_device = window.tokens_per_second / self._devices
+            telemetry.mfu = window.mfu(self._peak_flops)
+            telemetry.step_seconds = window.seconds / window.steps
+            self._since_written = _Window()
+        shown = Counters.model_validate(highest(self._counters.model_dump(mode="json"), self._floor))
+        telemetry.model_copy(update={"counters": shown, "time": time.time()}).write(self._directory)
+        self._written = time.monotonic()

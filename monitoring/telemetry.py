@@ -1,0 +1,125 @@
+"""telemetry.json: the live state of a run in one small file, replaced atomically by the trainer.
+
+The metrics endpoint, the progress line and `detour monitor` read nothing but this file and events.jsonl, so they
+outlive the workers.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
+from monitoring.log import surviving_full_disk
+
+TELEMETRY = "telemetry.json"
+
+STEP_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0)
+CHECKPOINT_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float that is null in JSON where it is not finite."""
+
+
+class Histogram(BaseModel):
+    """A Prometheus histogram. `counts[i]` observations were at most `bounds[i]` seconds, `count` there were in all."""
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    count: int = 0
+    sum: float = 0.0
+
+    @classmethod
+    def of(cls, bounds: tuple[float, ...]) -> Self:
+        return cls(bounds=bounds, counts=[0] * len(bounds))
+
+    def observe(self, value: float) -> None:
+        self.count += 1
+        self.sum += value
+        for index, bound in enumerate(self.bounds):
+            self.counts[index] += value <= bound
+
+
+class Counters(BaseModel):
+    """What only grows. Saved in checkpoints, so that a resumed run goes on from the exact totals of its step."""
+
+    tokens: dict[str, int] = {}
+    """Real tokens trained on, by objective."""
+    data_wait_seconds: float = 0.0
+    step_seconds: Histogram = Histogram.of(STEP_SECONDS)
+    checkpoint_seconds: Histogram = Histogram.of(CHECKPOINT_SECONDS)
+
+
+class Worker(BaseModel):
+    rank: int
+    step_seconds: float
+    memory_bytes: float
+
+
+class Telemetry(BaseModel):
+    """The state of a run after `step` completed steps. Times are seconds since the epoch."""
+
+    run: str
+    info: dict[str, str | int | float]
+    objectives: list[str]
+    """Of each phase, in order."""
+    total_steps: int
+    time: float = 0.0
+    """When this was written."""
+    step: int = 0
+    step_time: float | None = None
+    """When the last step ended."""
+    phase: int = 0
+    loss: dict[str, Number] = {}
+    """By objective, at the latest step that had it."""
+    learning_rate: Number = math.nan
+    grad_norm: Number = math.nan
+    tokens_per_second: Number = 0.0
+    tokens_per_second_per_device: Number = 0.0
+    mfu: Number = 0.0
+    step_seconds: Number = math.nan
+    """Mean of the steps since the last writing, as the three above."""
+    packing_ratio: Number = math.nan
+    epochs: dict[str, int] = {}
+    workers: list[Worker] = []
+    checkpoint_step: int | None = None
+    checkpoint_time: float | None = None
+    counters: Counters = Counters()
+
+    @property
+    def objective(self) -> str:
+        return self.objectives[self.phase]
+
+    def stopped(self) -> Self:
+        """The same state with nobody working on it: no ranks, no throughput."""
+        idle = {"workers": [], "tokens_per_second": 0.0, "tokens_per_second_per_device": 0.0, "mfu": 0.0}
+        return self.model_copy(update=idle)
+
+    @classmethod
+    def read(cls, directory: Path) -> Self | None:
+        """The latest telemetry of a run; None before the first, or where it is damaged."""
+        try:
+            return cls.model_validate_json((directory / TELEMETRY).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def write(self, directory: Path) -> None:
+        """Replace telemetry.json; a reader sees the old one or the new one, never a part."""
+        new = directory / f".{TELEMETRY}.new"
+        with surviving_full_disk(new):
+            new.write_text(self.model_dump_json(), encoding="utf-8")
+            new.replace(directory / TELEMETRY)
+
+
+def highest(left: Any, right: Any) -> Any:
+    """Element by element the larger of two equally shaped trees of counts; a key that one lacks is kept.
+
+    Lists of different lengths are histograms of different versions of Detour: the left one counts.
+    """
+    if isinstance(left, dict):
+        return {key: highest(left.get(key, right.get(key)), right.get(key, left.get(key))) for key in left | right}
+    if isinstance(left, list):
+        return [highest(*pair) for pair in zip(left, right, strict=True)] if len(left) == len(right) else left
+    return max(left, right)

@@ -1,0 +1,61 @@
+"""A run without a model: the real Recorder fed with invented steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from configs.load import dump_config, validate
+from configs.schema import RunConfig
+from monitoring.recorder import Recorder, StepRecord, WorkerRecord
+
+TREE: dict[str, Any] = {
+    "name": "toy",
+    "model": {"size": "tiny"},
+    "tokenizer": "package://tokenizer/modernbert",
+    "data": {"sequence_length": 256, "streams": 2, "sources": [{"name": "notes", "shards": "shards/notes"}]},
+    "batch": {"sequences": 4},
+    "phases": [{"objective": "clm", "steps": 20}, {"objective": "mlm", "steps": 10}],
+    "monitoring": {"every": "4 steps"},
+}
+INFO: dict[str, str | int | float] = {"model": "tiny", "precision": "fp32", "nodes": 1, "workers": 2}
+
+
+def make_config(**changes: Any) -> RunConfig:
+    return validate(TREE | changes, "toy")
+
+
+def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) -> StepRecord:
+    """A step whose every number is a pure function of its place."""
+    first = config.phases[0].length(config.tokens_per_step)
+    phase = int(step > first)
+    seconds = 0.2 + 0.01 * (step % 5)
+    values: dict[str, Any] = {
+        "step": step,
+        "phase": phase,
+        "objective": config.phases[phase].objective,
+        "loss": 10.0 * math.exp(-step / 20) + 1,
+        "tokens": 900 + step,
+        "learning_rate": 1e-3 * min(1, step / 5),
+        "grad_norm": 1.0 + 1 / step,
+        "step_seconds": seconds,
+        "data_wait_seconds": 0.002,
+        "flops": 1e9,
+        "packing_ratio": 0.9,
+        "epochs": {"notes": step // 12},
+        "workers": [WorkerRecord(rank, seconds + 0.001 * rank, 10**9 + rank) for rank in range(ranks)],
+    }
+    return StepRecord(**(values | changes))
+
+
+def make_recorder(directory: Path, config: RunConfig, state: dict[str, Any] | None = None, step: int = 0) -> Recorder:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return Recorder(directory, config, INFO, devices=2, peak_flops=1e11, state=state, step=step)
+
+
+def drive(recorder: Recorder, config: RunConfig, steps: Iterable[int], ranks: int = 2) -> None:
+    for step in steps:
+        recorder.step(make_record(config, step, ranks))

@@ -1,0 +1,161 @@
+import socket
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from configs.errors import InputError
+from monitoring.exporter import Exporter
+from monitoring.log import append_event
+from tests.monitoring.synthetic import drive, make_config, make_recorder
+
+CONTRACT = {
+    "detour_train_loss": ("gauge", {"objective"}),
+    "detour_train_tokens_total": ("counter", {"objective"}),
+    "detour_train_step": ("gauge", set()),
+    "detour_train_tokens_per_second": ("gauge", set()),
+    "detour_train_tokens_per_second_per_device": ("gauge", set()),
+    "detour_train_mfu_ratio": ("gauge", set()),
+    "detour_train_step_seconds": ("histogram", set()),
+    "detour_train_data_wait_seconds_total": ("counter", set()),
+    "detour_train_learning_rate": ("gauge", set()),
+    "detour_train_grad_norm": ("gauge", set()),
+    "detour_train_phase": ("gauge", {"phase", "objective"}),
+    "detour_data_packing_ratio": ("gauge", set()),
+    "detour_data_epoch": ("gauge", {"source"}),
+    "detour_checkpoint_seconds": ("histogram", set()),
+    "detour_checkpoint_step": ("gauge", set()),
+    "detour_launcher_restarts_total": ("counter", {"reason"}),
+    "detour_worker_step_seconds": ("gauge", {"rank"}),
+    "detour_worker_memory_bytes": ("gauge", {"rank"}),
+    "detour_run_info": ("gauge", {"model", "precision", "nodes", "workers"}),
+}
+
+
+def scrape(exporter: Exporter) -> dict[str, tuple[str, list[Sample]]]:
+    with urlopen(exporter.url) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    result = {}
+    for family in families:
+        samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+        result[family.name + "_total" * (family.type == "counter")] = (family.type, samples)
+    return result
+
+
+def values(exporter: Exporter, name: str) -> dict[str, float]:
+    """Value by the label that is not `run`; the empty string where there is none."""
+    _, samples = scrape(exporter)[name]
+    return {"".join(v for k, v in sample.labels.items() if k not in ("run", "le")): sample.value for sample in samples}
+
+
+def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 25))
+    recorder.checkpoint_saved(24, 0.7, tmp_path / "checkpoints" / "step-00000024")
+    append_event(tmp_path, "worker_failed", reason="killed")
+    drive(recorder, config, range(25, 31))
+    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+        found = scrape(exporter)
+        for name, (kind, labels) in CONTRACT.items():
+            assert found[name][0] == kind, name
+            assert found[name][1], name
+            for sample in found[name][1]:
+                assert sample.labels["run"] == "toy"
+                assert sample.labels.keys() - {"run", "le"} == labels, name
+        assert values(exporter, "detour_train_phase") == {"clm0": 0, "mlm1": 1}
+        assert values(exporter, "detour_worker_memory_bytes") == {"0": 1e9, "1": 1e9 + 1}
+        assert values(exporter, "detour_launcher_restarts_total") == {"killed": 1, "worker_failed": 0, "preempted": 0}
+        assert values(exporter, "detour_train_step") == {"": 30}
+        buckets = {s.labels.get("le", s.name): s.value for s in found["detour_train_step_seconds"][1]}
+        assert (buckets["0.2"], buckets["0.3"], buckets["+Inf"]) == (6, 30, 30)
+        assert buckets["detour_train_step_seconds_count"] == 30
+        assert buckets["detour_train_step_seconds_sum"] == pytest.approx(30 * 0.22)
+
+
+def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(tmp_path: Path) -> None:
+    config = make_config()
+    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+        assert scrape(exporter).keys() == {"detour_run_info", "detour_launcher_restarts_total"}
+        recorder = make_recorder(tmp_path, config)
+        drive(recorder, config, range(1, 9))
+        recorder.close()
+        assert values(exporter, "detour_worker_step_seconds").keys() == {"0", "1"}
+        assert values(exporter, "detour_train_tokens_per_second")[""] > 0
+        append_event(tmp_path, "worker_failed")
+        assert scrape(exporter)["detour_worker_step_seconds"][1] == []
+        assert values(exporter, "detour_train_tokens_per_second") == {"": 0}
+        smaller = make_recorder(tmp_path, config, None, 0)
+        drive(smaller, config, range(1, 5), ranks=1)
+        smaller.close()
+        assert values(exporter, "detour_worker_step_seconds").keys() == {"0"}
+
+
+def test_counters_never_fall_across_a_rollback(tmp_path: Path) -> None:
+    config = make_config()
+    counters = [name for name, (kind, _) in CONTRACT.items() if kind in ("counter", "histogram")]
+    seen: dict[tuple[str, str], float] = {}
+    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+
+        def check() -> None:
+            found = scrape(exporter)
+            for name in counters:
+                for sample in found[name][1]:
+                    key = (sample.name, str(sorted(sample.labels.items())))
+                    assert sample.value >= seen.get(key, 0), key
+                    seen[key] = sample.value
+
+        recorder = make_recorder(tmp_path, config)
+        drive(recorder, config, range(1, 9))
+        state = recorder.state()
+        recorder.checkpoint_saved(8, 0.5, tmp_path / "checkpoints" / "step-00000008")
+        check()
+        drive(recorder, config, range(9, 23))
+        recorder.close()
+        check()
+        append_event(tmp_path, "worker_failed")
+        resumed = make_recorder(tmp_path, config, state, 8)
+        check()
+        assert values(exporter, "detour_train_step") == {"": 8}
+        for step in range(9, 31):
+            drive(resumed, config, [step])
+            resumed._write_telemetry()
+            check()
+        tokens = values(exporter, "detour_train_tokens_total")
+        assert sum(tokens.values()) == sum(900 + step for step in range(1, 31))
+
+
+def test_a_busy_port_gives_the_next_one_and_closing_frees_it(tmp_path: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        with Exporter(tmp_path, "one", "127.0.0.1", port) as one, Exporter(tmp_path, "two", "127.0.0.1", port) as two:
+            assert port < one.port < two.port
+            assert one.url == f"http://127.0.0.1:{one.port}/metrics"
+            assert {s.labels["run"] for s in scrape(two)["detour_run_info"][1]} == {"two"}
+    with Exporter(tmp_path, "again", "127.0.0.1", port) as again:
+        assert again.port == port
+
+
+def test_an_address_of_another_machine_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"monitoring: cannot listen on 192\.0\.2\.1:9464"):
+        Exporter(tmp_path, "toy", "192.0.2.1", 9464)
+
+
+def test_a_scrape_of_512_ranks_is_quick_and_whole(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 5), ranks=512)
+    recorder.close()
+    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+        assert len(scrape(exporter)["detour_worker_step_seconds"][1]) == 512
+        spent = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            urlopen(exporter.url).read()
+            spent.append(time.perf_counter() - begin)
+    print(f"fastest scrape of 512 ranks: {min(spent) * 1000:.1f} ms")

@@ -1,0 +1,95 @@
+import json
+import multiprocessing
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from monitoring.log import (
+    EVENTS,
+    METRICS,
+    LineWriter,
+    append_event,
+    read_events,
+    read_metrics,
+    rewind_metrics,
+)
+
+
+def write_steps(directory: Path, steps: range) -> None:
+    writer = LineWriter(directory / METRICS)
+    for step in steps:
+        writer.append({"step": step, "loss": step / 3})
+    writer.close()
+
+
+def test_lines_come_back_exactly_and_not_finite_numbers_are_null(tmp_path: Path) -> None:
+    writer = LineWriter(tmp_path / METRICS)
+    records = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": float("inf")}]
+    for record in records:
+        writer.append(record)
+    writer.close()
+    assert read_metrics(tmp_path) == [records[0], {"step": 2, "loss": None}, {"step": 3, "loss": None}]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 11, "lo', b'{"step": 11, "loss": 3}', b"\n", b"\x00\x00"])
+def test_rewind_cuts_later_steps_and_a_torn_last_line(tmp_path: Path, torn: bytes) -> None:
+    write_steps(tmp_path, range(1, 11))
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write(torn)
+    rewind_metrics(tmp_path, 10)
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 11))
+    rewind_metrics(tmp_path, 7)
+    write_steps(tmp_path, range(8, 10))
+    lines = (tmp_path / METRICS).read_bytes().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
+
+
+def test_rewind_of_a_run_without_lines_is_nothing(tmp_path: Path) -> None:
+    rewind_metrics(tmp_path, 0)
+    assert not (tmp_path / METRICS).exists()
+
+
+def test_events_carry_a_time_with_zone_and_follow_a_torn_line(tmp_path: Path) -> None:
+    append_event(tmp_path, "started", nodes=2)
+    with (tmp_path / EVENTS).open("ab") as file:
+        file.write(b'{"time": "2026')
+    append_event(tmp_path, "worker_failed", reason="killé", loss=float("inf"))
+    started, failed = read_events(tmp_path)
+    assert datetime.fromisoformat(started.pop("time")).tzinfo is not None
+    assert started == {"event": "started", "nodes": 2}
+    assert (failed["reason"], failed["loss"]) == ("killé", None)
+
+
+def _append_many(directory: Path, writer: int) -> None:
+    for number in range(200):
+        append_event(directory, "checkpoint_saved", writer=writer, number=number, path="x" * 500)
+
+
+def test_events_of_several_processes_never_mix(tmp_path: Path) -> None:
+    (tmp_path / EVENTS).touch()
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_append_many, args=(tmp_path, index)) for index in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    numbers = [(event["writer"], event["number"]) for event in read_events(tmp_path)]
+    assert sorted(numbers) == [(writer, number) for writer in range(3) for number in range(200)]
+
+
+def test_a_full_disk_holds_lines_back_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full is a real full disk; the file descriptor then gets room by being pointed at a real file."""
+    import os
+
+    writer = LineWriter(Path("/dev/full"))
+    writer.append({"step": 1})
+    writer.append({"step": 2})
+    reader, room = os.pipe()
+    os.dup2(room, writer._file)
+    writer.append({"step": 3})
+    assert os.read(reader, 1000) == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    writer.close()
+    os.close(reader)
+    os.close(room)

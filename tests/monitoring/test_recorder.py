@@ -1,0 +1,122 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from monitoring.log import METRICS, read_events, read_metrics
+from monitoring.recorder import due
+from monitoring.telemetry import Telemetry
+from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
+
+KEYS = [
+    *("step", "phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "step_seconds"),
+    *("tokens_per_second", "mfu", "data_wait_seconds", "packing_ratio"),
+]
+
+
+def test_due_steps_are_every_nth_and_the_last() -> None:
+    config = make_config()
+    assert [step for step in range(1, 31) if due(config, step)] == [4, 8, 12, 16, 20, 24, 28, 30]
+
+
+def test_a_line_holds_the_step_itself_and_means_since_the_line_before(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 31))
+    recorder.close()
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert all(list(line) == KEYS for line in lines)
+
+    steps = [make_record(config, step) for step in range(1, 31)]
+    window, line = steps[20:24], lines[5]
+    seconds = sum(step.step_seconds for step in window)
+    assert (line["phase"], line["objective"], line["loss"]) == (1, "mlm", steps[23].loss)
+    assert line["tokens"] == sum(step.tokens for step in steps[:24])
+    assert line["step_seconds"] == pytest.approx(seconds / 4)
+    assert line["tokens_per_second"] == pytest.approx(sum(step.tokens for step in window) / seconds)
+    assert line["mfu"] == pytest.approx(4e9 / (seconds * 2 * 1e11))
+    assert line["data_wait_seconds"] == pytest.approx(0.002)
+    assert lines[-1]["step_seconds"] == pytest.approx((steps[28].step_seconds + steps[29].step_seconds) / 2)
+
+
+@pytest.mark.parametrize("saved", [0, 8, 11, 20, 29])
+def test_a_resumed_run_writes_the_same_bytes_as_an_undisturbed_one(tmp_path: Path, saved: int) -> None:
+    config = make_config()
+    straight = make_recorder(tmp_path / "straight", config)
+    drive(straight, config, range(1, 31))
+    straight.close()
+
+    first = make_recorder(tmp_path / "broken", config)
+    drive(first, config, range(1, saved + 1))
+    state = json.loads(json.dumps(first.state())) if saved else None
+    drive(first, config, range(saved + 1, min(saved + 7, 30)))
+    with (tmp_path / "broken" / METRICS).open("ab") as file:
+        file.write(b'{"step": 3')
+    second = make_recorder(tmp_path / "broken", config, state, saved)
+    drive(second, config, range(saved + 1, 31))
+    second.close()
+
+    ours, theirs = ((tmp_path / name / METRICS).read_bytes() for name in ("broken", "straight"))
+    assert ours == theirs
+    ended = [Telemetry.read(tmp_path / name) for name in ("broken", "straight")]
+    assert ended[0] is not None
+    assert ended[1] is not None
+    assert ended[0].counters.tokens == ended[1].counters.tokens
+    assert ended[0].counters.step_seconds.count == 30
+
+
+def test_telemetry_shows_the_latest_state(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    assert (now := Telemetry.read(tmp_path))
+    assert (now.step, now.total_steps, now.tokens_per_second) == (0, 30, 0.0)
+    drive(recorder, config, range(1, 25))
+    recorder.checkpoint_saved(24, 0.7, tmp_path / "checkpoints" / "step-00000024")
+    now = Telemetry.read(tmp_path)
+    assert now
+    assert (now.step, now.phase, now.objective, now.checkpoint_step) == (24, 1, "mlm", 24)
+    assert now.loss == {"clm": make_record(config, 20).loss, "mlm": make_record(config, 24).loss}
+    assert [worker.rank for worker in now.workers] == [0, 1]
+    assert now.counters.checkpoint_seconds.count == 1
+    event = read_events(tmp_path)[-1]
+    assert (event["event"], event["step"], event["path"]) == ("checkpoint_saved", 24, "checkpoints/step-00000024")
+
+
+def test_a_phase_begun_again_after_a_rollback_is_one_event(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    recorder.phase_started(0, "clm", 0)
+    drive(recorder, config, range(1, 21))
+    recorder.phase_started(1, "mlm", 20)
+    again = make_recorder(tmp_path, config, None, 0)
+    again.phase_started(0, "clm", 0)
+    drive(again, config, range(1, 21))
+    again.phase_started(1, "mlm", 20)
+    started = [(event["phase"], event["step"]) for event in read_events(tmp_path) if event["event"] == "phase_started"]
+    assert started == [(0, 0), (1, 20)]
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_log_and_nan_in_telemetry(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 4))
+    recorder.step(make_record(config, 4, loss=math.inf, grad_norm=math.nan))
+    recorder.close()
+    line, now = read_metrics(tmp_path)[0], Telemetry.read(tmp_path)
+    assert line["loss"] is None
+    assert line["grad_norm"] is None
+    assert now
+    assert math.isnan(now.loss["clm"])
+    assert math.isnan(now.grad_norm)
+
+
+def test_an_unknown_peak_gives_no_mfu(tmp_path: Path) -> None:
+    config = make_config()
+    from monitoring.recorder import Recorder
+
+    recorder = Recorder(tmp_path, config, {}, devices=2, peak_flops=0, state=None, step=0)
+    drive(recorder, config, range(1, 5))
+    recorder.close()
+    assert read_metrics(tmp_path)[0]["mfu"] is None
