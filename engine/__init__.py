@@ -1,0 +1,1 @@
+"""ModernBERT on Megatron-Core: model, objectives, schedule, checkpoints and the training loop."""

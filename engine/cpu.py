@@ -1,0 +1,197 @@
+"""Megatron-Core on a machine without CUDA: the one file in which CPU and GPU training differ.
+
+`install()` gives every `megatron.core` module its own view of the name `torch`, in which factories called with
+`device="cuda"` and the functions of `torch.cuda` go to the CPU. The rest of the process keeps the real torch: there,
+`device="cuda"` still raises. Patched for the whole process: only `Tensor.cuda`, `Tensor.type` and Megatron's Adam.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import pkgutil
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "as_tensor")
+_installed = False
+
+
+def install() -> None:
+    """Make Megatron-Core usable here. Does nothing where CUDA is available; call before building a model."""
+    global _installed
+    if torch.cuda.is_available() or _installed:
+        return
+    _installed = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it announces the lack of Transformer Engine and Apex, which is the point here
+        _import_megatron()
+    view = _cpu_view_of_torch()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = view  # type: ignore[attr-defined]
+    _patch_tensor()
+    _patch_random_state()
+    _patch_adam()
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW over torch's fused CPU kernel with the contract of Apex's and Transformer Engine's FusedAdam.
+
+    The step count is an int on the parameter group. Megatron's checkpoint path for torch's own AdamW, whose step is a
+    tensor a parameter, asserts before the first step and fails to reshard; this takes the path a GPU run takes.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        if not (adam_w_mode and bias_correction) or capturable:
+            raise ValueError("only AdamW with bias correction, outside CUDA graphs")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            for param in params:
+                if "exp_avg" not in self.state[param]:
+                    self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
+            torch._fused_adamw_(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [],
+                [torch.tensor(float(group["step"]))] * len(params),
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+class _Stream:
+    """Stands in for torch.cuda.Stream and Event: work on a CPU is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., _Stream]:
+        return lambda *args, **kwargs: self
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def _import_megatron() -> None:
+    """Load what training uses, so that the views reach all of it; 0.19 imports its checkpoint strategies lazily."""
+    for name in ("distributed", "optimizer", "pipeline_parallel", "models.gpt.gpt_model", "timers"):
+        importlib.import_module(f"megatron.core.{name}")
+    checkpointing = importlib.import_module("megatron.core.dist_checkpointing")
+    for module in pkgutil.walk_packages(checkpointing.__path__, checkpointing.__name__ + "."):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module.name)
+
+
+def _cpu_view_of_torch() -> types.ModuleType:
+    view = types.ModuleType("torch")
+    view.__dict__.update(torch.__dict__)
+
+    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = _CPU
+            return factory(*args, **kwargs)
+
+        return wrapper
+
+    for name in _FACTORIES:
+        setattr(view, name, on_cpu(getattr(torch, name)))
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    cuda = types.ModuleType("torch.cuda")
+    cuda.__dict__.update(torch.cuda.__dict__)
+    cuda.__dict__.update(
+        current_device=lambda: _CPU,
+        synchronize=nothing,
+        empty_cache=nothing,
+        set_device=nothing,
+        current_stream=lambda *args, **kwargs: _Stream(),
+        default_stream=lambda *args, **kwargs: _Stream(),
+        Stream=_Stream,
+        Event=_Stream,
+        stream=lambda stream=None: contextlib.nullcontext(),
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        manual_seed=lambda seed: torch.default_generator.manual_seed(int(seed)),
+    )
+    view.cuda = cuda  # type: ignore[attr-defined]
+    return view
+
+
+def _patch_tensor() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    original = torch.Tensor.type
+
+    def type_(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+        # Megatron names its gradient buckets by tensor types and knows those of CUDA alone.
+        if dtype is not None:
+            return original(self, dtype, non_blocking, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_
+
+
+def _patch_random_state() -> None:
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        # Megatron's own warns that the CPU's state changed, which is what happens here by design.
+        before, outer = torch.get_rng_state(), self._current_state_name
+        if outer != "default-rng":
+            self.states_[outer] = before
+        torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(before)
+            self._current_state_name = outer
+
+    random.CudaRNGStatesTracker.fork = fork
+
+
+def _patch_adam() -> None:
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer.Adam = distributed.Adam = FusedAdam  # type: ignore[attr-defined]
+    optimizer.USING_PYTORCH_OPTIMIZER = False  # type: ignore[attr-defined]
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True  # type: ignore[attr-defined]

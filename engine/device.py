@@ -1,0 +1,59 @@
+"""The accelerator a process trains on, and what it can do."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+
+import psutil
+import torch
+
+_GPU_PEAK = {  # dense bf16 FLOP/s by NVIDIA's data sheets; FP8 is twice that on all of them
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
+
+
+def device() -> torch.device:
+    """This process's device; a GPU worker is given exactly one by its launcher or by LOCAL_RANK."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def name() -> str:
+    """Model of the device, for people."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name(device()))
+    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def memory_bytes() -> int:
+    """Memory this process holds: on a GPU the allocator's, on a CPU the resident set."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+@functools.cache
+def peak_flops(precision: str) -> float:
+    """Peak FLOP/s of the device in a precision: the data sheet's on a known GPU, else the best of a few matmuls."""
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name(device())
+        for key, peak in _GPU_PEAK.items():
+            if all(word in gpu for word in key.split()):
+                return peak * {"fp8": 2.0, "fp32": 0.5}.get(precision, 1.0)  # TF32 runs at half the bf16 rate
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    size = 4096 if torch.cuda.is_available() else 768
+    a = torch.randn(size, size, device=device(), dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,191 @@
+"""Self-attention over packed documents, causal or bidirectional by batch, local or global by layer.
+
+The documents of a micro-batch lie end to end in one row of T tokens. No token sees another document. Local layers see
+`local_attention / 2` tokens to each side (to the left only when causal), global layers the whole document.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+BAND = 64
+"""Queries that share one gathered window of keys in a local layer on the CPU."""
+GROUP = 256
+"""Short neighbouring documents share one attention call of about this many tokens on the CPU."""
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Megatron's packed-sequence parameters, and whether attention is causal: the objective's choice by batch."""
+
+    causal: bool = False
+    lengths: tuple[int, ...] = ()
+    """Tokens of each document; they add up to T."""
+    _masks: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_lengths(cls, lengths: tuple[int, ...], causal: bool, device: torch.device) -> PackedDocuments:
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        longest = max(lengths)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            causal=causal,
+            lengths=lengths,
+        )
+
+    @property
+    def total(self) -> int:
+        """T, the tokens of the row."""
+        return sum(self.lengths)
+
+    @functools.cached_property
+    def documents(self) -> Tensor:
+        """[T] int64: the document each token belongs to."""
+        lengths = torch.tensor(self.lengths, device=self.cu_seqlens_q.device)
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths.device), lengths)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """[T] int64: each token's place in its document."""
+        starts = self.cu_seqlens_q[:-1].long()
+        return torch.arange(self.total, device=starts.device) - starts[self.documents]
+
+    def band(self, window: int) -> tuple[int, int, Tensor]:
+        """Keys before and after a block of BAND queries, and who sees whom: [blocks, 1, BAND, keys] bool."""
+        if ("band", window) not in self._masks:
+            after = 0 if self.causal else window
+            blocks = -(-self.total // BAND)
+            # Queries beyond T are a document of their own: they see themselves, and their output is dropped.
+            documents = F.pad(self.documents, (0, blocks * BAND - self.total), value=len(self.lengths))
+            keys = F.pad(documents, (window, after), value=-1).unfold(0, BAND + window + after, BAND)
+            place = torch.arange(keys.shape[1], device=keys.device) - window
+            distance = torch.arange(BAND, device=keys.device)[:, None] - place[None, :]
+            near = (distance <= window) & (distance >= -after)
+            mask = (documents.view(blocks, BAND, 1) == keys[:, None, :]) & near
+            self._masks["band", window] = (window, after, mask[:, None])
+        result: tuple[int, int, Tensor] = self._masks["band", window]
+        return result
+
+    def groups(self) -> list[tuple[int, int, Tensor | None]]:
+        """Neighbouring documents that share an attention call: (start, end, who sees whom or None for one document)."""
+        if "groups" not in self._masks:
+            bounds, start, used, count = [], 0, 0, 0
+            for length in self.lengths:
+                if count and used + length > GROUP:
+                    bounds.append((start, start + used, count))
+                    start, used, count = start + used, 0, 0
+                used, count = used + length, count + 1
+            bounds.append((start, start + used, count))
+            self._masks["groups"] = [(a, b, self._block(a, b) if n > 1 else None) for a, b, n in bounds]
+        result: list[tuple[int, int, Tensor | None]] = self._masks["groups"]
+        return result
+
+    def _block(self, start: int, end: int) -> Tensor:
+        documents = self.documents[start:end]
+        same = documents[:, None] == documents[None, :]
+        return same.tril() if self.causal else same
+
+
+class ModernBertSelfAttention(SelfAttention):
+    """Megatron's projections around RoPE by position in the document and attention over packed documents."""
+
+    def __init__(self, config: Any, *args: Any, layer_number: int, **kwargs: Any) -> None:
+        super().__init__(config, *args, layer_number=layer_number, **kwargs)
+        self.is_local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedDocuments,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, 1, hidden] -> ([T, 1, hidden], bias); `rotary_pos_emb` is [global or local, cos or sin, T, head dim]."""
+        mixed, _bias = self.linear_qkv(hidden_states)
+        heads, dim = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
+        query, key, value = mixed.view(mixed.shape[0], heads, 3, dim).unbind(2)
+        cos, sin = rotary_pos_emb[int(self.is_local)][:, :, None, :]
+        context = self.core_attention(rotate(query, cos, sin), rotate(key, cos, sin), value, packed_seq_params)
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(mixed.shape[0], 1, heads * dim))
+        return output
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on [T, heads, d] by the half-split rotation Hugging Face uses; cos and sin are [T, 1, d]."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class _CoreAttention(MegatronModule):
+    """Constructor contract of Megatron's core attention; `window` is None in global layers."""
+
+    def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
+        super().__init__(config=config)
+        local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] if local else None
+
+
+class BlockedAttention(_CoreAttention):
+    """Any device and dtype. Local layers cost by window, global ones by document, never by the square of the row."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """[T, heads, d] each -> [T, heads, d]."""
+        if self.window is None:
+            return self._by_document(query, key, value, packed)
+        return self._by_band(query, key, value, packed, self.window)
+
+    @staticmethod
+    def _by_document(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        outputs = []
+        for start, end, mask in packed.groups():
+            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+            causal = packed.causal and mask is None
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
+
+    @staticmethod
+    def _by_band(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments, window: int) -> Tensor:
+        total, heads, dim = query.shape
+        before, after, mask = packed.band(window)
+        blocks = mask.shape[0]
+        tail = blocks * BAND - total
+        q = F.pad(query, (0, 0, 0, 0, 0, tail)).view(blocks, BAND, heads, dim).transpose(1, 2)
+        k, v = (
+            F.pad(x, (0, 0, 0, 0, before, after + tail))
+            .unfold(0, BAND + before + after, BAND)  # [blocks, heads, d, keys]
+            .transpose(2, 3)
+            for x in (key, value)
+        )
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return output.transpose(1, 2).reshape(blocks * BAND, heads, dim)[:total]
+
+
+class FlashAttention(_CoreAttention):
+    """torch's variable-length FlashAttention: CUDA, fp16 or bf16."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """[T, heads, d] each -> [T, heads, d]."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        reach = -1 if self.window is None else self.window
+        ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        output: Tensor = varlen_attn(
+            query, key, value, ends, ends, longest, longest, window_size=(reach, 0 if packed.causal else reach)
+        )
+        return output

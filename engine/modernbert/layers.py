@@ -1,0 +1,83 @@
+"""Layer specifications: the same modules and checkpoint keys on Megatron's own linear layers and Transformer Engine's.
+
+Norms stay separate modules: Transformer Engine's fused LayerNorm-Linear always has a norm bias, which ModernBERT has
+not, and other keys, so that a checkpoint could not move between a CPU and a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor
+
+from engine.modernbert.attention import BlockedAttention, FlashAttention, ModernBertSelfAttention
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm with a weight and no bias, built as Megatron's specs build one."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Megatron sums the gradient over tensor-parallel ranks where each of them saw its share of the tokens.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.layer_norm(states, self.weight.shape, self.weight, None, self.eps)
+
+
+def block_spec(config: TransformerConfig, *, transformer_engine: bool) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm."""
+    first = get_transformer_layer_offset(config)
+    count = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(first + i == 0, config, transformer_engine) for i in range(count)],
+        layer_norm=LayerNorm,
+    )
+
+
+def _layer_spec(is_first: bool, config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
+    column, row = _te_linears() if transformer_engine else (ColumnParallelLinear, RowParallelLinear)
+    flash = transformer_engine and config.params_dtype != torch.float32
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if is_first else LayerNorm,  # the embedding norm serves the first layer
+            self_attention=ModuleSpec(
+                module=ModernBertSelfAttention,
+                params={"attn_mask_type": AttnMaskType.padding},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column,
+                    core_attention=FlashAttention if flash else BlockedAttention,
+                    linear_proj=row,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=LayerNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _te_linears() -> tuple[Any, Any]:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear

@@ -1,0 +1,196 @@
+"""ModernBERT for masked and causal language modelling on Megatron-Core."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from transformers import ModernBertConfig
+from transformers.activations import ACT2FN
+
+from engine.modernbert.attention import PackedDocuments
+from engine.modernbert.head import linear_cross_entropy
+from engine.modernbert.layers import LayerNorm, block_spec
+
+VOCABULARY_MULTIPLE = 128
+"""The vocabulary is padded to this multiple, whatever the tensor-parallel size: a checkpoint fits all of them, and each
+of up to 8 slices suits FP8. The added entries take no part in the loss and are dropped at export."""
+
+
+def padded_vocabulary(size: int) -> int:
+    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+class PredictionHead(MegatronModule):
+    """Dense, activation, norm; the same on every tensor-parallel rank."""
+
+    def __init__(self, config: TransformerConfig, architecture: ModernBertConfig) -> None:
+        super().__init__(config=config)
+        self.activation = ACT2FN[architecture.classifier_activation]  # upstream's MLM head takes the classifier's
+        self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, bias=False, dtype=config.params_dtype)
+        self.norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+        # The head sees all tokens on every rank, so its gradient is whole already.
+        self.norm.weight.sequence_parallel = False
+
+    def forward(self, states: Tensor) -> Tensor:
+        output: Tensor = self.norm(self.activation(self.dense(states)))
+        return output
+
+
+class ModernBert(LanguageModule):
+    """One pipeline stage of ModernBERT with its prediction head, which serves both objectives.
+
+    Each batch's `PackedDocuments` says whether attention is causal: switching the objective changes nothing here.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, architecture: ModernBertConfig, *, transformer_engine: bool = False
+    ) -> None:
+        super().__init__(config=config)
+        self.config = config
+        self.architecture = architecture
+        self.pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.share_embeddings_and_output_weights = True
+        self.model_type = ModelType.encoder_or_decoder
+        vocabulary = padded_vocabulary(architecture.vocab_size)
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=vocabulary,
+                max_sequence_length=architecture.max_position_embeddings,
+                position_embedding_type="rope",
+            )
+            self.embedding_norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(config, transformer_engine=transformer_engine),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+        )
+        if self.post_process:
+            self.lm_head = PredictionHead(config, architecture)
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                vocabulary,
+                config=config,
+                init_method=config.init_method,
+                bias=True,
+                skip_weight_param_allocation=self.pre_process,
+            )
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by Megatron's pipeline schedule with the previous stage's output."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        packed: PackedDocuments,
+        paying: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids [1, T] int64 -> this stage's output.
+
+        Before the last stage: hidden states [T, 1, hidden]. On the last one: with `paying` [N], the positions that pay
+        loss, and their `labels` [N], the summed cross-entropy as an fp32 scalar; without them, logits [T, vocabulary]
+        (this rank's slice of the padded vocabulary).
+        """
+        states = None
+        if self.pre_process:
+            states = self.embedding_norm(self.embedding(input_ids=input_ids, position_ids=None))
+        states = self.decoder(
+            hidden_states=states,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary(packed),
+            packed_seq_params=packed,
+        )
+        if not self.post_process:
+            return states
+        if self.config.sequence_parallel:
+            states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
+        states = states.squeeze(1)
+        weight = self.shared_embedding_or_output_weight()
+        if paying is None or labels is None:
+            return F.linear(self.lm_head(states), weight, self.output_layer.bias)
+        rank, size = self.tp_group.rank(), self.tp_group.size()
+        return linear_cross_entropy(
+            self.lm_head(states[paying]),
+            weight,
+            self.output_layer.bias,
+            labels,
+            (rank * weight.shape[0], self.architecture.vocab_size),
+            self.tp_group if size > 1 else None,
+        )
+
+    def _rotary(self, packed: PackedDocuments) -> Tensor:
+        """[global or local, cos or sin, T, head dim] in the computing dtype, by position in the document."""
+        table = self._rotary_table(packed.max_seqlen_q, packed.cu_seqlens_q.device)
+        return table[:, :, packed.positions]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  one model lives as long as its process
+    def _rotary_table(self, length: int, device: torch.device) -> Tensor:
+        dim = self.config.kv_channels
+        kinds = ("full_attention", "sliding_attention")
+        theta = [float(self.architecture.rope_parameters[kind]["rope_theta"]) for kind in kinds]
+        powers = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        inverse = torch.stack([1.0 / base**powers for base in theta])
+        angles = torch.arange(length, dtype=torch.float32)[None, :, None] * inverse[:, None, :]
+        angles = torch.cat((angles, angles), dim=-1)
+        return torch.stack((angles.cos(), angles.sin()), dim=1).to(device=device, dtype=self.config.params_dtype)
+
+
+def transformer_config(
+    architecture: ModernBertConfig,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    sequence: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **extra: Any,
+) -> TransformerConfig:
+    """Megatron's description of a ModernBERT."""
+    half = architecture.local_attention // 2
+    return TransformerConfig(
+        num_layers=architecture.num_hidden_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        ffn_hidden_size=architecture.intermediate_size,
+        gated_linear_unit=True,
+        activation_func=F.gelu,
+        bias_activation_fusion=False,  # Megatron's fused GEGLU is the tanh GELU; ModernBERT's is the exact one
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        add_bias_linear=False,
+        normalization="LayerNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        window_size=(half, half),
+        # The list form, 1 = local: the integer form counts from 1 and misplaces the global layers.
+        window_attn_skip_freq=[int(kind == "sliding_attention") for kind in architecture.layer_types],
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        sequence_parallel=sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,  # `engine.modernbert.convert` fills in the weights: any layout starts equal
+        use_cpu_initialization=not torch.cuda.is_available(),
+        hetereogenous_dist_checkpoint=True,  # Megatron's spelling; the first layer has no norm, so keys are by layer
+        calculate_per_token_loss=True,
+        **extra,
+    )

@@ -1,0 +1,84 @@
+"""Megatron's distributed AdamW with the paper's weight decay, and layers that stand still."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from configs.schema import Optimizer
+from engine.modernbert.convert import global_name
+
+
+def build_optimizer(models: list[Any], settings: Optimizer, dtype: torch.dtype) -> Any:
+    """Distributed AdamW over Megatron's DDP-wrapped models; fp32 main weights where they compute in bf16."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=0.0,
+        weight_decay=0.0,  # set a step, with the learning rate
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(config, models)
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float, settings: Optimizer) -> None:
+    """Learning rate and weight decay of the coming step.
+
+    AdamW shrinks a weight by lr * weight_decay a step. The paper's fully decoupled decay shrinks it by
+    weight_decay * lr / peak lr, which is AdamW's with weight_decay / peak lr.
+    """
+    decay = settings.weight_decay / settings.lr if settings.decoupled else settings.weight_decay
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = decay * group["wd_mult"]  # Megatron's 0 on biases and norms
+
+
+class FrozenLayers:
+    """Keeps layers as they are: no gradient, no decay, no change of their Adam moments.
+
+    Their gradients are still computed: Megatron's gradient buckets are laid out once for the whole run, and a phase
+    that changes what it freezes must not rebuild the optimizer, whose state crosses the switch.
+    """
+
+    def __init__(self, models: list[Any], optimizer: Any) -> None:
+        self._models = models
+        self._optimizer = optimizer
+        self._frozen: list[torch.nn.Parameter] = []
+        for part in self._parts():
+            part.optimizer.register_step_pre_hook(self._drop_gradients)
+
+    def freeze(self, layers: Collection[int]) -> None:
+        """From the next step on these layers (counted over the whole model) stand still, and no others."""
+        names = tuple(f"decoder.layers.{layer}." for layer in layers)
+        self._frozen = [
+            parameter
+            for model in self._models
+            for name, parameter in model.named_parameters()
+            if names and global_name(model, name).startswith(names)
+        ]
+
+    def clear_gradients(self) -> None:
+        """Between backward and the optimizer's step: frozen layers count nothing in the gradient norm."""
+        for parameter in self._frozen:
+            parameter.main_grad.zero_()
+
+    def _drop_gradients(self, inner: torch.optim.Optimizer, *_: Any) -> None:
+        """Adam skips a parameter without a gradient; with a zero one it would still decay its moments."""
+        frozen = set(self._frozen)
+        for part in self._parts():
+            if part.optimizer is inner:
+                for parameter, (group, place) in part.model_param_group_index_map.items():
+                    if parameter in frozen:
+                        inner.param_groups[group]["params"][place].grad = None
+
+    def _parts(self) -> Iterator[Any]:
+        yield from getattr(self._optimizer, "chained_optimizers", [self._optimizer])

@@ -1,0 +1,96 @@
+"""How the workers of a run are divided into tensor, pipeline and data parallel groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import ModernBertConfig
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+
+_AUTO_MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Token slots of a micro-batch that `batch.micro: auto` stays within."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups, and how a global batch falls on them."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence: bool
+    micro: int
+    """Packed sequences of a micro-batch."""
+    micro_batches: int
+    """Micro-batches of a step on each data-parallel rank."""
+
+    @property
+    def workers(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Layout:
+    """Divide `workers` processes; InputError names every key that does not fit and what would."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    errors = []
+    heads, layers = architecture.num_attention_heads, architecture.num_hidden_layers
+    if heads % tensor:
+        errors.append(f"parallel.tensor: {tensor} does not divide the model's {heads} attention heads")
+    if architecture.intermediate_size % tensor:
+        errors.append(f"parallel.tensor: {tensor} does not divide intermediate_size {architecture.intermediate_size}")
+    if tensor & (tensor - 1) or tensor > 8:
+        errors.append(f"parallel.tensor: {tensor} is not one of 1, 2, 4, 8")
+    if layers % pipeline:
+        errors.append(f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers")
+    for number, phase in enumerate(config.phases):
+        beyond = [layer for layer in phase.freeze if layer >= layers]
+        if beyond:
+            errors.append(f"phases.{number}.freeze: no layers {beyond}; the model has 0 to {layers - 1}")
+    if config.data.sequence_length > architecture.max_position_embeddings:
+        errors.append(
+            f"data.sequence_length: {config.data.sequence_length} is more than the model's "
+            f"max_position_embeddings {architecture.max_position_embeddings}"
+        )
+    if workers % (tensor * pipeline):
+        errors.append(
+            f"cluster.workers_per_node: {workers} workers in all are not a multiple of "
+            f"parallel.tensor x parallel.pipeline = {tensor * pipeline}"
+        )
+    if errors:
+        raise InputError("the configuration does not fit\n  " + "\n  ".join(errors))
+    data, streams = workers // (tensor * pipeline), config.data.streams
+    if streams % data:
+        fitting = [size for size in range(1, streams + 1) if streams % size == 0]
+        raise InputError(
+            f"data.streams: {streams} streams do not divide over {data} data-parallel ranks; "
+            f"use a data-parallel size among {fitting} or change data.streams"
+        )
+    rows = config.batch.sequences // data
+    micro = _auto_micro(rows, config.data.sequence_length) if config.batch.micro == "auto" else config.batch.micro
+    if rows % micro:
+        raise InputError(
+            f"batch.micro: {micro} does not divide the {rows} sequences of a data-parallel rank "
+            f"(batch.sequences {config.batch.sequences} over {data} ranks)"
+        )
+    if micro * config.data.sequence_length % tensor:
+        raise InputError(
+            f"data.sequence_length: a micro-batch of {micro} x {config.data.sequence_length} tokens "
+            f"does not divide over {tensor} tensor-parallel ranks"
+        )
+    return Layout(tensor, pipeline, data, config.parallel.sequence, micro, rows // micro)
+
+
+def initialise(layout: Layout, seed: int) -> None:
+    """Build Megatron's process groups over the initialised torch.distributed world."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _auto_micro(rows: int, sequence_length: int) -> int:
+    limit = max(1, _AUTO_MICRO_TOKENS["cuda" if torch.cuda.is_available() else "cpu"] // sequence_length)
+    return max(size for size in range(1, rows + 1) if rows % size == 0 and size <= limit)

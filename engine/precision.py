@@ -1,0 +1,48 @@
+"""Which number format a run computes in."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+
+Precision = Literal["fp32", "bf16", "fp8"]
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+def resolve_precision(config: RunConfig) -> Precision:
+    """`auto` is bf16 where the hardware multiplies it faster than fp32: on GPUs, and on CPUs with AMX or AVX-512 BF16.
+
+    Raises InputError where FP8 is asked for and the GPU or Transformer Engine lacks.
+    """
+    if config.precision == "auto":
+        fast = torch.cuda.is_available() or _cpu_multiplies_bf16()
+        return "bf16" if fast else "fp32"
+    if config.precision == "fp8":
+        _require_fp8(config.fp8_recipe)
+    return config.precision
+
+
+def _cpu_multiplies_bf16() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def _require_fp8(recipe: str) -> None:
+    remedy = "set precision=bf16, or run on an FP8 GPU with the gpu extra (`detour doctor` says what is missing)"
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"precision: fp8 needs an NVIDIA GPU of the Hopper generation or later; there is none here; {remedy}"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 9):
+        raise InputError(f"precision: fp8 needs compute capability 8.9 or more, this GPU has {major}.{minor}; {remedy}")
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise InputError(f"precision: fp8 needs Transformer Engine, which is not installed; {remedy}")
+    if recipe == "mxfp8" and major < 10:
+        raise InputError(f"fp8_recipe: mxfp8 needs a Blackwell GPU, this one has compute capability {major}.{minor}")
+    if recipe == "blockwise" and major < 9:
+        raise InputError(f"fp8_recipe: blockwise needs a Hopper GPU, this one has compute capability {major}.{minor}")

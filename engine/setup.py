@@ -1,0 +1,196 @@
+"""Everything one rank needs before its first step: process groups, model, optimizer, data, log, and where to go on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datapipe.loader import Loader
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.module import Float16Module
+from transformers import ModernBertConfig
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+from datapipe.tokenizer import Tokenizer, load_tokenizer
+from engine import checkpoint as checkpoints
+from engine import device
+from engine.modernbert.config import CONFIG_FILE, resolve_architecture
+from engine.modernbert.convert import huggingface_weights, load_weights, random_weights
+from engine.modernbert.model import ModernBert, transformer_config
+from engine.optimizer import FrozenLayers, build_optimizer
+from engine.parallel import Layout, initialise, plan
+from engine.precision import DTYPE, Precision, resolve_precision
+from engine.schedule import PhaseSchedule
+from monitoring.log import append_event
+from monitoring.recorder import Recorder
+
+SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass
+class Trainer:
+    """One rank's part of a run."""
+
+    config: RunConfig
+    directory: Path
+    tokenizer: Tokenizer
+    architecture: ModernBertConfig
+    layout: Layout
+    schedule: PhaseSchedule
+    model: ModernBert
+    wrapped: Any
+    """`model` inside Megatron's DDP (and its bf16 wrapper)."""
+    optimizer: Any
+    frozen: FrozenLayers
+    loader: Loader
+    recorder: Recorder | None
+    """On global rank 0 only."""
+    step: int
+    """Completed steps at the start of this call."""
+    data_state: dict[str, Any] | None
+    """Where the streams stand; whole at the start, this rank's share after its first step."""
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def close(self) -> None:
+        if self.recorder:
+            self.recorder.close()
+        parallel_state.destroy_model_parallel()
+
+
+def open_trainer(config: RunConfig, directory: Path) -> Trainer:
+    """Build this rank's trainer and fill it from the newest valid checkpoint, or from `model.init`."""
+    precision = resolve_precision(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    architecture = resolve_architecture(config.model, tokenizer)
+    layout = plan(config, architecture, dist.get_world_size())
+    initialise(layout, config.seed)
+    model, wrapped = build_model(architecture, layout, precision)
+    optimizer = build_optimizer([wrapped], config.optimizer, DTYPE[precision])
+    model.config.grad_scale_func = optimizer.scale_loss
+
+    meta = _restore(config, directory / "checkpoints", directory, model, optimizer, architecture)
+    step = int(meta.get("step", 0))
+    recorder = None
+    if dist.get_rank() == 0:
+        info: dict[str, str | int | float] = {
+            "device": device.name(),
+            "precision": precision,
+            "parameters": parameter_count(architecture),
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "data": layout.data,
+            "torch": torch.__version__,
+        }
+        peak = device.peak_flops(precision)
+        recorder = Recorder(directory, config, info, layout.workers, peak, meta.get("recorder"), step)
+    return Trainer(
+        config=config,
+        directory=directory,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        layout=layout,
+        schedule=PhaseSchedule(config),
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        frozen=FrozenLayers([wrapped], optimizer),
+        loader=Loader(
+            config.data,
+            config.batch.sequences,
+            tokenizer,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        ),
+        recorder=recorder,
+        step=step,
+        data_state=meta.get("data"),
+    )
+
+
+def build_model(architecture: ModernBertConfig, layout: Layout, precision: Precision) -> tuple[ModernBert, Any]:
+    """This rank's pipeline stage, bare and wrapped for data-parallel training."""
+    on_gpu = device.device().type == "cuda"
+    config = transformer_config(
+        architecture,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        sequence=layout.sequence,
+        dtype=DTYPE[precision],
+    )
+    model = ModernBert(config, architecture, transformer_engine=on_gpu).to(device.device())
+    inner = Float16Module(config, model) if precision != "fp32" else model
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+    )
+    wrapped = DistributedDataParallel(config, settings, inner)
+    config.finalize_model_grads_func = finalize_model_grads
+    return model, wrapped
+
+
+def parameter_count(architecture: ModernBertConfig) -> int:
+    """Parameters of the whole model, the tied decoder counted once."""
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    layers = architecture.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * inner + 2 * hidden) - hidden
+    return layers + architecture.vocab_size * (hidden + 1) + hidden * hidden + 3 * hidden
+
+
+def _restore(
+    config: RunConfig,
+    folder: Path,
+    directory: Path,
+    model: ModernBert,
+    optimizer: Any,
+    architecture: ModernBertConfig,
+) -> dict[str, Any]:
+    """Load the newest valid checkpoint and give back its meta; the initial weights and {} where there is none."""
+    choice: list[Any] = [None, []]
+    if dist.get_rank() == 0:
+        choice = list(checkpoints.latest_valid(folder))
+        for complaint in choice[1]:
+            append_event(directory, "checkpoint_damaged", reason=complaint)
+        if choice[1] and choice[0] is None:
+            choice[1] = [*choice[1], "no older checkpoint is left"]
+    dist.broadcast_object_list(choice)
+    newest, damaged = choice
+    if newest is None and damaged:
+        raise InputError("; ".join(damaged) + f"; remove {folder} to start over")
+    if newest is not None:
+        meta = checkpoints.describe(newest)
+        _require_same_shape(newest, meta, architecture)
+        checkpoints.load(newest, model, optimizer if meta["optimizer"] else None)
+        return meta
+    init = config.model.init
+    if init != "scratch" and (Path(init) / CONFIG_FILE).is_file():
+        meta = checkpoints.verify(Path(init))
+        _require_same_shape(Path(init), meta, architecture)
+        checkpoints.load(Path(init), model, None)
+    elif init != "scratch":
+        load_weights(model, huggingface_weights(init, architecture, config.seed))
+    else:
+        load_weights(model, random_weights(architecture, config.seed))
+    optimizer.reload_model_params()
+    return {}
+
+
+def _require_same_shape(checkpoint: Path, meta: dict[str, Any], architecture: ModernBertConfig) -> None:
+    stored = meta["architecture"]
+    differing = [
+        f"{key} {stored[key]} -> {getattr(architecture, key)}"
+        for key in SHAPE_KEYS
+        if stored[key] != getattr(architecture, key)
+    ]
+    if differing:
+        raise InputError(
+            f"{checkpoint} holds a model of another size ({', '.join(differing)}); "
+            "use another output directory or restore the model section"
+        )

@@ -1,0 +1,169 @@
+"""Logits against Hugging Face's ModernBERT in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+from engine.modernbert.attention import PackedDocuments
+from engine.modernbert.convert import load_weights
+from engine.modernbert.model import ModernBert, transformer_config
+
+pytestmark = pytest.mark.usefixtures("alone")
+BAR = 1e-4
+
+
+def build(**fields: Any) -> tuple[ModernBertForMaskedLM, ModernBert, ModernBertConfig]:
+    """A Hugging Face model with loud random weights, in which a wrong mask cannot hide, and ours with the same."""
+    architecture = ModernBertConfig(
+        **{
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "local_attention": 16,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            "attn_implementation": "eager",
+            **fields,
+        }
+    )
+    torch.manual_seed(0)
+    theirs = ModernBertForMaskedLM(architecture).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    state = theirs.state_dict()
+    ours = ModernBert(transformer_config(architecture), architecture).eval()
+    load_weights(ours, lambda name: state[name])
+    return theirs, ours, architecture
+
+
+def their_logits(theirs: ModernBertForMaskedLM, ids: torch.Tensor, causal: bool) -> torch.Tensor:
+    """One document; a causal one through masks made by hand, which the eager path takes as they are."""
+    if not causal:
+        return theirs(ids[None]).logits[0]
+    place = torch.arange(len(ids))
+    distance = place[:, None] - place[None, :]
+    reach = theirs.config.local_attention // 2
+
+    def mask(allowed: torch.Tensor) -> torch.Tensor:
+        return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[None, None]
+
+    masks = {
+        "full_attention": mask(distance >= 0),
+        "sliding_attention": mask((distance >= 0) & (distance <= reach)),
+    }
+    return theirs(ids[None], attention_mask=masks).logits[0]
+
+
+@torch.no_grad()
+def largest_difference(
+    theirs: ModernBertForMaskedLM, ours: ModernBert, lengths: tuple[int, ...], causal: bool, seed: int = 1
+) -> float:
+    ids = torch.randint(0, theirs.config.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    expected = torch.cat([their_logits(theirs, document, causal) for document in ids.split(lengths)])
+    packed = PackedDocuments.from_lengths(lengths, causal, ids.device)
+    found = ours(ids[None], packed)[:, : theirs.config.vocab_size]
+    assert expected.abs().max() > 0.1, "logits too small to tell anything"
+    return float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(200,), (1,), (30, 1, 2, 170, 64), (300, 40, 5, 5, 5, 5), (64, 64)])
+def test_packed_documents(lengths: tuple[int, ...], causal: bool) -> None:
+    theirs, ours, _ = build()
+    assert largest_difference(theirs, ours, lengths, causal) <= BAR
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    heads=st.sampled_from([1, 2, 3]),
+    dim=st.sampled_from([8, 16, 32]),
+    layers=st.integers(1, 5),
+    every=st.integers(1, 4),
+    local=st.sampled_from([2, 6, 32, 128]),
+    thetas=st.sampled_from([(160000.0, 10000.0), (80000.0, 10000.0), (1000.0, 500.0)]),
+    activation=st.sampled_from(["gelu", "silu"]),
+    old_style=st.booleans(),
+    causal=st.booleans(),
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
+)
+def test_random_configurations(
+    heads: int,
+    dim: int,
+    layers: int,
+    every: int,
+    local: int,
+    thetas: tuple[float, float],
+    activation: str,
+    old_style: bool,
+    causal: bool,
+    lengths: list[int],
+) -> None:
+    rope: dict[str, Any] = {"global_rope_theta": thetas[0], "local_rope_theta": thetas[1]}
+    if not old_style:
+        kinds = ("full_attention", "sliding_attention")
+        rope = {
+            "rope_parameters": {
+                k: {"rope_type": "default", "rope_theta": t} for k, t in zip(kinds, thetas, strict=True)
+            }
+        }
+    theirs, ours, architecture = build(
+        hidden_size=heads * dim,
+        intermediate_size=24 * heads,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        global_attn_every_n_layers=every,
+        local_attention=local,
+        classifier_activation=activation,
+        **rope,
+    )
+    assert architecture.rope_parameters["full_attention"]["rope_theta"] == thetas[0]
+    assert largest_difference(theirs, ours, tuple(lengths), causal) <= BAR
+
+
+def test_a_causal_token_gets_no_gradient_from_the_future_or_another_document() -> None:
+    _, ours, architecture = build()
+    lengths = (50, 70, 30)
+    ids = torch.randint(0, architecture.vocab_size, (1, sum(lengths)))
+    seen: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        seen.append(output)
+
+    handle = ours.embedding.register_forward_hook(keep)
+    logits = ours(ids, PackedDocuments.from_lengths(lengths, causal=True, device=ids.device))
+    handle.remove()
+    position = 90  # inside the second document
+    logits[position].sum().backward()
+    reached = seen[0].grad[:, 0].abs().sum(dim=1) > 0
+    assert reached[50:91].all()
+    assert not reached[:50].any()
+    assert not reached[91:].any()
+
+
+def test_loss_on_paying_positions_equals_cross_entropy_of_the_logits() -> None:
+    _, ours, architecture = build()
+    lengths = (40, 60)
+    ids = torch.randint(0, architecture.vocab_size, (1, 100))
+    paying = torch.tensor([3, 17, 40, 41, 99])
+    labels = torch.randint(0, architecture.vocab_size, (5,))
+    packed = PackedDocuments.from_lengths(lengths, causal=False, device=ids.device)
+    loss = ours(ids, packed, paying, labels)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    logits = ours(ids, packed)[paying, : architecture.vocab_size]
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
