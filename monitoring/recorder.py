@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig
 from monitoring.log import METRICS, LineWriter, append_event, read_events, rewind_metrics
-from monitoring.telemetry import Counters, Telemetry, Worker, highest
+from monitoring.telemetry import Counters, Telemetry, WorkerRecord, highest
 
 TELEMETRY_INTERVAL = 1.0
 """Seconds between two writings of telemetry.json."""
-
-
-@dataclass(frozen=True)
-class WorkerRecord:
-    """One rank's own view of its last step."""
-
-    rank: int
-    step_seconds: float
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,6 @@ class Recorder:
         self._counters = Counters.model_validate(state["counters"])
         self._since_line = _Window(**state["since_line"])
         self._since_written = _Window()
-        self._written = -math.inf
 
         before = Telemetry.read(directory)
         self._floor = (before.counters if before else Counters()).model_dump()
@@ -132,7 +123,9 @@ class Recorder:
         )
         rewind_metrics(directory, step)
         self._lines = LineWriter(directory / METRICS)
-        self._write_telemetry()
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="telemetry")
+        self._writing = self._start_writing()
+        self._writing.result()
 
     def due(self, step: int) -> bool:
         """Whether `step` gets a line in metrics.jsonl."""
@@ -144,7 +137,7 @@ class Recorder:
         begun = [event["phase"] for event in read_events(self._directory) if event["event"] == "phase_started"]
         if index not in begun:
             append_event(self._directory, "phase_started", step=step, phase=index, objective=objective)
-        self._write_telemetry()
+        self.flush()
 
     def step(self, record: StepRecord) -> None:
         """Take in one step; call it after every step, in order."""
@@ -161,12 +154,13 @@ class Recorder:
         telemetry.learning_rate, telemetry.grad_norm = record.learning_rate, record.grad_norm
         telemetry.packing_ratio, telemetry.epochs = record.packing_ratio, record.epochs
         if record.workers is not None:
-            telemetry.workers = [Worker(**asdict(worker)) for worker in record.workers]
+            telemetry.workers = record.workers
         if self.due(record.step):
             self._lines.append(self._line(record))
             self._since_line = _Window()
-        if record.step == telemetry.total_steps or time.monotonic() - self._written >= TELEMETRY_INTERVAL:
-            self._write_telemetry()
+        if time.monotonic() - self._written >= TELEMETRY_INTERVAL and self._writing.done():
+            self._writing.result()
+            self._writing = self._start_writing()
 
     def checkpoint_saved(self, step: int, seconds: float, path: Path) -> None:
         """The checkpoint after `step` steps is complete; saving it took this long."""
@@ -174,15 +168,21 @@ class Recorder:
         self._telemetry.checkpoint_step, self._telemetry.checkpoint_time = step, time.time()
         where = path.relative_to(self._directory) if path.is_relative_to(self._directory) else path
         append_event(self._directory, "checkpoint_saved", step=step, seconds=round(seconds, 3), path=str(where))
-        self._write_telemetry()
+        self.flush()
 
     def state(self) -> dict[str, Any]:
         """JSON for the checkpoint, so that every total goes on exactly. The lines up to here are on disk after it."""
         self._lines.sync()
         return {"counters": self._counters.model_dump(mode="json"), "since_line": asdict(self._since_line)}
 
+    def flush(self) -> None:
+        """Write telemetry.json now; otherwise a thread does about once a second, off the training step."""
+        self._writing.result()
+        self._start_writing().result()
+
     def close(self) -> None:
-        self._write_telemetry()
+        self.flush()
+        self._disk.shutdown()
         self._lines.close()
 
     def _line(self, record: StepRecord) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class Recorder:
             "packing_ratio": record.packing_ratio,
         }
 
-    def _write_telemetry(self) -> None:
+    def _start_writing(self) -> Future[None]:
         """Counters shown never fall: after a rollback they stand still until the run is past where it had been."""
         window, telemetry = self._since_written, self._telemetry
         if window.steps:
@@ -212,5 +212,6 @@ class Recorder:
             telemetry.step_seconds = window.seconds / window.steps
             self._since_written = _Window()
         shown = Counters.model_validate(highest(self._counters.model_dump(mode="json"), self._floor))
-        telemetry.model_copy(update={"counters": shown, "time": time.time()}).write(self._directory)
+        now = telemetry.model_copy(update={"counters": shown, "time": time.time()})
         self._written = time.monotonic()
+        return self._disk.submit(Telemetry.write, self._directory, now.model_dump_json())

@@ -7,6 +7,7 @@ outlive the workers.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -52,10 +53,13 @@ class Counters(BaseModel):
     checkpoint_seconds: Histogram = Histogram.of(CHECKPOINT_SECONDS)
 
 
-class Worker(BaseModel):
+@dataclass(frozen=True)
+class WorkerRecord:
+    """One rank's own view of its last step."""
+
     rank: int
     step_seconds: float
-    memory_bytes: float
+    memory_bytes: int
 
 
 class Telemetry(BaseModel):
@@ -83,7 +87,7 @@ class Telemetry(BaseModel):
     """Mean of the steps since the last writing, as the three above."""
     packing_ratio: Number = math.nan
     epochs: dict[str, int] = {}
-    workers: list[Worker] = []
+    workers: list[WorkerRecord] = []
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None
     counters: Counters = Counters()
@@ -105,11 +109,12 @@ class Telemetry(BaseModel):
         except (FileNotFoundError, ValidationError):
             return None
 
-    def write(self, directory: Path) -> None:
-        """Replace telemetry.json; a reader sees the old one or the new one, never a part."""
+    @staticmethod
+    def write(directory: Path, document: str) -> None:
+        """Replace telemetry.json by `model_dump_json()`; a reader sees the old one or the new one, never a part."""
         new = directory / f".{TELEMETRY}.new"
         with surviving_full_disk(new):
-            new.write_text(self.model_dump_json(), encoding="utf-8")
+            new.write_text(document, encoding="utf-8")
             new.replace(directory / TELEMETRY)
 
 

@@ -58,6 +58,7 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
     recorder.checkpoint_saved(24, 0.7, tmp_path / "checkpoints" / "step-00000024")
     append_event(tmp_path, "worker_failed", reason="killed")
     drive(recorder, config, range(25, 31))
+    recorder.close()
     with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
         found = scrape(exporter)
         for name, (kind, labels) in CONTRACT.items():
@@ -122,7 +123,7 @@ def test_counters_never_fall_across_a_rollback(tmp_path: Path) -> None:
         assert values(exporter, "detour_train_step") == {"": 8}
         for step in range(9, 31):
             drive(resumed, config, [step])
-            resumed._write_telemetry()
+            resumed.flush()
             check()
         tokens = values(exporter, "detour_train_tokens_total")
         assert sum(tokens.values()) == sum(900 + step for step in range(1, 31))

@@ -48,7 +48,7 @@ def test_progress_follows_the_run_and_ends_on_its_last_step(tmp_path: Path, term
             time.sleep(0.05)
         recorder = make_recorder(tmp_path, config)
         drive(recorder, config, range(1, 12))
-        recorder._write_telemetry()
+        recorder.flush()
         while "phase 1/2 clm · step 11/30" not in output.getvalue():
             time.sleep(0.05)
         drive(recorder, config, range(12, 31))
