@@ -1,0 +1,77 @@
+"""A logical stream: an endless sequence of packed rows that can be continued from any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from datapipe.batch import PackedSequence
+from datapipe.mixture import Document, Mixture
+from datapipe.packing import BUFFER, Buffer, Piece
+from datapipe.source import Source
+
+
+class Stream:
+    """Rows of `length` tokens from the documents one stream owns. A function of its arguments and of nothing else."""
+
+    def __init__(
+        self, sources: Sequence[Source], streams: int, stream: int, seed: int, length: int, pad_id: int
+    ) -> None:
+        self._stream, self._length, self._pad_id = stream, length, pad_id
+        self.mixture = Mixture(sources, streams, stream, seed)
+        self._number = 0
+        self._buffer = Buffer()
+        # A document is cut as its parts are needed, so that a huge one never fills the buffer.
+        self._document: Document | None = None
+        self._part = 0
+
+    def next_row(self) -> PackedSequence:
+        self._fill()
+        piece: Piece | None = self._buffer.oldest()
+        ids = np.full(self._length, self._pad_id, np.int32)
+        lengths, used = [], 0
+        while piece is not None:
+            ids[used : used + len(piece.ids)] = piece.ids
+            lengths.append(len(piece.ids))
+            used += len(piece.ids)
+            self._fill()
+            piece = self._buffer.best_fit(self._length - used)
+        self._number += 1
+        return PackedSequence(ids, tuple(lengths), self._stream, self._number - 1)
+
+    def state(self) -> dict[str, Any]:
+        """JSON: where this stream stands. Buffered documents are named, not stored."""
+        document = self._document
+        return {
+            "number": self._number,
+            "sources": self.mixture.state(),
+            "buffer": [piece.reference for piece in self._buffer],
+            "document": None if document is None else [*document[1:], self._part],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state of the same stream; reads the buffered documents again and nothing else."""
+        self._number = state["number"]
+        self.mixture.restore(state["sources"])
+        self._buffer = Buffer(self._piece(self._read(*reference[:3]), reference[3]) for reference in state["buffer"])
+        if state["document"] is not None:
+            *reference, self._part = state["document"]
+            self._document = self._read(*reference)
+
+    def _fill(self) -> None:
+        while len(self._buffer) < BUFFER:
+            if self._document is None:
+                self._document, self._part = self.mixture.next(), 0
+            self._buffer.add(self._piece(self._document, self._part))
+            self._part += 1
+            if self._part * self._length >= len(self._document.ids):
+                self._document = None
+
+    def _piece(self, document: Document, part: int) -> Piece:
+        ids = document.ids[part * self._length : (part + 1) * self._length]
+        return Piece(ids, (document.source, document.epoch, document.position, part))
+
+    def _read(self, source: int, epoch: int, position: int) -> Document:
+        return Document(self.mixture.cursors[source].read(epoch, position), source, epoch, position)

@@ -1,0 +1,102 @@
+"""What the model sees and what it must predict, from packed tokens: pure functions of a row."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datapipe.batch import IGNORE, PackedSequence
+
+Ids = NDArray[np.int64]
+
+
+class Targets(Protocol):
+    def __call__(self, row: PackedSequence) -> tuple[Ids, Ids]:
+        """Inputs and labels, int64 [sequence_length]; labels are IGNORE where no loss is paid."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Causal language modelling: every token of a document but the last predicts the one after it."""
+
+    def __call__(self, row: PackedSequence) -> tuple[Ids, Ids]:
+        inputs = row.ids.astype(np.int64)
+        labels = np.full_like(inputs, IGNORE)
+        ends = np.cumsum(row.lengths)
+        labels[: ends[-1] - 1] = inputs[1 : ends[-1]]
+        labels[ends - 1] = IGNORE
+        return inputs, labels
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Masked language modelling (Devlin et al. 2019) by an integer hash instead of a random generator.
+
+    Whether and how a position is masked depends on (seed, stream, number of the row, position) only. Special tokens
+    are never masked. A random replacement is uniform over the tokenizer's other tokens: a [CLS] or [SEP] in the middle
+    of a document would tell the model of a boundary that is not there.
+    """
+
+    rate: float
+    """Share of the maskable tokens that is predicted."""
+    split: tuple[float, float, float]
+    """Of these: shares replaced by the mask token, by a random token, left as they are."""
+    seed: int
+    mask_id: int
+    vocab_size: int
+    special_ids: tuple[int, ...]
+    _maskable: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
+    _ordinary: Ids = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        maskable = np.ones(self.vocab_size, bool)
+        maskable[list(self.special_ids)] = False
+        object.__setattr__(self, "_maskable", maskable)
+        object.__setattr__(self, "_ordinary", np.flatnonzero(maskable))
+
+    def __call__(self, row: PackedSequence) -> tuple[Ids, Ids]:
+        inputs = row.ids.astype(np.int64)
+        labels = np.full_like(inputs, IGNORE)
+        choice, action, draw = keys(self.seed, row)
+        chosen = hashes(choice, np.arange(sum(row.lengths), dtype=np.uint32)) < threshold(self.rate)
+        chosen &= self._maskable[row.ids[: len(chosen)]]
+        places = np.flatnonzero(chosen)
+        labels[places] = inputs[places]
+        actions = hashes(action, places.astype(np.uint32))
+        inputs[places[actions < threshold(self.split[0])]] = self.mask_id
+        randomised = places[(actions >= threshold(self.split[0])) & (actions < threshold(sum(self.split[:2])))]
+        # The high half of a 64-bit product maps a uint32 to 0..n-1 evenly.
+        ranks = hashes(draw, randomised.astype(np.uint32)).astype(np.uint64) * np.uint64(len(self._ordinary))
+        inputs[randomised] = self._ordinary[ranks >> np.uint64(32)]
+        return inputs, labels
+
+
+def threshold(share: float) -> np.uint32:
+    """A uniform uint32 lies below it with probability `share` (to 2**-32)."""
+    return np.uint32(min(round(share * 2**32), 2**32 - 1))
+
+
+def keys(seed: int, row: PackedSequence) -> NDArray[np.uint32]:
+    """[3] keys of a row: which positions are predicted, what becomes of each, and the random replacements."""
+    words = f"{seed} {row.stream} {row.number}".encode()
+    return np.frombuffer(hashlib.blake2b(words, digest_size=12).digest(), "<u4")
+
+
+def hashes(key: np.uint32, positions: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """A uniform uint32 for each position.
+
+    Only uint32 additions, multiplications, exclusive ors and shifts, which every backend computes to the same bits.
+    """
+    return mix(mix(positions * np.uint32(0x9E3779B9) + key) + key)
+
+
+def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The `lowbias32` integer hash (C. Wellons, "Prospecting for Hash Functions", 2018): a bijection of uint32."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))

@@ -1,0 +1,119 @@
+"""Documents of text files, one after the other, whatever the format."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from configs.errors import InputError
+from datapipe.samples import local_path
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet", ".arrow")
+"""Parquet and Arrow files need a column `text`, JSON lines a key `text`; `id` is optional. A .txt is one document.
+The .arrow files are those of `datasets.save_to_disk`."""
+
+
+class Text(NamedTuple):
+    id: str
+    text: bytes
+    """UTF-8"""
+    position: int
+    """Bytes of its file read so far, compressed ones where the file is."""
+
+
+def find_files(reference: str) -> list[Path]:
+    """The text files that a path, a directory or a `package://` sample names, in order. Raises InputError."""
+    path = local_path(reference)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        if not files:
+            raise InputError(f"{path}: no text files in this directory; read are {', '.join(SUFFIXES)}")
+        return files
+    if not path.is_file():
+        raise InputError(f"{path}: no such file or directory")
+    if not path.name.endswith(SUFFIXES):
+        raise InputError(f"{path}: not a text format Detour reads; it reads {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def read_texts(path: Path) -> Iterator[Text]:
+    """Documents of one file in order, in bounded memory. Raises InputError naming file and line."""
+    try:
+        with path.open("rb") as file:
+            if path.suffix in (".parquet", ".arrow"):
+                yield from _table_rows(path, file)
+            elif path.suffix == ".txt":
+                yield Text(path.stem, file.read(), file.tell())
+            else:
+                yield from _json_lines(path, file)
+    except (OSError, EOFError) as error:  # gzip reports damage as both
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Text]:
+    lines: IO[bytes] = file
+    errors: tuple[type[Exception], ...] = ()
+    if path.suffix == ".gz":
+        import zlib
+
+        lines, errors = gzip.GzipFile(fileobj=file), (zlib.error,)  # type: ignore[assignment]
+    elif path.suffix == ".zst":
+        import zstandard
+
+        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        lines, errors = io.BufferedReader(reader), (zstandard.ZstdError,)
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():
+                yield _json_line(line, path, number, file.tell())
+    except errors as error:
+        raise InputError(f"{path} is damaged after line {number}: {error}") from None
+
+
+def _json_line(line: bytes, path: Path, number: int, position: int) -> Text:
+    try:
+        record = json.loads(line)
+        text = record["text"]
+        identity = str(record.get("id", number))
+    except ValueError as error:
+        raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f'{path}, line {number}: expected an object with a key "text"') from None
+    if not isinstance(text, str):
+        raise InputError(f'{path}, line {number}: "text" is {type(text).__name__}, not a string')
+    return Text(identity, text.encode("utf-8", "replace"), position)
+
+
+def _table_rows(path: Path, file: IO[bytes]) -> Iterator[Text]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".arrow":
+            reader = pyarrow.ipc.open_stream(file)
+            schema, batches = reader.schema, iter(reader)
+        else:
+            parquet = pyarrow.parquet.ParquetFile(file)
+            schema = parquet.schema_arrow
+            columns = [name for name in ("id", "text") if name in schema.names]
+            batches = parquet.iter_batches(batch_size=256, columns=columns)
+        if "text" not in schema.names:
+            raise InputError(f"{path}: no column `text`; it has {', '.join(schema.names)}")
+        number = 0
+        for batch in batches:
+            ids = batch.column("id") if "id" in schema.names else None
+            for row, text in enumerate(batch.column("text")):
+                number += 1
+                if (value := text.as_py()) is None:
+                    continue
+                if not isinstance(value, str):
+                    raise InputError(f"{path}, row {number}: `text` is {type(value).__name__}, not a string")
+                identity = str(number) if ids is None else str(ids[row].as_py())
+                yield Text(identity, value.encode("utf-8", "replace"), file.tell())
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is no readable {path.suffix[1:]} file: {str(error).splitlines()[0]}") from None
