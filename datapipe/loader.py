@@ -47,8 +47,8 @@ class Loader:
     ) -> Iterator[StepData]:
         """Batches of the 0-based steps first..last-1, prepared ahead in a thread that ends with the generator.
 
-        `micro` rows make a micro-batch and divide the rows of a rank. `state` is the union over ranks of the `state`
-        of step first-1, whatever the number of ranks was then; None starts from the beginning. Raises InputError for
+        `micro` rows make a micro-batch and divide the rows of a rank. `state` is the `state` of step
+        first-1, united over the ranks whatever their number was then; None starts from the beginning. Raises InputError for
         a state of other data, and for documents that cannot be read.
         """
         if len(self._streams) * self._rows % micro:
@@ -114,14 +114,14 @@ class Loader:
     def _checked(self, state: dict[str, Any], stream: int) -> dict[str, Any]:
         """The state of one stream, provided that it is of this data."""
         found = state.get(str(stream))
-        if found is None or len(state) != self._data.streams:
-            raise InputError(f"data.streams: the checkpoint is of {len(state)} streams, not {self._data.streams}")
+        if found is None:
+            raise InputError(f"data.streams: the checkpoint holds no stream {stream} of {self._data.streams}")
         changed = {
             k for k in found["data"].keys() | self._fingerprints if found["data"].get(k) != self._fingerprints.get(k)
         }
         if changed:
             raise InputError(
-                f"source {', '.join(sorted(changed))}: its shards, its weight, data.seed or data.sequence_length are "
+                f"source {', '.join(sorted(changed))}: its shards, its weight, data.streams, data.seed or data.sequence_length are "
                 "not those of the checkpoint, so the run cannot be continued exactly; restore them or start another run"
             )
         return found
