@@ -54,7 +54,7 @@ class Trainer:
     step: int
     """Completed steps at the start of this call."""
     data_state: dict[str, Any] | None
-    """Where the streams stand; whole at the start, this rank's share after its first step."""
+    """Where the streams stand: whole after loading or saving, as a phase needs to start; else this rank's share."""
     saved_at: float = field(default_factory=time.monotonic)
 
     @property

@@ -207,13 +207,14 @@ def _save(trainer: Trainer, span: PhaseSpan, step: int) -> None:
     group = parallel_state.get_data_parallel_group()
     parts: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(parts, trainer.data_state, group=group)
+    trainer.data_state = {stream: state for part in parts for stream, state in part.items()}
     path = checkpoints.step_directory(trainer.checkpoints, step)
     meta = {
         "step": step,
         "phase": span.index,
         "architecture": trainer.architecture.to_dict(),
         "config": trainer.config.model_dump(mode="json", exclude_none=True),
-        "data": {key: value for part in parts for key, value in part.items()},
+        "data": trainer.data_state,
         "recorder": trainer.recorder.state() if trainer.recorder else None,
     }
     checkpoints.save(path, trainer.model, trainer.optimizer, meta)

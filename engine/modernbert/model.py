@@ -188,9 +188,17 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False,  # `engine.modernbert.convert` fills in the weights: any layout starts equal
+        # `engine.modernbert.convert` fills in the weights, so that any layout starts equal; Megatron's own initialisation
+        # must still run, because it marks the weights that tensor parallelism splits (the gradient norm relies on it).
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         use_cpu_initialization=not torch.cuda.is_available(),
         hetereogenous_dist_checkpoint=True,  # Megatron's spelling; the first layer has no norm, so keys are by layer
         calculate_per_token_loss=True,
         **extra,
     )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight

@@ -1,0 +1,7 @@
+"""Imported once by the fork server, so that each test process starts with Megatron loaded."""
+
+from engine import cpu
+
+cpu.install()
+
+import engine.trainer  # noqa: E402, F401

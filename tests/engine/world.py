@@ -1,0 +1,100 @@
+"""Runs the trainer in several gloo processes on this machine, without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.load import validate
+from configs.schema import RunConfig
+
+SAMPLES = Path(__file__).parents[2] / "datapipe" / "samples"
+
+
+def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(*args)` on every rank of a process group of `size`; the results by rank. A rank's error is raised."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.engine.preload"])
+    results = context.SimpleQueue()
+    store = Path(os.environ.get("TMPDIR", "/tmp")) / f"detour-store-{os.getpid()}-{os.urandom(4).hex()}"
+    processes = [
+        context.Process(target=_rank, args=(rank, size, store, results, function, args)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    while len(found) < size:
+        rank, error, result = results.get()
+        if error:
+            for process in processes:
+                process.kill()
+            raise AssertionError(f"rank {rank}:\n{error}")
+        found[rank] = result
+    for process in processes:
+        process.join()
+    store.unlink(missing_ok=True)
+    return [found[rank] for rank in range(size)]
+
+
+def _rank(rank: int, size: int, store: Path, results: Any, function: Callable[..., Any], args: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+        result = function(*args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+    else:
+        results.put((rank, None, result))
+
+
+def train(config: RunConfig, directory: Path, stop_after: int | None = None) -> Any:
+    """On a rank: the real trainer; stops after so many calls of its stop function, which is asked once a step."""
+    from engine.trainer import train as real
+
+    calls = iter(range(1, 10**9))
+    return real(config, directory, lambda: "test" if stop_after and next(calls) >= stop_after else None)
+
+
+def toy_config(shards: Path, **changes: Any) -> RunConfig:
+    """A run of three CLM steps and two MLM steps over two sources; `changes` replace whole sections or keys in them."""
+    tree: dict[str, Any] = {
+        "name": "toy",
+        "model": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "local_attention": 32,
+        },
+        "tokenizer": "package://tokenizer/modernbert",
+        "data": {
+            "sequence_length": 128,
+            "streams": 4,
+            "sources": [
+                {"name": "en", "text": "package://corpus/tico19_en.jsonl.gz", "shards": str(shards / "en")},
+                {"name": "fr", "text": "package://corpus/tico19_fr.jsonl.gz", "shards": str(shards / "fr")},
+            ],
+        },
+        "batch": {"sequences": 8, "micro": 2},
+        "phases": [
+            {"objective": "clm", "steps": 3, "lr": {"warmup": "1 steps"}},
+            {"objective": "mlm", "steps": 2, "mask_rate": 0.3, "lr": {"shape": "1-sqrt", "final": 0.1}},
+        ],
+        # A large eps keeps Adam from turning the rounding of a vanishing gradient into a step of full size.
+        "optimizer": {"lr": 2e-4, "eps": 1e-4},
+        "precision": "fp32",
+        "checkpoint": {"every": "100 steps"},
+        "monitoring": {"every": "1 steps"},
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) and isinstance(value, dict) else value
+    return validate(tree, "toy")
