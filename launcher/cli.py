@@ -1,0 +1,172 @@
+"""The command line: `detour`, and `detour-train` for its most used command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs.errors import InputError, RunFailedError
+
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED = 2, 3, 75
+
+app = typer.Typer(
+    name="detour",
+    help="Adapt a ModernBERT encoder to its domain by the CLM detour.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Output = Annotated[Path, typer.Option(help="Directory to write.")]
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="A YAML file or a shipped recipe (default: ./detour.yaml, else demo), and overrides by dotted path, "
+            "such as batch.sequences=8 phases.0.tokens=2M.",
+        ),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes of the Ray cluster to use.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME. An old one resumes.")] = None,
+) -> None:
+    """Train a model, or go on with a run. Exit codes: 0 done, 2 bad input, 3 failed, 75 stopped early, all saved."""
+    from configs.load import load_config
+
+    words = list(arguments or ())
+    recipe = words.pop(0) if words and "=" not in words[0] else None
+    overrides = words if nodes is None else [*words, f"cluster.nodes={nodes}"]
+    config = load_config(recipe, overrides)
+    from launcher.job import run_job
+
+    result = run_job(config, output or Path("runs") / config.name)
+    if not result.finished:
+        print(
+            f"stopped ({result.reason}) after step {result.step:,}, all saved; the same command again goes on from there"
+        )
+        raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(help="jsonl[.gz|.zst], txt or parquet files, or directories of them.")],
+    output: Output,
+    tokenizer: Annotated[str, typer.Option(help="Directory, hub id, or package://tokenizer/modernbert.")],
+) -> None:
+    """Tokenize text into shards and a manifest. Interrupted, it goes on where it was."""
+    from rich.console import Console
+
+    from configs.units import format_count
+    from datapipe.prepare import prepare as run
+    from datapipe.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    with Console().status("reading") as status:
+        manifest = run(inputs, loaded, output, status.update)
+    print(
+        f"{output}: {manifest.documents:,} documents, {format_count(manifest.tokens)} tokens in "
+        f"{len(manifest.shards)} shards"
+    )
+
+
+@app.command()
+def inspect(
+    target: Annotated[Path, typer.Argument(help="A shard directory, a checkpoint or a run directory.")],
+) -> None:
+    """Say what a shard set, a checkpoint or a run holds, and whether it is whole."""
+    from launcher.inspect import describe
+
+    print(describe(target))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+) -> None:
+    """Write a Hugging Face ModernBertForMaskedLM: safetensors, tokenizer, model card."""
+    from launcher.inspect import export_model
+
+    print(export_model(source, output))
+
+
+@app.command(name="import")
+def import_(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub id of a ModernBERT.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Directory to write.")],
+) -> None:
+    """Turn a Hugging Face ModernBERT into a step-0 checkpoint; `model.init` does the same at the start of a run."""
+    from engine.export import import_hf
+
+    import_hf(model, checkpoint)
+    print(f"{checkpoint}: step 0 of {model}; train from it with model.init={checkpoint}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from configs.load import shipped_recipes
+
+    for name, text in shipped_recipes().items():
+        about = " ".join(line.lstrip("# ") for line in text.splitlines()[:1] if line.startswith("#"))
+        print(f"{name:<36}{about}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a run's configuration."""
+    from configs.schema import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, and what to fix."""
+    from launcher.doctor import examine
+
+    if not examine():
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of `detour`."""
+    _guarded(app)
+
+
+def train_main() -> None:
+    """Entry point of `detour-train`."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(train)
+    _guarded(command)
+
+
+def _guarded(command: Callable[[], None]) -> None:
+    """Run a command; what goes wrong as foreseen is one message and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))  # nothing is trained yet
+    try:
+        command()
+    except InputError as error:
+        _fail(error, EXIT_BAD_INPUT)
+    except RunFailedError as error:
+        _fail(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_STOPPED)
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)

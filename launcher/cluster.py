@@ -1,0 +1,84 @@
+"""The Ray cluster a job runs in: joined where there is one, started on this machine otherwise."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from configs.errors import InputError, RunFailedError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of a local cluster: workers exchange nothing through it but the configuration."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """An alive node of the cluster, with all that it has, in use or not."""
+
+    id: str
+    address: str
+    cpus: int
+    gpus: int
+
+
+def is_joined() -> bool:
+    """Whether this process belongs to a cluster: `RAY_ADDRESS` is set, which `ray job submit` does too."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def connect(local_workers: int) -> Iterator[None]:
+    """Join the cluster this process belongs to, or start one here with a CPU for each of `local_workers`.
+
+    A local cluster has no dashboard and ends with the context; a joined one is only left. Raises InputError where the
+    cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not is_joined():
+        cpus = max(len(os.sched_getaffinity(0)), local_workers)
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus}
+        options |= {"object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        raise InputError(f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {error}") from None
+    except RuntimeError as error:
+        raise RunFailedError(f"Ray could not be started: {error}; `detour doctor` checks this machine") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def alive_nodes() -> list[Node]:
+    """Nodes that may be given work, this process's own first; a node that is being drained is not among them."""
+    here, leaving = ray.get_runtime_context().get_node_id(), draining_nodes()
+    nodes = [
+        Node(
+            id=entry["NodeID"],
+            address=entry["NodeManagerAddress"],
+            cpus=int(entry["Resources"].get("CPU", 0)),
+            gpus=int(entry["Resources"].get("GPU", 0)),
+        )
+        for entry in ray.nodes()
+        if entry["Alive"] and entry["NodeID"] not in leaving
+    ]
+    return sorted(nodes, key=lambda node: (node.id != here, node.address, node.id))
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes about to be taken away: id -> deadline in milliseconds since the epoch, 0 where none was given.
+
+    Ray has no public call for it outside Ray Train's workers; Ray Train and Serve use this one.
+    """
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return found

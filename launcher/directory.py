@@ -1,0 +1,69 @@
+"""The directory of a run: whose it is, and how far it has come."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from configs.errors import InputError
+from configs.load import differences, dump_config, load_config
+from configs.schema import RunConfig
+
+CONFIG = "config.yaml"
+MAY_CHANGE = ("cluster.", "parallel.", "checkpoint.", "monitoring.", "batch.micro")
+"""Keys that say where and how a run is executed; everything else says what it computes."""
+
+
+@contextmanager
+def claim(directory: Path, config: RunConfig) -> Iterator[None]:
+    """Make `directory` this run's for as long as the context is open, and write its config.yaml.
+
+    Raises InputError where it cannot be written, is in use, or holds something other than this run.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"--output {directory} cannot be written: {error.strerror}; choose another") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--output {directory} is in use by another detour-train; wait for it or choose another"
+            ) from None
+        _require_same_run(directory, config)
+        _replace(directory / CONFIG, dump_config(config))
+        yield
+    finally:
+        os.close(lock)
+
+
+def _require_same_run(directory: Path, config: RunConfig) -> None:
+    path = directory / CONFIG
+    if not path.exists():
+        others = sorted(entry.name for entry in directory.iterdir() if entry.name != ".lock")
+        if others:
+            raise InputError(
+                f"--output {directory} holds {', '.join(others[:3])} but no {CONFIG}, so it is no run; choose another"
+            )
+        return
+    changed = [line for line in differences(load_config(str(path)), config) if not line.startswith(MAY_CHANGE)]
+    if changed:
+        raise InputError(
+            f"--output {directory} holds a different run\n  "
+            + "\n  ".join(changed)
+            + "\nchoose another --output for a new run, or restore these keys to continue that one"
+        )
+
+
+def _replace(path: Path, content: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,165 @@
+"""What this machine can do for a run, and what to fix."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from configs.errors import InputError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `remedy` is set where something is wrong."""
+
+    subject: str
+    text: str
+    remedy: str | None = None
+
+
+def examine() -> bool:
+    """Print every finding as it comes; whether nothing needs fixing."""
+    well = True
+    for check in (_python, _devices, _precision, _attention, _gpu_packages, _memory, _ray, _shards):
+        for finding in check():
+            print(f"{'ok ' if finding.remedy is None else 'FIX'} {finding.subject:<14} {finding.text}", flush=True)
+            if finding.remedy:
+                well = False
+                print(f"    {'':<14} -> {finding.remedy}")
+    return well
+
+
+def _python() -> list[Finding]:
+    versions = [f"{name} {_version(name)}" for name in ("torch", "megatron-core", "ray", "transformers")]
+    return [Finding("versions", f"Python {platform.python_version()}, {', '.join(versions)}")]
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return [Finding("devices", f"{len(names)} GPU: {', '.join(names)}; {cores}")]
+    if Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi"):
+        return [
+            Finding(
+                "devices",
+                f"an NVIDIA driver, but this torch ({torch.__version__}) sees no GPU; {cores}",
+                "install a CUDA build of torch that fits the driver (nvidia-smi shows its CUDA version)",
+            )
+        ]
+    return [Finding("devices", f"no GPU; {cores}")]
+
+
+def _precision() -> list[Finding]:
+    import torch
+
+    from configs.load import load_config
+    from engine.precision import resolve_precision
+
+    found = [Finding("precision", f"auto is {resolve_precision(load_config('demo'))} here")]
+    try:
+        resolve_precision(load_config("demo", ["precision=fp8"]))
+        found.append(Finding("fp8", "available"))
+    except InputError as error:
+        reason = str(error).removeprefix("precision: ")
+        fixable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+        found.append(Finding("fp8", f"not available: {reason.split(';')[0]}", _gpu_extra() if fixable else None))
+    return found
+
+
+def _attention() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [Finding("attention", "CPU: by window in local layers, by document in global ones")]
+    kernels = ["torch varlen (FlashAttention-2)"] if importlib.util.find_spec("torch.nn.attention.varlen") else []
+    kernels += ["Transformer Engine"] if importlib.util.find_spec("transformer_engine") else []
+    kernels += ["FlashAttention-3"] if importlib.util.find_spec("flash_attn_interface") else []
+    return [Finding("attention", ", ".join(kernels) or "none for packed sequences", None if kernels else _gpu_extra())]
+
+
+def _gpu_packages() -> list[Finding]:
+    import torch
+
+    if importlib.util.find_spec("transformer_engine") is None:
+        return [Finding("te", "Transformer Engine not installed", _gpu_extra())] if torch.cuda.is_available() else []
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # a build against another torch fails in many ways
+        remedy = "pip uninstall transformer-engine transformer-engine-torch" + (
+            ", then reinstall it against this torch" if torch.cuda.is_available() else ": there is no GPU for it here"
+        )
+        return [Finding("te", f"Transformer Engine is installed but broken: {error}".splitlines()[0], remedy)]
+    return [Finding("te", f"Transformer Engine {_version('transformer-engine')}")]
+
+
+def _memory() -> list[Finding]:
+    import psutil
+
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0
+    text = f"{memory.available / 1e9:.0f} GB free of {memory.total / 1e9:.0f}; disk here {disk.free / 1e9:.0f} GB free"
+    remedy = None
+    if shared < 512 * 2**20:
+        remedy = "/dev/shm has less than 512 MB free, which Ray needs: in Docker, add --shm-size=1g"
+    elif disk.free < 2e9:
+        remedy = "free some disk space: a run needs room for its checkpoints"
+    return [Finding("memory", text, remedy)]
+
+
+def _ray() -> list[Finding]:
+    import ray
+
+    from launcher.cluster import alive_nodes, connect, is_joined
+
+    where = f"cluster at {os.environ['RAY_ADDRESS']}" if is_joined() else "local"
+    try:
+        with connect(local_workers=1):
+            nodes = alive_nodes()
+            ray.get(ray.remote(num_cpus=0)(lambda: None).remote())
+    except Exception as error:  # whatever keeps Ray from working is the finding
+        remedy = "check RAY_ADDRESS" if is_joined() else "see the logs in /tmp/ray/session_latest/logs"
+        return [Finding("ray", f"{where}: {error}".splitlines()[0], remedy)]
+    total = f"{sum(node.cpus for node in nodes)} CPUs, {sum(node.gpus for node in nodes)} GPUs"
+    return [Finding("ray", f"{where}, {len(nodes)} node{'s' * (len(nodes) != 1)}, {total}")]
+
+
+def _shards() -> list[Finding]:
+    """Of the recipe that `detour-train` would take here."""
+    from configs.load import load_config
+    from datapipe.loader import check_sources
+    from datapipe.tokenizer import load_tokenizer
+
+    try:
+        config = load_config(None)
+        tokenizer = load_tokenizer(config.tokenizer)
+        found = []
+        for source in config.data.sources:
+            if source.text and not Path(source.shards).is_dir():
+                found.append(Finding("shards", f"{source.name}: prepared at the first `detour-train {config.name}`"))
+            else:
+                alone = config.data.model_copy(update={"sources": (source,)})
+                (summary,) = check_sources(alone, tokenizer, tokenizer.vocab_size)
+                found.append(Finding("shards", f"{source.name}: {summary.documents:,} documents, whole"))
+        return found
+    except InputError as error:
+        return [Finding("shards", "not usable", str(error))]
+
+
+def _gpu_extra() -> str:
+    return f"{Path(sys.executable).name} -m pip install 'detour-train[gpu]' --no-build-isolation (see README, GPU)"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"

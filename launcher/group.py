@@ -1,0 +1,195 @@
+"""The workers of one attempt: placed so that a node holds whole tensor-parallel groups, started, waited for, ended.
+
+Plain Ray actors in a placement group rather than Ray Train: its controller and helpers are four more processes that
+import in sequence, which doubles the cold start, and its resize ends the workers before they can save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+from launcher.cluster import Node, alive_nodes
+from launcher.worker import Place, Seat, Worker
+
+if TYPE_CHECKING:
+    from engine.trainer import Outcome
+
+POLL_SECONDS = 0.5
+GATHER_SECONDS = 3.0
+"""After the first failure: how long the others' are waited for, to find the one that caused them."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many workers a run has, and what each one holds."""
+
+    nodes: int
+    per_node: int
+    gpu: bool
+
+    @property
+    def workers(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What the run reserves on each node."""
+        return {"CPU": float(self.per_node)} | ({"GPU": float(self.per_node)} if self.gpu else {})
+
+    def fits(self, node: Node) -> bool:
+        return node.cpus >= self.per_node and (not self.gpu or node.gpus >= self.per_node)
+
+    def __str__(self) -> str:
+        what = "GPU" if self.gpu else "CPU"
+        return f"{self.nodes} node{'s' * (self.nodes > 1)} with {self.per_node} {what}{'s' * (self.per_node > 1)} each"
+
+
+class WorkerError(Exception):
+    """Workers ended before their time."""
+
+    def __init__(self, reason: str, rank: int, detail: str) -> None:
+        super().__init__(f"rank {rank}: {detail}")
+        self.reason = reason
+        """`died`, `out_of_memory`, `node_lost` or `exception`."""
+        self.rank = rank
+        self.detail = detail
+
+
+class WorkerGroup:
+    """Context manager over the processes of one attempt; leaving it ends them."""
+
+    def __init__(self, shape: Shape, directory: Path, tensor: int, timeout: float) -> None:
+        """Place and start the workers within `timeout` seconds. Raises InputError where the cluster lacks room."""
+        strategy = "STRICT_SPREAD" if shape.nodes > 1 else "STRICT_PACK"
+        self._reserved = placement_group([shape.bundle] * shape.nodes, strategy=strategy)
+        try:
+            if not self._reserved.wait(timeout):
+                raise InputError(_no_room(shape, timeout))
+            self._start(shape, directory, tensor)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, shape: Shape, directory: Path, tensor: int) -> None:
+        actors = []
+        for bundle in range(shape.nodes):
+            where = PlacementGroupSchedulingStrategy(self._reserved, bundle)
+            kind = ray.remote(num_cpus=1, num_gpus=int(shape.gpu), scheduling_strategy=where)(Worker)
+            actors += [kind.remote() for _ in range(shape.per_node)]
+        places: list[Place] = self._all([actor.place.remote(str(Path.cwd())) for actor in actors])
+        cpus = {node.id: node.cpus for node in alive_nodes()}
+        here = ray.get_runtime_context().get_node_id()
+        # Rank 0 writes the log that this process reads, so it sits on this node if any of them does.
+        order = sorted(range(len(actors)), key=lambda i: (places[i].node != here, i // shape.per_node, i))
+        self._actors, self.places = [actors[i] for i in order], [places[i] for i in order]
+        check_tensor_groups(self.places, tensor)
+        seats = [
+            Seat(
+                rank=rank,
+                size=shape.workers,
+                local_rank=rank % shape.per_node,
+                local_size=shape.per_node,
+                gpus=tuple(sorted(gpu for other in self.places if other.node == place.node for gpu in other.gpus)),
+                threads=max(1, cpus.get(place.node, shape.per_node) // shape.per_node),
+            )
+            for rank, place in enumerate(self.places)
+        ]
+        self._all([actor.sit.remote(seat, directory) for actor, seat in zip(self._actors, seats, strict=True)])
+
+    def train(self, config: RunConfig, directory: Path, watch: Callable[[], None]) -> Outcome:
+        """Train on every worker; rank 0's outcome. `watch` is called about twice a second.
+
+        Raises InputError where a worker did, WorkerError where one failed.
+        """
+        address = self.places[0].address
+        port = ray.get(self._actors[0].open_store.remote(address))
+        outcomes = self._all([actor.train.remote(config, directory, address, port) for actor in self._actors], watch)
+        outcome: Outcome = outcomes[0]
+        return outcome
+
+    def _all(self, refs: Sequence[Any], watch: Callable[[], None] = lambda: None) -> list[Any]:
+        """Results of one call on every worker. Never waits for a survivor: the first failure ends the waiting."""
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
+            try:
+                ray.get(done)
+            except (ray.exceptions.RayError, InputError) as error:
+                raise self._cause(refs, error) from None
+            watch()
+        return ray.get(list(refs))
+
+    def _cause(self, refs: Sequence[Any], first: Exception) -> Exception:
+        """Of all failures the one that brought the others about: bad input, then a death, then an exception."""
+        if not isinstance(first, InputError):
+            ray.wait(list(refs), num_returns=len(refs), timeout=GATHER_SECONDS)
+        errors: dict[int, Exception] = {}
+        for rank, ref in enumerate(refs):
+            if ray.wait([ref], timeout=0)[0]:
+                try:
+                    ray.get(ref)
+                except (ray.exceptions.RayError, InputError) as error:
+                    errors[rank] = error
+        for found in errors.values():
+            if isinstance(found, InputError):  # Ray raises a class that is both the worker's and its own
+                return InputError(str(getattr(found, "cause", found)))
+        alive = {node.id for node in alive_nodes()}
+        failures = [self._explain(rank, found, alive) for rank, found in errors.items()]
+        order = ("node_lost", "out_of_memory", "died", "exception")
+        return min(failures, key=lambda failure: order.index(failure.reason))
+
+    def _explain(self, rank: int, error: Exception, alive: set[str]) -> WorkerError:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            cause = error.cause
+            return WorkerError("exception", rank, f"{type(cause).__name__}: {cause}".strip().splitlines()[0])
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            return WorkerError("out_of_memory", rank, "killed because its node ran out of memory")
+        if hasattr(self, "places") and self.places[rank].node not in alive:
+            return WorkerError("node_lost", rank, f"its node {self.places[rank].address} is gone")
+        return WorkerError("died", rank, "its process ended (killed, or crashed)")
+
+    def close(self) -> None:
+        """End every worker and give the reserved room back."""
+        for actor in getattr(self, "_actors", ()):
+            ray.kill(actor)
+        remove_placement_group(self._reserved)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_tensor_groups(places: Sequence[Place], tensor: int) -> None:
+    """Every tensor-parallel group (consecutive ranks) lies on one node, or InputError: its traffic needs NVLink."""
+    for first in range(0, len(places), tensor):
+        addresses = {place.address for place in places[first : first + tensor]}
+        if len(addresses) > 1:
+            raise InputError(
+                f"parallel.tensor: ranks {first} to {first + tensor - 1} form a tensor-parallel group but lie on the "
+                f"nodes {', '.join(sorted(addresses))}; make cluster.workers_per_node a multiple of {tensor}"
+            )
+
+
+def _no_room(shape: Shape, timeout: float) -> str:
+    nodes = alive_nodes()
+    there = ", ".join(f"{node.address} ({node.cpus} CPUs, {node.gpus} GPUs)" for node in nodes) or "none"
+    remedy = "add nodes, lower --nodes or cluster.workers_per_node, or raise cluster.start_timeout"
+    return (
+        f"cluster.nodes: asked for {shape}, free for this run; waited {timeout:.0f} s. "
+        f"The cluster has {len(nodes)} node{'s' * (len(nodes) != 1)}: {there}; "
+        f"{sum(map(shape.fits, nodes))} of them would be large enough. {remedy[0].upper()}{remedy[1:]}"
+    )

@@ -1,0 +1,193 @@
+"""A job: one run, from its configuration to the exported model, through failures and preemptions."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+from datapipe.loader import check_sources
+from datapipe.prepare import ensure_prepared
+from datapipe.tokenizer import Tokenizer, load_tokenizer
+from launcher.cluster import alive_nodes, connect, draining_nodes, is_joined
+from launcher.directory import claim
+from launcher.failures import FailureBudget
+from launcher.group import Shape, WorkerError, WorkerGroup
+from launcher.stop import PREEMPTED, SIGNAL, StopRequest
+from launcher.summary import print_header, print_summary
+from monitoring.exporter import Exporter
+from monitoring.log import append_event, read_events
+from monitoring.progress import Progress
+from monitoring.report import write_report
+from monitoring.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from engine.trainer import Outcome
+
+EXPORT = "hf"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended without failing."""
+
+    step: int
+    """Completed steps, all of them in a checkpoint."""
+    finished: bool
+    reason: str | None = None
+    """Why it stopped early."""
+
+
+def run_job(config: RunConfig, directory: Path, console: Console | None = None) -> JobResult:
+    """Train `config` in `directory`, from its newest checkpoint if it has one, and export the model.
+
+    Raises InputError for whatever the configuration, the data or a checkpoint have wrong, before anything is started
+    where that can be known, and RunFailedError where the run fails otherwise.
+    """
+    console = console or Console()
+    directory = directory.absolute()
+    with claim(directory, config), ExitStack() as stack:
+        if _saved_step(directory) == config.total_steps:
+            console.print(f"{directory} was trained to its last step before; nothing is left to train")
+            return _finish(config, directory, load_tokenizer(config.tokenizer), console)
+        if is_joined():
+            stack.enter_context(connect(local_workers=0))
+        shape = plan_workers(config)
+        tokenizer = prepare_and_check(config, shape, console)
+        if not is_joined():
+            stack.enter_context(connect(local_workers=shape.workers))
+        exporter = stack.enter_context(
+            Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
+        )
+        print_header(console, config, directory, shape, exporter.url)
+        with StopRequest(directory) as stop, Progress(directory, console) as progress:
+            result = _attempts(config, directory, shape, stop, progress)
+        if result.finished:
+            return _finish(config, directory, tokenizer, console)
+        write_report(directory)
+        return result
+
+
+def plan_workers(config: RunConfig) -> Shape:
+    """Nodes and workers of a run, by the cluster where one is joined, else by this machine. InputError."""
+    nodes = config.cluster.nodes
+    if is_joined():
+        gpus = max((node.gpus for node in alive_nodes()), default=0)
+    else:
+        if nodes > 1:
+            raise InputError(
+                f"cluster.nodes: asked for {nodes} nodes, but this process is in no Ray cluster and would start one "
+                "of 1 node here; set RAY_ADDRESS or use `ray job submit`, or lower --nodes to 1"
+            )
+        import torch
+
+        gpus = torch.cuda.device_count()
+    per_node = config.cluster.workers_per_node
+    if per_node == "auto":
+        per_node = gpus or config.parallel.tensor * config.parallel.pipeline
+    elif 0 < gpus < per_node:
+        raise InputError(f"cluster.workers_per_node: {per_node} workers, but a node has {gpus} GPUs")
+    return Shape(nodes, per_node, gpu=gpus > 0)
+
+
+def prepare_and_check(config: RunConfig, shape: Shape, console: Console) -> Tokenizer:
+    """Everything that can be wrong is found here, before workers start; missing shards are prepared. InputError."""
+    from engine.modernbert.config import resolve_architecture
+    from engine.parallel import plan
+    from engine.precision import resolve_precision
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    architecture = resolve_architecture(config.model, tokenizer)
+    plan(config, architecture, shape.workers)
+    if not is_joined():  # the head of a cluster may have another device than its workers, which check for themselves
+        resolve_precision(config)
+    with console.status("preparing shards") as status:
+        ensure_prepared(config.data, tokenizer, status.update)
+    check_sources(config.data, tokenizer, architecture.vocab_size)
+    return tokenizer
+
+
+def _attempts(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest, progress: Progress) -> JobResult:
+    """Start workers again after each failure that may be survived and each preemption, until the run ends."""
+    budget = FailureBudget(config.cluster.max_failures)
+    while stop.reason != SIGNAL:
+        stop.clear()
+        try:
+            outcome = _attempt(config, directory, shape, stop, progress)
+        except WorkerError as failure:
+            step = _last_step(directory)
+            append_event(
+                directory, "worker_failed", reason=failure.reason, rank=failure.rank, step=step, detail=failure.detail
+            )
+            pause = budget.spend(failure, step)
+            progress.note(f"rank {failure.rank} failed ({failure.reason}), starting again")
+            time.sleep(pause)
+            continue
+        if outcome.reason != PREEMPTED:
+            return JobResult(outcome.step, outcome.finished, outcome.reason)
+        append_event(directory, "preempted", reason=PREEMPTED, step=outcome.step)
+    return JobResult(_saved_step(directory), finished=False, reason=SIGNAL)
+
+
+def _attempt(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest, progress: Progress) -> Outcome:
+    """Start workers and train until they finish or are stopped. Raises InputError and WorkerError."""
+    progress.note(f"starting {shape.workers} workers")
+    began = time.monotonic()
+    with WorkerGroup(shape, directory, config.parallel.tensor, config.cluster.start_timeout) as group:
+        again = any(event["event"] == "started" for event in read_events(directory))
+        append_event(
+            directory,
+            "resumed" if again else "started",
+            step=_saved_step(directory),
+            workers=[place.address for place in group.places],
+            start_seconds=round(time.monotonic() - began, 2),
+        )
+        progress.note("loading the model")
+        nodes = {place.node for place in group.places}
+        return group.train(config, directory, lambda: _leave_draining_nodes(nodes, stop))
+
+
+def _leave_draining_nodes(nodes: set[str], stop: StopRequest) -> None:
+    """A node of ours is about to be taken away: save now, and go on elsewhere."""
+    if nodes & draining_nodes().keys():
+        stop.ask(PREEMPTED)
+
+
+def _saved_step(directory: Path) -> int:
+    """Completed steps of the newest checkpoint; 0 without one."""
+    from engine.checkpoint import list_checkpoints
+
+    newest = list_checkpoints(directory / CHECKPOINTS)[:1]
+    return int(newest[0].name.removeprefix("step-")) if newest else 0
+
+
+def _last_step(directory: Path) -> int:
+    """Completed steps of the workers, by what they last reported."""
+    now = Telemetry.read(directory)
+    return now.step if now else 0
+
+
+def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: Console) -> JobResult:
+    """Export the final checkpoint, once, and say what came out."""
+    from engine.checkpoint import step_directory
+    from engine.export import export_hf
+
+    export = directory / EXPORT
+    if not export.exists():
+        with console.status("exporting"):
+            partial = directory / f".{EXPORT}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            export_hf(step_directory(directory / CHECKPOINTS, config.total_steps), partial, tokenizer)
+            partial.rename(export)
+        append_event(directory, "exported", step=config.total_steps, path=EXPORT)
+        append_event(directory, "finished", step=config.total_steps)
+    print_summary(console, config, directory, export, write_report(directory))
+    return JobResult(config.total_steps, finished=True)

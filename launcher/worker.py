@@ -1,0 +1,120 @@
+"""One process of a run: the Ray actor that holds a device and calls the trainer."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from configs.schema import RunConfig
+
+if TYPE_CHECKING:
+    from engine.trainer import Outcome
+
+STOP_FILE = "stop"
+"""In the run directory: asks the workers to save and return; it holds the reason."""
+LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker found itself."""
+
+    node: str
+    address: str
+    gpus: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's part in the process group."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    gpus: tuple[int, ...]
+    """All that the run has on this node: NCCL reaches a neighbour's memory only where both see both devices."""
+    threads: int
+
+
+class Worker:
+    """Its methods run one after the other in the process's main thread."""
+
+    def place(self, working_directory: str) -> Place:
+        if Path(working_directory).is_dir():
+            os.chdir(working_directory)
+        context = ray.get_runtime_context()
+        gpus = tuple(int(gpu) for gpu in context.get_accelerator_ids().get("GPU", ()))
+        return Place(context.get_node_id(), ray.util.get_node_ip_address(), gpus)
+
+    def sit(self, seat: Seat, directory: Path) -> None:
+        """Take a rank: output to its own log, threads and devices set, everything that training needs imported."""
+        _redirect_output(directory / LOGS / f"worker-{seat.rank}.log")
+        self._seat = seat
+        os.environ.update(
+            RANK=str(seat.rank),
+            WORLD_SIZE=str(seat.size),
+            LOCAL_RANK=str(seat.local_rank),
+            LOCAL_WORLD_SIZE=str(seat.local_size),
+            OMP_NUM_THREADS=str(seat.threads),
+            CUDA_DEVICE_MAX_CONNECTIONS="1",  # Megatron's overlap of tensor-parallel work relies on the order it gives
+        )
+        if seat.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, seat.gpus))
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # theirs, about themselves; they drown ours
+        import torch
+
+        from engine import cpu
+
+        torch.set_num_threads(seat.threads)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(seat.local_rank)
+        cpu.install()
+        import engine.trainer  # noqa: F401
+
+    def open_store(self, address: str) -> int:
+        """On rank 0: open the store the process group meets at; its port."""
+        import torch.distributed as dist
+
+        self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return int(self._store.port)
+
+    def train(self, config: RunConfig, directory: Path, address: str, port: int) -> Outcome:
+        """Join the process group and train to the end, or until asked to stop."""
+        import torch
+        import torch.distributed as dist
+
+        from engine.trainer import train
+
+        seat = self._seat
+        store: Any = self._store if seat.rank == 0 else dist.TCPStore(address, port, is_master=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size)
+        outcome = train(config, directory, lambda: stop_reason(directory))
+        dist.barrier()  # no rank leaves while another still waits for it
+        dist.destroy_process_group()
+        return outcome
+
+
+def stop_reason(directory: Path) -> str | None:
+    """Why the run is to stop, or None."""
+    try:
+        return (directory / STOP_FILE).read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _redirect_output(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
