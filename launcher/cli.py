@@ -51,9 +51,7 @@ def train(
 
     result = run_job(config, output or Path("runs") / config.name)
     if not result.finished:
-        print(
-            f"stopped ({result.reason}) after step {result.step:,}, all saved; the same command again goes on from there"
-        )
+        print(f"stopped ({result.reason}) after step {result.step:,}, all saved; the same command again continues")
         raise typer.Exit(EXIT_STOPPED)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from configs.errors import RunFailedError
 from launcher.group import WorkerError
+from monitoring.telemetry import TELEMETRY
 
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, at most."""
@@ -40,3 +43,24 @@ class FailureBudget:
                 f"{self.allowed}"
             )
         return min(LONGEST_PAUSE, 2.0 ** (self._repeats - 1) - 1)
+
+
+class HangWatch:
+    """Finds workers that are alive and get nowhere: stopped ones, and those that wait for each other.
+
+    Rank 0 rewrites telemetry.json about once a second while steps complete, so its silence is the sign.
+    """
+
+    def __init__(self, directory: Path, timeout: float) -> None:
+        self._path, self._timeout = directory / TELEMETRY, timeout
+        self._seen, self._since = self._written(), time.monotonic()
+
+    def check(self) -> None:
+        """Raises WorkerError where nothing has been written for longer than the timeout."""
+        if (now := self._written()) != self._seen:
+            self._seen, self._since = now, time.monotonic()
+        elif time.monotonic() - self._since > self._timeout:
+            raise WorkerError("hung", None, f"no step completed in {self._timeout:.0f} s (cluster.hang_timeout)")
+
+    def _written(self) -> int:
+        return self._path.stat().st_mtime_ns if self._path.exists() else 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -19,10 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs.errors import InputError
 from configs.schema import RunConfig
 from launcher.cluster import Node, alive_nodes
-from launcher.worker import Place, Seat, Worker
-
-if TYPE_CHECKING:
-    from engine.trainer import Outcome
+from launcher.worker import Ending, Place, Seat, Worker
 
 POLL_SECONDS = 0.5
 GATHER_SECONDS = 3.0
@@ -57,11 +54,12 @@ class Shape:
 class WorkerError(Exception):
     """Workers ended before their time."""
 
-    def __init__(self, reason: str, rank: int, detail: str) -> None:
-        super().__init__(f"rank {rank}: {detail}")
+    def __init__(self, reason: str, rank: int | None, detail: str) -> None:
+        super().__init__(detail if rank is None else f"rank {rank}: {detail}")
         self.reason = reason
-        """`died`, `out_of_memory`, `node_lost` or `exception`."""
+        """`died`, `out_of_memory`, `node_lost`, `exception` or `hung`."""
         self.rank = rank
+        """Where the cause is known to lie."""
         self.detail = detail
 
 
@@ -106,16 +104,17 @@ class WorkerGroup:
         ]
         self._all([actor.sit.remote(seat, directory) for actor, seat in zip(self._actors, seats, strict=True)])
 
-    def train(self, config: RunConfig, directory: Path, watch: Callable[[], None]) -> Outcome:
-        """Train on every worker; rank 0's outcome. `watch` is called about twice a second.
+    def train(self, config: RunConfig, directory: Path, watch: Callable[[], None]) -> Ending:
+        """Train on every worker; how it ended, as rank 0 saw it. `watch` is called about twice a second.
 
         Raises InputError where a worker did, WorkerError where one failed.
         """
         address = self.places[0].address
         port = ray.get(self._actors[0].open_store.remote(address))
-        outcomes = self._all([actor.train.remote(config, directory, address, port) for actor in self._actors], watch)
-        outcome: Outcome = outcomes[0]
-        return outcome
+        endings: list[Ending] = self._all(
+            [actor.train.remote(config, directory, address, port) for actor in self._actors], watch
+        )
+        return endings[0]
 
     def _all(self, refs: Sequence[Any], watch: Callable[[], None] = lambda: None) -> list[Any]:
         """Results of one call on every worker. Never waits for a survivor: the first failure ends the waiting."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -18,35 +16,22 @@ from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from launcher.cluster import alive_nodes, connect, draining_nodes, is_joined
 from launcher.directory import claim
-from launcher.failures import FailureBudget
+from launcher.failures import FailureBudget, HangWatch
 from launcher.group import Shape, WorkerError, WorkerGroup
 from launcher.stop import PREEMPTED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
+from launcher.worker import Ending
 from monitoring.exporter import Exporter
 from monitoring.log import append_event, read_events
 from monitoring.progress import Progress
 from monitoring.report import write_report
 from monitoring.telemetry import Telemetry
 
-if TYPE_CHECKING:
-    from engine.trainer import Outcome
-
 EXPORT = "hf"
 CHECKPOINTS = "checkpoints"
 
 
-@dataclass(frozen=True)
-class JobResult:
-    """How a job ended without failing."""
-
-    step: int
-    """Completed steps, all of them in a checkpoint."""
-    finished: bool
-    reason: str | None = None
-    """Why it stopped early."""
-
-
-def run_job(config: RunConfig, directory: Path, console: Console | None = None) -> JobResult:
+def run_job(config: RunConfig, directory: Path, console: Console | None = None) -> Ending:
     """Train `config` in `directory`, from its newest checkpoint if it has one, and export the model.
 
     Raises InputError for whatever the configuration, the data or a checkpoint have wrong, before anything is started
@@ -55,7 +40,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
     console = console or Console()
     directory = directory.absolute()
     with claim(directory, config), ExitStack() as stack:
-        if _saved_step(directory) == config.total_steps:
+        if (directory / EXPORT).exists() or _trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
             return _finish(config, directory, load_tokenizer(config.tokenizer), console)
         if is_joined():
@@ -115,29 +100,29 @@ def prepare_and_check(config: RunConfig, shape: Shape, console: Console) -> Toke
     return tokenizer
 
 
-def _attempts(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest, progress: Progress) -> JobResult:
+def _attempts(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest, progress: Progress) -> Ending:
     """Start workers again after each failure that may be survived and each preemption, until the run ends."""
     budget = FailureBudget(config.cluster.max_failures)
     while stop.reason != SIGNAL:
         stop.clear()
         try:
-            outcome = _attempt(config, directory, shape, stop, progress)
+            ending = _attempt(config, directory, shape, stop, progress)
         except WorkerError as failure:
             step = _last_step(directory)
             append_event(
                 directory, "worker_failed", reason=failure.reason, rank=failure.rank, step=step, detail=failure.detail
             )
             pause = budget.spend(failure, step)
-            progress.note(f"rank {failure.rank} failed ({failure.reason}), starting again")
+            progress.note(f"{failure}; starting again")
             time.sleep(pause)
             continue
-        if outcome.reason != PREEMPTED:
-            return JobResult(outcome.step, outcome.finished, outcome.reason)
-        append_event(directory, "preempted", reason=PREEMPTED, step=outcome.step)
-    return JobResult(_saved_step(directory), finished=False, reason=SIGNAL)
+        if ending.reason != PREEMPTED:
+            return ending
+        append_event(directory, "preempted", reason=PREEMPTED, step=ending.step)
+    return Ending(_saved_step(directory), finished=False, reason=SIGNAL)
 
 
-def _attempt(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest, progress: Progress) -> Outcome:
+def _attempt(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest, progress: Progress) -> Ending:
     """Start workers and train until they finish or are stopped. Raises InputError and WorkerError."""
     progress.note(f"starting {shape.workers} workers")
     began = time.monotonic()
@@ -152,13 +137,14 @@ def _attempt(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest
         )
         progress.note("loading the model")
         nodes = {place.node for place in group.places}
-        return group.train(config, directory, lambda: _leave_draining_nodes(nodes, stop))
+        hang = HangWatch(directory, config.cluster.hang_timeout)
 
+        def watch() -> None:
+            hang.check()
+            if nodes & draining_nodes().keys():  # about to be taken away: save now, and go on elsewhere
+                stop.ask(PREEMPTED)
 
-def _leave_draining_nodes(nodes: set[str], stop: StopRequest) -> None:
-    """A node of ours is about to be taken away: save now, and go on elsewhere."""
-    if nodes & draining_nodes().keys():
-        stop.ask(PREEMPTED)
+        return group.train(config, directory, watch)
 
 
 def _saved_step(directory: Path) -> int:
@@ -169,13 +155,21 @@ def _saved_step(directory: Path) -> int:
     return int(newest[0].name.removeprefix("step-")) if newest else 0
 
 
+def _trained(directory: Path, config: RunConfig) -> bool:
+    """Whether the last step is in a checkpoint that can be exported."""
+    from engine.checkpoint import latest_valid, step_directory
+
+    last = step_directory(directory / CHECKPOINTS, config.total_steps)
+    return last.exists() and latest_valid(directory / CHECKPOINTS)[0] == last
+
+
 def _last_step(directory: Path) -> int:
     """Completed steps of the workers, by what they last reported."""
     now = Telemetry.read(directory)
     return now.step if now else 0
 
 
-def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: Console) -> JobResult:
+def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: Console) -> Ending:
     """Export the final checkpoint, once, and say what came out."""
     from engine.checkpoint import step_directory
     from engine.export import export_hf
@@ -190,4 +184,4 @@ def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: C
         append_event(directory, "exported", step=config.total_steps, path=EXPORT)
         append_event(directory, "finished", step=config.total_steps)
     print_summary(console, config, directory, export, write_report(directory))
-    return JobResult(config.total_steps, finished=True)
+    return Ending(config.total_steps, finished=True)

@@ -7,18 +7,26 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from configs.schema import RunConfig
 
-if TYPE_CHECKING:
-    from engine.trainer import Outcome
-
 STOP_FILE = "stop"
 """In the run directory: asks the workers to save and return; it holds the reason."""
 LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How training ended without failing. Not the engine's own class, so that a driver need not import the engine."""
+
+    step: int
+    """Completed steps, all of them in a checkpoint."""
+    finished: bool
+    reason: str | None = None
+    """Why it stopped early."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Worker:
         self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return int(self._store.port)
 
-    def train(self, config: RunConfig, directory: Path, address: str, port: int) -> Outcome:
+    def train(self, config: RunConfig, directory: Path, address: str, port: int) -> Ending:
         """Join the process group and train to the end, or until asked to stop."""
         import torch
         import torch.distributed as dist
@@ -99,7 +107,7 @@ class Worker:
         outcome = train(config, directory, lambda: stop_reason(directory))
         dist.barrier()  # no rank leaves while another still waits for it
         dist.destroy_process_group()
-        return outcome
+        return Ending(outcome.step, outcome.finished, outcome.reason)
 
 
 def stop_reason(directory: Path) -> str | None:
