@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from configs.units import Count, Duration
 
 Fraction = Field(ge=0.0, le=1.0)
+Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""One path or a list of them."""
 
 
 class Section(BaseModel):
@@ -70,16 +81,45 @@ class Source(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     shards: str
-    """Directory with a manifest.json, or a glob or URL of WebDataset tars."""
-    text: tuple[str, ...] = ()
+    """Directory with a manifest.json, or a glob of WebDataset tars in one; local, s3://, gs:// or https://. A local
+    directory of tars with .txt or .json members and no manifest is raw text, tokenized as it is read."""
+    text: Paths = ()
     """Text files (jsonl[.gz|.zst], txt, parquet). Where `shards` does not exist yet it is prepared from these."""
-    weight: PositiveFloat = 1.0
-    """Share of the training tokens, relative to the other sources."""
+    weight: PositiveFloat | None = None
+    """Share of the training tokens, relative to the other sources; 1 if not given."""
+    upsample: PositiveFloat | None = None
+    """In place of weights, for every source or none: the share is the source's own tokens times this."""
+    epochs: PositiveInt | None = None
+    """Passes over the source at most, after which the others take its share. By default it is repeated without end."""
 
-    @field_validator("text", mode="before")
+    @field_validator("shards")
     @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    def _no_commands(cls, value: str) -> str:
+        if value.startswith("pipe:"):
+            raise ValueError(
+                "pipe: URLs run a shell command and are refused; give a directory or an s3://, gs:// or https:// URL"
+            )
+        return value
+
+
+class Evaluation(Section):
+    """A fixed held-out set: both losses on it, in either phase, without touching the training data."""
+
+    shards: str
+    """As a source's."""
+    text: Paths = ()
+    every: Duration = Duration(500, "steps")
+    """Interval in steps or tokens."""
+    sequences: PositiveInt = 64
+    """Packed sequences evaluated each time, always the same ones; fewer where the set holds fewer."""
+    mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
+
+    @field_validator("every")
+    @classmethod
+    def _interval(cls, value: Duration) -> Duration:
+        if value.unit == "minutes" or value.value == 0:
+            raise ValueError(f"the interval is a number of steps or tokens such as '500 steps', got '{value}'")
+        return value
 
 
 class Data(Section):
@@ -92,12 +132,34 @@ class Data(Section):
     streams: PositiveInt = 48
     """Logical streams. Data-parallel sizes that divide it see the same data."""
     sources: tuple[Source, ...] = Field(min_length=1)
+    evaluation: Evaluation | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a damaged shard or document does: stop the run, or be left out, counted, at this and every resume."""
+    backend: Literal["numpy", "dali"] = "numpy"
+    """What makes batches of packed rows; both make the same ones. dali works on the GPU where there is one."""
+    prefetch: PositiveInt = 2
+    """Steps prepared ahead of the one in training."""
+    cache: str = "~/.cache/detour/shards"
+    """Local directory for remote shards."""
+    cache_gb: PositiveFloat = 100
+    """Bound of that directory in gigabytes; the shards used longest ago make room."""
+    patience: PositiveInt = 300
+    """Seconds of retries without a byte from a remote store before the run is given up."""
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"sources need different names, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_share(self) -> Self:
+        upsampled = [source.upsample is not None for source in self.sources]
+        if any(upsampled) and (not all(upsampled) or any(source.weight for source in self.sources)):
+            raise ValueError(
+                "give every source a weight, or every source upsample, not some the one and some the other"
+            )
         return self
 
 
@@ -217,6 +279,8 @@ class Cluster(Section):
     """auto: one worker a GPU; without GPUs, the tensor x pipeline size."""
     start_timeout: PositiveInt = 120
     """Seconds to wait for the nodes before giving up."""
+    hang_timeout: PositiveInt = 600
+    """Seconds without a completed step before the workers count as hung and are started again."""
     max_failures: int = Field(default=3, ge=0)
     """Worker failures survived before the run is given up."""
 

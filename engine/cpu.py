@@ -65,6 +65,10 @@ class FusedAdam(torch.optim.Optimizer):
             raise ValueError("only AdamW with bias correction, outside CUDA graphs")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
+        """Moments of zero; the second argument is Transformer Engine's and means nothing here."""
+        self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         for group in self.param_groups:
@@ -73,8 +77,8 @@ class FusedAdam(torch.optim.Optimizer):
             if not params:
                 continue
             for param in params:
-                if "exp_avg" not in self.state[param]:
-                    self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
+                if not self.state[param]:
+                    self.initialize_state(param, store_param_remainders=False)
             torch._fused_adamw_(
                 params,
                 [param.grad for param in params],
@@ -108,6 +112,18 @@ class _Stream:
 
 def _import_megatron() -> None:
     """Load what training uses, so that the views reach all of it; 0.19 imports its checkpoint strategies lazily."""
+    compile_, torch.compile = torch.compile, _identity  # its decorators would load Inductor: seconds, for no use here
+    try:
+        _load_modules()
+    finally:
+        torch.compile = compile_
+
+
+def _identity(function: Any = None, **_: Any) -> Any:
+    return _identity if function is None else function
+
+
+def _load_modules() -> None:
     for name in ("distributed", "optimizer", "pipeline_parallel", "models.gpt.gpt_model", "timers"):
         importlib.import_module(f"megatron.core.{name}")
     checkpointing = importlib.import_module("megatron.core.dist_checkpointing")
@@ -204,8 +220,8 @@ def _patch_gradient_norm() -> None:
     def l2_norm(
         chunk: int, overflow: Any, lists: list[list[torch.Tensor]], per_tensor: bool
     ) -> tuple[torch.Tensor, None]:
-        # Megatron's fallback adds the squares up in fp32: over millions of them the norm is off by 1e-4, and differently
-        # so in every layout.
+        # Megatron's fallback adds the squares up in fp32: over millions of them the norm is off by 1e-4, and by another
+        # 1e-4 in another layout.
         squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for tensors in lists for t in tensors]
         return torch.stack(squares).sum().sqrt().float()[None], None
 

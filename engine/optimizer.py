@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -27,7 +27,13 @@ def build_optimizer(models: list[Any], settings: Optimizer, dtype: torch.dtype) 
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, models)
+    optimizer = get_megatron_optimizer(config, models)
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                # Left to its first gradient, a parameter frozen from the start would have no moments to save.
+                part.optimizer.initialize_state(parameter, store_param_remainders=False)
+    return optimizer
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float, settings: Optimizer) -> None:
@@ -53,7 +59,7 @@ class FrozenLayers:
         self._models = models
         self._optimizer = optimizer
         self._frozen: list[torch.nn.Parameter] = []
-        for part in self._parts():
+        for part in _parts(optimizer):
             part.optimizer.register_step_pre_hook(self._drop_gradients)
 
     def freeze(self, layers: Collection[int]) -> None:
@@ -74,11 +80,14 @@ class FrozenLayers:
     def _drop_gradients(self, inner: torch.optim.Optimizer, *_: Any) -> None:
         """Adam skips a parameter without a gradient; with a zero one it would still decay its moments."""
         frozen = set(self._frozen)
-        for part in self._parts():
+        for part in _parts(self._optimizer):
             if part.optimizer is inner:
                 for parameter, (group, place) in part.model_param_group_index_map.items():
                     if parameter in frozen:
                         inner.param_groups[group]["params"][place].grad = None
 
-    def _parts(self) -> Iterator[Any]:
-        yield from getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Megatron chains its optimizers, of which a dense model has one."""
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts

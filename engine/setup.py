@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from datapipe.loader import Loader
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.module import Float16Module
@@ -17,10 +16,11 @@ from transformers import ModernBertConfig
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+from datapipe.loader import Loader
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine import device
-from engine.modernbert.config import CONFIG_FILE, resolve_architecture
+from engine.modernbert.config import CONFIG_FILE, parameter_count, resolve_architecture
 from engine.modernbert.convert import huggingface_weights, load_weights, random_weights
 from engine.modernbert.model import ModernBert, transformer_config
 from engine.optimizer import FrozenLayers, build_optimizer
@@ -135,13 +135,6 @@ def build_model(architecture: ModernBertConfig, layout: Layout, precision: Preci
     wrapped = DistributedDataParallel(config, settings, inner)
     config.finalize_model_grads_func = finalize_model_grads
     return model, wrapped
-
-
-def parameter_count(architecture: ModernBertConfig) -> int:
-    """Parameters of the whole model, the tied decoder counted once."""
-    hidden, inner = architecture.hidden_size, architecture.intermediate_size
-    layers = architecture.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * inner + 2 * hidden) - hidden
-    return layers + architecture.vocab_size * (hidden + 1) + hidden * hidden + 3 * hidden
 
 
 def _restore(

@@ -85,7 +85,7 @@ class _Clock:
         return time.perf_counter() - self.started
 
 
-def _timed(batches: Generator[StepData, None, None]) -> Generator[tuple[StepData, _Clock], None, None]:
+def _timed(batches: Generator[StepData]) -> Generator[tuple[StepData, _Clock]]:
     started = time.perf_counter()
     for batch in batches:
         yield batch, _Clock(started, time.perf_counter() - started)

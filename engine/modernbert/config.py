@@ -20,6 +20,10 @@ SIZES: dict[str, dict[str, int]] = {
 CONFIG_FILE = "detour.json"
 """Inside a Detour checkpoint: everything that is not a tensor."""
 
+VOCABULARY_MULTIPLE = 128
+"""The vocabulary is padded to this multiple, whatever the tensor-parallel size: a checkpoint fits all of them, and each
+of up to 8 slices suits FP8. The added entries take no part in the loss and are dropped at export."""
+
 
 def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig:
     """The model a run trains, from `model.size`, a Hugging Face directory or hub id, or a checkpoint, plus overrides.
@@ -81,6 +85,17 @@ def local_model(init: str) -> Path:
         raise InputError(f"model.init: {init} is no directory here and cannot be had from the hub: {reason}") from None
 
 
+def padded_vocabulary(size: int) -> int:
+    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def parameter_count(architecture: ModernBertConfig) -> int:
+    """Parameters of the whole model, the tied decoder counted once."""
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    layers = architecture.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * inner + 2 * hidden) - hidden
+    return layers + architecture.vocab_size * (hidden + 1) + hidden * hidden + 3 * hidden
+
+
 def _checked(config: ModernBertConfig, tokenizer: Tokenizer) -> ModernBertConfig:
     def refuse(key: str, why: str) -> None:
         raise InputError(f"model.{key}: {why}")
@@ -93,6 +108,8 @@ def _checked(config: ModernBertConfig, tokenizer: Tokenizer) -> ModernBertConfig
             refuse(key, "dropout is not supported: ModernBERT is trained without it; set it to 0")
     if config.hidden_activation != "gelu":
         refuse("hidden_activation", f"only 'gelu' is supported, got {config.hidden_activation!r}")
+    if config.classifier_activation not in ("gelu", "silu", "relu"):
+        refuse("classifier_activation", f"the head knows gelu, silu and relu, got {config.classifier_activation!r}")
     if not (config.decoder_bias and config.tie_word_embeddings):
         refuse("decoder_bias, tie_word_embeddings", "only a tied decoder with a bias is supported; set both")
     if config.hidden_size % config.num_attention_heads or (config.hidden_size // config.num_attention_heads) % 2:

@@ -7,17 +7,18 @@ import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from safetensors import safe_open
 from torch import Tensor
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
-from engine.modernbert.config import local_model
-from engine.modernbert.model import ModernBert, padded_vocabulary
+from engine.modernbert.config import local_model, padded_vocabulary
+
+if TYPE_CHECKING:
+    from engine.modernbert.model import ModernBert
 
 WeightSource = Callable[[str], Tensor]
 """Hugging Face parameter name -> the whole tensor."""
@@ -107,6 +108,8 @@ def load_weights(model: ModernBert, source: WeightSource) -> None:
 
 def global_name(model: ModernBert, name: str) -> str:
     """A parameter's name with the layer counted over the whole model instead of this pipeline stage."""
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
     if not name.startswith("decoder.layers."):
         return name
     _, _, layer, rest = name.split(".", 3)

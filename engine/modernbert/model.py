@@ -17,19 +17,14 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import ModernBertConfig
-from transformers.activations import ACT2FN
 
 from engine.modernbert.attention import PackedDocuments
+from engine.modernbert.config import padded_vocabulary
 from engine.modernbert.head import linear_cross_entropy
 from engine.modernbert.layers import LayerNorm, block_spec
 
-VOCABULARY_MULTIPLE = 128
-"""The vocabulary is padded to this multiple, whatever the tensor-parallel size: a checkpoint fits all of them, and each
-of up to 8 slices suits FP8. The added entries take no part in the loss and are dropped at export."""
-
-
-def padded_vocabulary(size: int) -> int:
-    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+"""Of the prediction head, by Hugging Face's names."""
 
 
 class PredictionHead(MegatronModule):
@@ -37,7 +32,7 @@ class PredictionHead(MegatronModule):
 
     def __init__(self, config: TransformerConfig, architecture: ModernBertConfig) -> None:
         super().__init__(config=config)
-        self.activation = ACT2FN[architecture.classifier_activation]  # upstream's MLM head takes the classifier's
+        self.activation = ACTIVATIONS[architecture.classifier_activation]  # upstream's MLM head takes the classifier's
         self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, bias=False, dtype=config.params_dtype)
         self.norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
         # The head sees all tokens on every rank, so its gradient is whole already.
@@ -188,8 +183,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # `engine.modernbert.convert` fills in the weights, so that any layout starts equal; Megatron's own initialisation
-        # must still run, because it marks the weights that tensor parallelism splits (the gradient norm relies on it).
+        # `engine.modernbert.convert` fills in the weights, so that any layout starts equal. Megatron's initialisation
+        # must run all the same: it marks the weights that tensor parallelism splits, which the gradient norm needs.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,

@@ -56,6 +56,17 @@ def _rank(rank: int, size: int, store: Path, results: Any, function: Callable[..
         results.put((rank, None, result))
 
 
+def stored(directory: Path, step: int) -> dict[str, Any]:
+    """Every tensor of a run's checkpoint: weights, and Adam's moments under `optimizer.state.*`."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from engine.checkpoint import read_tensors, step_directory, verify
+
+    path = step_directory(directory / "checkpoints", step)
+    verify(path)
+    return read_tensors(path, list(FileSystemReader(path).read_metadata().state_dict_metadata))
+
+
 def train(config: RunConfig, directory: Path, stop_after: int | None = None) -> Any:
     """On a rank: the real trainer; stops after so many calls of its stop function, which is asked once a step."""
     from engine.trainer import train as real

@@ -1,0 +1,137 @@
+"""Hugging Face -> checkpoint -> Hugging Face gives every bit back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+from datapipe.tokenizer import load_tokenizer
+from engine.checkpoint import step_directory
+from engine.export import export_hf
+from tests.engine.world import run_world, stored, toy_config, train
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face model whose vocabulary needs padding here, in fp32, old configuration style."""
+    folder = tmp_path_factory.mktemp("hf")
+    torch.manual_seed(3)
+    model = ModernBertForMaskedLM(ModernBertConfig(vocab_size=50371, **SHAPE))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"global_rope_theta": 80000.0, "local_rope_theta": 10000.0, "global_attn_every_n_layers": 3}
+    for key in ("rope_parameters", "layer_types"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_untrained(config: RunConfig, directory: Path) -> None:
+    """On a rank: load `model.init` in the configured layout and save it as it is."""
+    from engine import checkpoint
+    from engine.setup import open_trainer
+
+    trainer = open_trainer(config, directory)
+    meta = {"step": 0, "architecture": trainer.architecture.to_dict()}
+    checkpoint.save(step_directory(trainer.checkpoints, 0), trainer.model, trainer.optimizer, meta)
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("workers", "parallel"),
+    [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "pipeline": 2})],
+    ids=["tp1-pp1", "tp2", "pp2", "tp2-pp2"],
+)
+def test_round_trip(workers: int, parallel: dict[str, Any], hf_model: Path, shards: Path, tmp_path: Path) -> None:
+    config = toy_config(shards, parallel=parallel)
+    tree = config.model_dump(mode="json", exclude_none=True) | {"model": {"init": str(hf_model)}}
+    run_world(workers, save_untrained, RunConfig.model_validate(tree), tmp_path)
+    out = tmp_path / "hf"
+    export_hf(step_directory(tmp_path / "checkpoints", 0), out, load_tokenizer(config.tokenizer))
+    before = ModernBertForMaskedLM.from_pretrained(hf_model)
+    after = AutoModelForMaskedLM.from_pretrained(out)
+    assert after.config.rope_parameters["full_attention"]["rope_theta"] == 80000.0
+    expected = before.state_dict()
+    assert after.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in after.state_dict().items())
+
+
+def test_the_export_is_the_trained_model(shards: Path, alone_run: Path, tmp_path: Path) -> None:
+    """It loads with transformers alone, and its loss on the next batch is the one the trainer reports for it."""
+    from datapipe.batch import IGNORE
+    from datapipe.loader import Loader
+    from engine.checkpoint import describe
+    from engine.objectives import objective_of
+    from monitoring.log import read_metrics
+
+    config = toy_config(shards)
+    newest = step_directory(alone_run / "checkpoints", 3)
+    tokenizer = load_tokenizer(config.tokenizer)
+    export_hf(newest, tmp_path, tokenizer)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    targets = objective_of(config.phases[1], tokenizer, config.data.seed).targets()
+    loader = Loader(config.data, config.batch.sequences, tokenizer, 0, 1)
+    (batch,) = loader.steps(targets, config.batch.sequences, 3, 4, describe(newest)["data"])
+    total, paying = 0.0, 0
+    (micro,) = batch.micro_batches
+    bounds = list(micro.cu_seqlens)
+    with torch.no_grad():
+        for start, end in pairwise(bounds):
+            logits = model(torch.from_numpy(micro.inputs[None, start:end])).logits[0]
+            labels = torch.from_numpy(micro.labels[start:end])
+            total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
+            paying += int((labels != IGNORE).sum())
+    assert total / paying == pytest.approx(read_metrics(alone_run)[3]["loss"], rel=1e-5)
+    tokenizer_files = AutoTokenizer.from_pretrained(tmp_path)
+    filled = tokenizer_files("The patient has a [MASK].", return_tensors="pt")
+    assert tokenizer_files.mask_token_id in filled["input_ids"]
+    assert model(**filled).logits.shape[-1] == model.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model_type": "bert"}, "is a model of type 'bert'"),
+        (None, "neither config.json nor detour.json"),
+        ({"model_type": "modernbert", **SHAPE, "vocab_size": 50368}, "holds no model.safetensors"),
+        ({"model_type": "modernbert", **SHAPE, "vocab_size": 100}, "model.vocab_size: 100 entries, but tokenizer"),
+    ],
+)
+def test_a_directory_that_cannot_be_imported(content: Any, message: str, tmp_path: Path) -> None:
+    from configs.schema import Model
+    from engine.modernbert.config import resolve_architecture
+    from engine.modernbert.convert import huggingface_weights
+
+    if content is not None:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        architecture = resolve_architecture(Model(init=str(tmp_path)), load_tokenizer("package://tokenizer/modernbert"))
+        huggingface_weights(str(tmp_path), architecture, 0)
+
+
+def test_import_writes_a_step_0_checkpoint(hf_model: Path, shards: Path, tmp_path: Path) -> None:
+    """`detour import`, then a run that starts from it, trains as one that starts from the Hugging Face directory."""
+    imported = tmp_path / "imported"
+    code = "import sys, pathlib, engine.export as e; e.import_hf(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(hf_model), str(imported)], check=True, timeout=120)
+    results = []
+    for init, directory in ((hf_model, tmp_path / "a"), (imported, tmp_path / "b")):
+        tree = toy_config(shards).model_dump(mode="json", exclude_none=True) | {"model": {"init": str(init)}}
+        run_world(1, train, RunConfig.model_validate(tree), directory, 1)
+        results.append(stored(directory, 1))
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())

@@ -1,0 +1,115 @@
+"""A stopped run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import InputError
+from engine.checkpoint import describe, latest_valid, prune, step_directory
+from monitoring.log import read_events, read_metrics
+from tests.engine.world import run_world, stored, toy_config, train
+
+TRAINED = ("step", "phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "packing_ratio")
+
+
+def trained(directory: Path) -> list[dict[str, Any]]:
+    """What the log says of the training itself, without the clock's part."""
+    return [{key: line[key] for key in TRAINED} for line in read_metrics(directory)]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
+def test_stopped_and_run_again_is_bit_identical(stop_after: int, shards: Path, alone_run: Path, tmp_path: Path) -> None:
+    config = toy_config(shards)
+    (first,) = run_world(1, train, config, tmp_path, stop_after)
+    assert (first.step, first.finished, first.reason) == (stop_after, False, "test")
+    (second,) = run_world(1, train, config, tmp_path)
+    assert (second.step, second.finished) == (5, True)
+    assert trained(tmp_path) == trained(alone_run)
+    final, expected = stored(tmp_path, 5), stored(alone_run, 5)
+    assert final.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2)])
+def test_resumed_at_another_data_parallel_size(
+    before: int, after: int, shards: Path, alone_run: Path, tmp_path: Path
+) -> None:
+    run_world(before, train, toy_config(shards), tmp_path, 2)
+    run_world(after, train, toy_config(shards), tmp_path)
+    for found, expected in zip(trained(tmp_path), trained(alone_run), strict=True):
+        assert found == {
+            **expected,
+            "loss": pytest.approx(expected["loss"], rel=1e-5),
+            "grad_norm": pytest.approx(expected["grad_norm"], rel=1e-5),
+        }
+    final, expected_state = stored(tmp_path, 5), stored(alone_run, 5)
+    assert all((tensor - expected_state[name]).abs().max() <= 1e-5 for name, tensor in final.items())
+
+
+def test_saved_at_tp2_pp2_goes_on_alone(shards: Path, alone_run: Path, tmp_path: Path) -> None:
+    run_world(4, train, toy_config(shards, parallel={"tensor": 2, "pipeline": 2}), tmp_path, 2)
+    run_world(1, train, toy_config(shards), tmp_path)
+    final, expected = stored(tmp_path, 5), stored(alone_run, 5)
+    assert all((tensor - expected[name]).abs().max() <= 1e-5 for name, tensor in final.items())
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(shards: Path, alone_run: Path, tmp_path: Path) -> None:
+    config = toy_config(shards, checkpoint={"every": "1 steps", "keep": 5})
+    run_world(1, train, config, tmp_path, 4)
+    newest, older = (step_directory(tmp_path / "checkpoints", step) for step in (4, 3))
+    victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    found, damaged = latest_valid(tmp_path / "checkpoints")
+    assert found == older
+    assert len(damaged) == 1 and str(victim) in damaged[0]
+    run_world(1, train, config, tmp_path)
+    assert trained(tmp_path) == trained(alone_run)
+    assert any(victim.name in event.get("reason", "") for event in read_events(tmp_path))
+
+
+def test_a_checkpoint_of_another_model_size_is_refused(shards: Path, alone_run: Path) -> None:
+    wider = toy_config(shards, model={"hidden_size": 64})
+    with pytest.raises(AssertionError, match=r"holds a model of another size \(hidden_size 32 -> 64"):
+        run_world(1, train, wider, alone_run)
+
+
+def test_an_index_that_names_code_is_not_loaded(alone_run: Path, tmp_path: Path) -> None:
+    import hashlib
+    import json
+    import pickle
+    import shutil
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (exec, ("open('/tmp/detour-owned', 'w')",))
+
+    checkpoint = tmp_path / "checkpoints" / "step-00000005"
+    shutil.copytree(step_directory(alone_run / "checkpoints", 5), checkpoint)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
+    meta = describe(checkpoint)
+    content = (checkpoint / ".metadata").read_bytes()
+    meta["files"][".metadata"] = (len(content), hashlib.sha256(content).hexdigest())
+    (checkpoint / "detour.json").write_text(json.dumps(meta))
+    found, damaged = latest_valid(tmp_path / "checkpoints")
+    assert found is None
+    assert "builtins.exec" in damaged[0] and "not trusted" in damaged[0]
+    assert not Path("/tmp/detour-owned").exists()
+
+
+def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        step_directory(tmp_path, step).mkdir()
+    (tmp_path / ".step-00000005.partial").mkdir()
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path} is not a Detour checkpoint"):
+        describe(tmp_path)

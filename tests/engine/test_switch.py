@@ -1,0 +1,65 @@
+"""What the objective switch and freezing leave untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import RunConfig
+from tests.engine.world import run_world, stored, toy_config, train
+
+
+def train_and_watch(config: RunConfig, directory: Path) -> list[tuple[str, int, dict[str, torch.Tensor]]]:
+    """Train, and keep Adam's moments as they are before and after every optimizer step of this rank."""
+    from engine import trainer as module
+
+    seen: list[tuple[str, int, dict[str, torch.Tensor]]] = []
+    adams: list[Any] = []
+    original = module.set_learning_rate
+
+    def after(inner: Any, *_: Any) -> None:
+        seen.append(("after", inner.param_groups[0]["step"], moments()))
+
+    def moments() -> dict[str, torch.Tensor]:
+        states = [state for adam in adams for state in adam.state.values()]
+        return {f"{i}.{k}": v.clone() for i, state in enumerate(states) for k, v in state.items()}
+
+    def watched(optimizer: Any, *args: Any) -> None:
+        original(optimizer, *args)
+        if not adams:
+            adams.extend(part.optimizer for part in optimizer.chained_optimizers)
+            for adam in adams:
+                adam.register_step_post_hook(after)
+        seen.append(("before", adams[0].param_groups[0].get("step", 0), moments()))
+
+    module.set_learning_rate = watched  # type: ignore[assignment]
+    train(config, directory)
+    return seen
+
+
+def test_moments_cross_the_switch_untouched(shards: Path, tmp_path: Path) -> None:
+    (seen,) = run_world(1, train_and_watch, toy_config(shards), tmp_path)
+    after_clm = next(state for when, step, state in seen if (when, step) == ("after", 3))
+    before_mlm = next(state for when, step, state in seen if (when, step) == ("before", 3))
+    assert after_clm.keys() == before_mlm.keys() and after_clm
+    assert all(torch.equal(tensor, before_mlm[name]) for name, tensor in after_clm.items())
+    assert [step for when, step, _ in seen if when == "after"] == [1, 2, 3, 4, 5], "Adam's step count never restarts"
+    after_mlm = next(state for when, step, state in seen if (when, step) == ("after", 4))
+    assert not all(torch.equal(tensor, after_mlm[name]) for name, tensor in before_mlm.items())
+
+
+def test_frozen_layers_stand_still(shards: Path, tmp_path: Path) -> None:
+    phases = [
+        {"objective": "clm", "steps": 2},
+        {"objective": "clm", "steps": 2, "freeze": [0, 2]},
+        {"objective": "mlm", "steps": 1},
+    ]
+    run_world(2, train, toy_config(shards, phases=phases), tmp_path)
+    start, frozen, thawed = (stored(tmp_path, step) for step in (2, 4, 5))
+    inside = [name for name in start if "layers.0." in name or "layers.2." in name]
+    assert len(inside) == 5 * 4 + 6 * 4, "five tensors in the first layer, six in the other, each with Adam's three"
+    assert all(torch.equal(frozen[name], start[name]) for name in inside)
+    assert not any(torch.equal(frozen[name], start[name]) for name in start if name not in inside)
+    assert not any(torch.equal(thawed[name], frozen[name]) for name in inside)
