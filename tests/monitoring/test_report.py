@@ -1,0 +1,123 @@
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import InputError
+from monitoring.charts import Line, line_chart, smoothed, ticks
+from monitoring.log import METRICS, append_event
+from monitoring.report import write_report
+from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
+
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest and collects what a page would load and say."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.count: dict[str, int] = {}
+        self.said = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.loaded += [f"{key}={value}" for key, value in attrs if key in ("src", "href", "xlink:href", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+
+
+def read(directory: Path) -> Page:
+    text = write_report(directory).read_text(encoding="utf-8")
+    assert "url(" not in text
+    assert "@import" not in text
+    page = Page(text)
+    assert page.loaded == []
+    return page
+
+
+def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path) -> None:
+    config = make_config()
+    append_event(tmp_path, "started")
+    recorder = make_recorder(tmp_path, config)
+    recorder.phase_started(0, "clm", 0)
+    drive(recorder, config, range(1, 21))
+    recorder.phase_started(1, "mlm", 20)
+    recorder.checkpoint_saved(20, 0.5, tmp_path / "checkpoints" / "step-00000020")
+    append_event(tmp_path, "worker_failed", step=24, reason="<b>killed</b>")
+    drive(recorder, config, range(21, 31))
+    recorder.close()
+    append_event(tmp_path, "finished", step=30)
+    page = read(tmp_path)
+    for text in ("Finished", "CLM loss", "MLM loss", "checkpoint at step 20", "MLM from step 21", "<b>killed</b>"):
+        assert text in page.said, text
+    assert page.count["svg"] == 7
+    assert "nan" not in page.said.lower()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_young_run_has_a_report_too(tmp_path: Path, steps: int) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, steps + 1))
+    recorder.close()
+    page = read(tmp_path)
+    assert "Not started" in page.said
+    assert ("Nothing logged yet." in page.said) == (steps < 4)
+
+
+def test_losses_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
+    config = make_config(monitoring={"every": "1 steps"})
+    recorder = make_recorder(tmp_path, config)
+    for step in range(1, 21):
+        recorder.step(make_record(config, step, loss=math.nan if step in (1, 7, 20) else 3.0))
+    recorder.close()
+    assert "nan" not in read(tmp_path).said.lower()
+
+
+def test_a_directory_that_is_no_run_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / METRICS).touch()
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        write_report(tmp_path)
+
+
+@given(st.floats(-1e9, 1e9), st.floats(0, 1e9), st.integers(2, 12))
+def test_ticks_are_evenly_spaced_and_enclose(low: float, width: float, count: int) -> None:
+    marks = ticks(low, low + width, count)
+    slack = 1e-6 * max(abs(low), width, 1e-9)
+    assert marks[0] <= low + slack
+    assert marks[-1] >= low + width - slack
+    assert 2 <= len(marks) <= 2 * count + 3
+
+
+def test_thinning_keeps_the_peak() -> None:
+    points = [(float(x), 1.0) for x in range(50_000)]
+    points[31_337] = (31_337.0, 9.0)
+    drawn = line_chart("loss", [Line("loss", points, "clm")], number=str)
+    assert len(drawn) < 40_000
+    top = min(float(pair.split(",")[1]) for pair in drawn.split('points="')[1].split('"')[0].split())
+    whole = line_chart("loss", [Line("loss", points[31_330:31_340], "clm")], number=str)
+    assert top == min(float(pair.split(",")[1]) for pair in whole.split('points="')[1].split('"')[0].split())
+
+
+def test_smoothing_keeps_a_constant_and_follows_a_level() -> None:
+    assert [y for _, y in smoothed([(float(x), 2.0) for x in range(100)])] == pytest.approx([2.0] * 100)
+    stepped = smoothed([(float(x), 0.0 if x < 500 else 1.0) for x in range(1000)])
+    assert stepped[499][1] == 0
+    assert stepped[-1][1] > 0.99
