@@ -121,6 +121,11 @@ class Evaluation(Section):
             raise ValueError(f"the interval is a number of steps or tokens such as '500 steps', got '{value}'")
         return value
 
+    @property
+    def source(self) -> Source:
+        """The set as a source that is read once."""
+        return Source(name="evaluation", shards=self.shards, text=self.text, epochs=1)
+
 
 class Data(Section):
     """What a step trains on: a pure function of this section, the sources' contents and the step."""

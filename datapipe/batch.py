@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,16 @@ class MicroBatch:
     """Real tokens, padding not counted."""
 
 
+class Drawn(NamedTuple):
+    """Documents of one source that entered the streams."""
+
+    tokens: int
+    """Special tokens included."""
+    documents: int
+    skipped: int
+    """Damaged documents left out (`on_error: skip`)."""
+
+
 @dataclass(frozen=True)
 class StepData:
     """One data-parallel rank's share of a global batch."""
@@ -51,3 +61,5 @@ class StepData:
     """JSON: where each of this rank's streams stands after this batch, by stream. The union over ranks is whole."""
     epochs: dict[str, int]
     """Epoch (from 0) each source has reached on this rank's streams."""
+    drawn: dict[str, Drawn] = field(default_factory=dict)
+    """What was taken from each source since the run's first step, on this rank's streams."""

@@ -5,24 +5,23 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 
 from configs.errors import InputError
 from configs.schema import Data
-from datapipe.batch import MicroBatch, PackedSequence, StepData
+from datapipe.batch import Drawn, MicroBatch, PackedSequence, StepData
 from datapipe.packing import BUFFER
 from datapipe.source import Source, SourceSummary
 from datapipe.stream import Stream
 from datapipe.targets import Targets
 from datapipe.tokenizer import Tokenizer
 
-PREFETCH = 2
-"""Steps prepared ahead of the one in training."""
 SCAN_BYTES = 256 * 2**20
-"""Sources up to this size are read whole when a run starts."""
+"""Local sources up to this size are read whole when a run starts."""
 
 
 class Loader:
@@ -40,111 +39,101 @@ class Loader:
         self._tokenizer = tokenizer
         self._streams = range(rank, data.streams, size)
         self._rows = batch_sequences // data.streams
-        self._fingerprints = {source.name: _fingerprint(data, source) for source in self._sources()}
 
     def steps(
         self, targets: Targets, micro: int, first: int, last: int, state: dict[str, Any] | None
     ) -> Iterator[StepData]:
         """Batches of the 0-based steps first..last-1, prepared ahead in a thread that ends with the generator.
 
-        `micro` rows make a micro-batch and divide the rows of a rank. `state` is the `state` of step
-        first-1, united over the ranks whatever their number was then; None starts from the beginning. Raises InputError for
-        a state of other data, and for documents that cannot be read.
+        `micro` rows make a micro-batch and divide the rows of a rank. `state` is the `state` of step first-1, united
+        over the ranks whatever their number was then; None starts from the beginning. Raises InputError for a state of
+        other data, documents that cannot be read, and the end of the data.
         """
         if len(self._streams) * self._rows % micro:
             raise InputError(f"batch.micro: {micro} must divide the {len(self._streams) * self._rows} rows of a rank")
-        ready: queue.Queue[StepData | BaseException | None] = queue.Queue(PREFETCH)
-        stop = threading.Event()
-
-        def put(item: StepData | BaseException | None) -> bool:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def prepare() -> None:
-            try:
-                for step in self._prepare(targets, micro, first, last, state):
-                    if not put(step):
-                        return
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=prepare, name="detour-data", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
+        return _ahead(self._prepare(targets, micro, first, last, state), self._data.prefetch)
 
     def _prepare(
         self, targets: Targets, micro: int, first: int, last: int, state: dict[str, Any] | None
     ) -> Iterator[StepData]:
-        data, sources = self._data, self._sources()
+        data, sources = self._data, [Source(source, self._data, self._tokenizer) for source in self._data.sources]
+        prints = {source.name: _fingerprint(data, source) for source in sources}
         streams = {
             number: Stream(sources, data.streams, number, data.seed, data.sequence_length, self._tokenizer.pad_id)
             for number in self._streams
         }
-        if state is not None:
-            for number, stream in streams.items():
-                stream.restore(self._checked(state, number))
-        for step in range(first, last):
-            rows = [stream.next_row() for stream in streams.values() for _ in range(self._rows)]
-            yield StepData(
-                step=step,
-                micro_batches=tuple(_micro_batch(rows[i : i + micro], targets) for i in range(0, len(rows), micro)),
-                state={str(number): {"data": self._fingerprints, **s.state()} for number, s in streams.items()},
-                epochs={
-                    source.name: max(stream.mixture.cursors[i].epoch for stream in streams.values())
-                    for i, source in enumerate(sources)
-                },
-            )
+        try:
+            if state is not None:
+                for number, stream in streams.items():
+                    stream.restore(_checked(state, number, prints))
+            for step in range(first, last):
+                rows = [self._row(stream, step) for stream in streams.values() for _ in range(self._rows)]
+                yield StepData(
+                    step=step,
+                    micro_batches=tuple(micro_batch(rows[i : i + micro], targets) for i in range(0, len(rows), micro)),
+                    state={str(number): {"data": prints, **stream.state()} for number, stream in streams.items()},
+                    **_progress(sources, list(streams.values())),
+                )
+        finally:
+            for source in sources:
+                source.close()
 
-    def _sources(self) -> list[Source]:
-        return [Source(source, self._tokenizer) for source in self._data.sources]
-
-    def _checked(self, state: dict[str, Any], stream: int) -> dict[str, Any]:
-        """The state of one stream, provided that it is of this data."""
-        found = state.get(str(stream))
-        if found is None:
-            raise InputError(f"data.streams: the checkpoint holds no stream {stream} of {self._data.streams}")
-        changed = {
-            k for k in found["data"].keys() | self._fingerprints if found["data"].get(k) != self._fingerprints.get(k)
-        }
-        if changed:
+    def _row(self, stream: Stream, step: int) -> PackedSequence:
+        row = stream.next_row()
+        if row is None:
             raise InputError(
-                f"source {', '.join(sorted(changed))}: its shards, its weight, data.streams, data.seed or data.sequence_length are "
-                "not those of the checkpoint, so the run cannot be continued exactly; restore them or start another run"
+                f"data.sources: all have reached their `epochs` at step {step}, before the phases end; "
+                "shorten the phases, or let a source repeat"
             )
-        return found
+        return row
 
 
 def check_sources(data: Data, tokenizer: Tokenizer, vocab_size: int) -> list[SourceSummary]:
-    """What the sources hold. Raises InputError for a missing, empty or truncated shard, shards of another tokenizer,
-    and ids beyond a model of `vocab_size`."""
-    summaries = []
-    for config in data.sources:
-        source = Source(config, tokenizer)
-        source.check(vocab_size, SCAN_BYTES)
-        summaries.append(source.summary)
-    return summaries
+    """What the sources, and last the evaluation set if there is one, hold.
+
+    Raises InputError for shards of another tokenizer, ids beyond a model of `vocab_size`, and, under `on_error: stop`,
+    for a missing, empty or truncated shard.
+    """
+    sources = [Source(config, data, tokenizer) for config in data.sources]
+    total = sum(source.weight for source in sources)
+    shares = [source.weight / total for source in sources]
+    if data.evaluation is not None:
+        sources.append(Source(data.evaluation.source, data, tokenizer))
+        shares.append(0.0)
+    return [_checked_summary(source, share, vocab_size) for source, share in zip(sources, shares, strict=True)]
 
 
-def _fingerprint(data: Data, source: Source) -> str:
-    """Identity of everything that decides the order of a source's tokens."""
-    settings = (source.fingerprint, source.weight, data.seed, data.sequence_length, data.streams, BUFFER)
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+def _checked_summary(source: Source, share: float, vocab_size: int) -> SourceSummary:
+    with closing(source):
+        problems = source.check(vocab_size, SCAN_BYTES)
+    if problems and not source.skips:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"source {source.name}: {problems[0]}{more}")
+    documents, size = sum(source.documents), sum(shard.bytes for shard in source.shards)
+    return SourceSummary(source.name, len(source.shards), documents, source.tokens, size, share, tuple(problems))
 
 
-def _micro_batch(rows: list[PackedSequence], targets: Targets) -> MicroBatch:
+def evaluation_batches(
+    data: Data, targets: Targets, micro: int, tokenizer: Tokenizer, rank: int, size: int
+) -> list[MicroBatch]:
+    """This rank's share of the evaluation set: the same sequences at every call, and over all ranks at every size.
+
+    Sequences are dealt to the ranks in turn. Every rank gets equally many micro-batches of `micro` rows; rows of
+    padding, which pay no loss, fill them up.
+    """
+    assert data.evaluation is not None
+    with closing(Source(data.evaluation.source, data, tokenizer)) as source:
+        stream = Stream([source], 1, 0, data.seed, data.sequence_length, tokenizer.pad_id)
+        rows = [row for row, _ in zip(iter(stream.next_row, None), range(data.evaluation.sequences), strict=False)]
+    padding = np.full(data.sequence_length, tokenizer.pad_id, np.int32)
+    while len(rows) % (micro * size):
+        rows.append(PackedSequence(padding, (), 0, len(rows)))
+    mine = rows[rank::size]
+    return [micro_batch(mine[i : i + micro], targets) for i in range(0, len(mine), micro)]
+
+
+def micro_batch(rows: Sequence[PackedSequence], targets: Targets) -> MicroBatch:
+    """Rows end to end, with the padding of each as a document of its own."""
     inputs, labels = zip(*(targets(row) for row in rows), strict=True)
     lengths = [0]
     for row in rows:
@@ -156,3 +145,75 @@ def _micro_batch(rows: list[PackedSequence], targets: Targets) -> MicroBatch:
         cu_seqlens=np.cumsum(lengths, dtype=np.int32),
         tokens=sum(sum(row.lengths) for row in rows),
     )
+
+
+def _progress(sources: Sequence[Source], streams: Sequence[Stream]) -> dict[str, Any]:
+    by_source = {source.name: [stream.mixture.cursors[i] for stream in streams] for i, source in enumerate(sources)}
+    return {
+        "epochs": {name: max(cursor.epoch for cursor in cursors) for name, cursors in by_source.items()},
+        "drawn": {
+            name: Drawn(
+                *(sum(counts) for counts in zip(*((c.tokens, c.documents, c.skipped) for c in cursors), strict=True))
+            )
+            for name, cursors in by_source.items()
+        },
+    }
+
+
+def _fingerprint(data: Data, source: Source) -> str:
+    """Identity of everything that decides the order of a source's tokens."""
+    layout = (data.seed, data.sequence_length, data.streams, BUFFER)
+    settings = (source.fingerprint, source.weight, source.epochs, *layout)
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+
+def _checked(state: dict[str, Any], stream: int, prints: dict[str, str]) -> dict[str, Any]:
+    """The state of one stream, provided that it is of this data."""
+    found: dict[str, Any] | None = state.get(str(stream))
+    if found is None:
+        raise InputError(f"data.streams: the checkpoint holds no stream {stream}; set the number it was made with")
+    old = found["data"]
+    changed = sorted(name for name in old.keys() | prints.keys() if old.get(name) != prints.get(name))
+    if changed:
+        raise InputError(
+            f"source {', '.join(changed)}: its shards, weight or epochs, or data.streams, seed or sequence_length are "
+            "not those of the checkpoint, so the run cannot continue exactly; restore them, or start another run"
+        )
+    return found
+
+
+def _ahead(steps: Iterator[StepData], depth: int) -> Iterator[StepData]:
+    """The same steps, `depth` of them made in advance in a thread that ends when the generator is closed."""
+    ready: queue.Queue[StepData | BaseException | None] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: StepData | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def work() -> None:
+        try:
+            for step in steps:
+                put(step)
+                if stop.is_set():
+                    break
+            put(None)
+        except BaseException as error:
+            put(error)
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=work, name="detour-data", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

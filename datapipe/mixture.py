@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +14,12 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from datapipe.order import Segment, permutation, segments
+from datapipe.shards import DamagedError
 from datapipe.source import Source
+
+ENCODE_AHEAD = 64
+"""Documents of raw text that are tokenized at once."""
+_log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -22,7 +30,7 @@ class Document(NamedTuple):
     source: int
     epoch: int
     position: int
-    """Of the stream's documents of the source in that epoch."""
+    """Among the stream's documents of the source in that epoch."""
 
 
 class Cursor:
@@ -31,34 +39,52 @@ class Cursor:
     def __init__(self, source: Source, streams: int, stream: int, seed: int) -> None:
         self.source = source
         self.epoch = self.position = 0
-        self.tokens = self.documents = 0
-        """Drawn so far; special tokens included, empty documents not."""
+        self.tokens = self.documents = self.skipped = 0
+        """Drawn so far, special tokens included and empty documents not; and damaged documents left out."""
         self._share = (streams, stream)
         self._key = (seed, source.name)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
-    def next(self) -> tuple[NDArray[np.int32], int, int]:
-        """The next document that is not empty, its epoch and its position; the source starts over at its end."""
-        barren = 0
-        while True:
-            if self.position >= len(self._plan(self.epoch)):
+    @property
+    def exhausted(self) -> bool:
+        return self.epoch == self.source.epochs
+
+    def next(self) -> tuple[NDArray[np.int32], int, int] | None:
+        """The next document that is not empty, its epoch and its position; None after the source's last epoch."""
+        started = self.epoch
+        while not self.exhausted:
+            plan = self._plan(self.epoch)
+            if self.position >= len(plan):
                 self.epoch, self.position = self.epoch + 1, 0
-                barren += 1
-                if barren > self._share[0]:  # every turn of the rotation was met: all the documents are empty
-                    raise InputError(
-                        f"source {self.source.name}: every document is empty; prepare it from text that has some"
-                    )
+                if self.epoch > started + self._share[0]:  # a stream gets documents once in so many epochs at least
+                    raise InputError(f"source {self.source.name}: every document is empty or damaged; prepare it again")
                 continue
             epoch, position = self.epoch, self.position
+            self._look_ahead(plan, position)
             self.position += 1
-            ids = self.read(epoch, position)
+            try:
+                ids = self.read(epoch, position)
+            except DamagedError as error:
+                if not self.source.skips:
+                    raise
+                self.skipped += 1
+                _log.warning("source %s: skipped: %s", self.source.name, error)
+                continue
             if len(ids):
                 self.tokens += len(ids)
                 self.documents += 1
                 return ids, epoch, position
+        return None
 
     def read(self, epoch: int, position: int) -> NDArray[np.int32]:
         return self.source.wrapped(*self._plan(epoch).locate(position))
+
+    def state(self) -> list[int]:
+        """JSON: epoch, position, tokens, documents, skipped."""
+        return [self.epoch, self.position, self.tokens, self.documents, self.skipped]
+
+    def restore(self, state: Sequence[int]) -> None:
+        self.epoch, self.position, self.tokens, self.documents, self.skipped = state
 
     def _plan(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
@@ -66,6 +92,15 @@ class Cursor:
             if len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
+
+    def _look_ahead(self, plan: _Epoch, position: int) -> None:
+        """Have the next shard fetched, and the next documents of raw text tokenized."""
+        shard = plan.next_shard(position)
+        if shard is not None:
+            self.source.store.ahead(self.source.shards[shard])
+        if self.source.raw and position % ENCODE_AHEAD == 0:
+            end = min(position + ENCODE_AHEAD, len(plan))
+            self.source.encode_ahead([plan.locate(place) for place in range(position, end)])
 
 
 class _Epoch:
@@ -75,44 +110,59 @@ class _Epoch:
         self, documents: Sequence[int], streams: int, stream: int, epoch: int, key: tuple[str | int, ...]
     ) -> None:
         self._segments = segments(documents, streams, stream, epoch, *key)
-        self._ends = np.cumsum([segment.count for segment in self._segments])
+        self._starts = [0, *accumulate(segment.count for segment in self._segments)]
         self._key = (*key, epoch)
         self._orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._segments else 0
+        return self._starts[-1]
 
     def locate(self, position: int) -> tuple[int, int]:
         """Shard and document number."""
-        number = int(np.searchsorted(self._ends, position, side="right"))
+        number = bisect_right(self._starts, position) - 1
         segment = self._segments[number]
-        within = position - int(self._ends[number]) + segment.count
-        return segment.shard, segment.first + int(self._order(number, segment)[within])
+        order = self._orders.get(number)
+        if order is None:
+            order = self._order(number, segment)
+        return segment.shard, segment.first + int(order[position - self._starts[number]])
+
+    def next_shard(self, position: int) -> int | None:
+        """The shard after the one that starts at this position, if one starts here and another follows."""
+        number = bisect_right(self._starts, position)
+        starts = self._starts[number - 1] == position and number < len(self._segments)
+        return self._segments[number].shard if starts else None
 
     def _order(self, number: int, segment: Segment) -> NDArray[np.int64]:
-        if number not in self._orders:
-            self._orders[number] = permutation(segment.count, *self._key, segment.shard, segment.first)
-            if len(self._orders) > 2:
-                self._orders.popitem(last=False)
-        return self._orders[number]
+        order = self._orders[number] = permutation(segment.count, *self._key, segment.shard, segment.first)
+        if len(self._orders) > 2:
+            self._orders.popitem(last=False)
+        return order
 
 
 class Mixture:
     """Draws from the sources so that each keeps its share of the tokens, without a random number: the next document
-    is of the source that is furthest behind."""
+    is of the source that is furthest behind. One that has reached its `epochs` leaves its share to the others."""
 
     def __init__(self, sources: Sequence[Source], streams: int, stream: int, seed: int) -> None:
         self.cursors = [Cursor(source, streams, stream, seed) for source in sources]
 
-    def next(self) -> Document:
-        number = min(range(len(self.cursors)), key=lambda i: self.cursors[i].tokens / self.cursors[i].source.weight)
-        ids, epoch, position = self.cursors[number].next()
-        return Document(ids, number, epoch, position)
+    def next(self) -> Document | None:
+        """None when every source has reached its `epochs`."""
+        while True:
+            best, number = float("inf"), -1
+            for i, cursor in enumerate(self.cursors):
+                if not cursor.exhausted and (progress := cursor.tokens / cursor.source.weight) < best:
+                    best, number = progress, i
+            if number < 0:
+                return None
+            drawn = self.cursors[number].next()
+            if drawn is not None:
+                ids, epoch, position = drawn
+                return Document(ids, number, epoch, position)
 
     def state(self) -> dict[str, list[int]]:
-        """Source -> epoch, position, tokens, documents."""
-        return {c.source.name: [c.epoch, c.position, c.tokens, c.documents] for c in self.cursors}
+        return {cursor.source.name: cursor.state() for cursor in self.cursors}
 
     def restore(self, state: dict[str, Any]) -> None:
-        for c in self.cursors:
-            c.epoch, c.position, c.tokens, c.documents = state[c.source.name]
+        for cursor in self.cursors:
+            cursor.restore(state[cursor.source.name])

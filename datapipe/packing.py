@@ -43,7 +43,9 @@ class Buffer:
         insort(self._lengths, (len(piece.ids), -self._arrivals))
         self._arrivals += 1
 
-    def oldest(self) -> Piece:
+    def oldest(self) -> Piece | None:
+        if not self._pieces:
+            return None
         arrival, piece = next(iter(self._pieces.items()))
         self._lengths.pop(bisect_right(self._lengths, (len(piece.ids), -arrival)) - 1)
         return self._pieces.pop(arrival)

@@ -14,10 +14,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from configs.errors import InputError
 from configs.schema import Data
@@ -30,8 +26,6 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_TEXT = 32 * 2**20
 """Bytes of text in a shard. Small corpora make smaller ones, so that they too are prepared in parallel."""
-LONGEST_TEXT = 2**20
-"""Characters tokenized at once; the tokenizer needs about 100 bytes for each."""
 JOURNAL = "prepare.jsonl"
 """In an unfinished output: the settings, then a line for each finished shard."""
 
@@ -86,7 +80,8 @@ def prepare(
 
 def ensure_prepared(data: Data, tokenizer: Tokenizer, progress: Progress | None = None) -> None:
     """Prepare every source that names its `text` and has no shards yet. Raises InputError."""
-    for source in data.sources:
+    evaluation = [] if data.evaluation is None else [data.evaluation.source]
+    for source in (*data.sources, *evaluation):
         output = local_path(source.shards)
         if source.text and not (output / NAME).exists():
             show = None if progress is None else _prefixed(progress, source.name)
@@ -197,7 +192,9 @@ def _write_shard(texts: list[tuple[str, Text]], path: Path) -> Shard:
         with partial.open("wb") as file:
             for start in range(0, len(texts), 64):
                 batch = texts[start : start + 64]
-                for (origin, text), ids in zip(batch, _encode([text.text for _, text in batch]), strict=True):
+                for (origin, text), ids in zip(
+                    batch, _tokenizer.encode([text.text.decode() for _, text in batch]), strict=True
+                ):
                     if not len(ids):
                         continue
                     key = f"{path.stem}-{documents:06d}"
@@ -218,23 +215,3 @@ def _write_shard(texts: list[tuple[str, Text]], path: Path) -> Shard:
         remedy = "free some space and run the same command again: it continues" if full else "check its permissions"
         raise InputError(f"{path} cannot be written: {error.strerror}; {remedy}") from None
     return Shard(path.name, size + len(TAR_END), documents, tokens, digest.hexdigest())
-
-
-def _encode(texts: list[bytes]) -> list[NDArray[Any]]:
-    """Ids of each text. A text beyond LONGEST_TEXT is cut before a space or newline, where ModernBERT's and other
-    byte-level tokenizers cut as well, so that memory stays bounded."""
-    decoded = [text.decode("utf-8", "replace") for text in texts]
-    if all(len(text) <= LONGEST_TEXT for text in decoded):
-        return _tokenizer.encode(decoded)
-    result = []
-    for text in decoded:
-        parts, start = [], 0
-        while start < len(text):
-            end = start + LONGEST_TEXT
-            if end < len(text):
-                cut = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
-                end = cut if cut > 0 else end
-            parts += _tokenizer.encode([text[start:end]])
-            start = end
-        result.append(np.concatenate(parts) if parts else np.empty(0, _tokenizer.dtype))
-    return result

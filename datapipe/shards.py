@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import tarfile
 import zlib
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,77 +42,104 @@ class ShardReader:
     """Documents of one tar by number, in the order of the tar. Not thread-safe.
 
     Opening reads the tar's headers once; a document is then one `pread`. Members are plain reads rather than a memory
-    map: a file truncated under a map kills the process.
+    map: a file truncated under a map kills the process. Raises InputError for a shard with pickled members.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise DamagedError(f"shard {path}: {error.strerror}") from None
-        members, self._problem = _members(self._file.fileno(), path)
-        spans: list[tuple[int, int, int]] = []  # offset, bytes of the ids, bytes until the end of the metadata
-        seen: set[bytes] = set()
-        for member in members:
-            key, dot, extension = member.name.rpartition(b".ids.npy")
-            if dot and not extension:
-                # A second document of the same key would be a second sample to some readers and an error to others.
-                spans.append((member.offset, -1 if key in seen else member.size, 0))
-                seen.add(key)
-                last = key
-            elif member.name.endswith(PICKLED):
-                raise InputError(
-                    f"shard {path} holds the pickled member {member.name.decode(errors='replace')!r}: "
-                    "reading it could run code, so it is refused; take it out of the shard"
-                )
-            elif spans and member.name == last + b".json" and spans[-1][1] >= 0:
-                spans[-1] = (*spans[-1][:2], member.offset + member.size - spans[-1][0])
-        self._spans = np.array(spans, np.int64).reshape(-1, 3)
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self.name = name
+        self._file = file
+        self.bytes = os.fstat(file.fileno()).st_size
+        members, self.problem = _members(file, name)
+        """Why the tar could not be read to its end, if it could not."""
+        spans, texts = _documents(members, name)
+        self.raw = not spans and bool(texts)
+        """Whether its documents are text rather than ids."""
+        self._spans = np.array(texts if self.raw else spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._spans)
 
-    @property
-    def problem(self) -> str | None:
-        """Why the tar could not be read to its end, if it could not."""
-        return self._problem
-
     def ids(self, document: int) -> NDArray[Any]:
         """uint16 or uint32 [tokens]. Raises DamagedError for a document that is not there, is damaged, or is no 1-D
         array of unsigned integers."""
-        if document >= len(self._spans):
-            raise DamagedError(self._problem or f"shard {self.path} holds {len(self)} documents, not {document + 1}")
-        offset, size, span = self._spans[document].tolist()
-        where = f"shard {self.path}, document {document}"
-        if size < 0:
-            raise DamagedError(f"{where}: its key appears twice")
-        content = os.pread(self._file.fileno(), max(size, span), offset)
-        if len(content) < max(size, span):
-            raise DamagedError(f"{where}: the file ends inside it")
+        content, size = self._read(document)
+        where = f"shard {self.name}, document {document}"
         header = _NPY.match(content)
         if header is None or header.end() + int(header[3]) * int(header[2]) != size:
             array = _any_npy(content[:size], where)
         else:
             array = np.frombuffer(content, f"<u{int(header[2])}", int(header[3]), header.end())
-        checksum = _CRC.search(content, size) if span else None
+        checksum = _CRC.search(content, size) if len(content) > size else None
         if checksum and int(checksum[1]) != zlib.crc32(array.data):
             raise DamagedError(f"{where}: the ids do not match their checksum")
         return array
 
-    def metadata(self, document: int) -> bytes:
-        """The JSON beside the ids; empty if there is none."""
-        offset, size, span = self._spans[document].tolist()
-        start = -(-(offset + size) // BLOCK) * BLOCK + BLOCK
-        return os.pread(self._file.fileno(), offset + span - start, start) if span else b""
+    def text(self, document: int) -> str:
+        """A document of raw text. Raises DamagedError."""
+        content, _ = self._read(document)
+        where = f"shard {self.name}, document {document}"
+        try:
+            text = json.loads(content)["text"] if self._spans[document, 2] else content.decode()
+        except (ValueError, KeyError, TypeError):
+            raise DamagedError(f'{where}: neither UTF-8 text nor JSON with a "text"') from None
+        if not isinstance(text, str):
+            raise DamagedError(f'{where}: "text" is not a string')
+        return text
+
+    def metadata(self, document: int) -> dict[str, Any]:
+        """The JSON beside the ids; empty if there is none. Raises DamagedError."""
+        content, size = self._read(document)
+        start = content.find(b"{", size)
+        metadata: dict[str, Any] = json.loads(content[start:]) if start >= 0 else {}
+        return metadata
 
     def close(self) -> None:
         self._file.close()
 
+    def _read(self, document: int) -> tuple[bytes, int]:
+        """The document's bytes with those of its metadata, and how many are its own."""
+        if document >= len(self._spans):
+            raise DamagedError(self.problem or f"shard {self.name} holds {len(self)} documents, not {document + 1}")
+        offset, size, span = self._spans[document].tolist()
+        if size < 0:
+            raise DamagedError(f"shard {self.name}, document {document}: its key appears twice")
+        content = os.pread(self._file.fileno(), max(size, span), offset)
+        if len(content) < max(size, span):
+            raise DamagedError(f"shard {self.name}, document {document}: the file ends inside it")
+        return content, size
+
+
+Span = tuple[int, int, int]
+"""Offset, bytes (-1: a duplicate), and for ids the bytes until the end of their metadata, for text 1 if it is JSON."""
+
+
+def _documents(members: list[Member], name: str) -> tuple[list[Span], list[Span]]:
+    """Where the documents of ids lie, and where those of raw text do."""
+    spans: list[Span] = []
+    texts: dict[bytes, Span] = {}
+    keys: set[bytes] = set()
+    key = b""
+    for member in members:
+        if member.name.endswith(PICKLED):
+            raise InputError(
+                f"shard {name} holds the pickled member {member.name.decode(errors='replace')!r}: "
+                "reading it could run code, so it is refused; take it out of the shard"
+            )
+        stem, _, extension = member.name.rpartition(b".")
+        if extension == b"npy" and stem.endswith(b".ids"):
+            key = stem.removesuffix(b".ids")
+            # A second document of a key is a second sample to some readers and an error to others.
+            spans.append((member.offset, -1 if key in keys else member.size, 0))
+            keys.add(key)
+        elif extension == b"json" and spans and stem == key:
+            offset, size, _ = spans[-1]
+            spans[-1] = (offset, size, member.offset + member.size - offset if size >= 0 else 0)
+        elif extension == b"txt" or (extension == b"json" and stem not in texts):
+            texts[stem] = (member.offset, member.size, int(extension == b"json"))
+    return spans, list(texts.values())
+
 
 def _any_npy(content: bytes, where: str) -> NDArray[Any]:
-    import io
-
     try:
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # numpy raises ValueError, SyntaxError, TokenError and more on bytes that are no array
@@ -121,44 +149,44 @@ def _any_npy(content: bytes, where: str) -> NDArray[Any]:
     return array.astype(array.dtype.newbyteorder("="))
 
 
-def _members(descriptor: int, path: Path) -> tuple[list[Member], str | None]:
+def _members(file: IO[bytes], name: str) -> tuple[list[Member], str | None]:
     """Regular files of a tar in order, and what stopped the reading early if something did.
 
     Walks the headers itself (a microsecond a member, 30 times less than tarfile) while they are plain ustar, and
     leaves anything else (pax and GNU headers, old formats, damage) to tarfile.
     """
-    size = os.fstat(descriptor).st_size
+    size = os.fstat(file.fileno()).st_size
     if size == 0:
-        return [], f"shard {path} is empty"
+        return [], f"shard {name} is empty"
     members: list[Member] = []
     window, start, position = b"", 0, 0
     while position + BLOCK <= size:
         at = position - start
         if at + BLOCK > len(window):
-            window, start, at = os.pread(descriptor, 1 << 18, position), position, 0
+            window, start, at = os.pread(file.fileno(), 1 << 18, position), position, 0
         header = window[at : at + BLOCK]
         if not any(header):
             return members, None
         if header[257:263] != b"ustar\0" or header[156:157] not in (b"0", b"\0") or header[345:346] != b"\0":
-            return _members_by_tarfile(path)
+            return _members_by_tarfile(file, name)
         try:
             length = int(header[124:135], 8)
         except ValueError:
-            return _members_by_tarfile(path)
+            return _members_by_tarfile(file, name)
         members.append(Member(header[: header.index(b"\0")], position + BLOCK, length))
         position += BLOCK + -(-length // BLOCK) * BLOCK
-    return members, f"shard {path} is truncated: {size:,} bytes end before the tar's end mark"
+    return members, f"shard {name} is truncated: {size:,} bytes end before the tar's end mark"
 
 
-def _members_by_tarfile(path: Path) -> tuple[list[Member], str | None]:
+def _members_by_tarfile(file: IO[bytes], name: str) -> tuple[list[Member], str | None]:
     members = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 if info.isfile():
                     members.append(Member(info.name.encode(errors="surrogateescape"), info.offset_data, info.size))
     except tarfile.TarError as error:
-        return members, f"shard {path} is damaged after {len(members)} files: {error}"
+        return members, f"shard {name} is damaged after {len(members)} files: {error}"
     return members, None
 
 

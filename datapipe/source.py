@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
+from configs.schema import Data
 from configs.schema import Source as SourceConfig
-from datapipe.manifest import NAME, Shard, TokenizerIdentity, read_manifest
-from datapipe.samples import local_path
+from datapipe.manifest import NAME, Shard, TokenizerIdentity
 from datapipe.shards import DamagedError, ShardReader
+from datapipe.store import REMEDY, LocalStore, Store, open_store
 from datapipe.tokenizer import Tokenizer
 
 OPEN_SHARDS = 64
@@ -30,46 +32,69 @@ class SourceSummary:
     shards: int
     documents: int
     tokens: int
-    """Without special tokens."""
+    """Without special tokens; 0 for raw text, which is tokenized only as it is read."""
     bytes: int
+    share: float
+    """Of the training tokens, from 0 to 1."""
+    problems: tuple[str, ...]
+    """What is damaged and will be skipped; always empty under `on_error: stop`."""
 
 
 class Source:
-    """Documents of one corpus by shard and number."""
+    """Documents of one corpus by shard and number. Not thread-safe."""
 
-    def __init__(self, config: SourceConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: SourceConfig, data: Data, tokenizer: Tokenizer) -> None:
         self.name = config.name
-        self.weight = config.weight
+        self.epochs = config.epochs
+        self.skips = data.on_error == "skip"
         self._tokenizer = tokenizer
-        self._directory, self.shards = _locate(config, tokenizer)
+        self.store, self.shards, self.raw = _locate(config, data, tokenizer)
         self.documents = tuple(shard.documents for shard in self.shards)
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self.tokens = sum(shard.tokens for shard in self.shards)
+        if config.upsample is not None and self.raw:
+            raise InputError(
+                f"source {self.name}: upsample needs to know its tokens, and raw text is not counted yet; "
+                "give the sources weights, or prepare the text with `detour prepare`"
+            )
+        self.weight = config.weight or (config.upsample or 0.0) * self.tokens or 1.0
+        """Share of the tokens, relative to the other sources."""
+        self._open: OrderedDict[int, ShardReader | DamagedError] = OrderedDict()
+        self._encoded: dict[tuple[int, int], NDArray[Any]] = {}
 
     @property
     def fingerprint(self) -> str:
         """Changes when the content or the order of the shards does."""
-        content = "\n".join(f"{shard.name} {shard.documents} {shard.sha256}" for shard in self.shards)
+        content = "\n".join(f"{shard.name} {shard.documents} {shard.bytes} {shard.sha256}" for shard in self.shards)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    @property
-    def summary(self) -> SourceSummary:
-        totals = (sum(getattr(shard, key) for shard in self.shards) for key in ("documents", "tokens", "bytes"))
-        return SourceSummary(self.name, len(self.shards), *totals)
-
     def reader(self, shard: int) -> ShardReader:
+        """Raises DamagedError, at every call, for a shard that is not there."""
         reader = self._open.get(shard)
         if reader is None:
-            reader = self._open[shard] = ShardReader(self.path(shard))
+            reader = self._open[shard] = self._opened(shard)
             if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
+                _, oldest = self._open.popitem(last=False)
+                if isinstance(oldest, ShardReader):
+                    oldest.close()
         self._open.move_to_end(shard)
+        if isinstance(reader, DamagedError):
+            raise DamagedError(str(reader))
         return reader
 
-    def path(self, shard: int) -> Path:
-        return self._directory / self.shards[shard].name
+    def _opened(self, shard: int) -> ShardReader | DamagedError:
+        try:
+            return ShardReader(self.store.open(self.shards[shard]), self.path(shard))
+        except DamagedError as error:
+            return error
+
+    def path(self, shard: int) -> str:
+        return f"{self.store.name}/{self.shards[shard].name}"
 
     def ids(self, shard: int, document: int) -> NDArray[Any]:
         """Token ids of a document, every one below the tokenizer's vocabulary size. Raises DamagedError."""
+        if self.raw:
+            encoded = self._encoded.pop((shard, document), None)
+            return self._tokenizer.encode([self.reader(shard).text(document)])[0] if encoded is None else encoded
         ids = self.reader(shard).ids(document)
         if len(ids) and int(ids.max()) >= self._tokenizer.vocab_size:
             raise DamagedError(
@@ -88,60 +113,99 @@ class Source:
         result[1:-1] = ids
         return result
 
-    def check(self, vocab_size: int, scan_bytes: int) -> None:
-        """Every shard is there and whole; ids fit a model of `vocab_size`. Raises InputError.
+    def encode_ahead(self, places: Sequence[tuple[int, int]]) -> None:
+        """Tokenize documents of raw text that will be read next, all at once and so on all cores."""
+        texts = {}
+        for shard, document in places:
+            try:
+                texts[shard, document] = self.reader(shard).text(document)
+            except DamagedError:  # reported when it is read
+                continue
+        self._encoded.update(zip(texts, self._tokenizer.encode(list(texts.values())), strict=True))
 
-        Every document is read where the source has at most `scan_bytes`, otherwise the first of each shard; the rest
-        is checked as it is read in training.
+    def check(self, vocab_size: int, scan_bytes: int) -> list[str]:
+        """Every shard is there and whole, and ids fit a model of `vocab_size`; what is not is named.
+
+        Every document is read where the source is local and has at most `scan_bytes`, otherwise one of each shard, and
+        of a remote source one; the rest is checked as it is read in training.
         """
         if self._tokenizer.vocab_size > vocab_size:
             raise InputError(
                 f"source {self.name}: its tokenizer has ids up to {self._tokenizer.vocab_size - 1}, the model's "
                 f"vocabulary ends at {vocab_size - 1}; set model.vocab_size to {self._tokenizer.vocab_size} or more"
             )
-        whole = self.summary.bytes <= scan_bytes
-        for number, shard in enumerate(self.shards):
-            path = self.path(number)
-            remedy = "copy it again or run `detour prepare` into a new directory"
-            if not path.is_file():
-                raise InputError(f"source {self.name}: shard {path} is missing; {remedy}")
-            if (size := path.stat().st_size) != shard.bytes:
-                kind = "empty" if size == 0 else "truncated" if size < shard.bytes else "not the one of its manifest"
-                raise InputError(
-                    f"source {self.name}: shard {path} is {kind} ({size:,} of {shard.bytes:,} bytes); {remedy}"
-                )
-            reader = self.reader(number)
-            if reader.problem or len(reader) != shard.documents:
-                problem = reader.problem or f"shard {path} holds {len(reader)} documents, not {shard.documents}"
-                raise InputError(f"source {self.name}: {problem}; {remedy}")
-            for document in range(shard.documents if whole else min(1, shard.documents)):
+        local = isinstance(self.store, LocalStore)
+        whole = local and not self.raw and sum(shard.bytes for shard in self.shards) <= scan_bytes
+        problems = []
+        for number in range(len(self.shards) if local else 1):
+            try:
+                problems += self._check_shard(number, whole)
+            except DamagedError as error:
+                problems.append(str(error))
+        return problems
+
+    def _check_shard(self, number: int, whole: bool) -> list[str]:
+        shard, path = self.shards[number], self.path(number)
+        reader = self.reader(number)
+        if reader.bytes != shard.bytes:
+            kind = "empty" if not reader.bytes else "truncated" if reader.bytes < shard.bytes else "not its manifest's"
+            return [f"shard {path} is {kind} ({reader.bytes:,} of {shard.bytes:,} bytes); {REMEDY}"]
+        if reader.problem or len(reader) != shard.documents:
+            return [
+                f"{reader.problem or f'shard {path} holds {len(reader)}, not {shard.documents} documents'}; {REMEDY}"
+            ]
+        problems = []
+        for document in range(shard.documents if whole else min(1, shard.documents)):
+            try:
                 self.ids(number, document)
+            except DamagedError as error:
+                problems.append(str(error))
+        return problems
+
+    def close(self) -> None:
+        self.store.close()
+        for reader in self._open.values():
+            if isinstance(reader, ShardReader):
+                reader.close()
 
 
-def _locate(config: SourceConfig, tokenizer: Tokenizer) -> tuple[Path, tuple[Shard, ...]]:
-    """Directory and shards that `source.shards` names, checked against the run's tokenizer."""
-    path = local_path(config.shards)
-    key = f"source {config.name}: shards"
-    directory = path if path.is_dir() or path.suffix != ".tar" else path.parent
-    if not directory.is_dir():
-        raise InputError(f"{key}: no directory {directory}; make it with `detour prepare`, or give the source `text`")
-    if not (directory / NAME).is_file():
-        raise InputError(f"{key}: {directory} has no {NAME}; make the shards with `detour prepare`")
-    manifest = read_manifest(directory)
-    shards = manifest.shards
-    if directory != path:
-        shards = tuple(shard for shard in shards if Path(shard.name).match(path.name))
-        if not shards:
-            raise InputError(f"{key}: no shard of {directory / NAME} matches {path.name}")
+def _locate(config: SourceConfig, data: Data, tokenizer: Tokenizer) -> tuple[Store, tuple[Shard, ...], bool]:
+    """Store and shards that `source.shards` names, and whether they hold raw text."""
+    try:
+        store, pattern = open_store(config.shards, data)
+        manifest = store.manifest()
+        shards = _raw_shards(store) if manifest is None else manifest.shards
+    except InputError as error:
+        raise InputError(f"source {config.name}: {error}") from None
+    where = f"source {config.name}: {store.name}"
+    shards = tuple(shard for shard in shards if fnmatch.fnmatchcase(shard.name, pattern))
+    if not shards:
+        raise InputError(f"{where} holds no shard that matches {pattern}")
     if not sum(shard.documents for shard in shards):
-        raise InputError(f"{key}: {directory} holds no documents; prepare it again from text that has some")
-    if manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise InputError(f"{where} holds no documents; prepare it again from text that has some")
+    if manifest is not None and manifest.tokenizer.sha256 != tokenizer.sha256:
         raise InputError(
-            f"{key}: {directory} was made with tokenizer {_describe(manifest.tokenizer)}, "
+            f"{where} was made with tokenizer {_describe(manifest.tokenizer)}, "
             f"this run's is {_describe(TokenizerIdentity.of(tokenizer))}; set `tokenizer` to the one of the shards, "
             "or prepare them again"
         )
-    return directory, shards
+    return store, shards, manifest is None
+
+
+def _raw_shards(store: Store) -> tuple[Shard, ...]:
+    """The tars of a directory without a manifest, provided that they hold text."""
+    shards = []
+    for name in store.tars():
+        shard = Shard(name, 0, 0, 0, "")
+        reader = ShardReader(store.open(shard), f"{store.name}/{name}")
+        if not reader.raw:
+            problem = reader.problem or f"{store.name} has token ids and no {NAME}, which says of which tokenizer"
+            raise InputError(f"{problem}; make the shards with `detour prepare`")
+        shards.append(Shard(name, reader.bytes, len(reader), 0, ""))
+        reader.close()
+    if not shards:
+        raise InputError(f"{store.name} holds neither {NAME} nor a tar; make the shards with `detour prepare`")
+    return tuple(shards)
 
 
 def _describe(identity: TokenizerIdentity) -> str:

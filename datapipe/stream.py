@@ -1,4 +1,4 @@
-"""A logical stream: an endless sequence of packed rows that can be continued from any of them."""
+"""A logical stream: a sequence of packed rows that can be continued from any of them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ class Stream:
         self._document: Document | None = None
         self._part = 0
 
-    def next_row(self) -> PackedSequence:
+    def next_row(self) -> PackedSequence | None:
+        """None at the end of the data, which there is only if every source is limited to some epochs."""
         self._fill()
-        piece: Piece | None = self._buffer.oldest()
+        piece = self._buffer.oldest()
+        if piece is None:
+            return None
         ids = np.full(self._length, self._pad_id, np.int32)
         lengths, used = [], 0
         while piece is not None:
@@ -64,6 +67,8 @@ class Stream:
         while len(self._buffer) < BUFFER:
             if self._document is None:
                 self._document, self._part = self.mixture.next(), 0
+                if self._document is None:
+                    return
             self._buffer.add(self._piece(self._document, self._part))
             self._part += 1
             if self._part * self._length >= len(self._document.ids):

@@ -27,9 +27,10 @@ class NextToken:
     def __call__(self, row: PackedSequence) -> tuple[Ids, Ids]:
         inputs = row.ids.astype(np.int64)
         labels = np.full_like(inputs, IGNORE)
-        ends = np.cumsum(row.lengths)
-        labels[: ends[-1] - 1] = inputs[1 : ends[-1]]
+        ends = np.cumsum(row.lengths, dtype=np.int64)
+        labels[:-1] = inputs[1:]
         labels[ends - 1] = IGNORE
+        labels[sum(row.lengths) :] = IGNORE
         return inputs, labels
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from datapipe.samples import PREFIX, local_path
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # Tried in this order where the configuration files do not name the token: BERT's and RoBERTa's names.
 USUAL = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>")}
+
+
+LONGEST_TEXT = 2**20
+"""Characters tokenized at once; the tokenizer needs about 100 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,16 @@ class Tokenizer:
         """The smallest dtype of the shard format that holds every id."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
-    def encode(self, texts: list[str]) -> list[NDArray[Any]]:
-        """Ids of each text, without special tokens: a literal "[MASK]" in a text is tokenized as ordinary text."""
-        return [np.array(e.ids, self.dtype) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """Ids of each text, without special tokens: a literal "[MASK]" in a text is tokenized as ordinary text.
+
+        A text longer than LONGEST_TEXT is cut before a space or newline, where byte-level tokenizers cut as well, and
+        its parts are tokenized one by one, so that memory stays bounded.
+        """
+        if all(len(text) <= LONGEST_TEXT for text in texts):
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        return [np.concatenate([self.encode([part])[0] for part in _parts(text)]) for text in texts]
 
     def save(self, directory: Path) -> None:
         """Copy its files, unchanged, into a directory such as an export."""
@@ -132,3 +144,14 @@ def _token_id(backend: tokenizers.Tokenizer, directory: Path, role: str) -> int 
             if content is not None:
                 return backend.token_to_id(content)
     return next((id_ for name in USUAL[role] if (id_ := backend.token_to_id(name)) is not None), None)
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > LONGEST_TEXT:
+        limit = start + LONGEST_TEXT
+        cut = max(text.rfind(" ", start + 1, limit), text.rfind("\n", start + 1, limit))
+        end = cut if cut > 0 else limit
+        yield text[start:end]
+        start = end
+    yield text[start:]

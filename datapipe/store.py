@@ -1,0 +1,237 @@
+"""Where shards lie: a local directory, or a remote one behind a bounded local cache."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from configs.errors import InputError
+from configs.schema import Data
+from datapipe.manifest import NAME, Manifest, Shard, parse_manifest, read_manifest
+from datapipe.samples import local_path
+from datapipe.shards import DamagedError
+
+CHUNK = 8 * 2**20
+"""Bytes asked of a remote store at once: what a dropped connection costs."""
+STALL = 30
+"""Seconds without a byte after which a request is given up and made again."""
+SCHEMES = ("s3", "gs", "https", "http")
+REMEDY = "copy it again, or run `detour prepare` into a new directory"
+
+
+class Store(Protocol):
+    """A directory of shards."""
+
+    name: str
+    """As the user named it."""
+
+    def manifest(self) -> Manifest | None:
+        """None where there is no manifest.json. Raises InputError."""
+        ...
+
+    def tars(self) -> list[str]:
+        """Names of the tars there, in order. Raises InputError where they cannot be listed."""
+        ...
+
+    def open(self, shard: Shard) -> IO[bytes]:
+        """The shard's bytes, unbuffered. Raises DamagedError where they are not there, InputError."""
+        ...
+
+    def ahead(self, shard: Shard) -> None:
+        """The shard will be needed soon."""
+        ...
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        ...
+
+
+def open_store(reference: str, data: Data) -> tuple[Store, str]:
+    """The store that `source.shards` names, and the glob its shards must match. Raises InputError."""
+    directory, slash, last = reference.rstrip("/").rpartition("/")
+    pattern = last if last.endswith(".tar") else "*"
+    directory = directory + slash if last.endswith(".tar") else reference
+    scheme = reference.partition("://")[0] if "://" in reference else ""
+    if scheme in SCHEMES:
+        return RemoteStore(directory.rstrip("/"), data), pattern
+    if scheme not in ("", "package"):
+        raise InputError(f"{reference}: Detour reads shards from local directories and {', '.join(SCHEMES)} URLs")
+    return LocalStore(local_path(directory or ".")), pattern
+
+
+class LocalStore:
+    """Shards in a directory of this machine."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = str(directory)
+        self._directory = directory
+        if not directory.is_dir():
+            raise InputError(f"no directory {directory}; make it with `detour prepare`, or give the source `text`")
+
+    def manifest(self) -> Manifest | None:
+        return read_manifest(self._directory) if (self._directory / NAME).is_file() else None
+
+    def tars(self) -> list[str]:
+        return sorted(path.name for path in self._directory.glob("*.tar"))
+
+    def open(self, shard: Shard) -> IO[bytes]:
+        path = self._directory / shard.name
+        try:
+            return path.open("rb", buffering=0)
+        except OSError as error:
+            problem = "is missing" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
+            raise DamagedError(f"shard {path} {problem}; {REMEDY}") from None
+
+    def ahead(self, shard: Shard) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RemoteStore:
+    """Shards behind a URL, fetched whole, in pieces that are retried, and checked against the manifest's sha256.
+
+    The cache is shared by the processes of a machine. A file there is named by its content, so a cached shard never
+    passes for another; removing one that is open elsewhere is safe, since its reader keeps the bytes.
+    """
+
+    def __init__(self, url: str, data: Data) -> None:
+        self.name = url
+        self._patience = data.patience
+        self._limit = int(data.cache_gb * 1e9)
+        self._cache = Path(data.cache).expanduser()
+        self._system, self._root = _file_system(url, min(STALL, data.patience))
+        self._ahead = ThreadPoolExecutor(2, "detour-read-ahead")
+        self._closed = threading.Event()
+
+    def manifest(self) -> Manifest | None:
+        try:
+            content = self._patiently(lambda: self._system.cat_file(f"{self._root}/{NAME}"))
+        except FileNotFoundError:
+            return None
+        return parse_manifest(content, f"{self.name}/{NAME}")
+
+    def tars(self) -> list[str]:
+        raise InputError(f"{self.name} has no {NAME}; make the shards with `detour prepare`, or copy it there as well")
+
+    def open(self, shard: Shard) -> IO[bytes]:
+        path = self._cache / f"{shard.sha256[:20]}-{shard.name}"
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one download for all the processes of this machine
+                if not path.exists():
+                    self._make_room(shard.bytes)
+                    self._download(shard, path)
+                os.utime(path)
+                return path.open("rb", buffering=0)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = (
+                "free some space there, or lower data.cache_gb" if full else "set data.cache to a directory of yours"
+            )
+            raise InputError(f"data.cache: {self._cache} cannot be written: {error.strerror}; {remedy}") from None
+
+    def ahead(self, shard: Shard) -> None:
+        # Whatever goes wrong here goes wrong again, and is reported, when the shard is needed.
+        self._ahead.submit(lambda: self.open(shard).close())
+
+    def close(self) -> None:
+        self._closed.set()
+        self._ahead.shutdown(wait=False, cancel_futures=True)
+
+    def _download(self, shard: Shard, path: Path) -> None:
+        url = f"{self._root}/{shard.name}"
+        partial = path.with_suffix(".partial")
+        digest = hashlib.sha256()
+        try:
+            with partial.open("wb") as file:
+                while (start := file.tell()) < shard.bytes:
+                    end = min(start + CHUNK, shard.bytes)
+                    content = self._patiently(lambda s=start, e=end: self._piece(url, s, e))  # type: ignore[misc]
+                    file.write(content)
+                    digest.update(content)
+                    if len(content) < end - start:
+                        break
+        except FileNotFoundError:
+            partial.unlink(missing_ok=True)
+            raise DamagedError(f"shard {self.name}/{shard.name} is missing; {REMEDY}") from None
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        if digest.hexdigest() != shard.sha256:
+            partial.unlink()
+            raise DamagedError(f"shard {url} is truncated or was changed: its sha256 is not its manifest's; {REMEDY}")
+        partial.replace(path)
+
+    def _piece(self, url: str, start: int, end: int) -> bytes:
+        content: bytes = self._system.cat_file(url, start=start, end=end)
+        # A server that knows no ranges answers with the whole file.
+        return content[start:end] if len(content) > end - start else content
+
+    def _patiently(self, request: Callable[[], bytes]) -> bytes:
+        """The answer to a request, made again with growing pauses until `patience` seconds have passed."""
+        began, pause = time.monotonic(), 0.25
+        while True:
+            try:
+                return request()
+            except FileNotFoundError:
+                raise
+            except PermissionError as error:
+                raise InputError(f"{self.name}: access denied ({error}); check the credentials") from None
+            except Exception as error:  # every store's client has its own family of errors
+                if time.monotonic() - began + pause > self._patience:
+                    raise InputError(
+                        f"{self.name}: no answer for {self._patience} s ({type(error).__name__}: {error}); check the "
+                        "network and the store, or raise data.patience; the run continues from its last checkpoint"
+                    ) from None
+                if self._closed.wait(pause):
+                    raise InputError(f"{self.name}: closed") from None
+                pause = min(2 * pause, 30)
+
+    def _make_room(self, needed: int) -> None:
+        if needed > self._limit:
+            raise InputError(
+                f"data.cache_gb: a shard of {needed / 1e9:.2f} GB is larger than the whole cache; raise it"
+            )
+        files = []
+        for file in self._cache.glob("*.tar"):
+            try:
+                files.append((file.stat().st_mtime, file.stat().st_size, file))
+            except FileNotFoundError:  # another process made room
+                continue
+        excess = sum(size for _, size, _ in files) + needed - self._limit
+        for _, size, file in sorted(files):
+            if excess <= 0:
+                break
+            file.unlink(missing_ok=True)
+            excess -= size
+
+
+def _file_system(url: str, stall: int) -> tuple[Any, str]:
+    import fsspec
+
+    options: dict[str, Any] = {}
+    scheme = url.partition("://")[0]
+    try:
+        if scheme == "s3":
+            # The retries are ours, so that patience means the same for every store.
+            config = {"connect_timeout": stall, "read_timeout": stall, "retries": {"max_attempts": 1}}
+            options = {"config_kwargs": config}
+        elif scheme in ("http", "https"):
+            import aiohttp
+
+            options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=stall, sock_read=stall)}}
+        system, root = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise InputError(f"{url}: {error}; pip install 'detour-train[remote]'") from None
+    return system, root
