@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -152,6 +154,7 @@ def train_main() -> None:
 def _guarded(command: Callable[[], None]) -> None:
     """Run a command; what goes wrong as foreseen is one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))  # nothing is trained yet
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         command()
     except InputError as error:
@@ -162,6 +165,9 @@ def _guarded(command: Callable[[], None]) -> None:
         sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    except Exception:  # a fault of ours: its traceback is what a report of it needs
+        traceback.print_exc()
         sys.exit(EXIT_FAILED)
 
 

@@ -1,0 +1,55 @@
+"""Every shipped recipe is a valid run, and the paper's have the paper's numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs.load import load_config, shipped_recipes
+from configs.schema import RunConfig
+
+PAPER = {
+    "modernbert-base-bio-en": [15_895, 1_589],
+    "modernbert-large-bio-en": [15_895, 1_589],
+    "moderncamembert-base-bio-fr": [3_179, 318],
+    "freeze-low-layers": [3_179, 318],
+}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_recipe_resolves_and_is_called_what_it_says(name: str) -> None:
+    assert load_config(name).name == name
+
+
+@pytest.mark.parametrize(("name", "steps"), PAPER.items())
+def test_recipe_has_the_numbers_of_the_paper(name: str, steps: list[int]) -> None:
+    config = load_config(name)
+    assert config.tokens_per_step == 3_145_728
+    assert [phase.length(config.tokens_per_step) for phase in config.phases] == steps
+    detour, decay = config.phases
+    assert (detour.objective, decay.objective, decay.mask_rate) == ("clm", "mlm", 0.15)
+    assert detour.lr.warmup.steps(config.tokens_per_step) == 32
+    assert (detour.lr.shape, decay.lr.shape, decay.lr.final) == ("constant", "1-sqrt", 0.1)
+    assert decay.lr.warmup.value == 0
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.betas, optimizer.eps) == (2e-4, (0.9, 0.98), 1e-6)
+    assert (optimizer.weight_decay, optimizer.decoupled) == (1e-5, True)
+    assert (config.seed, config.data.seed) == (17, 42)
+    assert sum(source.weight or 0 for source in config.data.sources) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.endswith("-mlm-twin")])
+def test_twin_differs_in_its_first_objective_alone(name: str) -> None:
+    twin, detour = load_config(name), load_config(name.removesuffix("-mlm-twin"))
+    assert (twin.phases[0].objective, twin.phases[0].mask_rate) == ("mlm", 0.3)
+    assert _with_clm(twin, detour) == detour
+
+
+def test_freezing_control_differs_in_its_frozen_layers_alone() -> None:
+    frozen, free = load_config("freeze-low-layers"), load_config("moderncamembert-base-bio-fr")
+    assert frozen.phases[0].freeze == tuple(range(8))
+    assert _with_clm(frozen, free) == free
+
+
+def _with_clm(config: RunConfig, like: RunConfig) -> RunConfig:
+    """`config` under the other's name and with the other's first phase."""
+    return config.model_copy(update={"name": like.name, "phases": (like.phases[0], *config.phases[1:])})

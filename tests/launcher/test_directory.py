@@ -1,0 +1,42 @@
+"""Whose directory it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from configs.load import load_config
+from launcher.directory import claim
+
+
+def test_the_same_run_may_continue_elsewhere_and_otherwise_divided(tmp_path: Path) -> None:
+    with claim(tmp_path / "run", load_config("demo")):
+        pass
+    changed = ["cluster.nodes=4", "parallel.tensor=2", "batch.micro=1", "monitoring.port=1234", "checkpoint.keep=9"]
+    with claim(tmp_path / "run", load_config("demo", changed)):
+        assert load_config(str(tmp_path / "run" / "config.yaml")) == load_config("demo", changed)
+
+
+def test_another_run_is_refused_by_what_differs_and_nothing_is_touched(tmp_path: Path) -> None:
+    with claim(tmp_path, load_config("demo")):
+        before = (tmp_path / "config.yaml").read_bytes()
+    with (
+        pytest.raises(InputError, match=r"different run\n  data.seed: 42 -> 1\n  optimizer.lr: 0.003 -> 0.1\n"),
+        claim(tmp_path, load_config("demo", ["data.seed=1", "optimizer.lr=0.1"])),
+    ):
+        pass
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"holds thesis.tex but no config.yaml"), claim(tmp_path, load_config("demo")):
+        pass
+
+
+def test_one_job_at_a_time(tmp_path: Path) -> None:
+    config = load_config("demo")
+    with claim(tmp_path, config), pytest.raises(InputError, match="in use by another"), claim(tmp_path, config):
+        pass

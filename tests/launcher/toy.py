@@ -1,0 +1,106 @@
+"""Runs of a toy model through the real command line, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+TRAIN = [sys.executable, "-c", "from launcher.cli import train_main; train_main()"]
+DETOUR = [sys.executable, "-c", "from launcher.cli import main; main()"]
+
+
+def recipe(shards: Path, **changes: Any) -> dict[str, Any]:
+    """Six CLM and three MLM steps of a four-layer model; `changes` replace sections, or keys in them."""
+    tree: dict[str, Any] = {
+        "name": "toy",
+        "model": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "local_attention": 32,
+        },
+        "tokenizer": "package://tokenizer/modernbert",
+        "data": {"sequence_length": 128, "streams": 4, "sources": [{"name": "en", "shards": str(shards)}]},
+        "batch": {"sequences": 8, "micro": 2},
+        "phases": [
+            {"objective": "clm", "steps": 6, "lr": {"warmup": "2 steps"}},
+            {"objective": "mlm", "steps": 3, "lr": {"shape": "1-sqrt", "final": 0.1}},
+        ],
+        "optimizer": {"lr": 1e-3},
+        "precision": "fp32",
+        "checkpoint": {"every": "2 steps"},
+        "cluster": {"workers_per_node": 2},
+        "monitoring": {"every": "1 steps"},
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) and isinstance(value, dict) else value
+    return tree
+
+
+def write(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def run(*command: str | Path, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def environment() -> dict[str, str]:
+    """A path of our own, so that the code under test is this tree's, whatever is installed."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
+
+
+@contextmanager
+def started(*command: str | Path, cwd: Path) -> Iterator[psutil.Popen]:
+    """A command in the background; it and all that it started are gone at the end."""
+    output = (cwd / "output.txt").open("w")
+    process = psutil.Popen(list(map(str, command)), cwd=cwd, env=environment(), stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        family = [process, *process.children(recursive=True)] if process.is_running() else []
+        for member in reversed(family):
+            member.kill()
+        process.wait()
+        output.close()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps(directory: Path) -> list[int]:
+    return [line["step"] for line in lines(directory / "metrics.jsonl")]
+
+
+def events(directory: Path) -> list[str]:
+    return [line["event"] for line in lines(directory / "events.jsonl")]
+
+
+def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float = 120) -> Any:
+    """The first true value of `condition`; fails as soon as the process has ended without one."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert process.poll() is None, f"ended with {process.returncode} first"
+        assert time.monotonic() < deadline, "never came true"
+        time.sleep(0.05)
+    return value
+
+
+def workers(process: psutil.Popen) -> list[psutil.Process]:
+    """Of a running job on a local cluster: the processes that train, by age."""
+    return [child for child in process.children(recursive=True) if child.name().startswith("ray::Worker.tra")]
