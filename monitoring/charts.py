@@ -137,7 +137,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that enclose [low, high]."""
-    if high <= low:
+    if high - low <= max(1e-30, 1e-9 * abs(low), 1e-9 * abs(high)):
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))

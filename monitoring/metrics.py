@@ -25,13 +25,19 @@ class Metric:
     samples: Sequence[Sample]
 
 
+EVENTS = (
+    *("started", "phase_started", "checkpoint_saved", "checkpoint_failed", "checkpoint_damaged", "worker_failed"),
+    *("preempted", "resumed", "exported", "finished"),
+)
+"""Kinds of events counted from zero, so that a first one shows as a rise; any other is counted too."""
 INTERRUPTIONS = ("worker_failed", "preempted")
 """Events after which the workers are started again, and the reasons they stand for where they give none."""
 
 
-def run_metrics(now: Telemetry | None, events: Iterable[Event]) -> list[Metric]:
+def run_metrics(now: Telemetry | None, events: Sequence[Event]) -> list[Metric]:
     """What is known of a run: without telemetry only its restarts and its name."""
-    return [_restarts(events), _info(now), *(_training_metrics(now) if now else [])]
+    kinds = [event["event"] for event in events]
+    return [_restarts(events), _count_events(kinds), _info(now), *(_training_metrics(now) if now else [])]
 
 
 def _restarts(events: Iterable[Event]) -> Metric:
@@ -41,6 +47,12 @@ def _restarts(events: Iterable[Event]) -> Metric:
     return Metric(
         "detour_launcher_restarts_total", "counter", "Interruptions of the workers, by reason", _each("reason", counts)
     )
+
+
+def _count_events(kinds: Iterable[str]) -> Metric:
+    counts = Counter(dict.fromkeys(EVENTS, 0))
+    counts.update(kinds)
+    return Metric("detour_events_total", "counter", "Lines of events.jsonl, by kind", _each("event", counts))
 
 
 def _info(now: Telemetry | None) -> Metric:
@@ -61,6 +73,12 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "counter",
             "Real tokens trained on, padding not counted",
             _each("objective", now.counters.tokens),
+        ),
+        Metric(
+            "detour_run_start_timestamp_seconds",
+            "gauge",
+            "Unix time at which the run was first started",
+            _one(now.start_time),
         ),
         Metric("detour_train_step", "gauge", "Completed optimizer steps", _one(now.step)),
         Metric("detour_train_steps_planned", "gauge", "Optimizer steps of the whole run", _one(now.total_steps)),
@@ -137,6 +155,12 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             _one(now.checkpoint_time),
         ),
         Metric(
+            "detour_checkpoint_interval_seconds",
+            "gauge",
+            "Time between two checkpoints as configured; steps and tokens at the mean step time",
+            _one(now.checkpoint_interval_seconds),
+        ),
+        Metric(
             "detour_worker_step_seconds",
             "gauge",
             "Time each rank took for its own part of the latest logged step",
@@ -147,6 +171,15 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "gauge",
             "Memory each rank holds: of its GPU where there is one, else of its process",
             _each("rank", {worker.rank: worker.memory_bytes for worker in now.workers}),
+        ),
+        Metric(
+            "detour_worker_gpu_utilization_ratio",
+            "gauge",
+            "Share of the time in which the rank's GPU ran a kernel",
+            _each(
+                "rank",
+                {worker.rank: worker.gpu_utilization for worker in now.workers if worker.gpu_utilization is not None},
+            ),
         ),
     ]
 

@@ -77,6 +77,21 @@ class _Window:
         return self.flops / (self.seconds * peak_flops) if self.seconds and peak_flops else math.nan
 
 
+def _describe(config: RunConfig) -> dict[str, str | int | float]:
+    """The labels that dashboards compare runs by."""
+    return {
+        "model": config.model.size or config.model.init,
+        "phases": "-".join(phase.objective for phase in config.phases),
+        "nodes": str(config.cluster.nodes),
+    }
+
+
+def _interval(config: RunConfig, step_seconds: float) -> float:
+    """Seconds between two checkpoints, as configured."""
+    every = config.checkpoint.every
+    return 60.0 * every.value if every.unit == "minutes" else max(1, every.steps(config.tokens_per_step)) * step_seconds
+
+
 class Recorder:
     """Logs a run from its trainer. On resume it cuts metrics.jsonl back to the resumed step and goes on from there.
 
@@ -111,10 +126,11 @@ class Recorder:
         self._floor = (before.counters if before else Counters()).model_dump()
         known = before.stopped().model_dump(exclude={"step_time"}) if before else {}
         self._telemetry = Telemetry.model_validate(
-            known
+            {"start_time": time.time()}
+            | known
             | {
                 "run": config.name,
-                "info": info,
+                "info": _describe(config) | info,
                 "objectives": [phase.objective for phase in config.phases],
                 "total_steps": config.total_steps,
                 "step": step,
@@ -211,6 +227,10 @@ class Recorder:
             telemetry.mfu = window.mfu(self._peak_flops)
             telemetry.step_seconds = window.seconds / window.steps
             self._since_written = _Window()
+        steps = self._counters.step_seconds
+        telemetry.checkpoint_interval_seconds = _interval(
+            self._config, steps.sum / steps.count if steps.count else math.nan
+        )
         shown = Counters.model_validate(highest(self._counters.model_dump(mode="json"), self._floor))
         now = telemetry.model_copy(update={"counters": shown, "time": time.time()})
         self._written = time.monotonic()

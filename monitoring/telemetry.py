@@ -60,6 +60,8 @@ class WorkerRecord:
     rank: int
     step_seconds: float
     memory_bytes: int
+    gpu_utilization: float | None = None
+    """Share of the time since the last report in which its GPU ran a kernel; None without one."""
 
 
 class Telemetry(BaseModel):
@@ -72,6 +74,8 @@ class Telemetry(BaseModel):
     total_steps: int
     time: float = 0.0
     """When this was written."""
+    start_time: float = 0.0
+    """When the run was first started."""
     step: int = 0
     step_time: float | None = None
     """When the last step ended."""
@@ -90,6 +94,8 @@ class Telemetry(BaseModel):
     workers: list[WorkerRecord] = []
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None
+    checkpoint_interval_seconds: Number = math.nan
+    """As configured; an interval in steps or tokens at the run's mean step time."""
     counters: Counters = Counters()
 
     @property

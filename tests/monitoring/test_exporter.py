@@ -31,7 +31,7 @@ CONTRACT = {
     "detour_launcher_restarts_total": ("counter", {"reason"}),
     "detour_worker_step_seconds": ("gauge", {"rank"}),
     "detour_worker_memory_bytes": ("gauge", {"rank"}),
-    "detour_run_info": ("gauge", {"model", "precision", "nodes", "workers"}),
+    "detour_run_info": ("gauge", {"model", "phases", "precision", "nodes", "workers"}),
 }
 
 
@@ -80,7 +80,8 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
 def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(tmp_path: Path) -> None:
     config = make_config()
     with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
-        assert scrape(exporter).keys() == {"detour_run_info", "detour_launcher_restarts_total"}
+        early = {"detour_run_info", "detour_launcher_restarts_total", "detour_events_total"}
+        assert scrape(exporter).keys() == early
         recorder = make_recorder(tmp_path, config)
         drive(recorder, config, range(1, 9))
         recorder.close()
