@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Manifest:
     tokenizer: TokenizerIdentity
     shards: tuple[Shard, ...]
     """In the order of their documents."""
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Source -> its `documents` and `tokens`, and how many documents were left out, by reason."""
 
     @property
     def documents(self) -> int:
@@ -67,12 +69,13 @@ def parse_manifest(content: str | bytes, origin: str) -> Manifest:
     try:
         tokenizer = TokenizerIdentity(**{**tree["tokenizer"], "special_ids": tuple(tree["tokenizer"]["special_ids"])})
         shards = tuple(Shard(**shard) for shard in tree["shards"])
-    except (KeyError, TypeError) as error:
+        sources = {name: dict(counts) for name, counts in tree.get("sources", {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{origin}: missing or unknown key ({error}); run `detour prepare` again") from None
     for shard in shards:
         if Path(shard.name).name != shard.name:
             raise InputError(f"{origin}: shard name {shard.name!r} must be a plain file name beside the manifest")
-    return Manifest(tokenizer, shards)
+    return Manifest(tokenizer, shards, sources)
 
 
 def read_manifest(directory: Path) -> Manifest:

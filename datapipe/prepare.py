@@ -5,17 +5,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
+import sqlite3
+import tempfile
+import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict
-from multiprocessing import get_context
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from configs.errors import InputError
+from configs.errors import InputError, RunFailedError
 from configs.schema import Data
 from configs.units import format_count
 from datapipe.manifest import NAME, Manifest, Shard, TokenizerIdentity, write_manifest
@@ -26,6 +32,8 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_TEXT = 32 * 2**20
 """Bytes of text in a shard. Small corpora make smaller ones, so that they too are prepared in parallel."""
+HELD_OUT = "held-out"
+"""Directory, inside the output, of the documents kept from training."""
 JOURNAL = "prepare.jsonl"
 """In an unfinished output: the settings, then a line for each finished shard."""
 
@@ -33,46 +41,97 @@ Progress = Callable[[str], None]
 """Takes one line that says how far the work is, about once a second."""
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which documents are kept, and where."""
+
+    dedup: bool = False
+    """Leave out every document whose text appeared before, to the byte."""
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    """Documents outside these bounds are left out."""
+    held_out: float = 0.0
+    """Share of the documents, chosen by a hash of their text, that goes to `held-out/` instead."""
+
+
+class _Block(NamedTuple):
+    """The documents of one shard."""
+
+    name: str
+    """Of the shard, relative to the output."""
+    texts: list[tuple[str, Text]]
+    """With the name of their source."""
+    position: int
+    """Bytes of input read until the block's end."""
+
+
+class _Written(NamedTuple):
+    shard: Shard
+    sources: dict[str, dict[str, int]]
+    """Source -> what became of its documents: kept `documents` and `tokens`, and those left out, by reason."""
+
+
 def prepare(
-    inputs: Sequence[str], tokenizer: Tokenizer, output: Path, progress: Progress | None = None, processes: int = 0
+    inputs: Sequence[str],
+    tokenizer: Tokenizer,
+    output: Path,
+    progress: Progress | None = None,
+    *,
+    selection: Selection = Selection(),
+    processes: int = 0,
 ) -> Manifest:
     """Tokenize text files, directories of them or `package://` samples into shards and a manifest in `output`.
 
     processes: 0 takes every core there is. An interrupted preparation continues when it is run again, and ends with
     the same bytes. Raises InputError for input that cannot be read or output that cannot be written.
     """
-    files = [file for name in inputs for file in find_files(name)]
-    total = sum(file.stat().st_size for file in files)
-    journal = _Journal(output, _identity(files, tokenizer))
-    workers = processes or len(os.sched_getaffinity(0))
-    meter = _Meter(progress, total)
-    shards: list[Shard] = []
-    running: deque[tuple[Future[Shard] | Shard, int]] = deque()
+    files = [(local_path(name).name, file) for name in inputs for file in find_files(name)]
+    total = sum(file.stat().st_size for _, file in files)
+    journal = _Journal(output, _identity(files, tokenizer, selection))
+    processes = processes or len(os.sched_getaffinity(0))
+    duplicates: Counter[str] = Counter()
+    written: list[tuple[str, _Written]] = []
+    running: deque[tuple[_Block, Future[_Written] | _Written]] = deque()
+    spawn = multiprocessing.get_context("spawn")  # the caller may hold threads, and locks that a fork would copy
+    encoded = spawn.Value("q", 0)
+    meter = _Meter(progress, total, encoded)
 
     def finish_oldest() -> None:
-        result, position = running.popleft()
-        shard = result if isinstance(result, Shard) else result.result()
-        journal.add(shard)
-        shards.append(shard)
-        meter.show(position, shard.tokens)
+        block, result = running.popleft()
+        if isinstance(result, Future):
+            result = meter.wait(result)
+            journal.add(block.name, result)
+        written.append((block.name, result))
 
-    # Spawned, not forked: the caller may hold threads, and a tokenizer whose locks a fork would copy.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (str(tokenizer.directory),)) as pool:
+    with ProcessPoolExecutor(processes, spawn, _start_worker, (str(tokenizer.directory), encoded)) as pool:
         try:
-            for number, (texts, position) in enumerate(_blocks(files, min(SHARD_TEXT, max(total // 16, 2**20)))):
-                name = f"{number:06d}.tar"
-                done = journal.finished.get(name)
-                running.append((done or pool.submit(_write_shard, texts, output / name), position))
-                if len(running) > workers:
+            for block in _blocks(files, min(SHARD_TEXT, max(total // 16, 2**20)), selection, duplicates):
+                size = sum(len(text.text) for _, text in block.texts)
+                meter.read(block.position, size)
+                done = journal.finished.get(block.name)
+                if done is not None:
+                    meter.skip(size)
+                running.append((block, done or pool.submit(_write_shard, block, output, selection)))
+                if len(running) > processes:
                     finish_oldest()
             while running:
                 finish_oldest()
+            meter.show(last=True)
+        except BrokenProcessPool:
+            raise RunFailedError(
+                f"{output}: a process that tokenizes died, most likely for lack of memory; "
+                "run the same command again with fewer processes: it continues"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    manifest = Manifest(TokenizerIdentity.of(tokenizer), tuple(shards))
-    if not manifest.tokens:
+    if not any(result.shard.tokens for _, result in written):
         raise InputError(f"{', '.join(inputs)}: no text in there, so there is nothing to prepare")
+    identity = TokenizerIdentity.of(tokenizer)
+    held_out = [result for name, result in written if name.startswith(HELD_OUT)]
+    if held_out:
+        write_manifest(output / HELD_OUT, _manifest(identity, held_out, Counter()))
+    manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], duplicates)
     write_manifest(output, manifest)
     journal.remove()
     return manifest
@@ -82,20 +141,27 @@ def ensure_prepared(data: Data, tokenizer: Tokenizer, progress: Progress | None 
     """Prepare every source that names its `text` and has no shards yet. Raises InputError."""
     evaluation = [] if data.evaluation is None else [data.evaluation.source]
     for source in (*data.sources, *evaluation):
-        output = local_path(source.shards)
-        if source.text and not (output / NAME).exists():
+        if source.text and not (local_path(source.shards) / NAME).exists():
             show = None if progress is None else _prefixed(progress, source.name)
-            prepare(source.text, tokenizer, output, show)
+            prepare(source.text, tokenizer, local_path(source.shards), show)
 
 
 def _prefixed(progress: Progress, name: str) -> Progress:
     return lambda line: progress(f"{name}: {line}")
 
 
-def _identity(files: list[Path], tokenizer: Tokenizer) -> str:
+def _manifest(identity: TokenizerIdentity, written: list[_Written], duplicates: Counter[str]) -> Manifest:
+    sources: dict[str, Counter[str]] = {name: Counter(duplicates=count) for name, count in duplicates.items()}
+    for result in written:
+        for name, counts in result.sources.items():
+            sources.setdefault(name, Counter()).update(counts)
+    return Manifest(identity, tuple(r.shard for r in written), {name: dict(sources[name]) for name in sorted(sources)})
+
+
+def _identity(files: list[tuple[str, Path]], tokenizer: Tokenizer, selection: Selection) -> str:
     """Identity of everything that decides the bytes of the shards."""
-    content = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return hashlib.sha256(json.dumps([tokenizer.sha256, content]).encode()).hexdigest()
+    content = [[name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for name, file in files]
+    return hashlib.sha256(json.dumps([tokenizer.sha256, asdict(selection), content]).encode()).hexdigest()
 
 
 class _Journal:
@@ -105,7 +171,7 @@ class _Journal:
         if (output / NAME).exists():
             raise InputError(f"{output} already holds prepared shards; give another directory, or delete it first")
         self._path = output / JOURNAL
-        self.finished: dict[str, Shard] = {}
+        self.finished: dict[str, _Written] = {}
         try:
             output.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
@@ -120,92 +186,137 @@ class _Journal:
             )
         for line in lines[1:]:
             try:
-                shard = Shard(**json.loads(line))
-            except (ValueError, TypeError):  # the line that was being written when the process was killed
+                name, shard, sources = json.loads(line)
+            except ValueError:  # the line that was being written when the process was killed
                 continue
-            path = output / shard.name
-            if path.is_file() and path.stat().st_size == shard.bytes:
-                self.finished[shard.name] = shard
+            path = output / name
+            if path.is_file() and path.stat().st_size == shard["bytes"]:
+                self.finished[name] = _Written(Shard(**shard), sources)
 
-    def add(self, shard: Shard) -> None:
-        if shard.name not in self.finished:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(shard)) + "\n")
+    def add(self, name: str, written: _Written) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, asdict(written.shard), written.sources]) + "\n")
 
     def remove(self) -> None:
         self._path.unlink()
 
 
 class _Meter:
-    """Progress lines, at most one a second."""
+    """Progress lines, one a second, from the text that the workers have tokenized."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total = progress, total
-        self._tokens = 0
-        self._start = self._last = time.monotonic()
+    def __init__(self, progress: Progress | None, total: int, encoded: Any) -> None:
+        self._progress, self._total, self._encoded = progress, total, encoded
+        self._position = self._text = self._skipped = 0
+        self._start = self._shown = time.monotonic()
 
-    def show(self, position: int, tokens: int) -> None:
-        self._tokens += tokens
+    def read(self, position: int, text: int) -> None:
+        self._position = position
+        self._text += text
+
+    def skip(self, text: int) -> None:
+        self._skipped += text
+
+    def wait(self, future: Future[_Written]) -> _Written:
+        while not future.done() and not wait([future], timeout=1).done:
+            self.show()
+        return future.result()
+
+    def show(self, last: bool = False) -> None:
         now = time.monotonic()
-        if self._progress is None or (now - self._last < 1 and position < self._total):
+        if self._progress is None or (now < self._shown + 1 and not last):
             return
-        self._last = now
-        share, seconds = position / self._total, max(now - self._start, 1e-9)
-        left = seconds * (1 - share) / max(share, 1e-9)
-        self._progress(
-            f"prepared {share:.0%} of {self._total / 1e6:.1f} MB, {format_count(self._tokens)} tokens, "
-            f"{format_count(self._tokens / seconds)} tokens/s, {left:.0f} s left"
+        self._shown = now
+        # How much text there is in all is known only as far as the (compressed) input has been read.
+        everything = self._text * self._total / max(self._position, 1)
+        share = min((self._encoded.value + self._skipped) / everything, 1.0)
+        speed = self._encoded.value / (now - self._start)
+        left = f", {everything * (1 - share) / speed:,.0f} s left" if speed else ""
+        self._progress(f"prepared {share:.0%} of {everything / 1e6:,.1f} MB of text, {format_count(speed)}B/s{left}")
+
+
+def _blocks(
+    files: list[tuple[str, Path]], size: int, selection: Selection, duplicates: Counter[str]
+) -> Iterator[_Block]:
+    """Documents by shard, each of about `size` bytes of text. Counts the duplicates that it leaves out, by source."""
+    blocks: dict[str, list[tuple[str, Text]]] = {"": [], f"{HELD_OUT}/": []}
+    held = dict.fromkeys(blocks, 0)
+    numbers = dict.fromkeys(blocks, 0)
+    before = position = 0
+
+    def block(folder: str) -> _Block:
+        result = _Block(f"{folder}{numbers[folder]:06d}.tar", blocks[folder], position)
+        blocks[folder], held[folder], numbers[folder] = [], 0, numbers[folder] + 1
+        return result
+
+    with _Seen() as seen:
+        for source, file in files:
+            for text in read_texts(file):
+                position = before + text.position
+                digest = hashlib.blake2b(text.text, digest_size=16).digest()
+                if selection.dedup and seen.before(digest):
+                    duplicates[source] += 1
+                    continue
+                # Chosen by content, so that equal texts never stand on both sides.
+                away = int.from_bytes(digest[:8], "little") < selection.held_out * 2**64
+                folder = f"{HELD_OUT}/" if away else ""
+                blocks[folder].append((source, text))
+                held[folder] += len(text.text)
+                if held[folder] >= size:
+                    yield block(folder)
+            position = before = before + file.stat().st_size
+    for folder, rest in list(blocks.items()):
+        if rest:
+            yield block(folder)
+
+
+class _Seen:
+    """The texts met so far, by digest: on disk, since there may be more of them than fit into memory."""
+
+    def __enter__(self) -> _Seen:
+        self._file = tempfile.NamedTemporaryFile(prefix="detour-dedup-")
+        self._table = sqlite3.connect(self._file.name, isolation_level=None)
+        self._table.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-131072;"
+            "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN"
         )
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._table.close()
+        self._file.close()
 
-def _blocks(files: list[Path], size: int) -> Iterator[tuple[list[tuple[str, Text]], int]]:
-    """Documents of each shard with the name of their file, and the bytes of input read until its end."""
-    block: list[tuple[str, Text]] = []
-    held = before = position = 0
-    for file in files:
-        for text in read_texts(file):
-            block.append((file.name, text))
-            held += len(text.text)
-            position = before + text.position
-            if held >= size:
-                yield block, position
-                block, held = [], 0
-        before += file.stat().st_size
-    if block:
-        yield block, before
+    def before(self, digest: bytes) -> bool:
+        return self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0
 
 
 _tokenizer: Tokenizer
+_encoded: Any
 
 
-def _start_worker(directory: str) -> None:
+def _start_worker(directory: str, encoded: Any) -> None:
+    global _tokenizer, _encoded
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    global _tokenizer
-    _tokenizer = load_tokenizer(directory)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _tokenizer, _encoded = load_tokenizer(directory), encoded
 
 
-def _write_shard(texts: list[tuple[str, Text]], path: Path) -> Shard:
+def _leave_with_parent() -> None:
+    """A killed parent cannot stop its workers, and theirs would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_shard(block: _Block, output: Path, selection: Selection) -> _Written:
     """Tokenize documents into one tar, which appears only when it is complete."""
+    path = output / block.name
     partial = path.with_suffix(".partial")
-    digest, size, tokens, documents = hashlib.sha256(), 0, 0, 0
     try:
+        path.parent.mkdir(exist_ok=True)
         with partial.open("wb") as file:
-            for start in range(0, len(texts), 64):
-                batch = texts[start : start + 64]
-                for (origin, text), ids in zip(
-                    batch, _tokenizer.encode([text.text.decode() for _, text in batch]), strict=True
-                ):
-                    if not len(ids):
-                        continue
-                    key = f"{path.stem}-{documents:06d}"
-                    metadata = {"source": origin, "id": text.id, "crc32": zlib.crc32(ids.data)}
-                    content = tar_member(f"{key}.ids.npy", npy_bytes(ids))
-                    content += tar_member(f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode())
-                    file.write(content)
-                    digest.update(content)
-                    size, tokens, documents = size + len(content), tokens + len(ids), documents + 1
-            file.write(TAR_END)
-            digest.update(TAR_END)
+            written = _write_documents(block.texts, path, file.write, selection)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -214,4 +325,39 @@ def _write_shard(texts: list[tuple[str, Text]], path: Path) -> Shard:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space and run the same command again: it continues" if full else "check its permissions"
         raise InputError(f"{path} cannot be written: {error.strerror}; {remedy}") from None
-    return Shard(path.name, size + len(TAR_END), documents, tokens, digest.hexdigest())
+    return written
+
+
+def _write_documents(
+    texts: list[tuple[str, Text]], path: Path, write: Callable[[bytes], Any], selection: Selection
+) -> _Written:
+    digest, size, tokens, documents = hashlib.sha256(), 0, 0, 0
+    sources: dict[str, Counter[str]] = {}
+
+    def put(content: bytes) -> None:
+        nonlocal size
+        write(content)
+        digest.update(content)
+        size += len(content)
+
+    for start in range(0, len(texts), 64):
+        batch = texts[start : start + 64]
+        for (source, text), ids in zip(batch, _tokenizer.encode([t.text.decode() for _, t in batch]), strict=True):
+            counts = sources.setdefault(source, Counter())
+            if len(ids) < max(selection.min_tokens, 1):
+                counts["too short" if len(ids) else "empty"] += 1
+                continue
+            if selection.max_tokens is not None and len(ids) > selection.max_tokens:
+                counts["too long"] += 1
+                continue
+            key = f"{path.stem}-{documents:06d}"
+            metadata = {"source": source, "id": text.id, "crc32": zlib.crc32(ids.data)}
+            put(tar_member(f"{key}.ids.npy", npy_bytes(ids)))
+            put(tar_member(f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace")))
+            counts.update(documents=1, tokens=len(ids))
+            tokens, documents = tokens + len(ids), documents + 1
+        with _encoded.get_lock():
+            _encoded.value += sum(len(text.text) for _, text in batch)
+    put(TAR_END)
+    shard = Shard(path.name, size, documents, tokens, digest.hexdigest())
+    return _Written(shard, {name: dict(counts) for name, counts in sources.items()})

@@ -54,13 +54,21 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Ids of each text, without special tokens: a literal "[MASK]" in a text is tokenized as ordinary text.
 
-        A text longer than LONGEST_TEXT is cut before a space or newline, where byte-level tokenizers cut as well, and
-        its parts are tokenized one by one, so that memory stays bounded.
+        Memory stays bounded: at most LONGEST_TEXT characters are tokenized at once, and a longer text is cut before a
+        space or newline, where byte-level tokenizers cut as well.
         """
-        if all(len(text) <= LONGEST_TEXT for text in texts):
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, self.dtype) for encoding in encodings]
-        return [np.concatenate([self.encode([part])[0] for part in _parts(text)]) for text in texts]
+        parts = [(owner, part) for owner, text in enumerate(texts) for part in _parts(text)]
+        ids: list[list[NDArray[Any]]] = [[] for _ in texts]
+        start = 0
+        while start < len(parts):
+            end, size = start, 0
+            while end < len(parts) and (end == start or size + len(parts[end][1]) <= LONGEST_TEXT):
+                size, end = size + len(parts[end][1]), end + 1
+            encodings = self.backend.encode_batch_fast([part for _, part in parts[start:end]], add_special_tokens=False)
+            for (owner, _), encoding in zip(parts[start:end], encodings, strict=True):
+                ids[owner].append(np.array(encoding.ids, self.dtype))
+            start = end
+        return [some[0] if len(some) == 1 else np.concatenate(some) for some in ids]
 
     def save(self, directory: Path) -> None:
         """Copy its files, unchanged, into a directory such as an export."""
