@@ -10,6 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from configs.schema import Optimizer
 from engine.modernbert.convert import global_name
+from engine.modernbert.model import ModernBert
 
 
 def build_optimizer(models: list[Any], settings: Optimizer, dtype: torch.dtype) -> Any:
@@ -55,8 +56,8 @@ class FrozenLayers:
     that changes what it freezes must not rebuild the optimizer, whose state crosses the switch.
     """
 
-    def __init__(self, models: list[Any], optimizer: Any) -> None:
-        self._models = models
+    def __init__(self, model: ModernBert, optimizer: Any) -> None:
+        self._model = model
         self._optimizer = optimizer
         self._frozen: list[torch.nn.Parameter] = []
         for part in _parts(optimizer):
@@ -67,9 +68,8 @@ class FrozenLayers:
         names = tuple(f"decoder.layers.{layer}." for layer in layers)
         self._frozen = [
             parameter
-            for model in self._models
-            for name, parameter in model.named_parameters()
-            if names and global_name(model, name).startswith(names)
+            for name, parameter in self._model.named_parameters()
+            if names and global_name(self._model, name).startswith(names)
         ]
 
     def clear_gradients(self) -> None:

@@ -103,7 +103,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         model=model,
         wrapped=wrapped,
         optimizer=optimizer,
-        frozen=FrozenLayers([wrapped], optimizer),
+        frozen=FrozenLayers(model, optimizer),
         loader=Loader(
             config.data,
             config.batch.sequences,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from engine.modernbert.config import padded_vocabulary
 from engine.modernbert.head import linear_cross_entropy
 from engine.modernbert.layers import LayerNorm, block_spec
 
-ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
 """Of the prediction head, by Hugging Face's names."""
 
 

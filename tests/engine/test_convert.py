@@ -131,6 +131,7 @@ def test_import_writes_a_step_0_checkpoint(hf_model: Path, shards: Path, tmp_pat
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(hf_model), str(imported)], check=True, timeout=120)
     results = []
     for init, directory in ((hf_model, tmp_path / "a"), (imported, tmp_path / "b")):
+        directory.mkdir()
         tree = toy_config(shards).model_dump(mode="json", exclude_none=True) | {"model": {"init": str(init)}}
         run_world(1, train, RunConfig.model_validate(tree), directory, 1)
         results.append(stored(directory, 1))
