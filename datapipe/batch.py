@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 IGNORE = -100
 """Label of a position that pays no loss."""
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class PackedSequence:
 class MicroBatch:
     """Packed sequences laid end to end; T = micro-batch sequences x sequence length, padding included."""
 
-    inputs: NDArray[np.int64]
+    inputs: Ids
     """[T] token ids as the model sees them."""
-    labels: NDArray[np.int64]
+    labels: Ids
     """[T] token ids to predict; IGNORE where no loss is paid."""
     cu_seqlens: NDArray[np.int32]
     """[documents + 1] from 0 to T; the padding at the end of a row counts as a document of its own."""
@@ -63,3 +65,12 @@ class StepData:
     """Epoch (from 0) each source has reached on this rank's streams."""
     drawn: dict[str, Drawn] = field(default_factory=dict)
     """What was taken from each source since the run's first step, on this rank's streams."""
+
+
+def frame(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids) -> MicroBatch:
+    """Rows end to end, with the padding of each as a document of its own; inputs and labels are of these rows."""
+    lengths = [0]
+    for row in rows:
+        padding = len(row.ids) - sum(row.lengths)
+        lengths += [*row.lengths, padding] if padding else row.lengths
+    return MicroBatch(inputs, labels, np.cumsum(lengths, dtype=np.int32), sum(sum(row.lengths) for row in rows))

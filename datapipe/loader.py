@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,7 +17,7 @@ from datapipe.batch import Drawn, MicroBatch, PackedSequence, StepData
 from datapipe.packing import BUFFER
 from datapipe.source import Source, SourceSummary
 from datapipe.stream import Stream
-from datapipe.targets import Targets
+from datapipe.targets import NumpyBatches, Targets
 from datapipe.tokenizer import Tokenizer
 
 SCAN_BYTES = 256 * 2**20
@@ -27,16 +27,26 @@ SCAN_BYTES = 256 * 2**20
 class Loader:
     """Serves rank `rank` of `size` data-parallel ranks: the streams congruent to it, in order.
 
-    Raises InputError where `size` does not divide the streams, the streams not the batch, or a source is unusable.
+    device: the GPU that the dali backend makes batches on; None for the CPU. Raises InputError where `size` does not
+    divide the streams, the streams not the batch, or a source is unusable.
     """
 
-    def __init__(self, data: Data, batch_sequences: int, tokenizer: Tokenizer, rank: int, size: int) -> None:
+    def __init__(
+        self,
+        data: Data,
+        batch_sequences: int,
+        tokenizer: Tokenizer,
+        rank: int,
+        size: int,
+        device: int | None = None,
+    ) -> None:
         if data.streams % size:
             raise InputError(f"data.streams: {size} data-parallel ranks must divide the {data.streams} streams")
         if batch_sequences % data.streams:
             raise InputError(f"data.streams: {data.streams} must divide batch.sequences ({batch_sequences})")
         self._data = data
         self._tokenizer = tokenizer
+        self._device = device
         self._streams = range(rank, data.streams, size)
         self._rows = batch_sequences // data.streams
 
@@ -57,6 +67,7 @@ class Loader:
         self, targets: Targets, micro: int, first: int, last: int, state: dict[str, Any] | None
     ) -> Iterator[StepData]:
         data, sources = self._data, [Source(source, self._data, self._tokenizer) for source in self._data.sources]
+        make = self._batch_maker(targets, micro)
         prints = {source.name: _fingerprint(data, source) for source in sources}
         streams = {
             number: Stream(sources, data.streams, number, data.seed, data.sequence_length, self._tokenizer.pad_id)
@@ -70,13 +81,21 @@ class Loader:
                 rows = [self._row(stream, step) for stream in streams.values() for _ in range(self._rows)]
                 yield StepData(
                     step=step,
-                    micro_batches=tuple(micro_batch(rows[i : i + micro], targets) for i in range(0, len(rows), micro)),
+                    micro_batches=tuple(make([rows[i : i + micro] for i in range(0, len(rows), micro)])),
                     state={str(number): {"data": prints, **stream.state()} for number, stream in streams.items()},
                     **_progress(sources, list(streams.values())),
                 )
         finally:
             for source in sources:
                 source.close()
+
+    def _batch_maker(self, targets: Targets, micro: int) -> Callable[[list[list[PackedSequence]]], list[MicroBatch]]:
+        if self._data.backend == "numpy":
+            return NumpyBatches(targets)
+        from datapipe.dali import DaliBatches
+
+        length, pad_id = self._data.sequence_length, self._tokenizer.pad_id
+        return DaliBatches(targets, micro, length, pad_id, self._device)
 
     def _row(self, stream: Stream, step: int) -> PackedSequence:
         row = stream.next_row()
@@ -94,6 +113,10 @@ def check_sources(data: Data, tokenizer: Tokenizer, vocab_size: int) -> list[Sou
     Raises InputError for shards of another tokenizer, ids beyond a model of `vocab_size`, and, under `on_error: stop`,
     for a missing, empty or truncated shard.
     """
+    if data.backend == "dali":
+        from datapipe.dali import require_dali
+
+        require_dali()
     sources = [Source(config, data, tokenizer) for config in data.sources]
     total = sum(source.weight for source in sources)
     shares = [source.weight / total for source in sources]
@@ -129,22 +152,7 @@ def evaluation_batches(
     while len(rows) % (micro * size):
         rows.append(PackedSequence(padding, (), 0, len(rows)))
     mine = rows[rank::size]
-    return [micro_batch(mine[i : i + micro], targets) for i in range(0, len(mine), micro)]
-
-
-def micro_batch(rows: Sequence[PackedSequence], targets: Targets) -> MicroBatch:
-    """Rows end to end, with the padding of each as a document of its own."""
-    inputs, labels = zip(*(targets(row) for row in rows), strict=True)
-    lengths = [0]
-    for row in rows:
-        padding = len(row.ids) - sum(row.lengths)
-        lengths += [*row.lengths, padding] if padding else row.lengths
-    return MicroBatch(
-        inputs=np.concatenate(inputs),
-        labels=np.concatenate(labels),
-        cu_seqlens=np.cumsum(lengths, dtype=np.int32),
-        tokens=sum(sum(row.lengths) for row in rows),
-    )
+    return NumpyBatches(targets)([mine[i : i + micro] for i in range(0, len(mine), micro)])
 
 
 def _progress(sources: Sequence[Source], streams: Sequence[Stream]) -> dict[str, Any]:

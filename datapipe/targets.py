@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.batch import IGNORE, PackedSequence
-
-Ids = NDArray[np.int64]
+from datapipe.batch import IGNORE, Ids, MicroBatch, PackedSequence, frame
 
 
 class Targets(Protocol):
@@ -75,6 +74,21 @@ class Masked:
         ranks = hashes(draw, randomised.astype(np.uint32)).astype(np.uint64) * np.uint64(len(self._ordinary))
         inputs[randomised] = self._ordinary[ranks >> np.uint64(32)]
         return inputs, labels
+
+
+@dataclass(frozen=True)
+class NumpyBatches:
+    """Micro-batches on the CPU, by NumPy."""
+
+    targets: Targets
+
+    def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
+        """Rows of each micro-batch -> the micro-batches."""
+        made = []
+        for rows in batches:
+            inputs, labels = zip(*(self.targets(row) for row in rows), strict=True)
+            made.append(frame(rows, np.concatenate(inputs), np.concatenate(labels)))
+        return made
 
 
 def threshold(share: float) -> np.uint32:

@@ -1,0 +1,123 @@
+"""The same batches made by NVIDIA DALI: padding and masking in its operators, on the GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from configs.errors import InputError
+from datapipe.batch import IGNORE, MicroBatch, PackedSequence, frame
+from datapipe.targets import Masked, Targets, keys, threshold
+
+try:
+    from nvidia.dali import Pipeline, fn, types
+except ImportError:
+    Pipeline = None
+
+
+KEYS = ("choice", "action", "draw")
+"""Inputs of the pipeline: the three keys of `targets.keys`, one number each."""
+
+
+def require_dali() -> None:
+    """Raises InputError where DALI is not installed."""
+    if Pipeline is None:
+        raise InputError("data.backend: DALI is not installed; pip install 'detour-train[dali]', or choose numpy")
+
+
+class DaliBatches:
+    """Micro-batches of `micro` rows from a DALI pipeline that the exact stream feeds.
+
+    On a GPU, `inputs` and `labels` are int64 torch tensors there; on the CPU they are NumPy arrays. Raises InputError
+    where DALI is not installed.
+    """
+
+    def __init__(self, targets: Targets, micro: int, length: int, pad_id: int, device: int | None) -> None:
+        require_dali()
+        self._targets, self._device = targets, device
+        self._positions = np.arange(length, dtype=np.uint32)
+        # The loader's thread works ahead, by `data.prefetch` steps; a second queue in the pipeline would gain nothing.
+        self._pipeline = Pipeline(micro, 2, device, exec_async=False, exec_pipelined=False)
+        with self._pipeline:
+            ids = fn.pad(self._source("ids", types.INT64), fill_value=pad_id, axes=(0,), shape=(length,))
+            if isinstance(targets, Masked):
+                outputs = self._masked(ids, targets)
+            else:
+                labels = self._source("labels", types.INT64)
+                outputs = ids, fn.pad(labels, fill_value=IGNORE, axes=(0,), shape=(length,))
+            self._pipeline.set_outputs(*outputs)
+        self._pipeline.build()
+
+    def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
+        """Rows of each micro-batch -> the micro-batches."""
+        made = []
+        for rows in batches:
+            self._feed(rows)
+            inputs, labels = self._pipeline.run()
+            made.append(frame(rows, self._flat(inputs), self._flat(labels)))
+        return made
+
+    def _source(self, name: str, dtype: Any) -> Any:
+        node = fn.external_source(name=name, dtype=dtype, ndim=1)
+        return node if self._device is None else node.gpu()
+
+    def _feed(self, rows: Sequence[PackedSequence]) -> None:
+        if isinstance(self._targets, Masked):
+            self._pipeline.feed_input("ids", [row.ids[: sum(row.lengths)].astype(np.int64) for row in rows])
+            row_keys = [keys(self._targets.seed, row) for row in rows]
+            for number, name in enumerate(KEYS):
+                self._pipeline.feed_input(name, [row_key[number : number + 1] for row_key in row_keys])
+            self._pipeline.feed_input("positions", [self._positions] * len(rows))
+        else:
+            for name, made in zip(("ids", "labels"), zip(*map(self._targets, rows), strict=True), strict=True):
+                self._pipeline.feed_input(name, [ids[: sum(row.lengths)] for row, ids in zip(rows, made, strict=True)])
+
+    def _masked(self, ids: Any, targets: Masked) -> tuple[Any, Any]:
+        """The operators of `Masked.__call__`, on whole rows."""
+        positions = self._source("positions", types.UINT32)
+        choice, action, draw = (_hashes(self._source(name, types.UINT32), positions) for name in KEYS)
+        chosen = choice < _uint32(threshold(targets.rate))
+        for special in targets.special_ids:  # the padding token is one of them
+            chosen &= ids != special
+        masked = chosen & (action < _uint32(threshold(targets.split[0])))
+        randomised = chosen & (action < _uint32(threshold(sum(targets.split[:2]))))  # of those that are not masked
+        ranks = fn.cast(draw, dtype=types.UINT64) * types.Constant(
+            targets.vocab_size - len(targets.special_ids), types.UINT64
+        )
+        replacement = fn.cast(ranks >> types.Constant(32, types.UINT64), dtype=types.INT64)
+        for special in targets.special_ids:  # ascending: from the rank among the other tokens to the id
+            replacement += fn.cast(replacement >= special, dtype=types.INT64)
+        inputs = _where(masked, targets.mask_id, _where(randomised, replacement, ids))
+        return inputs, _where(chosen, ids, IGNORE)
+
+    def _flat(self, output: Any) -> Any:
+        """[micro, length] -> [micro * length], copied: DALI uses its buffers again."""
+        if self._device is None:
+            return np.array(output.as_tensor()).reshape(-1)
+        import torch
+
+        return torch.from_dlpack(output.as_tensor()).reshape(-1).clone()
+
+
+def _hashes(key: Any, positions: Any) -> Any:
+    """`targets.hashes` in DALI's operators; key is uint32 [1]."""
+    return _mix(_mix(positions * _uint32(0x9E3779B9) + key) + key)
+
+
+def _mix(x: Any) -> Any:
+    x = (x ^ (x >> _uint32(16))) * _uint32(0x7FEB352D)
+    x = (x ^ (x >> _uint32(15))) * _uint32(0x846CA68B)
+    return x ^ (x >> _uint32(16))
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    """int64; DALI has no ternary operator."""
+    choice = fn.cast(condition, dtype=types.INT64)
+    return choice * yes + (1 - choice) * no
+
+
+def _uint32(value: Any) -> Any:
+    # A plain Python number would widen the arithmetic to int64.
+    return types.Constant(int(value), types.UINT32)
