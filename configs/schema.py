@@ -297,6 +297,10 @@ class Monitoring(Section):
     """Address the metrics endpoint listens on."""
     every: Duration = Duration(10, "steps")
     """Interval of the lines in metrics.jsonl, in steps."""
+    targets: str = "/tmp/detour/targets"
+    """Directory in which runs announce their endpoints to Prometheus; the shipped prometheus.yml reads the default."""
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also write the lines of metrics.jsonl to these. Each needs its own package: tensorboard, wandb."""
 
     @field_validator("every")
     @classmethod

@@ -85,8 +85,8 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
         Metric(
             "detour_train_step_timestamp_seconds",
             "gauge",
-            "Unix time at which the latest step ended",
-            _one(now.step_time),
+            "Unix time at which the latest step ended, or training was resumed after it",
+            _one(now.step_time or now.resume_time),
         ),
         Metric(
             "detour_train_tokens_per_second",

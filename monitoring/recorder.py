@@ -12,6 +12,7 @@ from typing import Any
 from configs.schema import RunConfig
 from monitoring.log import METRICS, LineWriter, append_event, read_events, rewind_metrics
 from monitoring.telemetry import Counters, Telemetry, WorkerRecord, highest
+from monitoring.writers import open_writers
 
 TELEMETRY_INTERVAL = 1.0
 """Seconds between two writings of telemetry.json."""
@@ -134,11 +135,13 @@ class Recorder:
                 "objectives": [phase.objective for phase in config.phases],
                 "total_steps": config.total_steps,
                 "step": step,
+                "resume_time": time.time(),
                 "checkpoint_step": step or None,
             }
         )
         rewind_metrics(directory, step)
         self._lines = LineWriter(directory / METRICS)
+        self._writers = open_writers(config, directory, step)
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="telemetry")
         self._writing = self._start_writing()
         self._writing.result()
@@ -172,7 +175,10 @@ class Recorder:
         if record.workers is not None:
             telemetry.workers = record.workers
         if self.due(record.step):
-            self._lines.append(self._line(record))
+            line = self._line(record)
+            self._lines.append(line)
+            for writer in self._writers:
+                writer.write(line)
             self._since_line = _Window()
         if time.monotonic() - self._written >= TELEMETRY_INTERVAL and self._writing.done():
             self._writing.result()
@@ -200,6 +206,8 @@ class Recorder:
         self.flush()
         self._disk.shutdown()
         self._lines.close()
+        for writer in self._writers:
+            writer.close()
 
     def _line(self, record: StepRecord) -> dict[str, Any]:
         window = self._since_line

@@ -77,8 +77,10 @@ class Telemetry(BaseModel):
     start_time: float = 0.0
     """When the run was first started."""
     step: int = 0
+    resume_time: float = 0.0
+    """When training was started or last resumed."""
     step_time: float | None = None
-    """When the last step ended."""
+    """When the last step since then ended."""
     phase: int = 0
     loss: dict[str, Number] = {}
     """By objective, at the latest step that had it."""
