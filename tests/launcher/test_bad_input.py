@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,9 +97,9 @@ CASES: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_recipe(case: str, shards: Path, tmp_path: Path) -> None:
+def test_bad_recipe(case: str, toy_shards: Path, tmp_path: Path) -> None:
     change, message = CASES[case]
-    private = Path(shutil.copytree(shards, tmp_path / "shards"))
+    private = Path(shutil.copytree(toy_shards, tmp_path / "shards"))
     tree = recipe(private)
     change(tree, private)
     refused(run(*TRAIN, write(tmp_path / "toy.yaml", tree), cwd=tmp_path), message)
@@ -108,8 +109,6 @@ def refused(result: Any, message: str) -> None:
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert result.stderr.count("error: ") == 1
-    import re
-
     assert re.search(message, result.stderr, re.DOTALL), result.stderr
 
 

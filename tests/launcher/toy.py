@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import yaml
+from safetensors.numpy import load_file
 
+ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, "-c", "from launcher.cli import train_main; train_main()"]
 DETOUR = [sys.executable, "-c", "from launcher.cli import main; main()"]
 
@@ -53,15 +56,18 @@ def write(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def run(*command: str | Path, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path, path: Path | None = ROOT, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. `path` is where it finds Detour; None: where it is installed."""
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
+        list(map(str, command)), cwd=cwd, env=environment(path), capture_output=True, text=True, timeout=timeout
     )
 
 
-def environment() -> dict[str, str]:
-    """A path of our own, so that the code under test is this tree's, whatever is installed."""
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
+def environment(path: Path | None = ROOT) -> dict[str, str]:
+    here = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return {**here, "COLUMNS": "200"} | ({"PYTHONPATH": str(path)} if path else {})
 
 
 @contextmanager
@@ -104,3 +110,16 @@ def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float
 def workers(process: psutil.Popen) -> list[psutil.Process]:
     """Of a running job on a local cluster: the processes that train, by age."""
     return [child for child in process.children(recursive=True) if child.name().startswith("ray::Worker.tra")]
+
+
+def assert_same_run(directory: Path, other: Path) -> None:
+    """Every step once, and bit by bit the other run's losses, gradient norms and weights."""
+    mine, theirs = lines(directory / "metrics.jsonl"), lines(other / "metrics.jsonl")
+    assert steps(directory) == list(range(1, len(theirs) + 1))
+    for line, same in zip(mine, theirs, strict=True):
+        for key in ("phase", "objective", "loss", "tokens", "learning_rate", "grad_norm"):
+            assert line[key] == same[key], (key, line, same)
+    weights, same_weights = (load_file(run / "hf" / "model.safetensors") for run in (directory, other))
+    assert weights.keys() == same_weights.keys()
+    for name in weights:
+        assert np.array_equal(weights[name], same_weights[name]), name

@@ -1,0 +1,31 @@
+"""Fixtures for tests that train through the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.toy import TRAIN, recipe, run, write
+
+
+@pytest.fixture(scope="session")
+def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The English sample corpus, prepared."""
+    from datapipe.prepare import prepare
+    from datapipe.tokenizer import load_tokenizer
+
+    output = tmp_path_factory.mktemp("shards") / "en"
+    prepare(["package://corpus/tico19_en.jsonl.gz"], load_tokenizer("package://tokenizer/modernbert"), output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def undisturbed(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a toy run that nothing happened to; its recipe and its output lie beside it."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    result = run(*TRAIN, write(home / "toy.yaml", recipe(toy_shards)), "--output", "run", cwd=home)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (home / "stdout.txt").write_text(result.stdout)
+    (home / "stderr.txt").write_text(result.stderr)
+    return home / "run"
