@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -57,3 +58,21 @@ class Buffer:
             return None
         _, arrival = self._lengths.pop(place - 1)
         return self._pieces.pop(-arrival)
+
+
+def packing_ratio(lengths: Iterable[int], row: int) -> float:
+    """Share of real tokens in the full rows that documents of these lengths make."""
+    blank = np.zeros(row, np.int32)
+    parts = (min(row, length - start) for length in lengths for start in range(0, length, row))
+    pieces = (Piece(blank[:part], (0, 0, 0, 0)) for part in parts)
+    buffer = Buffer(islice(pieces, BUFFER))
+    rows: list[int] = []
+    while (piece := buffer.oldest()) is not None:
+        rows.append(0)
+        while piece is not None:
+            rows[-1] += len(piece.ids)
+            for following in islice(pieces, 1):
+                buffer.add(following)
+            piece = buffer.best_fit(row - rows[-1])
+    full = rows[:-1] or rows  # the last holds what is left over
+    return sum(full) / (len(full) * row)

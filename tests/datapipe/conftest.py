@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from datapipe.manifest import Manifest, Shard, TokenizerIdentity, file_sha256, write_manifest
 from datapipe.shards import TAR_END, npy_bytes, tar_member
 from datapipe.tokenizer import Tokenizer, load_tokenizer
+
+settings.register_profile("detour", deadline=None)
+settings.load_profile("detour")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,302 @@
+"""Shards are WebDataset's, and whatever is wrong with one is told, never guessed or run."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.errors import InputError
+from configs.schema import Data
+from configs.schema import Source as SourceConfig
+from datapipe.batch import StepData
+from datapipe.loader import Loader, check_sources
+from datapipe.manifest import read_manifest
+from datapipe.shards import TAR_END, DamagedError, ShardReader, npy_bytes, tar_member
+from datapipe.source import Source
+from datapipe.stream import Stream
+from datapipe.targets import NextToken
+from datapipe.tokenizer import Tokenizer
+from tests.datapipe.conftest import write_shards
+
+documents_of_ids = st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=30), max_size=8)
+
+
+def reader(path: Path) -> ShardReader:
+    return ShardReader(path.open("rb", buffering=0), str(path))
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.write_bytes(b"".join(tar_member(name, content) for name, content in members.items()) + TAR_END)
+    return path
+
+
+@given(documents=documents_of_ids)
+def test_webdataset_reads_what_detour_writes(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]
+) -> None:
+    arrays = [np.array(ids, np.uint16) for ids in documents]
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    tar(path, {f"{i:06d}.ids.npy": npy_bytes(ids) for i, ids in enumerate(arrays)})
+    with tarfile.open(path) as archive:
+        assert archive.getnames() == [f"{i:06d}.ids.npy" for i in range(len(arrays))]
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"{i:06d}" for i in range(len(arrays))]
+    for sample, ids in zip(samples, arrays, strict=True):
+        assert sample["ids.npy"].dtype == np.uint16
+        np.testing.assert_array_equal(sample["ids.npy"], ids)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_detour_reads_what_others_write(tmp_path: Path, form: int) -> None:
+    """Any tar format, both dtypes and byte orders, and names beyond the 100 characters of a plain header."""
+    path = tmp_path / "a.tar"
+    arrays = [np.arange(n, dtype=d) for n, d in ((3, "<u2"), (0, ">u2"), (7, "<u4"), (5, ">u4"))]
+    with tarfile.open(path, "w", format=form) as archive:
+        for number, ids in enumerate(arrays):
+            buffer = io.BytesIO()
+            np.save(buffer, ids)
+            folder = "" if form == tarfile.USTAR_FORMAT else "x" * 120 + "/"
+            for name, content in (
+                (f"{folder}{number}.json", b'{"id": 1}'),
+                (f"{folder}{number}.ids.npy", buffer.getvalue()),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    shard = reader(path)
+    assert len(shard) == 4 and shard.problem is None and not shard.raw
+    for number, ids in enumerate(arrays):
+        np.testing.assert_array_equal(shard.ids(number), ids)
+
+
+def test_a_webdataset_writer_makes_a_readable_shard(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(5):
+            writer.write(
+                {"__key__": f"doc{number}", "ids.npy": np.arange(number, dtype=np.uint16), "json": {"id": number}}
+            )
+    shard = reader(path)
+    assert [shard.ids(number).tolist() for number in range(5)] == [list(range(number)) for number in range(5)]
+    assert [shard.metadata(number)["id"] for number in range(5)] == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.arange(4.0), "float64"),
+        (np.arange(4), "int64"),
+        (np.zeros((2, 2), np.uint16), r"\[2, 2\]"),
+        (np.zeros(3, np.uint8), "uint8"),
+    ],
+)
+def test_wrong_dtype_is_named(tmp_path: Path, array: np.ndarray, says: str) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    shard = reader(tar(tmp_path / "a.tar", {"0.ids.npy": buffer.getvalue()}))
+    with pytest.raises(DamagedError, match=says):
+        shard.ids(0)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_pickles_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    array = np.empty(1, object)
+    array[0] = Hostile()
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    with pytest.raises(DamagedError, match="not a readable"):
+        reader(tar(tmp_path / "a.tar", {"0.ids.npy": buffer.getvalue()})).ids(0)
+    for extension in ("pkl", "pyd", "pickle", "pth"):
+        with pytest.raises(InputError, match="pickled member '0." + extension):
+            reader(tar(tmp_path / "b.tar", {f"0.{extension}": pickle.dumps(Hostile())}))
+    assert not Path("pwned").exists()
+    pickle.loads(pickle.dumps(Hostile()))  # it does work, where someone loads it
+    assert Path("pwned").exists()
+
+
+def test_commands_in_urls_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="shell command"):
+        Data(sources=[{"name": "a", "shards": f"pipe:touch {tmp_path}/pwned"}])
+    data = Data(sources=[{"name": "a", "shards": "gopen+pipe://touch"}])
+    with pytest.raises(InputError, match="local directories"):
+        check_sources(data, tokenizer, tokenizer.vocab_size)
+
+
+# Faults in one shard of a set, each as a change of the file's bytes.
+
+SHARDS = [[[s * 100 + d] * (d + 1) for d in range(20)] for s in range(4)]
+BROKEN = 2
+"""The shard that each fault is done to."""
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def no_tar(path: Path) -> None:
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def flipped_size(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[124 + 8] ^= 0x40
+    path.write_bytes(content)
+
+
+def flipped_dtype(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"<u2", b"<f2", 1))
+
+
+def duplicate_key(path: Path) -> None:
+    members = {
+        name: npy_bytes(np.array(ids, np.uint16))
+        for name, ids in zip("abcdefghijklmnopqrst", SHARDS[BROKEN], strict=True)
+    }
+    content = b"".join(tar_member(("a" if name == "b" else name) + ".ids.npy", ids) for name, ids in members.items())
+    path.write_bytes(content + TAR_END)
+
+
+def beyond_the_vocabulary(path: Path) -> None:
+    good, bad = (npy_bytes(np.full(3, value, np.uint16)) for value in (SHARDS[BROKEN][2][0], 60_000))
+    assert good in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(good, bad))
+
+
+FAULTS = {
+    truncate: "truncated",
+    empty: "empty",
+    missing: "missing",
+    no_tar: "damaged|holds 0",
+    flipped_size: "damaged|holds|not a readable|checksum",
+    flipped_dtype: "float16",
+    duplicate_key: "key appears twice",
+    beyond_the_vocabulary: "60000 is beyond the vocabulary",
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    return write_shards(tmp_path / "shards", SHARDS, tokenizer)
+
+
+def configured(directory: Path, **more: object) -> Data:
+    return Data(sequence_length=16, streams=2, sources=[{"name": "corpus", "shards": str(directory)}], **more)
+
+
+def steps(
+    data: Data, tokenizer: Tokenizer, first: int = 0, last: int = 40, state: dict | None = None
+) -> list[StepData]:
+    return list(Loader(data, 2, tokenizer, 0, 1).steps(NextToken(), 1, first, last, state))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_damaged_shard_stops_the_run_before_it_starts(directory: Path, tokenizer: Tokenizer, fault) -> None:
+    fault(directory / read_manifest(directory).shards[BROKEN].name)
+    with pytest.raises(InputError, match=FAULTS[fault]) as error:
+        check_sources(configured(directory), tokenizer, tokenizer.vocab_size)
+    assert "source corpus" in str(error.value) and "000002.tar" in str(error.value)
+    with pytest.raises(InputError, match=r"000002\.tar"):
+        steps(configured(directory), tokenizer)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_skipping_is_counted_and_exact(directory: Path, tokenizer: Tokenizer, fault) -> None:
+    fault(directory / read_manifest(directory).shards[BROKEN].name)
+    data = configured(directory, on_error="skip")
+    (summary,) = check_sources(data, tokenizer, tokenizer.vocab_size)
+    assert summary.problems and "000002.tar" in summary.problems[0]
+    whole = steps(data, tokenizer)
+    epochs, drawn = whole[-1].epochs["corpus"], whole[-1].drawn["corpus"]
+    assert epochs >= 2 and epochs <= drawn.skipped <= 20 * (epochs + 1)
+    good = np.concatenate([np.concatenate([m.inputs for m in step.micro_batches]) for step in whole])
+    assert set(range(200)) & set(good.tolist()) and 60_000 not in good
+    for stop in (1, 7, 23):
+        again = steps(data, tokenizer, stop, 40, whole[stop - 1].state)
+        for one, other in zip(whole[stop:], again, strict=True):
+            assert one.drawn == other.drawn
+            for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+                np.testing.assert_array_equal(a.inputs, b.inputs)
+
+
+def test_a_flipped_bit_in_the_ids_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from datapipe.prepare import prepare
+
+    (tmp_path / "text.jsonl").write_text('{"text": "one two three four five six"}\n' * 9)
+    prepare([str(tmp_path / "text.jsonl")], tokenizer, tmp_path / "shards")
+    path = tmp_path / "shards" / "000000.tar"
+    content = bytearray(path.read_bytes())
+    at = content.index(npy_bytes(tokenizer.encode(["one two three four five six"])[0])) + 128
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"document 0: the ids do not match their checksum"):
+        check_sources(configured(tmp_path / "shards"), tokenizer, tokenizer.vocab_size)
+
+
+def test_shards_of_another_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(tokenizer.sha256, "0" * 64))
+    with pytest.raises(InputError, match=r"made with tokenizer .* set `tokenizer`"):
+        check_sources(configured(directory), tokenizer, tokenizer.vocab_size)
+
+
+def test_a_model_with_a_smaller_vocabulary(directory: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"set model\.vocab_size to 50368"):
+        check_sources(configured(directory), tokenizer, 30_000)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 2}', '{"format_version": 1, "shards": []}'])
+def test_a_broken_manifest(directory: Path, tokenizer: Tokenizer, content: str) -> None:
+    (directory / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        check_sources(configured(directory), tokenizer, tokenizer.vocab_size)
+
+
+def test_a_manifest_that_points_elsewhere(directory: Path, tokenizer: Tokenizer) -> None:
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("000001.tar", "../../etc/passwd"))
+    with pytest.raises(InputError, match="plain file name"):
+        check_sources(configured(directory), tokenizer, tokenizer.vocab_size)
+
+
+def test_ids_without_a_manifest(directory: Path, tokenizer: Tokenizer) -> None:
+    (directory / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        check_sources(configured(directory), tokenizer, tokenizer.vocab_size)
+
+
+def test_only_empty_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    directory = write_shards(tmp_path / "shards", [[[], []], [[]]], tokenizer)
+    with pytest.raises(InputError, match="every document is empty"):
+        steps(configured(directory), tokenizer)
+
+
+def test_documents_of_one_token_and_of_a_million(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    directory = write_shards(tmp_path / "shards", [[[7], list(range(1000)) * 1000, [], [8]]], tokenizer)
+    config = SourceConfig(name="corpus", shards=str(directory), epochs=1)
+    stream = Stream([Source(config, Data(sources=[config]), tokenizer)], 1, 0, 42, 1024, tokenizer.pad_id)
+    rows = list(iter(stream.next_row, None))
+    inputs = np.concatenate([row.ids[: sum(row.lengths)] for row in rows])
+    assert np.count_nonzero(inputs == tokenizer.cls_id) == np.count_nonzero(inputs == tokenizer.sep_id) == 3
+    assert np.count_nonzero(inputs < 1000) == 1_000_002
+    assert sum(len(row.lengths) for row in rows) == 979  # two short documents, and the parts of the long one
