@@ -184,12 +184,13 @@ class Recorder:
             self._writing.result()
             self._writing = self._start_writing()
 
-    def checkpoint_saved(self, step: int, seconds: float, path: Path) -> None:
-        """The checkpoint after `step` steps is complete; saving it took this long."""
+    def checkpoint_saved(self, step: int, seconds: float, path: Path, stall: float = 0.0) -> None:
+        """The checkpoint after `step` steps is complete; saving took `seconds`, for `stall` of which training stood."""
         self._counters.checkpoint_seconds.observe(seconds)
         self._telemetry.checkpoint_step, self._telemetry.checkpoint_time = step, time.time()
         where = path.relative_to(self._directory) if path.is_relative_to(self._directory) else path
-        append_event(self._directory, "checkpoint_saved", step=step, seconds=round(seconds, 3), path=str(where))
+        times = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
+        append_event(self._directory, "checkpoint_saved", step=step, **times, path=str(where))
         self.flush()
 
     def state(self) -> dict[str, Any]:
