@@ -1,0 +1,40 @@
+"""A byte-level BPE tokenizer of 8,192 entries from the sample corpus: python tokenizer.py DIRECTORY."""
+
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from datapipe.text import find_files, read_texts
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+CORPORA = ("medquad", "tico19_en", "tico19_fr")
+
+texts = (
+    text.text.decode()
+    for name in CORPORA
+    for path in find_files(f"package://corpus/{name}.jsonl.gz")
+    for text in read_texts(path)
+)
+tokenizer = Tokenizer(models.BPE())
+tokenizer.normalizer = normalizers.NFC()
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.decoder = decoders.ByteLevel()
+tokenizer.train_from_iterator(
+    texts,
+    trainers.BpeTrainer(
+        vocab_size=8192,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ),
+)
+ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+tokenizer.post_processor = processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+)
+directory = Path(sys.argv[1])
+directory.mkdir(parents=True, exist_ok=True)
+tokenizer.save(str(directory / "tokenizer.json"))
+settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, **SPECIAL}
+(directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")

@@ -1,0 +1,34 @@
+"""Reads the dashboards' JSON as Grafana would."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from monitoring.grafana.dashboards import FOLDER
+
+
+def boards() -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel for panel in board["panels"] if panel["type"] != "row"]
+
+
+def expressions() -> Iterator[tuple[str, str, str]]:
+    """(board, panel, PromQL) of every panel, and of every annotation that watches what a healthy run does."""
+    for name, board in boards().items():
+        for panel in panels(board):
+            for target in panel["targets"]:
+                yield name, panel["title"], target["expr"]
+        for annotation in board["annotations"]["list"]:
+            yield name, annotation["name"], annotation["expr"]
+
+
+def fill_in(expression: str, run: str, interval: str) -> str:
+    """Put values in the place of Grafana's variables."""
+    filled = expression.replace("$run", run)
+    return re.sub(r"\$__(rate_interval|interval|range)\b", interval, filled)

@@ -1,0 +1,171 @@
+"""The shipped Prometheus configuration, rules and dashboards against a real server and two runs at once."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.schema import RunConfig
+from monitoring.discovery import announced
+from monitoring.exporter import Exporter
+from monitoring.log import append_event
+from monitoring.recorder import WorkerRecord
+from tests.monitoring.dashboards import expressions, fill_in
+from tests.monitoring.prometheus import SHIPPED, Server, needs_prometheus, prometheus, wait_until
+from tests.monitoring.synthetic import make_config, make_record, make_recorder
+from tests.monitoring.test_exporter import CONTRACT
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Scene:
+    server: Server
+    alpha: ExitStack
+    """Closing it ends the run alpha; beta goes on."""
+    began: float
+
+
+class SteadyRun(threading.Thread):
+    """A run in real time, eight steps a second: a switch half-way, and a failure that loses a second of work."""
+
+    def __init__(self, directory: Path, config: RunConfig, fails: bool) -> None:
+        super().__init__(daemon=True)
+        self.directory, self.config, self.fails = directory, config, fails
+        self.start()
+
+    def run(self) -> None:
+        recorder = make_recorder(self.directory, self.config)
+        append_event(self.directory, "started")
+        recorder.phase_started(0, "clm", 0)
+        step, state, failed = 0, None, not self.fails
+        while step < self.config.total_steps:
+            time.sleep(0.125)
+            step += 1
+            if step == 41:
+                recorder.phase_started(1, "mlm", 40)
+            gpus = [WorkerRecord(rank, 0.12 + 0.01 * rank, 10**9, 0.9) for rank in range(3)]
+            recorder.step(make_record(self.config, step, step_seconds=0.125, workers=gpus))
+            if step % 20 == 0:
+                state = (step, recorder.state())
+                recorder.checkpoint_saved(step, 0.2, self.directory / "checkpoints" / f"step-{step:08d}")
+            if step == 68 and not failed and state:
+                failed = True
+                append_event(self.directory, "worker_failed", reason="killed", step=step)
+                time.sleep(1.5)
+                step = state[0]
+                recorder = make_recorder(self.directory, self.config, state[1], step)
+                append_event(self.directory, "resumed", step=step)
+        recorder.close()
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("prometheus")
+    targets = folder / "targets"
+    began = time.time()
+    with prometheus(folder, targets) as server, ExitStack() as stack:
+        runs: dict[str, ExitStack] = {}
+        threads = []
+        for name in ("alpha", "beta"):
+            phases: list[dict[str, Any]] = [{"objective": "clm", "steps": 40}, {"objective": "mlm", "steps": 90}]
+            config = make_config(name=name, phases=phases, monitoring={"every": "1 steps"})
+            (folder / name).mkdir()
+            runs[name] = stack.enter_context(ExitStack())
+            exporter = runs[name].enter_context(Exporter(folder / name, name, "127.0.0.1", 9464))
+            runs[name].enter_context(announced(targets, exporter.target))
+            threads.append(SteadyRun(folder / name, config, fails=name == "alpha"))
+        wait_until(lambda: server.value('detour_train_step{run="alpha"}'), 20)
+        wait_until(lambda: server.value('detour_train_step{run="alpha"}') == 130, 60)
+        yield Scene(server, runs["alpha"], began)
+
+
+@needs_prometheus
+def test_both_runs_are_found_and_nothing_is_mixed(scene: Scene) -> None:
+    assert scene.server.value("count(detour_run_info)") == 2
+    by_run = scene.server.query("count by (run) (count by (run, instance) (detour_train_step))")
+    assert {sample["metric"]["run"]: sample["value"][1] for sample in by_run} == {"alpha": "1", "beta": "1"}
+    assert scene.server.query('ALERTS{alertstate="firing"}') == []
+
+
+@needs_prometheus
+def test_every_contract_metric_arrives_with_its_type_and_labels(scene: Scene) -> None:
+    metadata = scene.server.get("metadata")
+    for name, (kind, labels) in CONTRACT.items():
+        described = metadata.get(name) or metadata[name.removesuffix("_total")]
+        assert described[0]["type"] == kind, name
+        series = scene.server.query(f'{name}{"_bucket" if kind == "histogram" else ""}{{run="alpha"}}')
+        assert series, name
+        extra = {"le"} if kind == "histogram" else set()
+        for one in series:
+            assert one["metric"].keys() == {"__name__", "job", "instance", "run"} | labels | extra, name
+
+
+@needs_prometheus
+def test_counters_stay_monotonic_through_a_failure_and_the_endpoint_stays(scene: Scene) -> None:
+    window = time.time() - scene.began
+    for name, (kind, _) in CONTRACT.items():
+        for suffix in {"counter": ("",), "histogram": ("_bucket", "_sum", "_count")}.get(kind, ()):
+            for series in scene.server.query_range(f'{name}{suffix}{{run="alpha"}}', window):
+                values = [float(value) for _, value in series["values"]]
+                assert values == sorted(values), series["metric"]
+    assert scene.server.value('detour_launcher_restarts_total{run="alpha",reason="killed"}') == 1
+    assert scene.server.value('min_over_time(up{job="detour"}[5m])') == 1
+    rolled_back = scene.server.query_range('detour_train_step{run="alpha"}', window)[0]["values"]
+    assert any(int(b) < int(a) for (_, a), (_, b) in pairwise(rolled_back))
+
+
+@needs_prometheus
+def test_every_dashboard_expression_returns_series(scene: Scene) -> None:
+    window = time.time() - scene.began
+    checked = 0
+    for board, panel, expression in expressions():
+        filled = fill_in(expression, run="alpha|beta" if board == "compare" else "alpha", interval="15s")
+        assert scene.server.query_range(filled, window), f"{board}: {panel}: {filled}"
+        checked += 1
+    assert checked > 50
+
+
+@needs_prometheus
+def test_every_recording_rule_gives_series(scene: Scene) -> None:
+    rules = yaml.safe_load((SHIPPED / "rules" / "recording.yml").read_text())
+    for rule in rules["groups"][0]["rules"]:
+        assert scene.server.query_range(rule["record"], time.time() - scene.began), rule["record"]
+
+
+@needs_prometheus
+def test_a_finished_run_leaves_no_series(scene: Scene) -> None:
+    """Runs last in this file: it ends alpha."""
+    scene.alpha.close()
+    wait_until(lambda: scene.server.query('{run="alpha"}') == [], 20)
+    assert scene.server.query('detour_train_step{run="beta"}')
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (apt-get install prometheus)")
+def test_alerts_fire_and_stay_silent_as_they_should() -> None:
+    ran = subprocess.run(["promtool", "test", "rules", HERE / "alerts_test.yml"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_every_alert_has_its_tests_and_its_place_in_the_runbook() -> None:
+    groups = yaml.safe_load((SHIPPED / "rules" / "alerts.yml").read_text())["groups"]
+    cases = yaml.safe_load((HERE / "alerts_test.yml").read_text())["tests"]
+    tested = [test for case in cases for test in case.get("alert_rule_test", ())]
+    runbook = (HERE.parents[1] / "docs" / "runbook.md").read_text()
+    for rule in (rule for group in groups for rule in group["rules"]):
+        mine = [bool(test.get("exp_alerts")) for test in tested if test["alertname"] == rule["alert"]]
+        assert {True, False} <= set(mine), rule["alert"]
+        assert f"## {rule['alert']}\n" in runbook
+        assert rule["annotations"]["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
+        assert rule["labels"]["severity"] in ("critical", "warning")
