@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -52,7 +52,7 @@ class Loader:
 
     def steps(
         self, targets: Targets, micro: int, first: int, last: int, state: dict[str, Any] | None
-    ) -> Iterator[StepData]:
+    ) -> Generator[StepData, None, None]:
         """Batches of the 0-based steps first..last-1, prepared ahead in a thread that ends with the generator.
 
         `micro` rows make a micro-batch and divide the rows of a rank. `state` is the `state` of step first-1, united
@@ -65,7 +65,7 @@ class Loader:
 
     def _prepare(
         self, targets: Targets, micro: int, first: int, last: int, state: dict[str, Any] | None
-    ) -> Iterator[StepData]:
+    ) -> Generator[StepData, None, None]:
         data, sources = self._data, [Source(source, self._data, self._tokenizer) for source in self._data.sources]
         make = self._batch_maker(targets, micro)
         prints = {source.name: _fingerprint(data, source) for source in sources}
@@ -190,7 +190,7 @@ def _checked(state: dict[str, Any], stream: int, prints: dict[str, str]) -> dict
     return found
 
 
-def _ahead(steps: Iterator[StepData], depth: int) -> Iterator[StepData]:
+def _ahead(steps: Generator[StepData, None, None], depth: int) -> Generator[StepData, None, None]:
     """The same steps, `depth` of them made in advance in a thread that ends when the generator is closed."""
     ready: queue.Queue[StepData | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
@@ -213,7 +213,7 @@ def _ahead(steps: Iterator[StepData], depth: int) -> Iterator[StepData]:
         except BaseException as error:
             put(error)
         finally:
-            steps.close()  # type: ignore[attr-defined]
+            steps.close()
 
     thread = threading.Thread(target=work, name="detour-data", daemon=True)
     thread.start()

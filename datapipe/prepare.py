@@ -15,7 +15,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_TEXT = 32 * 2**20
 """Bytes of text in a shard. Small corpora make smaller ones, so that they too are prepared in parallel."""
+SMALL = 2**20
+"""Bytes of input, compressed if it is, that one process prepares sooner than several."""
 HELD_OUT = "held-out"
 """Directory, inside the output, of the documents kept from training."""
 JOURNAL = "prepare.jsonl"
@@ -103,7 +105,10 @@ def prepare(
             journal.add(block.name, result)
         written.append((block.name, result))
 
-    with ProcessPoolExecutor(processes, spawn, _start_worker, (str(tokenizer.directory), encoded)) as pool:
+    pool: Executor = _Here(tokenizer, encoded)
+    if processes > 1 and total > SMALL:
+        pool = ProcessPoolExecutor(processes, spawn, _start_worker, (str(tokenizer.directory), encoded))
+    with pool:
         try:
             for block in _blocks(files, min(SHARD_TEXT, max(total // 16, 2**20)), selection, duplicates):
                 size = sum(len(text.text) for _, text in block.texts)
@@ -199,6 +204,19 @@ class _Journal:
 
     def remove(self) -> None:
         self._path.unlink()
+
+
+class _Here(Executor):
+    """Works in this process, at once: for input so small that starting others would take longer."""
+
+    def __init__(self, tokenizer: Tokenizer, encoded: Any) -> None:
+        global _tokenizer, _encoded
+        _tokenizer, _encoded = tokenizer, encoded
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **keywords))
+        return future
 
 
 class _Meter:

@@ -1,0 +1,269 @@
+"""The same text gives the same bytes: at any number of processes, after any interruption, in any format."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+import datapipe.prepare
+from configs.errors import InputError
+from configs.schema import Data
+from datapipe.inspect import inspect_shards
+from datapipe.manifest import NAME, read_manifest, verify
+from datapipe.prepare import HELD_OUT, JOURNAL, Selection, ensure_prepared, prepare
+from datapipe.samples import local_path
+from datapipe.shards import ShardReader
+from datapipe.text import read_texts
+from datapipe.tokenizer import Tokenizer
+
+TICO = "package://corpus/tico19_en.jsonl.gz"
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def documents(directory: Path) -> list[list[int]]:
+    result = []
+    for shard in read_manifest(directory).shards:
+        reader = ShardReader((directory / shard.name).open("rb", buffering=0), shard.name)
+        result += [reader.ids(number).tolist() for number in range(len(reader))]
+    return result
+
+
+def lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = [text.text.decode() for text in read_texts(local_path(TICO))]
+    path = tmp_path_factory.mktemp("corpus") / "tico.jsonl"
+    return lines(path, [{"id": number, "text": text} for number, text in enumerate(texts)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_shards() -> Iterator[None]:
+    """Three shards for half a megabyte, and worker processes even for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datapipe.prepare, "SHARD_TEXT", 200_000)
+        patch.setattr(datapipe.prepare, "SMALL", 100_000)
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("prepared") / "shards"
+    manifest = prepare([str(corpus)], tokenizer, output, processes=1)
+    assert len(manifest.shards) == 3
+    return output
+
+
+def test_what_is_prepared_is_the_text(corpus: Path, prepared: Path, tokenizer: Tokenizer) -> None:
+    texts = [text.text.decode() for text in read_texts(corpus)]
+    bare = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+    assert documents(prepared) == [encoding.ids for encoding in bare]
+    assert verify(prepared) == []
+    report = inspect_shards(prepared)
+    assert report.manifest.documents == len(texts) == len(report.lengths)
+    assert report.manifest.sources == {"tico.jsonl": {"documents": len(texts), "tokens": report.manifest.tokens}}
+    assert report.samples and str(report)
+
+
+def test_the_same_bytes_with_more_processes(corpus: Path, prepared: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    prepare([str(corpus)], tokenizer, tmp_path / "shards", processes=3)
+    assert digests(tmp_path / "shards") == digests(prepared)
+
+
+def test_killed_and_run_again(corpus: Path, prepared: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """SIGKILL once the first shard is there; what is finished is not made again, and the end is the same."""
+    output = tmp_path / "shards"
+    program = (
+        "import sys, datapipe.prepare as p; from pathlib import Path; from datapipe.tokenizer import load_tokenizer;"
+        "p.SHARD_TEXT, p.SMALL = 200_000, 100_000;"
+        "p.prepare([sys.argv[1]], load_tokenizer('package://tokenizer/modernbert'), Path(sys.argv[2]), processes=2)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(corpus), str(output)], start_new_session=True)
+    journal = output / JOURNAL
+    while process.poll() is None and not (journal.exists() and len(journal.read_text().splitlines()) >= 2):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (output / NAME).exists()
+    while _session(process.pid):  # the workers notice that they are alone
+        time.sleep(0.05)
+    finished = json.loads(journal.read_text().splitlines()[1])[0]
+    inode = (output / finished).stat().st_ino
+    prepare([str(corpus)], tokenizer, output, processes=2)
+    assert digests(output) == digests(prepared)
+    assert (output / finished).stat().st_ino == inode
+
+
+def _session(leader: int) -> list[int]:
+    """Live processes of a session."""
+    found = []
+    for process in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+            if os.getsid(process) == leader and state != "Z":
+                found.append(process)
+        except (ProcessLookupError, FileNotFoundError):
+            continue
+    return found
+
+
+def test_an_unfinished_output_of_other_settings(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_text("0" * 64 + "\n")
+    with pytest.raises(InputError, match="unfinished preparation of other text"):
+        prepare([str(corpus)], tokenizer, tmp_path)
+
+
+def test_a_finished_output_is_left_alone(prepared: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+    before = digests(prepared)
+    with pytest.raises(InputError, match="already holds prepared shards"):
+        prepare([str(corpus)], tokenizer, prepared)
+    assert digests(prepared) == before
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet", "arrow", "directory", "txt"])
+def test_formats(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    records = [{"id": str(n), "text": f"Élan vital, document {n}.\nsecond line"} for n in range(50)]
+    (tmp_path / "in").mkdir()
+    plain = lines(tmp_path / "in" / "a.jsonl", records)
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    elif kind == "jsonl.zst":
+        half = plain.read_bytes().index(b'{"id": "25"')
+        frames = [plain.read_bytes()[:half], plain.read_bytes()[half:]]
+        path.write_bytes(b"".join(zstandard.compress(frame) for frame in frames))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif kind == "arrow":
+        table = pyarrow.Table.from_pylist(records)
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    elif kind == "directory":
+        path = tmp_path / "in"
+        lines(path / "b.jsonl", records[:10])
+        (path / "notes.md").write_text("not read")
+    else:
+        path = tmp_path / "one.txt"
+        path.write_text(records[0]["text"])
+    prepare([str(path)], tokenizer, tmp_path / "out", processes=1)
+    expected = {"directory": records + records[:10], "txt": records[:1]}.get(kind, records)
+    assert documents(tmp_path / "out") == [ids.tolist() for ids in tokenizer.encode([r["text"] for r in expected])]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2: not valid JSON"),
+        ("a.jsonl", b'{"txt": "one"}\n', 'line 1: expected an object with a key "text"'),
+        ("a.jsonl", b"[1]\n", 'line 1: expected an object with a key "text"'),
+        ("a.jsonl", b'{"text": 3}\n', '"text" is int'),
+        ("a.jsonl", b'{"text": ""}\n', "no text in there"),
+        ("a.jsonl", b"", "no text in there"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 100)[:-12], "cannot be read"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.jsonl.zst", b"no zstandard", "damaged"),
+        ("a.parquet", b"no parquet", "no readable parquet"),
+        ("a.arrow", b"no arrow", "no readable arrow"),
+        ("a.csv", b"text\none\n", "not a text format"),
+    ],
+)
+def test_bad_input_is_named(name: str, content: bytes, says: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says) as error:
+        prepare([str(tmp_path / name)], tokenizer, tmp_path / "out", processes=1)
+    assert name in str(error.value)
+    assert not (tmp_path / "out" / NAME).exists()
+
+
+def test_missing_input_and_output_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
+        prepare([str(tmp_path / "nowhere.jsonl")], tokenizer, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare([TICO], tokenizer, tmp_path / "file" / "out")
+
+
+def test_selection(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Duplicates, short and long documents are left out and counted; equal texts never stand on both sides."""
+    texts = [f"document number {n} " + "word " * (n % 40) for n in range(400)]
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, *texts[:100], ""]])
+    selection = Selection(dedup=True, min_tokens=10, max_tokens=30, held_out=0.25)
+    prepare([str(path)], tokenizer, tmp_path / "out", selection=selection, processes=2)
+    encoded = [ids.tolist() for ids in tokenizer.encode(texts)]
+    kept = [ids for ids in encoded if 10 <= len(ids) <= 30]
+    train, held_out = documents(tmp_path / "out"), documents(tmp_path / "out" / HELD_OUT)
+    assert sorted(train + held_out) == sorted(kept)
+    assert 0.15 < len(held_out) / len(kept) < 0.35
+    train_counts, held_counts = (
+        read_manifest(folder).sources["a.jsonl"] for folder in (tmp_path / "out", tmp_path / "out" / HELD_OUT)
+    )
+    assert train_counts["duplicates"] == 100
+    short = sum(len(ids) < 10 for ids in encoded)
+    assert train_counts["too short"] + held_counts["too short"] == short
+    assert train_counts["too long"] + held_counts["too long"] == len(encoded) - len(kept) - short
+    assert verify(tmp_path / "out") == verify(tmp_path / "out" / HELD_OUT) == []
+
+
+def test_special_tokens_in_a_text_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"text": "before [MASK] and [SEP] after <|endoftext|>"}])
+    prepare([str(path)], tokenizer, tmp_path / "out", processes=1)
+    assert not set(documents(tmp_path / "out")[0]) & set(tokenizer.special_ids)
+
+
+def test_a_long_document_is_tokenized_in_parts(tokenizer: Tokenizer) -> None:
+    """More than a million characters: the same tokens as in one piece, which needs 100 times the memory."""
+    text = "The striatum plays a pivotal role in modulating motor activity.\n" * 20_000
+    whole = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    (parts,) = tokenizer.encode([text])
+    np.testing.assert_array_equal(parts, whole)
+
+
+def test_disk_full_is_told_and_can_be_continued(
+    corpus: Path, prepared: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """/dev/full stands in for the disk: every write to it ends in ENOSPC."""
+    output = tmp_path / "shards"
+    output.mkdir()
+    (output / "000001.partial").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"000001\.tar cannot be written: No space left on device; free some space"):
+        prepare([str(corpus)], tokenizer, output, processes=1)
+    prepare([str(corpus)], tokenizer, output, processes=1)
+    assert digests(output) == digests(prepared)
+
+
+def test_sources_are_prepared_when_their_shards_are_missing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = Data(
+        sources=[{"name": "tico", "text": TICO, "shards": str(tmp_path / "tico")}],
+        evaluation={"text": TICO, "shards": str(tmp_path / "evaluation")},
+    )
+    said: list[str] = []
+    ensure_prepared(data, tokenizer, said.append)
+    assert any(line.startswith("tico: prepared 100%") for line in said)
+    before = digests(tmp_path)
+    shutil.rmtree(tmp_path / "evaluation")
+    ensure_prepared(data, tokenizer)
+    assert digests(tmp_path) == before
