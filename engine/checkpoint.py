@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
-import queue
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from configs.errors import InputError
 from engine.modernbert.config import CONFIG_FILE
@@ -29,6 +25,11 @@ FORMAT = 1
 
 def step_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The inverse of `step_directory`."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -70,46 +71,17 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
             raise InputError(f"{path} is damaged: {size} bytes were written, {found} found; use an older checkpoint")
-        if _sha256(path) != digest:
+        if file_digest(path)[1] != digest:
             raise InputError(f"{path} is damaged: its sha256 is not the one written; use an older checkpoint")
     _refuse_foreign_pickles(checkpoint)
     return meta
-
-
-def save(checkpoint: Path, model: Any, optimizer: Any | None, meta: dict[str, Any]) -> None:
-    """Write a checkpoint from all ranks together. `meta` (rank 0's counts) is the JSON kept beside the tensors."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # Megatron collects its writers' results in a queue made by a spawned process, which imports torch and Megatron
-    # again: seconds for a save of milliseconds. The results are collected in this process, so a local queue will do.
-    filesystem_async._results_queue = queue.Queue()
-    hidden = checkpoint.parent / f".{checkpoint.name}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded_state(model, optimizer, loading=False), str(hidden))
-    mine = {path.name: (path.stat().st_size, _sha256(path)) for path in _written_here(hidden)}
-    gathered: list[dict[str, tuple[int, str]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    if dist.get_rank() == 0:
-        files = {name: entry for part in gathered for name, entry in sorted(part.items())}
-        record = {"format": FORMAT, **meta, "optimizer": optimizer is not None, "files": files}
-        with (hidden / CONFIG_FILE).open("w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(checkpoint, ignore_errors=True)  # only a damaged one can stand there
-        hidden.rename(checkpoint)
-    dist.barrier()
 
 
 def load(checkpoint: Path, model: Any, optimizer: Any | None) -> None:
     """Fill model and optimizer from a verified checkpoint, whatever layout wrote it; weights only without optimizer."""
     from megatron.core import dist_checkpointing
 
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(checkpoint))
+    state = dist_checkpointing.load(sharded_state(model, optimizer, loading=True), str(checkpoint))
     missing, unexpected = model.load_state_dict(state["model"], strict=False)
     if unexpected or any(not key.endswith("_extra_state") for key in missing):
         raise InputError(f"{checkpoint} does not fit the model: missing {missing}, unexpected {unexpected}")
@@ -142,7 +114,8 @@ def prune(checkpoints: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sharded_state(model: Any, optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
+def sharded_state(model: Any, optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
+    """What a checkpoint stores, by place in the whole model; every rank its part."""
     from megatron.core import parallel_state
 
     metadata = {
@@ -156,18 +129,10 @@ def _sharded_state(model: Any, optimizer: Any | None, *, loading: bool) -> dict[
     return state
 
 
-def _written_here(folder: Path) -> Iterator[Path]:
-    """The files this rank wrote: its own tensor files, and on rank 0 the common ones."""
-    rank = dist.get_rank()
-    for path in folder.iterdir():
-        owner = path.name.removeprefix("__").partition("_")[0] if path.name.startswith("__") else "0"
-        if int(owner) == rank:
-            yield path
-
-
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and sha256."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -45,6 +45,7 @@ def import_hf(init: str, out: Path, seed: int = 17) -> None:
     cpu.install()
     from engine.modernbert.convert import huggingface_weights, load_weights
     from engine.modernbert.model import ModernBert, transformer_config
+    from engine.saver import save_now
 
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; name a new directory for the checkpoint")
@@ -52,7 +53,8 @@ def import_hf(init: str, out: Path, seed: int = 17) -> None:
     with single_process():
         model = ModernBert(transformer_config(architecture), architecture)
         load_weights(model, huggingface_weights(init, architecture, seed))
-        checkpoints.save(out, model, None, {"step": 0, "architecture": architecture.to_dict(), "source": init})
+        meta = {"step": 0, "architecture": architecture.to_dict(), "source": init}
+        save_now(out, model, None, meta)
 
 
 @contextmanager

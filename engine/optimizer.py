@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from configs.schema import Optimizer
 from engine.modernbert.convert import global_name
@@ -47,6 +49,23 @@ def set_learning_rate(optimizer: Any, learning_rate: float, settings: Optimizer)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = decay * group["wd_mult"]  # Megatron's 0 on biases and norms
+
+
+def step(optimizer: Any) -> float:
+    """One optimizer step; the global gradient norm before clipping.
+
+    Where the norm is not finite (so is the loss or a gradient, on any rank: the norm is global), weights and moments
+    stay as they are.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if math.isfinite(norm):
+        for part in _parts(optimizer):
+            parameters = part.get_parameters()
+            if part.config.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+        optimizer.step_with_ready_grads()
+    return norm
 
 
 class FrozenLayers:

@@ -15,17 +15,21 @@ from megatron.core.transformer.module import Float16Module
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
-from configs.schema import RunConfig
-from datapipe.loader import Loader
+from configs.schema import Phase, RunConfig
+from datapipe.batch import MicroBatch
+from datapipe.loader import Loader, evaluation_batches
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine import device
+from engine.guards import Guards
 from engine.modernbert.config import CONFIG_FILE, parameter_count, resolve_architecture
 from engine.modernbert.convert import huggingface_weights, load_weights, random_weights
 from engine.modernbert.model import ModernBert, transformer_config
+from engine.objectives import CausalLM, MaskedLM, Objective
 from engine.optimizer import FrozenLayers, build_optimizer
 from engine.parallel import Layout, initialise, plan
 from engine.precision import DTYPE, Precision, resolve_precision
+from engine.saver import Saver
 from engine.schedule import PhaseSchedule
 from monitoring.log import append_event
 from monitoring.recorder import Recorder
@@ -49,6 +53,10 @@ class Trainer:
     optimizer: Any
     frozen: FrozenLayers
     loader: Loader
+    evaluation: dict[Objective, list[MicroBatch]]
+    """This rank's share of the held-out set for each objective; empty without one."""
+    saver: Saver
+    guards: Guards
     recorder: Recorder | None
     """On global rank 0 only."""
     step: int
@@ -60,6 +68,14 @@ class Trainer:
     @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the held-out set is looked at after this many steps: at its interval and at the end of the run."""
+        held_out = self.config.data.evaluation
+        if held_out is None:
+            return False
+        interval = max(1, held_out.every.steps(self.config.tokens_per_step))
+        return step % interval == 0 or step == self.schedule.total
 
     def close(self) -> None:
         if self.recorder:
@@ -111,6 +127,9 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
         ),
+        evaluation=_held_out(config, tokenizer, layout),
+        saver=Saver(directory / "checkpoints", config.checkpoint.keep),
+        guards=Guards(directory),
         recorder=recorder,
         step=step,
         data_state=meta.get("data"),
@@ -135,6 +154,19 @@ def build_model(architecture: ModernBertConfig, layout: Layout, precision: Preci
     wrapped = DistributedDataParallel(config, settings, inner)
     config.finalize_model_grads_func = finalize_model_grads
     return model, wrapped
+
+
+def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[Objective, list[MicroBatch]]:
+    """The evaluation set as both objectives see it."""
+    if config.data.evaluation is None:
+        return {}
+    rank, size = parallel_state.get_data_parallel_rank(), layout.data
+    masked = Phase(objective="mlm", steps=1, mask_rate=config.data.evaluation.mask_rate)
+    objectives = (CausalLM(), MaskedLM(masked, tokenizer, config.data.seed))
+    return {
+        objective: evaluation_batches(config.data, objective.targets(), layout.micro, tokenizer, rank, size)
+        for objective in objectives
+    }
 
 
 def _restore(

@@ -40,13 +40,16 @@ def run_metrics(now: Telemetry | None, events: Sequence[Event]) -> list[Metric]:
     return [_restarts(events), _count_events(kinds), _info(now), *(_training_metrics(now) if now else [])]
 
 
-def _restarts(events: Iterable[Event]) -> Metric:
-    """The two usual reasons are there from the start, so that a first rise shows."""
+def count_restarts(events: Iterable[Event]) -> Counter[str]:
+    """Interruptions by reason. The two usual reasons are there from the start, so that a first rise shows."""
     counts = Counter(dict.fromkeys(INTERRUPTIONS, 0))
     counts.update(str(event.get("reason") or event["event"]) for event in events if event["event"] in INTERRUPTIONS)
-    return Metric(
-        "detour_launcher_restarts_total", "counter", "Interruptions of the workers, by reason", _each("reason", counts)
-    )
+    return counts
+
+
+def _restarts(events: Iterable[Event]) -> Metric:
+    samples = _each("reason", count_restarts(events))
+    return Metric("detour_launcher_restarts_total", "counter", "Interruptions of the workers, by reason", samples)
 
 
 def _count_events(kinds: Iterable[str]) -> Metric:
@@ -67,6 +70,12 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "gauge",
             "Training loss, mean over the paying positions, at the latest step of each objective",
             _each("objective", now.loss),
+        ),
+        Metric(
+            "detour_eval_loss",
+            "gauge",
+            "Loss on the held-out set, mean over the paying positions, at its latest evaluation",
+            _each("objective", now.eval_loss),
         ),
         Metric(
             "detour_train_tokens_total",
@@ -140,6 +149,24 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "gauge",
             "Epoch each source has reached, from 0",
             _each("source", now.epochs),
+        ),
+        Metric(
+            "detour_data_tokens_total",
+            "counter",
+            "Tokens of documents that entered the streams, special tokens included",
+            _each("source", {source: drawn[0] for source, drawn in now.drawn.items()}),
+        ),
+        Metric(
+            "detour_data_documents_total",
+            "counter",
+            "Documents that entered the streams",
+            _each("source", {source: drawn[1] for source, drawn in now.drawn.items()}),
+        ),
+        Metric(
+            "detour_data_skipped_documents_total",
+            "counter",
+            "Damaged documents left out (data.on_error: skip)",
+            _each("source", {source: drawn[2] for source, drawn in now.drawn.items()}),
         ),
         Metric(
             "detour_checkpoint_seconds",

@@ -45,6 +45,10 @@ class StepRecord:
     """Epoch each source has reached, from 0."""
     workers: list[WorkerRecord] | None
     """Every rank's view at a due step; None at other steps."""
+    eval_loss: dict[str, float] | None = None
+    """Loss of each objective on the held-out set, at the steps that evaluate."""
+    drawn: dict[str, tuple[int, int, int]] | None = None
+    """At a due step, of each source over all ranks: tokens, documents, damaged documents left out."""
 
 
 def due(config: RunConfig, step: int) -> bool:
@@ -174,7 +178,11 @@ class Recorder:
         telemetry.packing_ratio, telemetry.epochs = record.packing_ratio, record.epochs
         if record.workers is not None:
             telemetry.workers = record.workers
-        if self.due(record.step):
+        if record.drawn is not None:
+            telemetry.drawn = record.drawn
+        if record.eval_loss is not None:
+            telemetry.eval_loss = record.eval_loss
+        if self.due(record.step) or record.eval_loss is not None:
             line = self._line(record)
             self._lines.append(line)
             for writer in self._writers:
@@ -225,6 +233,7 @@ class Recorder:
             "mfu": window.mfu(self._peak_flops),
             "data_wait_seconds": window.wait / window.steps,
             "packing_ratio": record.packing_ratio,
+            **({"eval_loss": record.eval_loss} if record.eval_loss is not None else {}),
         }
 
     def _start_writing(self) -> Future[None]:

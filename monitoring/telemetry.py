@@ -84,6 +84,8 @@ class Telemetry(BaseModel):
     phase: int = 0
     loss: dict[str, Number] = {}
     """By objective, at the latest step that had it."""
+    eval_loss: dict[str, Number] = {}
+    """By objective, on the held-out set; empty without one."""
     learning_rate: Number = math.nan
     grad_norm: Number = math.nan
     tokens_per_second: Number = 0.0
@@ -93,6 +95,8 @@ class Telemetry(BaseModel):
     """Mean of the steps since the last writing, as the three above."""
     packing_ratio: Number = math.nan
     epochs: dict[str, int] = {}
+    drawn: dict[str, tuple[int, int, int]] = {}
+    """Of each source: tokens and documents that entered the streams, and damaged documents left out."""
     workers: list[WorkerRecord] = []
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None

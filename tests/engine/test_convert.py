@@ -43,12 +43,12 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_untrained(config: RunConfig, directory: Path) -> None:
     """On a rank: load `model.init` in the configured layout and save it as it is."""
-    from engine import checkpoint
+    from engine.saver import save_now
     from engine.setup import open_trainer
 
     trainer = open_trainer(config, directory)
     meta = {"step": 0, "architecture": trainer.architecture.to_dict()}
-    checkpoint.save(step_directory(trainer.checkpoints, 0), trainer.model, trainer.optimizer, meta)
+    save_now(step_directory(trainer.checkpoints, 0), trainer.model, trainer.optimizer, meta)
     trainer.close()
 
 

@@ -1,0 +1,62 @@
+"""The held-out set: both losses in either phase, without a trace in the training."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from configs.schema import RunConfig
+from datapipe.batch import IGNORE
+from datapipe.loader import evaluation_batches
+from datapipe.tokenizer import load_tokenizer
+from engine.checkpoint import step_directory
+from engine.export import export_hf
+from engine.objectives import CausalLM, MaskedLM
+from monitoring.log import read_metrics
+from tests.engine.world import run_world, stored, toy_config, train
+
+
+def with_evaluation(shards: Path) -> RunConfig:
+    held_out = {"shards": str(shards / "fr"), "every": "2 steps", "sequences": 6, "mask_rate": 0.3}
+    return toy_config(shards, data={"evaluation": held_out})
+
+
+@pytest.mark.parametrize(
+    ("workers", "parallel"), [(1, {}), (4, {"tensor": 2, "pipeline": 2})], ids=["alone", "tp2-pp2"]
+)
+def test_evaluation_changes_nothing(
+    workers: int, parallel: dict[str, int], shards: Path, alone_run: Path, tmp_path: Path
+) -> None:
+    config = with_evaluation(shards).model_copy(update={"parallel": toy_config(shards, parallel=parallel).parallel})
+    run_world(workers, train, config, tmp_path)
+    lines = read_metrics(tmp_path)
+    assert [sorted(line.get("eval_loss", {})) for line in lines] == [
+        [],
+        ["clm", "mlm"],
+        [],
+        ["clm", "mlm"],
+        ["clm", "mlm"],
+    ]
+    if workers == 1:
+        final, expected = stored(tmp_path, 5), stored(alone_run, 5)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in final.items())
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    objective = MaskedLM(config.phases[1], tokenizer, config.data.seed)
+    (micro,) = evaluation_batches(config.data, objective.targets(), 6, tokenizer, 0, 1)
+    export_hf(step_directory(tmp_path / "checkpoints", 5), tmp_path / "hf", tokenizer)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").eval()
+    bounds = [int(bound) for bound in micro.cu_seqlens]
+    labels = torch.from_numpy(micro.labels)
+    with torch.no_grad():
+        logits = [
+            model(torch.from_numpy(micro.inputs[None, start:end])).logits[0]
+            for start, end in itertools.pairwise(bounds)
+        ]
+        expected_loss = torch.nn.functional.cross_entropy(torch.cat(logits), labels, ignore_index=IGNORE)
+    assert lines[-1]["eval_loss"]["mlm"] == pytest.approx(float(expected_loss), rel=1e-5)
+    assert CausalLM.causal and lines[-1]["eval_loss"]["clm"] != lines[-1]["eval_loss"]["mlm"]
