@@ -1,0 +1,127 @@
+"""What `detour monitor` draws."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from configs.units import format_count
+from monitoring.progress import format_seconds
+from monitoring.telemetry import Telemetry, WorkerRecord
+
+SPARK_WIDTH = 48
+COLORS = {"clm": "dark_orange", "mlm": "dodger_blue1"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown of a run."""
+
+    now: Telemetry | None
+    """None until the first workers are up."""
+    restarts: dict[str, int]
+    losses: Sequence[float]
+    """Of the current objective, oldest first."""
+    finished: bool = False
+
+
+def screen(view: View, alerts: list[str] | None) -> RenderableType:
+    """The whole screen. `alerts` is None where no Prometheus answers."""
+    now = view.now
+    if now is None:
+        return Panel(Text("workers are starting", style="dim"), title="detour", title_align="left")
+    color = COLORS.get(now.objective, "white")
+    loss = Text.assemble((f"{now.loss.get(now.objective, math.nan):.3f}  ", "bold"), (sparkline(view.losses), color))
+    rows: dict[str, RenderableType] = {
+        "loss": loss,
+        "speed": _join(
+            f"{format_count(now.tokens_per_second)} tokens/s",
+            f"{now.step_seconds:.3g} s a step",
+            f"MFU {now.mfu:.1%}" if math.isfinite(now.mfu) else "",
+            f"{_share(now):.1%} waiting for data",
+        ),
+        "training": _join(
+            f"{format_count(sum(now.counters.tokens.values()))} tokens",
+            f"learning rate {now.learning_rate:.3g}",
+            f"gradient norm {now.grad_norm:.3g}",
+            f"packing {now.packing_ratio:.1%}",
+        ),
+        "ranks": Text(_ranks(now.workers)),
+        "checkpoint": Text(_checkpoint(now)),
+        "restarts": _restarts(view.restarts),
+        "alerts": _alert_text(alerts),
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", min_width=10)
+    table.add_column(ratio=1)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    ending = "finished" if view.finished else f"{format_seconds((now.total_steps - now.step) * now.step_seconds)} left"
+    head = Table.grid(expand=True)
+    head.add_column()
+    head.add_column(justify="right")
+    phase = f"phase {now.phase + 1} of {len(now.objectives)}: {now.objective}"
+    head.add_row(Text(phase, style=f"bold {color}"), Text(f"step {now.step:,} of {now.total_steps:,} · {ending}"))
+    bar = ProgressBar(total=now.total_steps, completed=now.step, complete_style=color, finished_style="green")
+    return Panel(
+        Group(head, bar, Text(), table), title=f"[bold]{now.run}[/]", title_align="left", padding=(1, 2), width=96
+    )
+
+
+def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
+    """A line of block characters; of each stretch the mean, the lowest of all at the bottom."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    edges = [index * len(values) // count for index in range(count + 1)]
+    means = [statistics.fmean(values[a:b]) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    blocks = "▁▂▃▄▅▆▇█"
+    return "".join(blocks[round((mean - low) / ((high - low) or 1) * (len(blocks) - 1))] for mean in means)
+
+
+def _alert_text(alerts: list[str] | None) -> Text:
+    if alerts is None:
+        return Text("not known: no Prometheus answers", style="dim")
+    return Text(", ".join(alerts), style="bold red") if alerts else Text("none", style="green")
+
+
+def _restarts(reasons: dict[str, int]) -> Text:
+    happened = [f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items() if count]
+    return Text(", ".join(happened), style="yellow") if happened else Text("none", style="green")
+
+
+def _checkpoint(now: Telemetry) -> str:
+    if now.checkpoint_step is None:
+        return "none yet"
+    age = f", {format_seconds(time.time() - now.checkpoint_time)} ago" if now.checkpoint_time else ""
+    return f"step {now.checkpoint_step:,}{age}"
+
+
+def _ranks(workers: Sequence[WorkerRecord]) -> str:
+    if not workers:
+        return "none at work"
+    median = statistics.median(worker.step_seconds for worker in workers)
+    slowest = max(workers, key=lambda worker: worker.step_seconds)
+    memory = max(worker.memory_bytes for worker in workers) / 2**30
+    share = f"slowest is {slowest.rank} at {slowest.step_seconds / median:.2f}x the median" if median else ""
+    return " · ".join(part for part in (str(len(workers)), share, f"at most {memory:.1f} GiB each") if part)
+
+
+def _share(now: Telemetry) -> float:
+    seconds = now.counters.step_seconds.sum
+    return now.counters.data_wait_seconds / seconds if seconds else 0.0
+
+
+def _join(*parts: str) -> Text:
+    return Text(" · ".join(part for part in parts if part))
