@@ -139,6 +139,31 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def drift(
+    a: Annotated[str, typer.Argument(help="A run, a checkpoint or a Hugging Face model.")],
+    b: Annotated[str, typer.Argument(help="What it became, or its twin.")],
+    output: Output,
+    texts: Annotated[str, typer.Option(help="Held-out text.")] = "package://corpus/tico19_en.jsonl.gz",
+    count: Annotated[int, typer.Option(help="Documents read of it.")] = 500,
+    noise: Annotated[
+        list[str] | None, typer.Option(help="A from another seed, as the yardstick; repeat.")
+    ] = None,
+) -> None:
+    """Say how far two models are apart, layer by layer: CKA of their states, and change of their weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from studies.drift import drift as run
+
+    rows = run(a, b, output, texts=texts, count=count, noise=noise or ())
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*("-" if value is None else f"{value:.6g}" for value in row.values()))
+    Console().print(table)
+    print(f"{output / 'drift.svg'}, {output / 'drift.json'}, {output / 'weights.json'}")
+
+
 def main() -> None:
     """Entry point of `detour`."""
     _guarded(app)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from scipy.stats import ortho_group
+
+from configs.errors import InputError
+from studies.drift import drift, linear_cka, pooled_states
+from tests.studies.conftest import save_model
+
+shapes = st.tuples(st.integers(3, 60), st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**32 - 1))
+
+
+def reference(x: np.ndarray, y: np.ndarray) -> float:
+    """The definition by cross-covariances (Kornblith et al. 2019, equation 4), where ours goes by kernels."""
+    x, y = x - x.mean(axis=0, keepdims=True), y - y.mean(axis=0, keepdims=True)
+
+    def squares(a: np.ndarray, b: np.ndarray) -> float:
+        return math.fsum(float(v) ** 2 for v in (a.T @ b).ravel())
+
+    return squares(y, x) / math.sqrt(squares(x, x) * squares(y, y))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes)
+def test_equals_the_definition_in_float64(shape: tuple[int, int, int, int]) -> None:
+    texts, left, right, seed = shape
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(texts, left)) + 5
+    y = random.normal(size=(texts, right)) + x[:, :1]
+    assert linear_cka(x, y) == pytest.approx(reference(x, y), abs=1e-10)
+    assert linear_cka(x, x) == pytest.approx(1, abs=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(3, 60), st.integers(2, 24), st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
+def test_rotation_and_scale_change_nothing(texts: int, width: int, seed: int, scale: float) -> None:
+    x = np.random.default_rng(seed).normal(size=(texts, width))
+    assert linear_cka(x, scale * x @ ortho_group.rvs(width, random_state=seed)) == pytest.approx(1, abs=1e-10)
+
+
+def test_unrelated_states_are_far_apart() -> None:
+    random = np.random.default_rng(0)
+    assert linear_cka(random.normal(size=(500, 8)), random.normal(size=(500, 8))) < 0.1
+
+
+def single_precision(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = (states.astype(np.float32) for states in (x, y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    cross, left, right = (((a.T @ b) ** 2).sum() for a, b in ((x, y), (x, x), (y, y)))
+    with np.errstate(all="ignore"):
+        return float(cross / np.sqrt(left * right))
+
+
+def test_single_precision_fails_where_double_does_not() -> None:
+    """Small states underflow, and a large common offset leaves no digits for what differs."""
+    random = np.random.default_rng(1)
+    x, noise = random.normal(size=(500, 64)), random.normal(size=(500, 64))
+    y = x + 0.3 * noise
+    truth = reference(x, y)
+    assert single_precision(x, y) == pytest.approx(truth, abs=1e-4), "where the range suffices it agrees"
+    assert single_precision(1e-8 * x, 1e-8 * y) != pytest.approx(truth, abs=1e-2)
+    assert linear_cka(1e-8 * x, 1e-8 * y) == pytest.approx(truth, abs=1e-10)
+    offset = 1e6
+    assert single_precision(x + offset, y + offset) != pytest.approx(truth, abs=1e-3)
+    assert linear_cka(x + offset, y + offset) == pytest.approx(truth, abs=1e-8)
+
+
+def test_states_that_do_not_vary_have_no_alignment() -> None:
+    assert math.isnan(linear_cka(np.ones((5, 3)), np.random.default_rng(0).normal(size=(5, 3))))
+
+
+def test_padding_takes_no_part_in_the_mean(model: Path) -> None:
+    short, long = "Fever.", "The patient was admitted with fever, cough and shortness of breath for five days."
+    alone, together = pooled_states(model, [short]), pooled_states(model, [short, long])
+    for one, both in zip(alone, together, strict=True):
+        assert one.dtype == np.float64
+        np.testing.assert_allclose(one[0], both[0], rtol=0, atol=1e-5)
+
+
+def test_a_model_and_itself(model: Path, tmp_path: Path) -> None:
+    rows = drift(str(model), str(model), tmp_path, count=40)
+    assert json.loads((tmp_path / "drift.json").read_text()) == rows
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    assert all(row["cka"] == pytest.approx(1, abs=1e-12) and row["weight_change"] == 0 for row in rows)
+
+
+def test_a_changed_layer_shows_where_it_is(model: Path, tmp_path: Path) -> None:
+    """Layer 1's weights doubled: its own relative change is 1, and states differ from there on only."""
+    changed = save_model(tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    for name in weights:
+        if ".layers.1." in name:
+            weights[name] = 2 * weights[name]
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    seeds = [str(save_model(tmp_path / f"seed{seed}", seed)) for seed in (1, 2)]
+    rows = drift(str(model), str(changed), tmp_path / "out", count=60, noise=seeds)
+    assert [row["weight_change"] for row in rows] == pytest.approx([0, 1, 0])
+    assert rows[0]["cka"] == pytest.approx(1, abs=1e-9)
+    assert all(row["cka"] < 1 - 1e-6 for row in rows[1:])
+    assert all(0 < row["noise"] < 1 and row["ratio"] == (1 - row["cka"]) / row["noise"] for row in rows)
+    modules = json.loads((tmp_path / "out" / "weights.json").read_text())
+    assert {entry["layer"] for entry in modules if entry["weight_change"]} == {1}
+    figure = (tmp_path / "out" / "drift.svg").read_text()
+    assert figure.count("<polyline") >= 4
+    assert "seed noise" in figure
+
+
+def test_a_checkpoint_is_exported_on_the_way(model: Path, tmp_path: Path) -> None:
+    from engine.export import import_hf
+
+    import_hf(str(model), tmp_path / "checkpoint")
+    rows = drift(str(model), str(tmp_path / "checkpoint"), tmp_path, count=20)
+    assert all(row["cka"] == pytest.approx(1, abs=1e-6) and row["weight_change"] == 0 for row in rows)
+
+
+def test_what_cannot_be_compared_is_refused(model: Path, tmp_path: Path) -> None:
+    deeper = save_model(tmp_path / "deeper", num_hidden_layers=4)
+    with pytest.raises(InputError, match="different depth"):
+        drift(str(model), str(deeper), tmp_path, count=4)
+    with pytest.raises(InputError, match=r"nowhere is no model: give a run directory"):
+        drift(str(tmp_path / "nowhere"), str(model), tmp_path)
+    with pytest.raises(InputError, match="CKA needs two or more"):
+        drift(str(model), str(model), tmp_path, count=1)
