@@ -237,8 +237,7 @@ def _record(
     workers = drawn = None
     epochs = batch.epochs
     if due(trainer.config, step):
-        own = [value for source in batch.drawn.values() for value in source] if _counts_here() else []
-        own += [0.0] * (3 * len(batch.drawn) - len(own))
+        own = [value if _counts_here() else 0 for source in batch.drawn.values() for value in source]
         mine = torch.tensor([seconds, device.memory_bytes(), *own, *epochs.values()], dtype=torch.float64)
         rows = [torch.empty_like(mine, device=device.device()) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine.to(device.device()))

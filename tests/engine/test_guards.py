@@ -86,7 +86,7 @@ def test_replicas_that_differ_stop_the_run(shards: Path, tmp_path: Path) -> None
 
 
 def train_with_a_full_disk(config: RunConfig, directory: Path, how: str, steps: set[int]) -> Any:
-    """Train; the saves at these steps find the disk full, before they start or on rank 1 as they write."""
+    """Train; the saves at these steps find the disk full, before they start or on rank 0 as it writes."""
     import shutil
     from collections import namedtuple
 
@@ -108,7 +108,7 @@ def train_with_a_full_disk(config: RunConfig, directory: Path, how: str, steps: 
         return namedtuple("usage", "total used free")(1, 1, 0) if full else usage(path)
 
     def write_data(transforms: Any, number: int, bucket: Any, results: Any, count: Any, fsync: bool) -> None:
-        if how == "writing" and now["step"] in steps and dist.get_rank() == 1:
+        if how == "writing" and now["step"] in steps and dist.get_rank() == 0:
             results.put((number, OSError(28, "No space left on device")))
         else:
             write(transforms, number, bucket, results, count, fsync)
