@@ -115,10 +115,14 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _encode(record: dict[str, Any]) -> bytes:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return (json.dumps(finite, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON with null in the place of what is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ class Metric:
 
 EVENTS = (
     *("started", "phase_started", "checkpoint_saved", "checkpoint_failed", "checkpoint_damaged", "worker_failed"),
-    *("preempted", "resumed", "exported", "finished"),
+    *("preempted", "resumed", "exported", "finished", "step_skipped", "loss_spike"),
 )
 """Kinds of events counted from zero, so that a first one shows as a rise; any other is counted too."""
 INTERRUPTIONS = ("worker_failed", "preempted")
@@ -154,19 +154,19 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "detour_data_tokens_total",
             "counter",
             "Tokens of documents that entered the streams, special tokens included",
-            _each("source", {source: drawn[0] for source, drawn in now.drawn.items()}),
+            _each("source", {source: drawn[0] for source, drawn in now.counters.drawn.items()}),
         ),
         Metric(
             "detour_data_documents_total",
             "counter",
             "Documents that entered the streams",
-            _each("source", {source: drawn[1] for source, drawn in now.drawn.items()}),
+            _each("source", {source: drawn[1] for source, drawn in now.counters.drawn.items()}),
         ),
         Metric(
             "detour_data_skipped_documents_total",
             "counter",
             "Damaged documents left out (data.on_error: skip)",
-            _each("source", {source: drawn[2] for source, drawn in now.drawn.items()}),
+            _each("source", {source: drawn[2] for source, drawn in now.counters.drawn.items()}),
         ),
         Metric(
             "detour_checkpoint_seconds",

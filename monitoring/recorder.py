@@ -179,7 +179,7 @@ class Recorder:
         if record.workers is not None:
             telemetry.workers = record.workers
         if record.drawn is not None:
-            telemetry.drawn = record.drawn
+            counters.drawn = record.drawn
         if record.eval_loss is not None:
             telemetry.eval_loss = record.eval_loss
         if self.due(record.step) or record.eval_loss is not None:

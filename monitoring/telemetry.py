@@ -49,6 +49,8 @@ class Counters(BaseModel):
     tokens: dict[str, int] = {}
     """Real tokens trained on, by objective."""
     data_wait_seconds: float = 0.0
+    drawn: dict[str, tuple[int, int, int]] = {}
+    """Of each source: tokens and documents that entered the streams, and damaged documents left out."""
     step_seconds: Histogram = Histogram.of(STEP_SECONDS)
     checkpoint_seconds: Histogram = Histogram.of(CHECKPOINT_SECONDS)
 
@@ -95,8 +97,6 @@ class Telemetry(BaseModel):
     """Mean of the steps since the last writing, as the three above."""
     packing_ratio: Number = math.nan
     epochs: dict[str, int] = {}
-    drawn: dict[str, tuple[int, int, int]] = {}
-    """Of each source: tokens and documents that entered the streams, and damaged documents left out."""
     workers: list[WorkerRecord] = []
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,4 +89,5 @@ def _scalars(line: Line) -> dict[str, float]:
     values = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
     if "loss" in values:
         values[f"loss/{line['objective']}"] = values.pop("loss")
-    return values
+    held_out = line.get("eval_loss", {}).items()
+    return values | {f"eval_loss/{objective}": loss for objective, loss in held_out if math.isfinite(loss)}

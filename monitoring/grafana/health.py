@@ -108,6 +108,7 @@ def health() -> builders.Dashboard:
             "In total.",
             "none",
             (f"detour_launcher_restarts_total{RUN}", "{{run}} {{reason}}"),
+            width=12,
             low=0,
         ),
         graph(
@@ -115,6 +116,7 @@ def health() -> builders.Dashboard:
             "Checkpoints and workers, in total.",
             "none",
             ('detour_events_total{run=~"$run",event=~".*(failed|damaged|skipped)"}', "{{run}} {{event}}"),
+            width=12,
             low=0,
         ),
         graph(
@@ -126,8 +128,18 @@ def health() -> builders.Dashboard:
                 f"(rate(detour_train_step_seconds_sum{RUN}[$__rate_interval]) > 0)",
                 "{{run}}",
             ),
+            width=12,
             low=0,
             thresholds=[(0.05, WARN), (0.1, BAD)],
+        ),
+        graph(
+            "Documents left out",
+            "Damaged ones, where data.on_error is skip.",
+            "none",
+            (f"detour_data_skipped_documents_total{RUN}", "{{run}} {{source}}"),
+            width=12,
+            low=0,
+            thresholds=[(1, WARN)],
         ),
     )
     return board

@@ -90,14 +90,27 @@ def run() -> builders.Dashboard:
             width=12,
         ),
         graph(
+            "Held-out loss",
+            "Of both objectives in either phase; empty without data.evaluation.",
+            "none",
+            (f"detour_eval_loss{RUN}", "{{objective}}"),
+            width=12,
+        ),
+        graph(
             "Learning rate",
             "Restarts at the switch.",
             "sci",
             (f"detour_train_learning_rate{RUN}", "learning rate"),
-            width=6,
             low=0,
         ),
-        graph("Gradient norm", "Before clipping.", "none", (f"detour_train_grad_norm{RUN}", "norm"), width=6, low=0),
+        graph("Gradient norm", "Before clipping.", "none", (f"detour_train_grad_norm{RUN}", "norm"), low=0),
+        graph(
+            "Tokens trained",
+            "Real tokens by objective.",
+            "short",
+            (f"detour_train_tokens_total{RUN}", "{{objective}}"),
+            low=0,
+        ),
     )
     board.with_row(builders.Row("Speed"))
     fill(
@@ -152,10 +165,10 @@ def run() -> builders.Dashboard:
     fill(
         board,
         graph(
-            "Tokens trained",
-            "Real tokens by objective.",
+            "Documents drawn",
+            "That entered the streams, by source.",
             "short",
-            (f"detour_train_tokens_total{RUN}", "{{objective}}"),
+            (f"detour_data_documents_total{RUN}", "{{source}}"),
             width=6,
             low=0,
         ),

@@ -12,7 +12,7 @@ from monitoring.exporter import Exporter
 from monitoring.log import append_event
 from tests.monitoring.synthetic import drive, make_config, make_recorder
 
-CONTRACT = {
+ENDPOINT = {
     "detour_train_loss": ("gauge", {"objective"}),
     "detour_train_tokens_total": ("counter", {"objective"}),
     "detour_train_step": ("gauge", set()),
@@ -31,6 +31,10 @@ CONTRACT = {
     "detour_launcher_restarts_total": ("counter", {"reason"}),
     "detour_worker_step_seconds": ("gauge", {"rank"}),
     "detour_worker_memory_bytes": ("gauge", {"rank"}),
+    "detour_eval_loss": ("gauge", {"objective"}),
+    "detour_data_tokens_total": ("counter", {"source"}),
+    "detour_data_documents_total": ("counter", {"source"}),
+    "detour_data_skipped_documents_total": ("counter", {"source"}),
     "detour_run_info": ("gauge", {"model", "phases", "precision", "nodes", "workers"}),
 }
 
@@ -61,7 +65,7 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
     recorder.close()
     with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
         found = scrape(exporter)
-        for name, (kind, labels) in CONTRACT.items():
+        for name, (kind, labels) in ENDPOINT.items():
             assert found[name][0] == kind, name
             assert found[name][1], name
             for sample in found[name][1]:
@@ -98,7 +102,7 @@ def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(
 
 def test_counters_never_fall_across_a_rollback(tmp_path: Path) -> None:
     config = make_config()
-    counters = [name for name, (kind, _) in CONTRACT.items() if kind in ("counter", "histogram")]
+    counters = [name for name, (kind, _) in ENDPOINT.items() if kind in ("counter", "histogram")]
     seen: dict[tuple[str, str], float] = {}
     with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
 

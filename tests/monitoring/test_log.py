@@ -26,10 +26,12 @@ def write_steps(directory: Path, steps: range) -> None:
 def test_lines_come_back_exactly_and_not_finite_numbers_are_null(tmp_path: Path) -> None:
     writer = LineWriter(tmp_path / METRICS)
     records = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": float("inf")}]
+    records.append({"step": 4, "eval_loss": {"clm": float("nan"), "mlm": 2.5}})
     for record in records:
         writer.append(record)
     writer.close()
-    assert read_metrics(tmp_path) == [records[0], {"step": 2, "loss": None}, {"step": 3, "loss": None}]
+    after = {"step": 4, "eval_loss": {"clm": None, "mlm": 2.5}}
+    assert read_metrics(tmp_path) == [records[0], {"step": 2, "loss": None}, {"step": 3, "loss": None}, after]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 11, "lo', b'{"step": 11, "loss": 3}', b"\n", b"\x00\x00"])

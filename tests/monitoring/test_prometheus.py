@@ -24,7 +24,7 @@ from monitoring.recorder import WorkerRecord
 from tests.monitoring.dashboards import expressions, fill_in
 from tests.monitoring.prometheus import SHIPPED, Server, needs_prometheus, prometheus, wait_until
 from tests.monitoring.synthetic import make_config, make_record, make_recorder
-from tests.monitoring.test_exporter import CONTRACT
+from tests.monitoring.test_exporter import ENDPOINT
 
 HERE = Path(__file__).parent
 
@@ -77,16 +77,17 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     began = time.time()
     with prometheus(folder, targets) as server, ExitStack() as stack:
         runs: dict[str, ExitStack] = {}
-        threads = []
+        configs = {}
         for name in ("alpha", "beta"):
             phases: list[dict[str, Any]] = [{"objective": "clm", "steps": 40}, {"objective": "mlm", "steps": 90}]
-            config = make_config(name=name, phases=phases, monitoring={"every": "1 steps"})
+            configs[name] = make_config(name=name, phases=phases, monitoring={"every": "1 steps"})
             (folder / name).mkdir()
             runs[name] = stack.enter_context(ExitStack())
             exporter = runs[name].enter_context(Exporter(folder / name, name, "127.0.0.1", 9464))
             runs[name].enter_context(announced(targets, exporter.target))
-            threads.append(SteadyRun(folder / name, config, fails=name == "alpha"))
-        wait_until(lambda: server.value('detour_train_step{run="alpha"}'), 20)
+        wait_until(lambda: server.value("count(detour_run_info)") == 2, 30)
+        for name, config in configs.items():
+            SteadyRun(folder / name, config, fails=name == "alpha")
         wait_until(lambda: server.value('detour_train_step{run="alpha"}') == 130, 60)
         yield Scene(server, runs["alpha"], began)
 
@@ -102,7 +103,7 @@ def test_both_runs_are_found_and_nothing_is_mixed(scene: Scene) -> None:
 @needs_prometheus
 def test_every_contract_metric_arrives_with_its_type_and_labels(scene: Scene) -> None:
     metadata = scene.server.get("metadata")
-    for name, (kind, labels) in CONTRACT.items():
+    for name, (kind, labels) in ENDPOINT.items():
         described = metadata.get(name) or metadata[name.removesuffix("_total")]
         assert described[0]["type"] == kind, name
         series = scene.server.query(f'{name}{"_bucket" if kind == "histogram" else ""}{{run="alpha"}}')
@@ -115,7 +116,7 @@ def test_every_contract_metric_arrives_with_its_type_and_labels(scene: Scene) ->
 @needs_prometheus
 def test_counters_stay_monotonic_through_a_failure_and_the_endpoint_stays(scene: Scene) -> None:
     window = time.time() - scene.began
-    for name, (kind, _) in CONTRACT.items():
+    for name, (kind, _) in ENDPOINT.items():
         for suffix in {"counter": ("",), "histogram": ("_bucket", "_sum", "_count")}.get(kind, ()):
             for series in scene.server.query_range(f'{name}{suffix}{{run="alpha"}}', window):
                 values = [float(value) for _, value in series["values"]]
