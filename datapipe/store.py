@@ -127,10 +127,11 @@ class RemoteStore:
         path = self._cache / f"{shard.sha256[:20]}-{shard.name}"
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(".lock").open("w") as lock:
+            with path.with_suffix(".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one download for all the processes of this machine
+                lock.truncate(0)
                 if not path.exists():
-                    self._make_room(shard.bytes)
+                    self._make_room(shard.bytes, lock)
                     self._download(shard, path)
                 os.utime(path)
                 return path.open("rb", buffering=0)
@@ -198,23 +199,44 @@ class RemoteStore:
                     raise InputError(f"{self.name}: closed") from None
                 pause = min(2 * pause, 30)
 
-    def _make_room(self, needed: int) -> None:
+    def _make_room(self, needed: int, lock: IO[str]) -> None:
+        """Delete the shards used longest ago until `needed` bytes fit, and note in `lock` that they are taken."""
         if needed > self._limit:
             raise InputError(
                 f"data.cache_gb: a shard of {needed / 1e9:.2f} GB is larger than the whole cache; raise it"
             )
-        files = []
-        for file in self._cache.glob("*.tar"):
-            try:
-                files.append((file.stat().st_mtime, file.stat().st_size, file))
-            except FileNotFoundError:  # another process made room
-                continue
-        excess = sum(size for _, size, _ in files) + needed - self._limit
-        for _, size, file in sorted(files):
+        with (self._cache / "room").open("w") as room:
+            while True:
+                fcntl.flock(room, fcntl.LOCK_EX)
+                if self._evict(needed):
+                    lock.write(str(needed))
+                    lock.flush()
+                    return
+                fcntl.flock(room, fcntl.LOCK_UN)  # downloads under way fill the cache, and will be there to delete
+                if self._closed.wait(0.1):
+                    raise InputError(f"{self.name}: closed")
+
+    def _evict(self, needed: int) -> bool:
+        shards = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self._cache.glob("*.tar"))
+        excess = (
+            sum(size for _, size, _ in shards) + sum(map(_reserved, self._cache.glob("*.lock"))) + needed - self._limit
+        )
+        for _, size, path in shards:
             if excess <= 0:
                 break
-            file.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             excess -= size
+        return excess <= 0
+
+
+def _reserved(path: Path) -> int:
+    """Bytes that a download under way will take: those noted in its lock, if the lock is held."""
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(lock.read() or 0)
+    return 0
 
 
 def _file_system(url: str, stall: int) -> tuple[Any, str]:

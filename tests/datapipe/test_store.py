@@ -1,0 +1,296 @@
+"""Remote shards from real servers that misbehave: a local HTTP server, and moto's S3 behind the same faults."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from configs.errors import InputError
+from configs.schema import Data
+from datapipe.loader import Loader, check_sources
+from datapipe.manifest import read_manifest
+from datapipe.store import RemoteStore
+from datapipe.targets import NextToken
+from datapipe.tokenizer import Tokenizer
+from tests.datapipe.conftest import write_shards
+
+SHARDS = [[[s * 100 + d] * 50 for d in range(100)] for s in range(6)]
+
+
+RELAYED = ("ETag", "Content-Type", "Content-Length", "Content-Range", "Last-Modified")
+"""Headers of an S3 answer that its client needs."""
+
+
+class Server:
+    """Serves a directory, or another HTTP server, with ranges; the first answers to each path that ends in .tar go
+    through `faults`, one each."""
+
+    def __init__(self, root: Path | None = None, upstream: str = "") -> None:
+        self.faults: list[Callable[[http.server.BaseHTTPRequestHandler, bytes], None]] = []
+        self.ranges = True
+        self.requests: list[str] = []
+        outer, answered = self, dict[str, int]()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.requests.append(self.path)
+                status, headers, content = self.relayed() if root is None else self.from_disk(root)
+                turn = answered[self.path] = answered.get(self.path, -1) + 1
+                if self.path.endswith(".tar") and turn < len(outer.faults):
+                    outer.faults[turn](self, content)
+                    return
+                self.send_response(status)
+                for key, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def from_disk(self, root: Path) -> tuple[int, dict[str, str], bytes]:
+                path = root / self.path.lstrip("/")
+                if not path.is_file():
+                    return 404, {}, b""
+                wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if wanted and outer.ranges:
+                    return 206, {}, path.read_bytes()[int(wanted[1]) : int(wanted[2]) + 1]
+                return 200, {}, path.read_bytes()
+
+            def do_HEAD(self) -> None:
+                status, headers, _ = self.relayed()
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.end_headers()
+
+            def relayed(self) -> tuple[int, dict[str, str], bytes]:
+                connection = http.client.HTTPConnection(upstream)
+                connection.request(self.command, self.path, headers=dict(self.headers))
+                answer = connection.getresponse()
+                return (
+                    answer.status,
+                    {key: value for key, value in answer.getheaders() if key in RELAYED},
+                    answer.read(),
+                )
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def unavailable(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    handler.send_error(503)
+
+
+def dropped(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    handler.send_response(206)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content[: len(content) // 2])
+    handler.connection.close()
+
+
+def slow(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    handler.send_response(206)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    for start in range(0, len(content), len(content) // 4 + 1):
+        handler.wfile.write(content[start : start + len(content) // 4 + 1])
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    return write_shards(tmp_path / "remote" / "corpus", SHARDS, tokenizer)
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[Server]:
+    server = Server(shards.parent)
+    yield server
+    server.close()
+
+
+def configured(where: str, cache: Path, **more: Any) -> Data:
+    sources = [{"name": "corpus", "shards": where}]
+    return Data(
+        **{"sequence_length": 128, "streams": 4, "sources": sources, "cache": str(cache), "patience": 20, **more}
+    )
+
+
+def batches(data: Data, tokenizer: Tokenizer, count: int = 60) -> np.ndarray:
+    """Enough for more than two epochs."""
+    steps = Loader(data, 4, tokenizer, 0, 1).steps(NextToken(), 4, 0, count, None)
+    return np.stack([step.micro_batches[0].inputs for step in steps])
+
+
+def cached(cache: Path) -> list[str]:
+    return sorted(path.name[21:] for path in cache.glob("*.tar"))
+
+
+def test_the_same_batches_as_from_disk(shards: Path, server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    server.faults = [unavailable, dropped, slow]
+    remote = configured(f"{server.url}/corpus", tmp_path / "cache")
+    np.testing.assert_array_equal(batches(remote, tokenizer), batches(configured(str(shards), tmp_path), tokenizer))
+    assert cached(tmp_path / "cache") == [shard.name for shard in read_manifest(shards).shards]
+    assert not list((tmp_path / "cache").glob("*.partial"))
+    before = [path for path in server.requests if path.endswith(".tar")]
+    batches(remote, tokenizer)
+    assert [path for path in server.requests if path.endswith(".tar")] == before  # the cache served all of it
+
+
+def test_a_glob_takes_some_of_the_shards(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (summary,) = check_sources(
+        configured(f"{server.url}/corpus/00000[0-3].tar", tmp_path), tokenizer, tokenizer.vocab_size
+    )
+    assert (summary.shards, summary.documents) == (4, 400)
+
+
+def test_a_server_without_ranges(shards: Path, server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    server.ranges = False
+    remote = configured(f"{server.url}/corpus", tmp_path / "cache")
+    np.testing.assert_array_equal(
+        batches(remote, tokenizer, 9), batches(configured(str(shards), tmp_path), tokenizer, 9)
+    )
+
+
+def test_the_cache_keeps_its_bound(shards: Path, server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Room for two of six shards: the batches are the same, and the directory never holds a third."""
+    size = max(shard.bytes for shard in read_manifest(shards).shards)
+    remote = configured(f"{server.url}/corpus", tmp_path / "cache", cache_gb=2.5 * size / 1e9)
+    steps = Loader(remote, 4, tokenizer, 0, 1).steps(NextToken(), 4, 0, 60, None)
+    expected = batches(configured(str(shards), tmp_path), tokenizer)
+    for step, whole in zip(steps, expected, strict=True):
+        np.testing.assert_array_equal(step.micro_batches[0].inputs, whole)
+        assert len(cached(tmp_path / "cache")) <= 2
+
+
+def test_a_shard_that_is_larger_than_the_cache(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.cache_gb"):
+        batches(configured(f"{server.url}/corpus", tmp_path / "cache", cache_gb=1e-9), tokenizer)
+
+
+def test_the_end_of_patience(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    server.faults = [unavailable] * 1000
+    with pytest.raises(InputError, match=r"no answer for 1 s .*503.*data\.patience"):
+        batches(configured(f"{server.url}/corpus", tmp_path / "cache", patience=1), tokenizer)
+    server.close()
+    with pytest.raises(InputError, match=r"no answer for 1 s"):
+        batches(configured(f"{server.url}/corpus", tmp_path / "cache", patience=1), tokenizer)
+
+
+def test_a_server_that_says_nothing(shards: Path, server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    release = threading.Event()
+    server.faults = [lambda handler, content: release.wait(20)] * 1000
+    with pytest.raises(InputError, match=r"no answer for 2 s"):
+        batches(configured(f"{server.url}/corpus", tmp_path / "cache", patience=2), tokenizer)
+    release.set()
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("fault", ["missing", "truncated", "changed"])
+def test_a_shard_that_is_not_the_manifests(
+    fault: str, on_error: str, shards: Path, server: Server, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = shards / "000003.tar"
+    if fault == "missing":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[:-2048] if fault == "truncated" else content.replace(b"\x2d\x01", b"\x2e\x01", 1))
+    remote = configured(f"{server.url}/corpus", tmp_path / "cache", on_error=on_error)
+    if on_error == "stop":
+        with pytest.raises(
+            InputError, match=r"000003\.tar is " + ("missing" if fault == "missing" else "truncated or was")
+        ):
+            batches(remote, tokenizer)
+    else:
+        seen = batches(remote, tokenizer)
+        assert not np.isin(seen, range(300, 400)).any() and np.isin(seen, range(400, 500)).any()
+    assert "000003.tar" not in cached(tmp_path / "cache") and not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_no_manifest(shards: Path, server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (shards / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"has no manifest\.json"):
+        check_sources(configured(f"{server.url}/corpus", tmp_path), tokenizer, tokenizer.vocab_size)
+
+
+def test_a_cache_that_cannot_be_written(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"data\.cache: .* cannot be written"):
+        batches(configured(f"{server.url}/corpus", tmp_path / "file" / "cache"), tokenizer)
+
+
+def test_a_full_cache_directory(server: Server, shards: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """/dev/full stands in for the disk: every write to it ends in ENOSPC."""
+    (tmp_path / "cache").mkdir()
+    for shard in read_manifest(shards).shards:
+        (tmp_path / "cache" / f"{shard.sha256[:20]}-{shard.name[:-4]}.partial").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"data\.cache: .*No space left on device; free some space"):
+        batches(configured(f"{server.url}/corpus", tmp_path / "cache"), tokenizer)
+
+
+def test_closing_does_not_wait_for_a_dead_server(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = configured(f"{server.url}/corpus", tmp_path / "cache", patience=300)
+    store = RemoteStore(f"{server.url}/corpus", data)
+    manifest = store.manifest()
+    assert manifest is not None
+    server.faults = [unavailable] * 1000
+    store.ahead(manifest.shards[0])
+    while not any(path.endswith(".tar") for path in server.requests):
+        time.sleep(0.01)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("detour-read-ahead")]
+    store.close()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """moto's S3 with the shards in a bucket, reached through the faults."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    for key, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    for path in shards.iterdir():
+        client.upload_file(str(path), "bucket", f"corpus/{path.name}")
+    proxy = Server(upstream=f"{host}:{port}")
+    proxy.faults = [unavailable, dropped, slow]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield "s3://bucket/corpus"
+    proxy.close()
+    moto.stop()
+
+
+def test_s3(s3: str, shards: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    remote = configured(f"{s3}/*.tar", tmp_path / "cache")
+    np.testing.assert_array_equal(batches(remote, tokenizer), batches(configured(str(shards), tmp_path), tokenizer))
+    with pytest.raises(InputError, match=r"s3://bucket/nowhere has no manifest\.json"):
+        batches(configured("s3://bucket/nowhere", tmp_path / "cache"), tokenizer)
