@@ -146,9 +146,7 @@ def drift(
     output: Output,
     texts: Annotated[str, typer.Option(help="Held-out text.")] = "package://corpus/tico19_en.jsonl.gz",
     count: Annotated[int, typer.Option(help="Documents read of it.")] = 500,
-    noise: Annotated[
-        list[str] | None, typer.Option(help="A from another seed, as the yardstick; repeat.")
-    ] = None,
+    noise: Annotated[list[str] | None, typer.Option(help="A from another seed, as the yardstick; repeat.")] = None,
 ) -> None:
     """Say how far two models are apart, layer by layer: CKA of their states, and change of their weights."""
     from rich.console import Console

@@ -51,7 +51,7 @@ def connect(local_workers: int) -> Iterator[None]:
     except (ConnectionError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS")
         raise InputError(f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {error}") from None
-    except RuntimeError as error:
+    except Exception as error:  # Ray raises bare ones, for instance where the machine is too busy to start in time
         raise RunFailedError(f"Ray could not be started: {error}; `detour doctor` checks this machine") from None
     try:
         yield

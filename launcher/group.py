@@ -16,7 +16,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from configs.errors import InputError
+from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
 from launcher.cluster import Node, alive_nodes
 from launcher.worker import Ending, Place, Seat, Worker
@@ -24,6 +24,8 @@ from launcher.worker import Ending, Place, Seat, Worker
 POLL_SECONDS = 0.5
 GATHER_SECONDS = 3.0
 """After the first failure: how long the others' are waited for, to find the one that caused them."""
+VERDICTS = (InputError, RunFailedError)
+"""Another attempt would come to the same one."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class WorkerGroup:
     def train(self, config: RunConfig, directory: Path, watch: Callable[[], None]) -> Ending:
         """Train on every worker; how it ended, as rank 0 saw it. `watch` is called about twice a second.
 
-        Raises InputError where a worker did, WorkerError where one failed.
+        Raises InputError or RunFailedError where a worker did, WorkerError where one failed otherwise.
         """
         address = self.places[0].address
         port = ray.get(self._actors[0].open_store.remote(address))
@@ -123,25 +125,26 @@ class WorkerGroup:
             done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
             try:
                 ray.get(done)
-            except (ray.exceptions.RayError, InputError) as error:
+            except (ray.exceptions.RayError, *VERDICTS) as error:
                 raise self._cause(refs, error) from None
             watch()
         return ray.get(list(refs))
 
     def _cause(self, refs: Sequence[Any], first: Exception) -> Exception:
-        """Of all failures the one that brought the others about: bad input, then a death, then an exception."""
-        if not isinstance(first, InputError):
+        """Of all failures the one that brought the others about: a verdict of ours, then a death, then an exception."""
+        if not isinstance(first, VERDICTS):
             ray.wait(list(refs), num_returns=len(refs), timeout=GATHER_SECONDS)
         errors: dict[int, Exception] = {}
         for rank, ref in enumerate(refs):
             if ray.wait([ref], timeout=0)[0]:
                 try:
                     ray.get(ref)
-                except (ray.exceptions.RayError, InputError) as error:
+                except (ray.exceptions.RayError, *VERDICTS) as error:
                     errors[rank] = error
         for found in errors.values():
-            if isinstance(found, InputError):  # Ray raises a class that is both the worker's and its own
-                return InputError(str(getattr(found, "cause", found)))
+            for verdict in VERDICTS:
+                if isinstance(found, verdict):  # Ray raises a class that is both the worker's and its own
+                    return verdict(str(getattr(found, "cause", found)))
         alive = {node.id for node in alive_nodes()}
         failures = [self._explain(rank, found, alive) for rank, found in errors.items()]
         order = ("node_lost", "out_of_memory", "died", "exception")
