@@ -268,6 +268,10 @@ class Checkpoint(Section):
     """Interval in steps, tokens or minutes; one is always written at the end of a phase and of the run."""
     keep: PositiveInt = 3
     """Newest checkpoints kept."""
+    keep_every: PositiveInt | None = None
+    """Besides the newest, keep those at a multiple of this many steps, for studies."""
+    mirror: str | None = None
+    """Also copy checkpoints to this URL (s3://, gs://, a shared path), and start from there where the disk has none."""
 
     @field_validator("every")
     @classmethod

@@ -104,9 +104,14 @@ def read_tensors(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what interrupted saves left behind."""
+def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete what interrupted saves left behind, and checkpoints beyond the newest `keep`.
+
+    Those at a multiple of `keep_every` steps stay.
+    """
     for path in list_checkpoints(checkpoints)[keep:]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
         doomed = path.with_name(f".{path.name}.partial")
         path.rename(doomed)  # a half-deleted checkpoint must not look like one
         shutil.rmtree(doomed, ignore_errors=True)

@@ -38,8 +38,8 @@ class SaveFailedError(Exception):
 class Saver:
     """Saves into one folder, one checkpoint at a time; all ranks call its methods together."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, keep_every: int | None = None) -> None:
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._target: Path | None = None
         self._meta: dict[str, Any] = {}
         self._request: Any = None
@@ -111,7 +111,7 @@ class Saver:
             _write_json(hidden / CONFIG_FILE, {"format": FORMAT, **self._meta, "files": dict(sorted(files.items()))})
             shutil.rmtree(target, ignore_errors=True)  # only a damaged one can stand there
             hidden.rename(target)
-            prune(self._folder, self._keep)
+            prune(self._folder, self._keep, self._keep_every)
         dist.barrier()
         self._request = None
         self.stall += time.perf_counter() - started

@@ -22,6 +22,7 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine import device
 from engine.guards import Guards
+from engine.mirror import Mirror
 from engine.modernbert.config import CONFIG_FILE, parameter_count, resolve_architecture
 from engine.modernbert.convert import huggingface_weights, load_weights, random_weights
 from engine.modernbert.model import ModernBert, transformer_config
@@ -56,6 +57,8 @@ class Trainer:
     evaluation: dict[Objective, list[MicroBatch]]
     """This rank's share of the held-out set for each objective; empty without one."""
     saver: Saver
+    mirror: Mirror | None
+    """On global rank 0 only, where one is configured."""
     guards: Guards
     recorder: Recorder | None
     """On global rank 0 only."""
@@ -78,6 +81,8 @@ class Trainer:
         return step % interval == 0 or step == self.schedule.total
 
     def close(self) -> None:
+        if self.mirror:
+            self.mirror.wait()
         if self.recorder:
             self.recorder.close()
         parallel_state.destroy_model_parallel()
@@ -94,6 +99,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
     optimizer = build_optimizer([wrapped], config.optimizer, DTYPE[precision])
     model.config.grad_scale_func = optimizer.scale_loss
 
+    mirror = _mirror(config, directory / "checkpoints")
     meta = _restore(config, directory / "checkpoints", directory, model, optimizer, architecture)
     step = int(meta.get("step", 0))
     recorder = None
@@ -128,7 +134,8 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
             parallel_state.get_data_parallel_world_size(),
         ),
         evaluation=_held_out(config, tokenizer, layout),
-        saver=Saver(directory / "checkpoints", config.checkpoint.keep),
+        saver=Saver(directory / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every),
+        mirror=mirror,
         guards=Guards(directory),
         recorder=recorder,
         step=step,
@@ -167,6 +174,16 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[O
         objective: evaluation_batches(config.data, objective.targets(), layout.micro, tokenizer, rank, size)
         for objective in objectives
     }
+
+
+def _mirror(config: RunConfig, folder: Path) -> Mirror | None:
+    """Rank 0's mirror, after a newer checkpoint in it, if there is one, was brought here."""
+    if config.checkpoint.mirror is None or dist.get_rank() != 0:
+        return None
+    mirror = Mirror(config.checkpoint.mirror, config.checkpoint.keep)
+    newest, _ = checkpoints.latest_valid(folder)
+    mirror.fetch(folder, newer_than=newest.name if newest else "")
+    return mirror
 
 
 def _restore(

@@ -311,6 +311,10 @@ def _finish(trainer: Trainer, complete: Callable[[], tuple[Path, float]], last: 
     else:
         if trainer.recorder:
             trainer.recorder.checkpoint_saved(checkpoints.step_of(path), seconds, path, trainer.saver.stall)
+        if trainer.mirror:
+            trainer.mirror.upload(path)
+            if trainer.mirror.error:
+                append_event(trainer.directory, "checkpoint_failed", reason=f"mirror: {trainer.mirror.error}")
 
 
 def _save_failed(trainer: Trainer, error: SaveFailedError, last: bool) -> None:

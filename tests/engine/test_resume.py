@@ -106,8 +106,8 @@ def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         step_directory(tmp_path, step).mkdir()
     (tmp_path / ".step-00000005.partial").mkdir()
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    prune(tmp_path, keep=1, keep_every=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     results = context.SimpleQueue()
     store = Path(os.environ.get("TMPDIR", "/tmp")) / f"detour-store-{os.getpid()}-{os.urandom(4).hex()}"
     processes = [
-        context.Process(target=_rank, args=(rank, size, store, results, function, args)) for rank in range(size)
+        context.Process(target=_rank, args=(rank, size, store, results, dict(os.environ), function, args))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -40,10 +41,13 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     return [found[rank] for rank in range(size)]
 
 
-def _rank(rank: int, size: int, store: Path, results: Any, function: Callable[..., Any], args: Any) -> None:
+def _rank(
+    rank: int, size: int, store: Path, results: Any, environment: Any, function: Callable[..., Any], args: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
+    os.environ.update(environment)  # the fork server keeps its own from when it started
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)

@@ -1,0 +1,58 @@
+"""Checkpoints copied to an S3 server, and a run that goes on from them on an empty disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from monitoring.log import read_events
+from tests.engine.world import run_world, stored, toy_config, train
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for key, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+    }.items():
+        monkeypatch.setenv(key, value)
+    boto3.client("s3").create_bucket(Bucket="runs")
+    yield "runs"
+    server.stop()
+
+
+def test_a_run_goes_on_from_its_mirror(bucket: str, shards: Path, alone_run: Path, tmp_path: Path) -> None:
+    config = toy_config(shards, checkpoint={"every": "1 steps", "keep": 2, "mirror": f"s3://{bucket}/toy"})
+    first, second = tmp_path / "first", tmp_path / "second"
+    for directory in (first, second):
+        directory.mkdir()
+    run_world(1, train, config, first, 4)
+    names = {entry["Key"].split("/")[1] for entry in boto3.client("s3").list_objects_v2(Bucket=bucket)["Contents"]}
+    assert names == {"step-00000003", "step-00000004"}
+    run_world(1, train, config, second)
+    final, expected = stored(second, 5), stored(alone_run, 5)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final.items())
+
+
+def test_a_mirror_that_is_gone_does_not_stop_the_training(
+    bucket: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(shards, checkpoint={"every": "1 steps", "mirror": f"s3://{bucket}/toy"})
+    missing = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"mirror": str(tmp_path / "file" / "x")})}
+    )
+    (tmp_path / "file").write_text("a file where a directory is needed")
+    (outcome,) = run_world(1, train, missing, tmp_path)
+    assert outcome.finished
+    failed = [event for event in read_events(tmp_path) if event["event"] == "checkpoint_failed"]
+    assert failed and failed[0]["reason"].startswith("mirror: ")
