@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ WIDE, HALF = (1064, 320), (514, 240)
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 24, 34
 MOST_POINTS = 900
 """Points drawn of one line; what is left out of a longer one never hides a peak."""
+
+NOTHING = Markup('<p class="empty">Nothing logged yet.</p>')
+"""Stands in the place of a chart without data."""
 
 Point = tuple[float, float]
 
@@ -68,10 +72,10 @@ def line_chart(
     width, height = size
     finite = [point for line in lines for point in line.points if math.isfinite(point[1])]
     if not finite:
-        return Markup('<p class="empty">Nothing logged yet.</p>')
+        return NOTHING
     x_values = [x for x, _ in finite] + [edge for band in bands for edge in (band.start, band.end)]
     x_ticks, y_ticks = (
-        ticks(min(x_values), max(x_values), width // 110),
+        ticks(min(x_values), max(x_values), width // 80),
         ticks(0.0 if from_zero else min(y for _, y in finite), max(y for _, y in finite), 5),
     )
     low_x, high_x = min(x_values), max(x_values)
@@ -84,7 +88,11 @@ def line_chart(
         return height - BOTTOM - (y - low_y) / ((high_y - low_y) or 1) * (height - TOP - BOTTOM)
 
     floor = height - BOTTOM
-    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
+    scale = json.dumps({"x": [LEFT, width - RIGHT, low_x, high_x], "y": [floor, TOP, low_y, high_y], "xName": x_name})
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" '
+        f'data-scale="{escape(scale)}">'
+    ]
     for band in bands:
         left, right = x_at(band.start), x_at(band.end)
         parts.append(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,24 +14,22 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from configs.load import dump_config, load_config
-from configs.schema import RunConfig
+from configs.load import dump_config
 from configs.units import format_count
 from monitoring.charts import HALF, WIDE, Band, Line, Mark, Point, line_chart, smoothed
-from monitoring.log import read_events, read_metrics
 from monitoring.metrics import INTERRUPTIONS
 from monitoring.progress import format_seconds
-from monitoring.telemetry import Telemetry
+from monitoring.rundir import Row, RunFiles, curve, open_run
 
 REPORT = "report.html"
-LOUD = (*INTERRUPTIONS, "failed")
+FAULTS = (*INTERRUPTIONS, "checkpoint_failed", "checkpoint_damaged", "step_skipped")
 """Events shown as faults."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Tile:
+    """A figure in large type."""
+
     name: str
     value: str
     note: str
@@ -43,33 +41,29 @@ class Figure:
     chart: Markup
     note: str = ""
     keys: Sequence[Line] = ()
+    """Lines named in the caption."""
     wide: bool = False
 
 
 def write_report(directory: Path) -> Path:
     """Write `report.html` of a run directory from its configuration, metrics, events and telemetry; returns its path.
 
-    A run that has logged nothing yet gets a report that says so. Raises InputError where there is no config.yaml.
+    A run that has logged nothing yet gets a report that says so. Raises InputError where there is no run.
     """
-    config = load_config(str(directory / "config.yaml"))
-    rows, events = read_metrics(directory), read_events(directory)
-    now = Telemetry.read(directory)
-    state, state_text = _state(config, rows, events)
+    run = open_run(directory)
+    again = directory.with_name(f"{directory.name}-again")
     page = render(
         "report.html",
-        title=f"{config.name}: report",
-        config=config,
-        state=state,
-        state_text=state_text,
-        lead=_lead(config),
-        tiles=_tiles(config, rows, events),
-        figures=_figures(config, rows, events),
-        events=[_event(event) for event in events],
-        command=f"detour-train {directory / 'config.yaml'} --output {directory.with_name(directory.name + '-again')}",
-        info=now.info if now else {},
-        yaml=dump_config(config),
-        version=version("detour-train"),
-        now=datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC"),
+        title=f"{run.config.name}: report",
+        run=run,
+        state=_state(run),
+        lead=_lead(run),
+        tiles=_tiles(run),
+        figures=_figures(run),
+        learned=[_learned(run, index) for index in range(len(run.config.phases))],
+        events=[_event(event) for event in run.events],
+        command=shlex.join(["detour-train", str(directory / "config.yaml"), "--output", str(again)]),
+        yaml=dump_config(run.config),
     )
     path = directory / REPORT
     path.write_text(page, encoding="utf-8")
@@ -81,144 +75,201 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("monitoring", "pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template(template).render(**values)
+    written = f"detour-train {version('detour-train')} on {datetime.now(UTC):%-d %B %Y, %H:%M} UTC"
+    return environment.get_template(template).render(written=written, **values)
 
 
-def curve(rows: Sequence[Row], key: str) -> list[Point]:
-    """(step, value) of one key; a null is not a number."""
-    return [(row["step"], math.nan if row[key] is None else row[key]) for row in rows]
+def percent(value: float) -> str:
+    return f"{value * 100:.3g} %"
 
 
-def _state(config: RunConfig, rows: Sequence[Row], events: Sequence[Row]) -> tuple[str, str]:
-    kinds = [event["event"] for event in events]
-    step = rows[-1]["step"] if rows else 0
-    where = f"step {step:,} of {config.total_steps:,}"
-    if "finished" in kinds:
-        return "finished", "Finished"
-    turns = [kind for kind in kinds if kind in ("started", "resumed", "preempted", "worker_failed")]
-    states = {
-        "started": ("running", f"Running, {where}"),
-        "resumed": ("running", f"Running, {where}"),
-        "preempted": ("stopped", f"Stopped early at {where}, everything saved"),
-        "worker_failed": ("failed", f"Failed at {where}"),
-    }
-    return states[turns[-1]] if turns else ("stopped", "Not started")
+def scientific(value: float) -> str:
+    """0.00015 -> `1.5e-4`."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
-def _lead(config: RunConfig) -> str:
+def perplexity(loss: float) -> str:
+    """exp(loss), for a mean cross-entropy in nats."""
+    value = math.exp(loss) if loss < 20 else math.inf
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _state(run: RunFiles) -> str:
+    where = f"step {run.step:,} of {run.config.total_steps:,}"
+    return {
+        "finished": "Finished",
+        "running": f"Running, {where}",
+        "stopped": f"Stopped early at {where}, everything saved",
+        "failed": f"Failed at {where}",
+        "unborn": "Not started",
+    }[run.state]
+
+
+def _lead(run: RunFiles) -> str:
+    config = run.config
     phases = " then ".join(
         f"{phase.objective.upper()} for {phase.length(config.tokens_per_step):,} steps" for phase in config.phases
     )
-    model = config.model.size or config.model.init
     return (
-        f"{model}, {phases}; {config.batch.sequences:,} sequences of {config.data.sequence_length:,} token slots "
-        f"a step, peak learning rate {config.optimizer.lr:g}"
+        f"{config.model.size or config.model.init}, {phases}; {config.batch.sequences:,} sequences of "
+        f"{config.data.sequence_length:,} token slots a step, peak learning rate {config.optimizer.lr:g}"
     )
 
 
-def _tiles(config: RunConfig, rows: Sequence[Row], events: Sequence[Row]) -> list[Tile]:
+def _tiles(run: RunFiles) -> list[Tile]:
     tiles = []
-    for index, phase in enumerate(config.phases):
-        losses = [y for _, y in smoothed(curve([row for row in rows if row["phase"] == index], "loss"))]
+    for index, phase in enumerate(run.config.phases):
+        losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
         value = f"{losses[-1]:.3f}" if losses else "-"
-        note = f"from {losses[0]:.3f}, perplexity {_perplexity(losses[-1])}" if losses else "not reached"
+        note = f"from {losses[0]:.3f}, {percent(1 - losses[-1] / losses[0])} lower" if losses else "not reached"
         tiles.append(Tile(f"{phase.objective.upper()} loss", value, note))
-    if rows:
-        rate = _median([row["tokens_per_second"] for row in rows if row["tokens_per_second"] is not None])
-        mfu = _median([row["mfu"] for row in rows if row["mfu"] is not None])
-        tiles.append(Tile("Tokens", format_count(rows[-1]["tokens"]), f"in {rows[-1]['step']:,} steps"))
-        tiles.append(Tile("Throughput", f"{format_count(rate)}/s", f"median tokens; MFU {mfu:.1%}"))
-    if len(events) > 1:
-        first, last = (datetime.fromisoformat(events[index]["time"]) for index in (0, -1))
-        tiles.append(Tile("Time", format_seconds((last - first).total_seconds()), "from start to last event"))
-    kinds = Counter(event["event"] for event in events)
-    faults = sum(kinds[kind] for kind in INTERRUPTIONS)
-    tiles.append(Tile("Interruptions", str(faults), f"{kinds['checkpoint_saved']} checkpoints saved"))
+    if run.rows:
+        mfu = run.median("mfu")
+        tiles.append(Tile("Tokens", format_count(run.rows[-1]["tokens"]), f"in {run.step:,} steps"))
+        note = f"median; MFU {mfu:.1%}" if math.isfinite(mfu) else "median"
+        tiles.append(Tile("Tokens a second", format_count(run.median("tokens_per_second")), note))
+    if run.seconds:
+        tiles.append(Tile("Time", format_seconds(run.seconds), "from the first event to the last"))
+    saved = run.kinds["checkpoint_saved"]
+    tiles.append(Tile("Interruptions", str(run.interruptions), f"{saved} checkpoint{'s' * (saved != 1)} saved"))
     return tiles
 
 
-def _figures(config: RunConfig, rows: Sequence[Row], events: Sequence[Row]) -> list[Figure]:
-    bands, marks = _bands(config, rows), _marks(config, rows, events)
-    phases = [[row for row in rows if row["phase"] == index] for index in range(len(config.phases))]
-    losses = [
-        Line(f"{config.phases[index].objective} loss", points, config.phases[index].objective, faint)
-        for index, part in enumerate(phases)
-        for faint in (True, False)
-        if (points := curve(part, "loss") if faint else smoothed(curve(part, "loss")))
-    ]
+def _figures(run: RunFiles) -> list[Figure]:
+    bands, marks, rows = _bands(run), _marks(run), run.rows
 
-    def figure(title: str, key: str, number: Any, note: str = "", from_zero: bool = True) -> Figure:
-        line = Line(title, curve(rows, key), "ink")
+    def figure(
+        title: str, points: list[Point], number: Callable[[float], str], note: str = "", from_zero: bool = True
+    ) -> Figure:
+        line = Line(title, points, "ink")
         chart = line_chart(title, [line], number=number, bands=bands, marks=marks, from_zero=from_zero, size=HALF)
         return Figure(title, chart, note)
 
-    loss = line_chart("Training loss", losses, number=lambda y: f"{y:g}", bands=bands, marks=marks, size=WIDE)
+    losses, held_out = _loss_lines(run), _held_out_lines(run)
     waits = [(row["step"], row["data_wait_seconds"] / (row["step_seconds"] or math.nan)) for row in rows]
-    data_wait = line_chart(
-        "Data wait",
-        [Line("data wait", waits, "ink")],
-        number=lambda y: f"{y * 100:.3g} %",
-        bands=bands,
+    figures = [
+        Figure(
+            "Training loss",
+            line_chart("Training loss", losses, number=_plain, bands=bands, marks=marks, size=WIDE),
+            "logged steps, and smoothed; triangles are checkpoints, red lines faults",
+            wide=True,
+        ),
+        figure("Learning rate", curve(rows, "learning_rate"), scientific),
+        figure("Throughput", curve(rows, "tokens_per_second"), format_count, "real tokens a second, all devices"),
+        figure("Model FLOPs utilisation", curve(rows, "mfu"), percent, "share of the devices' peak"),
+        figure("Data wait", waits, percent, "share of the step spent waiting for its data"),
+        figure("Gradient norm", curve(rows, "grad_norm"), _plain, "before clipping"),
+        figure("Packing", curve(rows, "packing_ratio"), percent, "real tokens in the token slots", False),
+    ]
+    if held_out:
+        chart = line_chart("Held-out loss", held_out, number=_plain, bands=bands, marks=marks)
+        figures.insert(1, Figure("Held-out loss", chart, keys=held_out))
+    if placed := [event for event in run.events if event.get("step") is not None]:
+        figures.append(
+            Figure("Progress over time", _timeline(placed), "steps by the events; a fall is work done again")
+        )
+    return figures
+
+
+def _loss_lines(run: RunFiles) -> list[Line]:
+    lines = []
+    for index, phase in enumerate(run.config.phases):
+        points = curve(run.phase(index), "loss")
+        lines.append(Line(f"{phase.objective} loss", points, phase.objective, faint=True))
+        lines.append(Line(f"{phase.objective} loss, smoothed", smoothed(points), phase.objective))
+    return lines
+
+
+def _held_out_lines(run: RunFiles) -> list[Line]:
+    lines = [Line(objective.upper(), run.evaluations(objective), objective) for objective in ("clm", "mlm")]
+    return [line for line in lines if line.points]
+
+
+def _timeline(placed: Sequence[Row]) -> Markup:
+    """Completed steps over wall time, from the events that say a step."""
+    start = datetime.fromisoformat(placed[0]["time"])
+
+    def minutes(event: Row) -> float:
+        return (datetime.fromisoformat(event["time"]) - start).total_seconds() / 60
+
+    points = [(minutes(event), float(event["step"])) for event in placed]
+    marks = [
+        Mark(minutes(event), "fault" if event["event"] in FAULTS else "checkpoint", _name(event))
+        for event in placed
+        if event["event"] in (*FAULTS, "checkpoint_saved")
+    ]
+    return line_chart(
+        "Progress over time",
+        [Line("step", points, "ink")],
+        number=lambda y: f"{y:,.0f}",
+        x_name="minutes",
+        x_number=_plain,
         marks=marks,
         from_zero=True,
     )
-    return [
-        Figure("Loss", loss, "a step, and smoothed; triangles are checkpoints, red lines are faults", wide=True),
-        figure("Learning rate", "learning_rate", lambda y: f"{y:.3g}"),
-        figure("Throughput", "tokens_per_second", lambda y: format_count(y), "real tokens a second, all devices"),
-        figure("Model FLOPs utilisation", "mfu", lambda y: f"{y * 100:.3g} %", "share of the devices' peak"),
-        Figure("Data wait", data_wait, "share of a step spent waiting for its data"),
-        figure("Gradient norm", "grad_norm", lambda y: f"{y:.3g}", "before clipping"),
-        figure("Packing", "packing_ratio", lambda y: f"{y * 100:.3g} %", "real tokens in the token slots", False),
-    ]
 
 
-def _bands(config: RunConfig, rows: Sequence[Row]) -> list[Band]:
+def _learned(run: RunFiles, index: int) -> Row:
+    """What a phase taught: training and held-out loss of its objective, first and last, as perplexities too."""
+    objective = run.config.phases[index].objective
+    losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
+    steps = [row["step"] for row in run.phase(index)]
+    held_out = [y for x, y in run.evaluations(objective) if steps and steps[0] <= x <= steps[-1] and math.isfinite(y)]
+    return {
+        "phase": f"{index + 1}. {objective.upper()}",
+        "objective": objective,
+        "training": _change(losses),
+        "training_perplexity": _change(losses, perplexity),
+        "held_out": _change(held_out),
+        "held_out_perplexity": _change(held_out, perplexity),
+    }
+
+
+def _change(values: Sequence[float], number: Callable[[float], str] = lambda y: f"{y:.3f}") -> str:
+    return f"{number(values[0])} → {number(values[-1])}" if values else "-"
+
+
+def _bands(run: RunFiles) -> list[Band]:
     """The phases as far as the run has come."""
-    reached = rows[-1]["step"] if rows else 0
     bands: list[Band] = []
     start = 0
-    for phase in config.phases:
-        end = start + phase.length(config.tokens_per_step)
-        if start < reached or not bands:
-            bands.append(Band(start, min(end, reached), phase.objective.upper(), phase.objective))
+    for phase in run.config.phases:
+        end = start + phase.length(run.config.tokens_per_step)
+        if start < run.step or not bands:
+            bands.append(Band(start, min(end, run.step), phase.objective.upper(), phase.objective))
         start = end
     return bands
 
 
-def _marks(config: RunConfig, rows: Sequence[Row], events: Sequence[Row]) -> list[Mark]:
-    reached = rows[-1]["step"] if rows else 0
-    marks = []
-    for event in events:
-        kind, step = event["event"], event.get("step")
-        if step is None or not 0 < step <= reached:
-            continue
-        if kind == "phase_started":
-            marks.append(Mark(step, "switch", f"{event['objective'].upper()} from step {step + 1:,}"))
-        elif kind == "checkpoint_saved":
-            marks.append(Mark(step, "checkpoint", f"checkpoint at step {step:,}"))
-        elif kind in LOUD:
-            marks.append(Mark(step, "fault", f"{kind.replace('_', ' ')} at step {step:,}"))
-    return marks
+def _marks(run: RunFiles) -> list[Mark]:
+    kinds = {"phase_started": "switch", "checkpoint_saved": "checkpoint"} | dict.fromkeys(FAULTS, "fault")
+    return [
+        Mark(event["step"], kinds[event["event"]], _name(event))
+        for event in run.events
+        if event["event"] in kinds and 0 < (event.get("step") or 0) <= run.step
+    ]
+
+
+def _name(event: Row) -> str:
+    return f"{event['event'].replace('_', ' ')} at step {event['step']:,}"
 
 
 def _event(event: Row) -> Row:
-    detail = ", ".join(
-        f"{key} {value}" for key, value in event.items() if key not in ("time", "event", "step") and value is not None
-    )
+    hidden = ("time", "event", "step")
+    detail = (f"{key.replace('_', ' ')} {_words(value)}" for key, value in event.items() if key not in hidden)
     return {
         "time": datetime.fromisoformat(event["time"]).strftime("%Y-%m-%d %H:%M:%S"),
         "kind": event["event"].replace("_", " "),
         "step": event.get("step", ""),
-        "detail": detail,
-        "bad": event["event"] in LOUD,
+        "detail": ", ".join(detail),
+        "bad": event["event"] in FAULTS,
     }
 
 
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):,.4g}" if loss < 50 else "very large"
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else math.nan
+def _plain(value: float) -> str:
+    return f"{value:.4g}"

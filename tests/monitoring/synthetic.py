@@ -46,7 +46,9 @@ def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) ->
         "packing_ratio": 0.9,
         "epochs": {"notes": step // 12},
         "drawn": {"notes": (910 * step, 3 * step, step // 10)},
-        "eval_loss": {"clm": 9.0 * math.exp(-step / 20) + 1.5, "mlm": 11 - step / 10} if step % 20 == 0 else None,
+        "eval_loss": {"clm": 9.0 * math.exp(-step / 100) + 2.5, "mlm": 9.0 * math.exp(-step / 300) + 2}
+        if step % 20 == 0
+        else None,
         "workers": [WorkerRecord(rank, seconds + 0.001 * rank, 10**9 + rank) for rank in range(ranks)],
     }
     return StepRecord(**(values | changes))

@@ -65,9 +65,16 @@ def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path) -> None:
     recorder.close()
     append_event(tmp_path, "finished", step=30)
     page = read(tmp_path)
-    for text in ("Finished", "CLM loss", "MLM loss", "checkpoint at step 20", "MLM from step 21", "<b>killed</b>"):
+    for text in (
+        "Finished",
+        "CLM loss",
+        "MLM loss",
+        "checkpoint saved at step 20",
+        "phase started at step 20",
+        "<b>killed</b>",
+    ):
         assert text in page.said, text
-    assert page.count["svg"] == 7
+    assert page.count["svg"] == 9
     assert "nan" not in page.said.lower()
 
 

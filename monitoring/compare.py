@@ -1,0 +1,193 @@
+"""`detour compare`: runs side by side, as a table and as a page of curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.errors import InputError
+from configs.units import format_count
+from monitoring.charts import HALF, NOTHING, WIDE, Line, Point, line_chart, smoothed
+from monitoring.progress import format_seconds
+from monitoring.report import Figure, percent, render, scientific
+from monitoring.rundir import Row, RunFiles, curve, open_run
+
+MOST_RUNS = 8
+"""As many as there are colours that can be told apart."""
+
+Cell = str
+
+
+def compare(directories: Sequence[Path], out: Path, console: Console | None = None) -> Path:
+    """Print a table of the runs and write the page `out`; returns its path.
+
+    Raises InputError for fewer than two runs, more than eight, or a directory that is none.
+    """
+    if not 2 <= len(directories) <= MOST_RUNS:
+        raise InputError(f"compare takes 2 to {MOST_RUNS} run directories, got {len(directories)}")
+    runs = [open_run(directory) for directory in directories]
+    names = _names(runs)
+    columns = _columns(runs)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for title, cells in columns.items():
+        table.add_row(title, *cells)
+    (console or Console()).print(table)
+    page = render(
+        "compare.html",
+        title="Comparison: " + ", ".join(names),
+        names=names,
+        states=[run.state for run in runs],
+        columns=columns,
+        figures=_figures(runs, names),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _names(runs: Sequence[RunFiles]) -> list[str]:
+    """The runs' names; with the directory where two have the same."""
+    names = [run.config.name for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name} ({run.directory.name})"
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
+    """Rows of the table: title -> a cell for each run."""
+    rows: dict[str, Callable[[RunFiles], Cell]] = {
+        "model": lambda run: str(run.info.get("model", run.config.model.size or run.config.model.init)),
+        "phases": lambda run: " then ".join(phase.objective.upper() for phase in run.config.phases),
+        "precision": lambda run: str(run.info.get("precision", run.config.precision)),
+        "nodes": lambda run: str(run.info.get("nodes", run.config.cluster.nodes)),
+        "steps": lambda run: f"{run.step:,} of {run.config.total_steps:,}",
+        "tokens": lambda run: format_count(run.rows[-1]["tokens"]) if run.rows else "-",
+        "last CLM loss": lambda run: _last_loss(run, "clm"),
+        "last MLM loss": lambda run: _last_loss(run, "mlm"),
+        "held-out MLM loss": lambda run: _last(run.evaluations("mlm")),
+        "tokens a second": lambda run: _number(run.median("tokens_per_second"), format_count),
+        "a device": lambda run: _number(_per_device(run), format_count),
+        "scaling efficiency": lambda run: _number(_per_device(run) / max(map(_per_device, runs)), percent),
+        "MFU": lambda run: _number(run.median("mfu"), percent),
+        "waiting for data": lambda run: _number(_waiting(run), percent),
+        "interruptions": lambda run: str(run.interruptions),
+        "time": lambda run: format_seconds(run.seconds),
+    }
+    return {title: [cell(run) for run in runs] for title, cell in rows.items()}
+
+
+def _figures(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
+    """The first chart carries the legend of all; a chart that no run has data for is left out."""
+
+    def figure(
+        title: str,
+        lines: Callable[[RunFiles], list[Point]],
+        number: Callable[[float], str],
+        note: str,
+        wide: bool = False,
+        from_zero: bool = False,
+    ) -> Figure:
+        drawn = [Line(name, lines(run), f"c{index}") for index, (run, name) in enumerate(zip(runs, names, strict=True))]
+        chart = line_chart(
+            title,
+            drawn,
+            number=number,
+            x_name="tokens",
+            x_number=format_count,
+            from_zero=from_zero,
+            size=WIDE if wide else HALF,
+        )
+        return Figure(title, chart, note, drawn if wide else (), wide)
+
+    figures = [
+        figure("Training loss", _losses, _plain, "smoothed; a jump is the switch of objective", wide=True),
+        figure("Masked loss from the switch", _decay, _plain, "the last MLM phase, by its own tokens"),
+        figure("Held-out masked loss", _held_out, _plain, "by tokens trained on"),
+        figure(
+            "Throughput",
+            lambda run: smoothed(_by_tokens(run, "tokens_per_second")),
+            format_count,
+            "tokens a second, all devices",
+            from_zero=True,
+        ),
+        figure(
+            "Model FLOPs utilisation",
+            lambda run: smoothed(_by_tokens(run, "mfu")),
+            percent,
+            "share of the devices' peak",
+            from_zero=True,
+        ),
+        figure("Learning rate", lambda run: _by_tokens(run, "learning_rate"), scientific, "", from_zero=True),
+        figure(
+            "Gradient norm",
+            lambda run: smoothed(_by_tokens(run, "grad_norm")),
+            _plain,
+            "before clipping",
+            from_zero=True,
+        ),
+    ]
+    return [entry for entry in figures if entry.chart != NOTHING]
+
+
+def _losses(run: RunFiles) -> list[Point]:
+    """Smoothed phase by phase, with a gap at each switch."""
+    points: list[Point] = []
+    for index in range(len(run.config.phases)):
+        part = smoothed(curve(run.phase(index), "loss", "tokens"))
+        points += [(part[0][0], math.nan), *part] if part else []
+    return points
+
+
+def _decay(run: RunFiles) -> list[Point]:
+    last = len(run.config.phases) - 1
+    if run.config.phases[last].objective != "mlm":
+        return []
+    rows = run.phase(last)
+    start = max((row["tokens"] for row in run.rows if row["phase"] < last), default=0)
+    return [(x - start, y) for x, y in smoothed(curve(rows, "loss", "tokens"))]
+
+
+def _held_out(run: RunFiles) -> list[Point]:
+    tokens = {row["step"]: row["tokens"] for row in run.rows}
+    return [(tokens[int(step)], loss) for step, loss in run.evaluations("mlm")]
+
+
+def _by_tokens(run: RunFiles, key: str) -> list[Point]:
+    return curve(run.rows, key, "tokens")
+
+
+def _last_loss(run: RunFiles, objective: str) -> Cell:
+    rows: list[Row] = [row for row in run.rows if row["objective"] == objective]
+    return _last(smoothed(curve(rows, "loss")))
+
+
+def _last(points: Sequence[Point]) -> Cell:
+    return _number(points[-1][1], lambda y: f"{y:.3f}") if points else "-"
+
+
+def _per_device(run: RunFiles) -> float:
+    now = run.now
+    if now is None or not now.tokens_per_second:
+        return math.nan
+    return run.median("tokens_per_second") * now.tokens_per_second_per_device / now.tokens_per_second
+
+
+def _waiting(run: RunFiles) -> float:
+    seconds = run.median("step_seconds")
+    return run.median("data_wait_seconds") / seconds if seconds else math.nan
+
+
+def _number(value: float, number: Callable[[float], str]) -> Cell:
+    return number(value) if math.isfinite(value) else "-"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}"
