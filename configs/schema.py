@@ -282,8 +282,9 @@ class Checkpoint(Section):
 
 
 class Cluster(Section):
-    nodes: PositiveInt = 1
-    """Nodes of the Ray cluster to use; `--nodes` sets it."""
+    nodes: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Nodes of the Ray cluster to use; `--nodes` sets it. Or [fewest, most]: the run goes on with what is left of its
+    nodes, and grows when more come."""
     workers_per_node: PositiveInt | Literal["auto"] = "auto"
     """auto: one worker a GPU; without GPUs, the tensor x pipeline size."""
     start_timeout: PositiveInt = 120
@@ -292,6 +293,13 @@ class Cluster(Section):
     """Seconds without a completed step before the workers count as hung and are started again."""
     max_failures: int = Field(default=3, ge=0)
     """Worker failures survived before the run is given up."""
+
+    @field_validator("nodes")
+    @classmethod
+    def _fewest_first(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"a range of nodes is [fewest, most], got {list(value)}")
+        return value
 
 
 class Monitoring(Section):

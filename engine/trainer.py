@@ -13,22 +13,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from configs.errors import RunFailedError
 from configs.schema import RunConfig
-from datapipe.batch import IGNORE, MicroBatch, StepData
+from datapipe.batch import IGNORE, StepData
 from engine import checkpoint as checkpoints
 from engine import device
 from engine.flops import training_flops
 from engine.guards import require_equal_replicas
-from engine.modernbert.attention import PackedDocuments
 from engine.objectives import objective_of
 from engine.optimizer import set_learning_rate
 from engine.optimizer import step as optimizer_step
 from engine.saver import SaveFailedError
 from engine.schedule import PhaseSpan
 from engine.setup import Trainer, open_trainer
+from engine.step import counts_here, evaluate, forward_backward
 from monitoring.log import append_event
 from monitoring.recorder import StepRecord, WorkerRecord, due
 
@@ -64,7 +63,7 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
             with closing(batches):
                 for batch, clock in _timed(batches):
                     set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(step), config.optimizer)
-                    losses = _forward_backward(trainer, batch.micro_batches, objective.causal)
+                    losses = forward_backward(trainer, batch.micro_batches, objective.causal)
                     trainer.frozen.clear_gradients()
                     grad_norm = optimizer_step(trainer.optimizer)
                     step, trainer.data_state = step + 1, batch.state
@@ -73,8 +72,9 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
                     trainer.guards.check(
                         step, objective.name, totals["loss"], grad_norm, _suspects(trainer, losses, step)
                     )
-                    evaluation = _evaluate(trainer) if trainer.evaluation_due(step) else None
-                    _record(trainer, span, batch, totals, step, grad_norm, clock, evaluation)
+                    seconds = clock.seconds()
+                    evaluation = evaluate(trainer) if trainer.evaluation_due(step) else None
+                    _record(trainer, span, batch, totals, step, grad_norm, seconds, clock.waited, evaluation)
                     _complete_save(trainer, totals)
                     if totals["save"] or totals["stop"] or step == span.last:
                         _begin_save(trainer, span, step, stopping=bool(totals["stop"]))
@@ -103,77 +103,6 @@ def _timed(batches: Generator[StepData]) -> Generator[tuple[StepData, _Clock]]:
         started = time.perf_counter()
 
 
-def _forward_backward(trainer: Trainer, micro_batches: tuple[MicroBatch, ...], causal: bool) -> list[float]:
-    """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses.
-
-    One loss a micro-batch on the last pipeline stage, none before it.
-
-    The loss is a sum over paying tokens, and Megatron divides the gradients by their count over all data-parallel ranks
-    (calculate_per_token_loss), so the result does not depend on how tokens fell on ranks and micro-batches.
-    """
-    trainer.wrapped.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    losses = get_forward_backward_func()(
-        forward_step_func=lambda data, model: _forward(next(data), model, causal),
-        data_iterator=iter(micro_batches),
-        model=trainer.wrapped,
-        num_microbatches=len(micro_batches),
-        seq_length=len(micro_batches[0].inputs),
-        micro_batch_size=1,  # Megatron's: a micro-batch of ours is one row of packed documents
-        forward_only=False,
-    )
-    return [float(part["loss"]) for part in losses]
-
-
-def _forward(micro: MicroBatch, model: Any, causal: bool) -> tuple[torch.Tensor, Callable[..., Any]]:
-    where = device.device()
-    lengths = tuple(int(length) for length in micro.cu_seqlens[1:] - micro.cu_seqlens[:-1])
-    labels = torch.from_numpy(micro.labels)
-    paying = (labels != IGNORE).nonzero().squeeze(1)
-    output = model(
-        torch.from_numpy(micro.inputs)[None].to(where),
-        PackedDocuments.from_lengths(lengths, causal, where),
-        paying.to(where),
-        labels[paying].to(where),
-    )
-
-    def loss(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        count = torch.tensor(len(paying), dtype=torch.int, device=where)
-        return total, count, {"loss": total.detach()}
-
-    return output, loss
-
-
-def _evaluate(trainer: Trainer) -> dict[str, float]:
-    """Mean loss of each objective over the held-out set; the training streams and the weights are not touched."""
-    found = {}
-    for objective, micro_batches in trainer.evaluation.items():
-        trainer.model.eval()
-        with torch.no_grad():
-            parts = get_forward_backward_func()(
-                forward_step_func=lambda data, model, causal=objective.causal: _forward(next(data), model, causal),
-                data_iterator=iter(micro_batches),
-                model=trainer.wrapped,
-                num_microbatches=len(micro_batches),
-                seq_length=len(micro_batches[0].inputs),
-                micro_batch_size=1,
-                forward_only=True,
-            )
-        trainer.model.train()
-        loss = sum(float(part["loss"]) for part in parts)
-        paying = sum(int((micro.labels != IGNORE).sum()) for micro in micro_batches)
-        mine = [loss, float(paying)] if _counts_here() else [0.0, 0.0]
-        sums = torch.tensor(mine, dtype=torch.float64, device=device.device())
-        dist.all_reduce(sums)
-        found[objective.name] = float(sums[0] / sums[1])
-    return found
-
-
-def _counts_here() -> bool:
-    """One rank of each data-parallel replica, the one that has its loss, speaks for it."""
-    return bool(parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0)
-
-
 def _sum_over_ranks(
     trainer: Trainer, batch: StepData, causal: bool, losses: list[float], step: int, reason: str | None
 ) -> dict[str, float]:
@@ -188,7 +117,7 @@ def _sum_over_ranks(
         "writing": float(trainer.saver.writing),
         "write_failed": float(trainer.saver.failed),
     }
-    if _counts_here():
+    if counts_here():
         for micro in batch.micro_batches:
             paying = int((micro.labels != IGNORE).sum())
             lengths = micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]
@@ -230,14 +159,14 @@ def _record(
     totals: dict[str, float],
     step: int,
     grad_norm: float,
-    clock: _Clock,
+    seconds: float,
+    waited: float,
     evaluation: dict[str, float] | None,
 ) -> None:
-    seconds = clock.seconds()
     workers = drawn = None
     epochs = batch.epochs
     if due(trainer.config, step):
-        own = [value if _counts_here() else 0 for source in batch.drawn.values() for value in source]
+        own = [value if counts_here() else 0 for source in batch.drawn.values() for value in source]
         mine = torch.tensor([seconds, device.memory_bytes(), *own, *epochs.values()], dtype=torch.float64)
         rows = [torch.empty_like(mine, device=device.device()) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine.to(device.device()))
@@ -257,7 +186,7 @@ def _record(
                 learning_rate=trainer.schedule.learning_rate(step - 1),
                 grad_norm=grad_norm,
                 step_seconds=seconds,
-                data_wait_seconds=clock.waited,
+                data_wait_seconds=waited,
                 flops=totals["flops"],
                 packing_ratio=totals["tokens"] / trainer.config.tokens_per_step,
                 epochs=epochs,

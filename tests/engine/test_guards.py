@@ -17,7 +17,7 @@ from tests.engine.world import run_world, stored, toy_config, train
 
 def train_poisoned(config: RunConfig, directory: Path, poisoned: set[int]) -> Any:
     """Train with a loss of NaN for the second micro-batch of these steps (from 1)."""
-    from engine import trainer as module
+    from engine import step as module
 
     original, calls = module._forward, iter(range(10**9))
     per_step = config.batch.sequences // int(config.batch.micro)

@@ -1,0 +1,82 @@
+"""One pass over micro-batches, forward and backward or forward alone, through Megatron's pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from datapipe.batch import IGNORE, MicroBatch
+from engine import device
+from engine.modernbert.attention import PackedDocuments
+from engine.setup import Trainer
+
+
+def forward_backward(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool) -> list[float]:
+    """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses.
+
+    One loss a micro-batch on the last pipeline stage, none before it.
+
+    The loss is a sum over paying tokens, and Megatron divides the gradients by their count over all data-parallel ranks
+    (calculate_per_token_loss), so the result does not depend on how tokens fell on ranks and micro-batches.
+    """
+    trainer.wrapped.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    return _run(trainer, micro_batches, causal, forward_only=False)
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """Mean loss of each objective over the held-out set; the training streams and the weights are not touched."""
+    found = {}
+    for objective, micro_batches in trainer.evaluation.items():
+        trainer.wrapped.eval()
+        with torch.no_grad():
+            losses = _run(trainer, micro_batches, objective.causal, forward_only=True)
+        trainer.wrapped.train()
+        paying = sum(int((micro.labels != IGNORE).sum()) for micro in micro_batches)
+        mine = [sum(losses), float(paying)] if counts_here() else [0.0, 0.0]
+        sums = torch.tensor(mine, dtype=torch.float64, device=device.device())
+        dist.all_reduce(sums)
+        found[objective.name] = float(sums[0] / sums[1])
+    return found
+
+
+def counts_here() -> bool:
+    """One rank of each data-parallel replica, the one that has its loss, speaks for it."""
+    return bool(parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0)
+
+
+def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, forward_only: bool) -> list[float]:
+    parts = get_forward_backward_func()(
+        forward_step_func=lambda data, model: _forward(next(data), model, causal),
+        data_iterator=iter(micro_batches),
+        model=trainer.wrapped,
+        num_microbatches=len(micro_batches),
+        seq_length=len(micro_batches[0].inputs),
+        micro_batch_size=1,  # Megatron's: a micro-batch of ours is one row of packed documents
+        forward_only=forward_only,
+    )
+    return [float(part["loss"]) for part in parts]
+
+
+def _forward(micro: MicroBatch, model: Any, causal: bool) -> tuple[torch.Tensor, Callable[..., Any]]:
+    where = device.device()
+    lengths = tuple(int(length) for length in micro.cu_seqlens[1:] - micro.cu_seqlens[:-1])
+    labels = torch.from_numpy(micro.labels)
+    paying = (labels != IGNORE).nonzero().squeeze(1)
+    output = model(
+        torch.from_numpy(micro.inputs)[None].to(where),
+        PackedDocuments.from_lengths(lengths, causal, where),
+        paying.to(where),
+        labels[paying].to(where),
+    )
+
+    def loss(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        count = torch.tensor(len(paying), dtype=torch.int, device=where)
+        return total, count, {"loss": total.detach()}
+
+    return output, loss
