@@ -14,6 +14,17 @@ IGNORE = -100
 Ids = NDArray[np.int64]
 
 
+class Origin(NamedTuple):
+    """Where a row comes from."""
+
+    stream: int
+    """The logical stream."""
+    number: int
+    """Its place in that stream, from 0; never restarts."""
+    documents: tuple[tuple[int, int, int, int], ...]
+    """Of each of its documents: source, epoch, position in the epoch, part."""
+
+
 @dataclass(frozen=True)
 class PackedSequence:
     """Documents laid end to end in one row of `sequence_length` tokens, padded at the end."""
@@ -26,6 +37,8 @@ class PackedSequence:
     """The logical stream it comes from."""
     number: int
     """Its place in that stream, from 0; never restarts."""
+    documents: tuple[tuple[int, int, int, int], ...] = ()
+    """Of each document: source, epoch, position in the epoch, part."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,8 @@ class MicroBatch:
     """[documents + 1] from 0 to T; the padding at the end of a row counts as a document of its own."""
     tokens: int
     """Real tokens, padding not counted."""
+    origins: tuple[Origin, ...] = ()
+    """Of its rows, in order."""
 
 
 class Drawn(NamedTuple):
@@ -73,4 +88,7 @@ def frame(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids) -> MicroBatc
     for row in rows:
         padding = len(row.ids) - sum(row.lengths)
         lengths += [*row.lengths, padding] if padding else row.lengths
-    return MicroBatch(inputs, labels, np.cumsum(lengths, dtype=np.int32), sum(sum(row.lengths) for row in rows))
+    ends, tokens = np.cumsum(lengths, dtype=np.int32), sum(sum(row.lengths) for row in rows)
+    return MicroBatch(
+        inputs, labels, ends, tokens, tuple(Origin(row.stream, row.number, row.documents) for row in rows)
+    )

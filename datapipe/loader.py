@@ -13,7 +13,7 @@ import numpy as np
 
 from configs.errors import InputError
 from configs.schema import Data
-from datapipe.batch import Drawn, MicroBatch, PackedSequence, StepData
+from datapipe.batch import Drawn, MicroBatch, Origin, PackedSequence, StepData
 from datapipe.packing import BUFFER
 from datapipe.source import Source, SourceSummary
 from datapipe.stream import Stream
@@ -62,6 +62,18 @@ class Loader:
         if len(self._streams) * self._rows % micro:
             raise InputError(f"batch.micro: {micro} must divide the {len(self._streams) * self._rows} rows of a rank")
         return _ahead(self._prepare(targets, micro, first, last, state), self._data.prefetch)
+
+    def describe(self, origin: Origin) -> str:
+        """A row for people: its stream, its number, and the shards and documents it was packed from."""
+        data, sources = self._data, [Source(source, self._data, self._tokenizer) for source in self._data.sources]
+        stream = Stream(sources, data.streams, origin.stream, data.seed, data.sequence_length, self._tokenizer.pad_id)
+        try:
+            found = [stream.locate(*document[:3]) for document in origin.documents]
+        finally:
+            for source in sources:
+                source.close()
+        documents = ", ".join(f"{shard} document {number}" for shard, number in dict.fromkeys(found))
+        return f"sequence {origin.number} of stream {origin.stream} ({documents})"
 
     def _prepare(
         self, targets: Targets, micro: int, first: int, last: int, state: dict[str, Any] | None

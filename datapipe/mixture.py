@@ -77,7 +77,11 @@ class Cursor:
         return None
 
     def read(self, epoch: int, position: int) -> NDArray[np.int32]:
-        return self.source.wrapped(*self._plan(epoch).locate(position))
+        return self.source.wrapped(*self.locate(epoch, position))
+
+    def locate(self, epoch: int, position: int) -> tuple[int, int]:
+        """Shard and document number."""
+        return self._plan(epoch).locate(position)
 
     def state(self) -> list[int]:
         """JSON: epoch, position, tokens, documents, skipped."""

@@ -34,15 +34,22 @@ class Stream:
         if piece is None:
             return None
         ids = np.full(self._length, self._pad_id, np.int32)
-        lengths, used = [], 0
+        lengths, documents, used = [], [], 0
         while piece is not None:
             ids[used : used + len(piece.ids)] = piece.ids
             lengths.append(len(piece.ids))
+            documents.append(piece.reference)
             used += len(piece.ids)
             self._fill()
             piece = self._buffer.best_fit(self._length - used)
         self._number += 1
-        return PackedSequence(ids, tuple(lengths), self._stream, self._number - 1)
+        return PackedSequence(ids, tuple(lengths), self._stream, self._number - 1, tuple(documents))
+
+    def locate(self, source: int, epoch: int, position: int) -> tuple[str, int]:
+        """Source and shard, and number in it, of a document."""
+        cursor = self.mixture.cursors[source]
+        shard, number = cursor.locate(epoch, position)
+        return f"{cursor.source.name}/{cursor.source.shards[shard].name}", number
 
     def state(self) -> dict[str, Any]:
         """JSON: where this stream stands. Buffered documents are named, not stored."""

@@ -132,6 +132,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
             tokenizer,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
+            device.device().index,
         ),
         evaluation=_held_out(config, tokenizer, layout),
         saver=Saver(directory / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every),

@@ -66,10 +66,10 @@ def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, fo
 def _forward(micro: MicroBatch, model: Any, causal: bool) -> tuple[torch.Tensor, Callable[..., Any]]:
     where = device.device()
     lengths = tuple(int(length) for length in micro.cu_seqlens[1:] - micro.cu_seqlens[:-1])
-    labels = torch.from_numpy(micro.labels)
+    labels = torch.as_tensor(micro.labels)  # with the dali backend already on the GPU
     paying = (labels != IGNORE).nonzero().squeeze(1)
     output = model(
-        torch.from_numpy(micro.inputs)[None].to(where),
+        torch.as_tensor(micro.inputs)[None].to(where),
         PackedDocuments.from_lengths(lengths, causal, where),
         paying.to(where),
         labels[paying].to(where),

@@ -70,7 +70,7 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
                     reason = stop() if trainer.recorder else None
                     totals = _sum_over_ranks(trainer, batch, objective.causal, losses, step, reason)
                     trainer.guards.check(
-                        step, objective.name, totals["loss"], grad_norm, _suspects(trainer, losses, step)
+                        step, objective.name, totals["loss"], grad_norm, _suspects(trainer, batch, losses)
                     )
                     seconds = clock.seconds()
                     evaluation = evaluate(trainer) if trainer.evaluation_due(step) else None
@@ -132,16 +132,14 @@ def _sum_over_ranks(
     return {**totals, "loss": totals["loss"] / max(1.0, totals["paying"])}
 
 
-def _suspects(trainer: Trainer, losses: list[float], step: int) -> list[str]:
+def _suspects(trainer: Trainer, batch: StepData, losses: list[float]) -> list[str]:
     """The sequences of this rank's micro-batches whose loss is not finite."""
-    rows, size = trainer.config.batch.sequences // trainer.config.data.streams, trainer.layout.data
-    rank, micro, names = parallel_state.get_data_parallel_rank(), trainer.layout.micro, []
-    for number, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            for row in range(number * micro, (number + 1) * micro):
-                stream, place = rank + row // rows * size, (step - 1) * rows + row % rows
-                names.append(f"sequence {place} of stream {stream}")
-    return names
+    return [
+        trainer.loader.describe(origin)
+        for micro, loss in zip(batch.micro_batches, losses, strict=False)  # no losses before the last pipeline stage
+        if not math.isfinite(loss)
+        for origin in micro.origins
+    ]
 
 
 def _checkpoint_due(trainer: Trainer, step: int) -> bool:
