@@ -48,9 +48,17 @@ class Shape:
     def fits(self, node: Node) -> bool:
         return node.cpus >= self.per_node and (not self.gpu or node.gpus >= self.per_node)
 
+    def fits_on(self, nodes: Sequence[Node]) -> bool:
+        """Whether there are enough nodes of the size, in use or not."""
+        return sum(map(self.fits, nodes)) >= self.nodes
+
     def __str__(self) -> str:
         what = "GPU" if self.gpu else "CPU"
         return f"{self.nodes} node{'s' * (self.nodes > 1)} with {self.per_node} {what}{'s' * (self.per_node > 1)} each"
+
+
+class NoRoomError(InputError):
+    """The cluster has not the nodes that were asked for."""
 
 
 class WorkerError(Exception):
@@ -69,12 +77,13 @@ class WorkerGroup:
     """Context manager over the processes of one attempt; leaving it ends them."""
 
     def __init__(self, shape: Shape, directory: Path, tensor: int, timeout: float) -> None:
-        """Place and start the workers within `timeout` seconds. Raises InputError where the cluster lacks room."""
+        """Place and start the workers within `timeout` seconds. Raises NoRoomError where the cluster lacks it."""
+        self.shape = shape
         strategy = "STRICT_SPREAD" if shape.nodes > 1 else "STRICT_PACK"
         self._reserved = placement_group([shape.bundle] * shape.nodes, strategy=strategy)
         try:
             if not self._reserved.wait(timeout):
-                raise InputError(_no_room(shape, timeout))
+                raise NoRoomError(_no_room(shape, timeout))
             self._start(shape, directory, tensor)
         except BaseException:
             self.close()

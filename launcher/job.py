@@ -14,11 +14,11 @@ from configs.schema import RunConfig
 from datapipe.loader import check_sources
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import Tokenizer, load_tokenizer
-from launcher.cluster import alive_nodes, connect, draining_nodes, is_joined
+from launcher.cluster import Node, alive_nodes, connect, draining_nodes, is_joined
 from launcher.directory import claim
 from launcher.failures import FailureBudget, HangWatch
-from launcher.group import Shape, WorkerError, WorkerGroup
-from launcher.stop import PREEMPTED, SIGNAL, StopRequest
+from launcher.group import NoRoomError, Shape, WorkerError, WorkerGroup
+from launcher.stop import PREEMPTED, RESIZED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
 from launcher.worker import Ending
 from monitoring.exporter import Exporter
@@ -45,68 +45,80 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             return _finish(config, directory, load_tokenizer(config.tokenizer), console)
         if is_joined():
             stack.enter_context(connect(local_workers=0))
-        shape = plan_workers(config)
-        tokenizer = prepare_and_check(config, shape, console)
+        tokenizer, shapes = prepare_and_check(config, console)
         if not is_joined():
-            stack.enter_context(connect(local_workers=shape.workers))
+            stack.enter_context(connect(local_workers=shapes[0].workers))
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )
-        print_header(console, config, directory, shape, exporter.url)
+        print_header(console, config, directory, shapes[0], exporter.url)
         with StopRequest(directory) as stop, Progress(directory, console) as progress:
-            result = _attempts(config, directory, shape, stop, progress)
+            result = _attempts(config, directory, shapes, stop, progress)
         if result.finished:
             return _finish(config, directory, tokenizer, console)
         write_report(directory)
         return result
 
 
-def plan_workers(config: RunConfig) -> Shape:
-    """Nodes and workers of a run, by the cluster where one is joined, else by this machine. InputError."""
-    nodes = config.cluster.nodes
-    if is_joined():
-        gpus = max((node.gpus for node in alive_nodes()), default=0)
-    else:
-        if nodes > 1:
-            raise InputError(
-                f"cluster.nodes: asked for {nodes} nodes, but this process is in no Ray cluster and would start one "
-                "of 1 node here; set RAY_ADDRESS or use `ray job submit`, or lower --nodes to 1"
-            )
-        import torch
+def prepare_and_check(config: RunConfig, console: Console) -> tuple[Tokenizer, list[Shape]]:
+    """Everything that can be wrong is found here, before workers start; missing shards are prepared.
 
-        gpus = torch.cuda.device_count()
-    per_node = config.cluster.workers_per_node
-    if per_node == "auto":
-        per_node = gpus or config.parallel.tensor * config.parallel.pipeline
-    elif 0 < gpus < per_node:
-        raise InputError(f"cluster.workers_per_node: {per_node} workers, but a node has {gpus} GPUs")
-    return Shape(nodes, per_node, gpu=gpus > 0)
-
-
-def prepare_and_check(config: RunConfig, shape: Shape, console: Console) -> Tokenizer:
-    """Everything that can be wrong is found here, before workers start; missing shards are prepared. InputError."""
+    Returns the tokenizer and the shapes the run may take, the largest first. Raises InputError.
+    """
     from engine.modernbert.config import resolve_architecture
     from engine.parallel import plan
     from engine.precision import resolve_precision
 
     tokenizer = load_tokenizer(config.tokenizer)
     architecture = resolve_architecture(config.model, tokenizer)
-    plan(config, architecture, shape.workers)
+    shapes, problem = [], InputError("cluster.nodes: no number of nodes fits")
+    for shape in possible_shapes(config):
+        try:
+            plan(config, architecture, shape.workers)
+            shapes.append(shape)
+        except InputError as error:
+            problem = error
+    if not shapes:
+        raise problem
     if not is_joined():  # the head of a cluster may have another device than its workers, which check for themselves
         resolve_precision(config)
     with console.status("preparing shards") as status:
         ensure_prepared(config.data, tokenizer, status.update)
     check_sources(config.data, tokenizer, architecture.vocab_size)
-    return tokenizer
+    return tokenizer, shapes
 
 
-def _attempts(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest, progress: Progress) -> Ending:
-    """Start workers again after each failure that may be survived and each preemption, until the run ends."""
+def possible_shapes(config: RunConfig) -> list[Shape]:
+    """Nodes and workers by the configuration and the devices of the cluster or this machine, the most nodes first."""
+    nodes = config.cluster.nodes
+    fewest, most = (nodes, nodes) if isinstance(nodes, int) else nodes
+    if is_joined():
+        gpus = max((node.gpus for node in alive_nodes()), default=0)
+    else:
+        if fewest > 1:
+            raise InputError(
+                f"cluster.nodes: asked for {fewest} nodes, but this process is in no Ray cluster and would start one "
+                "of 1 node here; set RAY_ADDRESS or use `ray job submit`, or lower --nodes to 1"
+            )
+        import torch
+
+        most, gpus = 1, torch.cuda.device_count()
+    per_node = config.cluster.workers_per_node
+    if per_node == "auto":
+        per_node = gpus or config.parallel.tensor * config.parallel.pipeline
+    elif 0 < gpus < per_node:
+        raise InputError(f"cluster.workers_per_node: {per_node} workers, but a node has {gpus} GPUs")
+    return [Shape(number, per_node, gpu=gpus > 0) for number in range(most, fewest - 1, -1)]
+
+
+def _attempts(config: RunConfig, directory: Path, shapes: list[Shape], stop: StopRequest, progress: Progress) -> Ending:
+    """Start workers again after each failure that may be survived, each preemption and each change of the nodes."""
     budget = FailureBudget(config.cluster.max_failures)
+    attempted = False
     while stop.reason != SIGNAL:
         stop.clear()
         try:
-            ending = _attempt(config, directory, shape, stop, progress)
+            ending = _attempt(config, directory, shapes, stop, progress)
         except WorkerError as failure:
             step = _last_step(directory)
             append_event(
@@ -115,18 +127,24 @@ def _attempts(config: RunConfig, directory: Path, shape: Shape, stop: StopReques
             pause = budget.spend(failure, step)
             progress.note(f"{failure}; starting again")
             time.sleep(pause)
-            continue
-        if ending.reason != PREEMPTED:
-            return ending
-        append_event(directory, "preempted", reason=PREEMPTED, step=ending.step)
+        except NoRoomError:
+            if not attempted:
+                raise
+            return Ending(_saved_step(directory), finished=False, reason="the nodes it lost were not replaced in time")
+        else:
+            if ending.reason not in (PREEMPTED, RESIZED):
+                return ending
+            if ending.reason == PREEMPTED:
+                append_event(directory, "preempted", reason=PREEMPTED, step=ending.step)
+        attempted = True
     return Ending(_saved_step(directory), finished=False, reason=SIGNAL)
 
 
-def _attempt(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest, progress: Progress) -> Ending:
+def _attempt(config: RunConfig, directory: Path, shapes: list[Shape], stop: StopRequest, progress: Progress) -> Ending:
     """Start workers and train until they finish or are stopped. Raises InputError and WorkerError."""
-    progress.note(f"starting {shape.workers} workers")
+    known = alive_nodes()
     began = time.monotonic()
-    with WorkerGroup(shape, directory, config.parallel.tensor, config.cluster.start_timeout) as group:
+    with _open_group(config, directory, shapes, known, progress) as group:
         again = any(event["event"] == "started" for event in read_events(directory))
         append_event(
             directory,
@@ -136,15 +154,38 @@ def _attempt(config: RunConfig, directory: Path, shape: Shape, stop: StopRequest
             start_seconds=round(time.monotonic() - began, 2),
         )
         progress.note("loading the model")
-        nodes = {place.node for place in group.places}
+        mine = {place.node for place in group.places}
         hang = HangWatch(directory, config.cluster.hang_timeout)
 
         def watch() -> None:
             hang.check()
-            if nodes & draining_nodes().keys():  # about to be taken away: save now, and go on elsewhere
+            if mine & draining_nodes().keys():  # about to be taken away: save now, and go on elsewhere
                 stop.ask(PREEMPTED)
+            elif len(shapes) > 1 and (nodes := alive_nodes()) != known and _would_grow(shapes, nodes, group.shape):
+                stop.ask(RESIZED)
 
         return group.train(config, directory, watch)
+
+
+def _open_group(
+    config: RunConfig, directory: Path, shapes: list[Shape], nodes: list[Node], progress: Progress
+) -> WorkerGroup:
+    """Workers in the largest shape that finds room. Raises NoRoomError where even the smallest does not."""
+    for shape in shapes:
+        last = shape is shapes[-1]
+        if not last and not shape.fits_on(nodes):
+            continue
+        progress.note(f"starting {shape.workers} worker{'s' * (shape.workers > 1)}")
+        try:
+            return WorkerGroup(shape, directory, config.parallel.tensor, config.cluster.start_timeout)
+        except NoRoomError:
+            if last:
+                raise
+    raise AssertionError("a run has at least one shape")
+
+
+def _would_grow(shapes: list[Shape], nodes: list[Node], now: Shape) -> bool:
+    return any(shape.nodes > now.nodes and shape.fits_on(nodes) for shape in shapes)
 
 
 def _saved_step(directory: Path) -> int:

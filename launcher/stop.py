@@ -12,6 +12,7 @@ from launcher.worker import STOP_FILE, stop_reason
 
 SIGNAL = "signal"
 PREEMPTED = "preempted"
+RESIZED = "resized"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

@@ -57,7 +57,7 @@ def write(path: Path, tree: dict[str, Any]) -> Path:
 
 
 def run(
-    *command: str | Path, cwd: Path, path: Path | None = ROOT, timeout: float = 240
+    *command: str | Path, cwd: Path, path: Path | None = ROOT, timeout: float = 500
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end. `path` is where it finds Detour; None: where it is installed."""
     return subprocess.run(
@@ -71,10 +71,10 @@ def environment(path: Path | None = ROOT) -> dict[str, str]:
 
 
 @contextmanager
-def started(*command: str | Path, cwd: Path) -> Iterator[psutil.Popen]:
-    """A command in the background; it and all that it started are gone at the end."""
-    output = (cwd / "output.txt").open("w")
-    process = psutil.Popen(list(map(str, command)), cwd=cwd, env=environment(), stdout=output, stderr=output)
+def started(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> Iterator[psutil.Popen]:
+    """A command in the background, writing to output.txt; it and all that it started are gone at the end."""
+    output = (cwd / "output.txt").open("a")
+    process = psutil.Popen(list(map(str, command)), cwd=cwd, env=env or environment(), stdout=output, stderr=output)
     try:
         yield process
     finally:
@@ -97,7 +97,7 @@ def events(directory: Path) -> list[str]:
     return [line["event"] for line in lines(directory / "events.jsonl")]
 
 
-def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float = 400) -> Any:
     """The first true value of `condition`; fails as soon as the process has ended without one."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):

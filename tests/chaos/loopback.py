@@ -1,0 +1,149 @@
+"""A real Ray cluster of several nodes on this machine: a raylet for each, on loopback addresses of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from tests.launcher.toy import environment
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+@dataclass
+class LoopbackNode:
+    address: str
+    process: psutil.Popen
+    """`ray start --block`, which ends when its raylet does."""
+
+
+class LoopbackCluster:
+    """Nodes of one CPU each on 127.0.0.11, 127.0.0.12, ...; the first is the head, with the job server."""
+
+    def __init__(self, nodes: int) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Unix socket paths end at 107 characters
+        self._environment = environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self._log = (self._folder / "ray-start.txt").open("w")
+        self._port, self._dashboard = _free_port(), _free_port()
+        self.nodes: list[LoopbackNode] = []
+        try:
+            for _ in range(nodes):
+                self.add_node()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a process that belongs to the cluster."""
+        return self._environment | {"RAY_ADDRESS": f"127.0.0.11:{self._port}"}
+
+    @property
+    def job_server(self) -> str:
+        return f"http://127.0.0.1:{self._dashboard}"
+
+    def add_node(self) -> LoopbackNode:
+        address = f"127.0.0.{11 + len(self.nodes)}"
+        head = ["--head", f"--port={self._port}", f"--dashboard-port={self._dashboard}", "--include-dashboard=true"]
+        member = [f"--address=127.0.0.11:{self._port}"]
+        first = 20000 + 1000 * len(self.nodes)
+        command = [
+            *(*RAY, "start", "--block", f"--node-ip-address={address}", "--num-cpus=1", "--disable-usage-stats"),
+            *(f"--object-store-memory={80 * 2**20}", f"--temp-dir={self._folder}"),
+            *(f"--{name}-port={_free_port()}" for name in ("node-manager", "object-manager", "metrics-export")),
+            *(f"--dashboard-agent-{name}-port={_free_port()}" for name in ("listen", "grpc")),
+            *(
+                f"--runtime-env-agent-port={_free_port()}",
+                f"--min-worker-port={first}",
+                f"--max-worker-port={first + 999}",
+            ),
+            *(member if self.nodes else head),
+        ]
+        for _ in range(5):  # `ray start` gives a node 30 seconds to come up, which a busy machine may not keep
+            node = LoopbackNode(
+                address, psutil.Popen(command, env=self._environment, stdout=self._log, stderr=self._log)
+            )
+            while node.process.poll() is None:
+                if any(entry["NodeManagerAddress"] == address for entry in self._alive()):
+                    self.nodes.append(node)
+                    return node
+                time.sleep(0.5)
+            self.kill_node(node)
+        raise RuntimeError((self._folder / "ray-start.txt").read_text())
+
+    def kill_node(self, node: LoopbackNode) -> None:
+        """Take a node away without notice, with everything that runs on it."""
+        for process in [*_children(node.process), node.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.process.wait()
+
+    def drain_node(self, node: LoopbackNode, seconds: int) -> None:
+        """Give notice that a node will be taken away."""
+        command = [*RAY, "drain-node", f"--node-id={self.node_id(node)}", f"--deadline-remaining-seconds={seconds}"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot instance reclaimed"]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
+
+    def node_id(self, node: LoopbackNode) -> str:
+        return next(entry["NodeID"] for entry in self._alive() if entry["NodeManagerAddress"] == node.address)
+
+    def workers(self) -> dict[psutil.Process, LoopbackNode]:
+        """The processes that train, and where."""
+        family = {process: node for node in self.nodes for process in _children(node.process)}
+        return {process: node for process, node in family.items() if _name(process).startswith("ray::Worker.tra")}
+
+    def close(self) -> None:
+        for node in self.nodes:
+            self.kill_node(node)
+        self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _alive(self) -> list[dict[str, Any]]:
+        """The cluster's nodes as another process sees them: Ray connects a process to one cluster only."""
+        ask = (
+            "import json, ray, sys; ray.init(log_to_driver=False, logging_level='ERROR');"
+            "print(json.dumps([node for node in ray.nodes() if node['Alive']]))"
+        )
+        done = subprocess.run([sys.executable, "-c", ask], env=self.environment, capture_output=True, text=True)
+        found = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+        return json.loads(found[0]) if found else []
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
