@@ -57,14 +57,15 @@ class Progress:
                     live.update(self._text())
                 live.update(self._text())
             return
-        printed, shown = -math.inf, None
-        while not self._stop.wait(REFRESH_SECONDS):
-            now = self._current()
+        printed, shown, last = -math.inf, None, Text()
+        stopping = False
+        while not stopping:
+            stopping = self._stop.wait(REFRESH_SECONDS)
+            now, text = self._current(), self._text()
             state = (now.phase, now.step == now.total_steps) if now else None
-            if time.monotonic() - printed >= LINE_SECONDS or state != shown:
-                self._console.print(self._text(), soft_wrap=True)
-                printed, shown = time.monotonic(), state
-        self._console.print(self._text(), soft_wrap=True)
+            if text != last and (stopping or state != shown or time.monotonic() - printed >= LINE_SECONDS):
+                self._console.print(text, soft_wrap=True)
+                printed, shown, last = time.monotonic(), state, text
 
     def _current(self) -> Telemetry | None:
         """The telemetry, once there is a step newer than the latest note."""
@@ -83,11 +84,12 @@ class Progress:
 def describe(now: Telemetry) -> str:
     """One line: phase, objective, step, loss, throughput and time left."""
     left = (now.total_steps - now.step) * now.step_seconds
+    loss = now.loss.get(now.objective)
     return " · ".join(
         [
             f"phase {now.phase + 1}/{len(now.objectives)} {now.objective}",
             f"step {now.step}/{now.total_steps}",
-            f"loss {now.loss.get(now.objective, math.nan):.3f}",
+            "no loss yet" if loss is None else f"loss {loss:.3f}",
             f"{format_count(now.tokens_per_second)} tokens/s",
             f"{format_seconds(left)} left" if now.step < now.total_steps else "done",
         ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ from monitoring.log import METRICS, LineWriter, append_event, read_events, rewin
 from monitoring.telemetry import Counters, Telemetry, WorkerRecord, highest
 from monitoring.writers import open_writers
 
+RECENT_STEPS = 50
+"""Steps whose mean time tells the time left."""
 TELEMETRY_INTERVAL = 1.0
 """Seconds between two writings of telemetry.json."""
 
@@ -126,6 +130,7 @@ class Recorder:
         self._counters = Counters.model_validate(state["counters"])
         self._since_line = _Window(**state["since_line"])
         self._since_written = _Window()
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
 
         before = Telemetry.read(directory)
         self._floor = (before.counters if before else Counters()).model_dump()
@@ -170,6 +175,7 @@ class Recorder:
         counters.step_seconds.observe(record.step_seconds)
         self._since_line.add(record)
         self._since_written.add(record)
+        self._recent.append(record.step_seconds)
 
         telemetry.step, telemetry.step_time = record.step, time.time()
         telemetry.phase = record.phase
@@ -243,7 +249,7 @@ class Recorder:
             telemetry.tokens_per_second = window.tokens_per_second
             telemetry.tokens_per_second_per_device = window.tokens_per_second / self._devices
             telemetry.mfu = window.mfu(self._peak_flops)
-            telemetry.step_seconds = window.seconds / window.steps
+            telemetry.step_seconds = statistics.fmean(self._recent)
             self._since_written = _Window()
         steps = self._counters.step_seconds
         telemetry.checkpoint_interval_seconds = _interval(

@@ -93,8 +93,9 @@ class Telemetry(BaseModel):
     tokens_per_second: Number = 0.0
     tokens_per_second_per_device: Number = 0.0
     mfu: Number = 0.0
+    """Means of the steps since the last writing, as the two above."""
     step_seconds: Number = math.nan
-    """Mean of the steps since the last writing, as the three above."""
+    """Mean of the latest steps, for the time left."""
     packing_ratio: Number = math.nan
     epochs: dict[str, int] = {}
     workers: list[WorkerRecord] = []
