@@ -35,7 +35,7 @@ def undisturbed_on_nodes(cluster: LoopbackCluster, toy_shards: Path, tmp_path_fa
     for phase, length in zip(tree["phases"], STEPS, strict=True):
         phase["steps"] = length
     (home / "toy.yaml").write_text(yaml.safe_dump(tree))
-    command = [*TRAIN, home / "toy.yaml", "--output", home / "run"]
+    command: list[str | Path] = [*TRAIN, home / "toy.yaml", "--output", home / "run"]
     subprocess.run(command, cwd=home, env=cluster.environment, check=True, timeout=900)
     return home / "run"
 
@@ -43,7 +43,7 @@ def undisturbed_on_nodes(cluster: LoopbackCluster, toy_shards: Path, tmp_path_fa
 @pytest.mark.timeout(1800)
 def test_everything_happens_to_one_run(cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    command = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--output", directory]
+    command: list[str | Path] = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--output", directory]
 
     def failures() -> list[str]:
         return [event["reason"] for event in lines(directory / "events.jsonl") if event["event"] == "worker_failed"]

@@ -1,0 +1,264 @@
+"""What starting, saving and failing cost, and whether any fault costs a step.
+
+A toy run on a real Ray cluster of several raylets, to which one random fault after another happens, is compared with
+the same run without any. The peers are bars in seconds or steps; the rows named "part" say where the time above them went.
+
+    python -m benchmarks.faults [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.table import Row, arguments, report
+from tests.chaos.loopback import LoopbackCluster, LoopbackNode
+from tests.launcher.toy import (
+    DETOUR,
+    TRAIN,
+    assert_same_run,
+    lines,
+    recipe,
+    run,
+    started,
+    steps,
+    wait_for,
+    workers,
+    write,
+)
+
+SAMPLE = "package://corpus/tico19_en.jsonl.gz"
+INTERVAL = 5
+"""Steps between two checkpoints of the run that faults happen to."""
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    with tempfile.TemporaryDirectory(prefix="faults") as folder:
+        home = Path(folder)
+        shards = home / "shards"
+        prepared = run(
+            *DETOUR, "prepare", SAMPLE, "--tokenizer", "package://tokenizer/modernbert", "--output", shards, cwd=home
+        )
+        assert prepared.returncode == 0, prepared.stderr
+        rows = cold_start_and_kill(home / "local", shards)
+        rows += random_faults(home / "nodes", shards, faults=5 if options.quick else 20)
+    report(rows, options.json)
+
+
+def cold_start_and_kill(home: Path, shards: Path) -> list[Row]:
+    """On a local cluster: from the command to the first step, and from a killed worker to the first new step."""
+    home.mkdir()
+    tree = recipe(shards, checkpoint={"every": "10 steps"})
+    tree["phases"][0]["steps"] = 60
+    directory = home / "run"
+    began = time.time()
+    with started(*TRAIN, write(home / "toy.yaml", tree), "--output", directory, cwd=home) as job:
+        first_step = _when(lambda: 1 in steps(directory), job)
+        start = _event(directory, "started")
+        wait_for(lambda: 15 in steps(directory), job)
+        last = max(steps(directory))
+        killed = time.time()
+        workers(job)[-1].kill()
+        failed = wait_for(lambda: _event(directory, "worker_failed"), job)
+        again = wait_for(lambda: _event(directory, "resumed"), job)
+        new_step = _when(lambda: max(steps(directory)) > last, job)
+        assert job.wait(600) == 0
+    saves = [event for event in lines(directory / "events.jsonl") if event["event"] == "checkpoint_saved"]
+    stall, seconds = (sum(save[key] for save in saves) for key in ("stall_seconds", "seconds"))
+    ready = _time(start) - start["start_seconds"]
+    return [
+        Row.at_most("cold start to the first step", first_step - began, 20, 1, "s"),
+        _part("part: imports, checks, Ray", ready - began),
+        _part("part: workers placed, started, imported", start["start_seconds"]),
+        _part("part: model, data, first step", first_step - _time(start)),
+        Row.at_most("worker killed to the first new step", new_step - killed, 20, 1, "s"),
+        _part("part: noticed", _time(failed) - killed),
+        _part("part: workers placed, started, imported", _time(again) - _time(failed)),
+        _part("part: model, checkpoint, recomputed steps", new_step - _time(again)),
+        Row.at_most("training stall of asynchronous checkpoints", stall, seconds, 0.1, "s of saving"),
+    ]
+
+
+def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:
+    """On a cluster of raylets: one fault after another at random steps; then the same run without any."""
+    home.mkdir()
+    seed = random.randrange(2**32)
+    print(f"faults drawn from seed {seed}", flush=True)
+    draw = random.Random(seed)
+    tree = recipe(
+        shards,
+        cluster={"nodes": 2, "workers_per_node": 1, "hang_timeout": 20, "max_failures": 10 * faults},
+        checkpoint={"every": f"{INTERVAL} steps"},
+    )
+    tree["phases"][0]["steps"], tree["phases"][1]["steps"] = 12 * faults, 6
+    toy = write(home / "toy.yaml", tree)
+    recomputed, recovery, lost = [0], [], 0
+    with LoopbackCluster(3) as cluster:
+        job = _Job(cluster, toy, home / "run")
+        for number in range(faults):
+            fault = draw.choice(FAULTS)
+            at = max([0, *steps(job.directory)]) + draw.randint(2, 8)
+            job.wait_for_step(at)
+            reached, began = max(steps(job.directory)), time.time()
+            print(f"{number + 1:>3}/{faults} step {reached:>4}  {fault.__name__:<28}", end="", flush=True)
+            noticed = fault(job)
+            resumed = job.wait_for_event("resumed", since=began)
+            job.wait_for_step(reached + 1)
+            back = time.time() - began
+            again = max(0, reached - resumed["step"])
+            recomputed.append(again)
+            recovery.append(back)
+            print(f"noticed {noticed - began:5.1f} s  going on {back:5.1f} s  {again} steps recomputed", flush=True)
+        job.finish()
+        clean = _Job(cluster, toy, home / "clean")
+        clean.finish()
+    try:
+        assert_same_run(job.directory, clean.directory)
+    except AssertionError as error:
+        lost = faults
+        print(f"the run differs from the undisturbed one: {error}")
+    recovery.sort()
+    return [
+        Row.at_most("faults that changed the result", lost, faults, 0, "faults"),
+        Row.at_most("steps recomputed after a fault, most", max(recomputed), INTERVAL, 1, "steps"),
+        _part("fault to the first new step, median", recovery[len(recovery) // 2]),
+        _part("fault to the first new step, longest", recovery[-1]),
+    ]
+
+
+class _Job:
+    """A run on the cluster, submitted again whenever its driver has gone."""
+
+    def __init__(self, cluster: LoopbackCluster, toy: Path, directory: Path) -> None:
+        self.cluster, self.directory = cluster, directory
+        self._command: list[str | Path] = [*TRAIN, toy, "--output", directory]
+        self._open()
+
+    def _open(self) -> None:
+        self._context = started(*self._command, cwd=self.directory.parent, env=self.cluster.environment)
+        self.process = self._context.__enter__()
+
+    def close(self) -> None:
+        self._context.__exit__(None, None, None)
+
+    def submit_again(self) -> None:
+        self.close()
+        self._open()
+
+    def finish(self) -> None:
+        assert self.process.wait(1800) == 0
+        self.close()
+
+    def wait_for_step(self, step: int) -> None:
+        wait_for(lambda: max([0, *steps(self.directory)]) >= step, self.process, timeout=600)
+
+    def wait_for_event(self, kind: str, since: float) -> dict[str, Any]:
+        def found() -> dict[str, Any] | None:
+            events = [event for event in lines(self.directory / "events.jsonl") if event["event"] == kind]
+            return events[-1] if events and _time(events[-1]) > since else None
+
+        event: dict[str, Any] = wait_for(found, self.process, timeout=600)
+        return event
+
+    def member(self, index: int) -> tuple[psutil.Process, LoopbackNode]:
+        """A worker and its node, the head's first."""
+        return sorted(self.cluster.workers().items(), key=lambda item: item[1].address)[index]
+
+
+def kill_worker(job: _Job) -> float:
+    began = time.time()
+    job.member(random.choice([0, -1]))[0].kill()
+    return _time(job.wait_for_event("worker_failed", began))
+
+
+def stop_worker(job: _Job) -> float:
+    """SIGSTOP: alive, and gets nowhere."""
+    began = time.time()
+    job.member(random.choice([0, -1]))[0].suspend()
+    return _time(job.wait_for_event("worker_failed", began))
+
+
+def kill_node(job: _Job) -> float:
+    began = time.time()
+    job.cluster.kill_node(job.member(-1)[1])
+    noticed = _time(job.wait_for_event("worker_failed", began))
+    job.cluster.add_node()
+    return noticed
+
+
+def drain_node(job: _Job) -> float:
+    began = time.time()
+    node = job.member(-1)[1]
+    job.cluster.drain_node(node, seconds=60)
+    noticed = _time(job.wait_for_event("preempted", began))
+    job.cluster.kill_node(node)
+    job.cluster.add_node()
+    return noticed
+
+
+def kill_driver(job: _Job) -> float:
+    job.process.kill()
+    job.process.wait()
+    job.submit_again()
+    return time.time()
+
+
+def terminate_driver(job: _Job) -> float:
+    job.process.send_signal(signal.SIGTERM)
+    assert job.process.wait(300) == 75
+    noticed = time.time()
+    job.submit_again()
+    return noticed
+
+
+def truncate_newest_checkpoint(job: _Job) -> float:
+    """And kill the driver, so that it is needed."""
+    job.process.kill()
+    job.process.wait()
+    saved = sorted((job.directory / "checkpoints").glob("step-*"))
+    if len(saved) > 1:
+        victim = max(saved[-1].glob("*.distcp"))
+        victim.write_bytes(victim.read_bytes()[:-1])
+    job.submit_again()
+    return time.time()
+
+
+FAULTS: list[Callable[[_Job], float]] = [
+    kill_worker,
+    stop_worker,
+    kill_node,
+    drain_node,
+    kill_driver,
+    terminate_driver,
+    truncate_newest_checkpoint,
+]
+
+
+def _when(condition: Callable[[], Any], job: psutil.Popen) -> float:
+    wait_for(condition, job)
+    return time.time()
+
+
+def _event(directory: Path, kind: str) -> dict[str, Any]:
+    return next((event for event in lines(directory / "events.jsonl") if event["event"] == kind), {})
+
+
+def _time(event: dict[str, Any]) -> float:
+    return datetime.fromisoformat(event["time"]).timestamp()
+
+
+def _part(name: str, seconds: float) -> Row:
+    return Row(name, seconds, 0.0, 0.0, None, "s", None)
+
+
+if __name__ == "__main__":
+    main()
