@@ -162,6 +162,72 @@ def drift(
     print(f"{output / 'drift.svg'}, {output / 'drift.json'}, {output / 'weights.json'}")
 
 
+@app.command()
+def evaluate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL... [KEY=VALUE]...",
+            help="Runs, checkpoints or Hugging Face models; the first is what the others are compared with. And "
+            "overrides of the protocol, such as epochs=3 lr=1e-4, or files.test=null.",
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="A task YAML, or the name of a described task.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the task's files; default: the YAML's own.")] = None,
+    seeds: Annotated[int, typer.Option(help="Fine-tunings of each model.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="Directory of the results; default evaluations/TASK.")] = None,
+    training_text: Annotated[
+        list[str] | None, typer.Option(help="Text the models saw, searched for the test examples; repeat.")
+    ] = None,
+) -> None:
+    """Fine-tune and score models on a task, with several seeds, and compare them in pairs."""
+    from rich.console import Console
+
+    from launcher.trials import open_trials
+    from studies.evaluate import evaluate as run
+    from studies.evaluate import print_summary
+
+    models, overrides = ([w for w in arguments if ("=" in w) == is_override] for is_override in (False, True))
+    with open_trials() as cluster:
+        summary = run(
+            models,
+            task,
+            output or Path("evaluations") / Path(task).stem,
+            data=data,
+            seeds=range(17, 17 + seeds),
+            overrides=overrides,
+            training_text=training_text or (),
+            parallel=cluster.fine_tune,
+        )
+    print_summary(summary, Console())
+
+
+@app.command()
+def study(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY [KEY=VALUE]...",
+            help="A study YAML or a shipped study (twin, freeze-low, freeze-mid, decay-length, scaling), and overrides "
+            "of every trial by dotted path.",
+        ),
+    ],
+    recipe: Annotated[str | None, typer.Option(help="Another recipe than the study's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory; default runs/NAME. An old one resumes.")] = None,
+) -> None:
+    """Run a grid of trials and report on it. Exit codes: 0 done, 2 bad input, 3 failed, 75 stopped early, all saved."""
+    from launcher.trials import open_trials
+    from studies.plan import load_study
+    from studies.study import run_study
+
+    loaded, folder = load_study(arguments[0], recipe, arguments[1:])
+    with open_trials(at_once=1) as cluster:
+        finished = run_study(loaded, folder, output or Path("runs") / loaded.name, cluster)
+    if not finished:
+        print("stopped, all saved; the same command again continues")
+        raise typer.Exit(EXIT_STOPPED)
+
+
 def main() -> None:
     """Entry point of `detour`."""
     _guarded(app)

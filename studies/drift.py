@@ -20,7 +20,7 @@ from configs.errors import InputError
 from datapipe.text import find_files, read_texts
 from monitoring.charts import WIDE, Line, line_chart
 from studies.figures import write_figure
-from studies.models import huggingface_directory
+from studies.models import huggingface_directory, quiet
 
 TEXTS = "package://corpus/tico19_en.jsonl.gz"
 LONGEST = 512
@@ -56,6 +56,7 @@ def drift(
     taken after the final norm), weight_change (||B - A|| / ||A||; None where shapes differ), and with `noise` also
     noise (mean 1 - CKA of two seeds) and ratio ((1 - cka) / noise). Raises InputError.
     """
+    quiet()
     documents = _documents(texts, count)
     with ExitStack() as stack:
         folders = [stack.enter_context(huggingface_directory(model)) for model in (a, b, *noise)]

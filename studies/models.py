@@ -48,6 +48,14 @@ def huggingface_directory(model: str) -> Iterator[Path]:
     yield path
 
 
+def quiet() -> None:
+    """Keep transformers from reporting on weights a task does not need, and from its progress bars."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def run_of(model: str) -> RunConfig | None:
     """The configuration of the run a model came from, where the model lies in a run directory."""
     path = Path(model).absolute()

@@ -1,0 +1,151 @@
+"""The runs of a study: each an ordinary `detour-train` of its own, all on one Ray cluster."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from configs.errors import InputError, RunFailedError
+from configs.load import dump_config
+from configs.schema import RunConfig
+from launcher.cluster import alive_nodes, connect, is_joined
+from launcher.job import possible_shapes
+
+PATIENCE_SECONDS = 90
+"""How long the run of a study that was killed may take to let go of its directory."""
+DONE, BAD_INPUT, STOPPED = 0, 2, 75
+_PR_SET_PDEATHSIG = 1
+
+
+class Trials:
+    """Runs jobs on the cluster this process belongs to, or on one started here with the first of them."""
+
+    def __init__(self, stack: ExitStack, at_once: int | None) -> None:
+        """`at_once`: fine-tunings of one call that run together; None: as many as the cluster holds."""
+        self._stack = stack
+        self._lock = threading.Lock()
+        self._address: str | None = None
+        self._at_once = at_once
+        self._cpus = 0
+        self._running: set[subprocess.Popen[str]] = set()
+        if is_joined():
+            self._connect()
+
+    def room(self, config: RunConfig) -> int:
+        """How many runs like this one the cluster holds at once; at least one where it is started here."""
+        shape = possible_shapes(config)[-1]  # the smallest it may have
+        if not is_joined():
+            import torch
+
+            here = torch.cuda.device_count() if shape.gpu else len(os.sched_getaffinity(0))
+            room = max(1, here // shape.workers)
+            self._cpus = max(self._cpus, room * shape.workers)
+            return room
+        places = sum((node.gpus if shape.gpu else node.cpus) // shape.per_node for node in alive_nodes())
+        if places < shape.nodes:
+            raise InputError(f"the cluster has no room for a run of {shape}; it has {len(alive_nodes())} nodes")
+        return places // shape.nodes
+
+    def train(self, config: RunConfig, directory: Path) -> bool:
+        """Run `detour-train` to its end; False where it was stopped early. Its output goes to `directory`.log."""
+        address = self._connect()
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        recipe, log = directory.with_name(f"{directory.name}.yaml"), directory.with_name(f"{directory.name}.log")
+        recipe.write_text(dump_config(config), encoding="utf-8")
+        _wait_until_free(directory)
+        command = [
+            sys.executable,
+            "-c",
+            "from launcher.trials import main; main()",
+            str(recipe),
+            "--output",
+            str(directory),
+        ]
+        with log.open("a", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "RAY_ADDRESS": address},
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self._running.add(process)
+            _, complaint = process.communicate()
+            self._running.discard(process)
+            output.write(complaint)
+        last = complaint.strip().rpartition("error: ")[2]
+        if process.returncode == BAD_INPUT:
+            raise InputError(last)
+        if process.returncode not in (DONE, STOPPED):
+            raise RunFailedError(f"{last.splitlines()[-1] if last else f'exit code {process.returncode}'}; see {log}")
+        return process.returncode == DONE
+
+    def fine_tune(self, function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        """`function` of each job as Ray tasks with one device each; the results as they come."""
+        if not jobs:
+            return
+        self._connect()
+        device = {"num_gpus": 1} if any(node.gpus for node in alive_nodes()) else {"num_cpus": 1}
+        task = ray.remote(max_retries=2, **device)(function)
+        waiting = list(jobs)
+        running: list[Any] = []
+        while waiting or running:
+            while waiting and (self._at_once is None or len(running) < self._at_once):
+                running.append(task.remote(waiting.pop(0)))
+            [ready], running = ray.wait(running, num_returns=1)
+            try:
+                yield ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                raise RunFailedError(f"a fine-tuning failed: {str(error.cause).strip()}") from error
+
+    def stop(self) -> None:
+        """Ask the running jobs to save and end."""
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
+
+    def _connect(self) -> str:
+        with self._lock:
+            if self._address is None:
+                self._stack.enter_context(connect(local_workers=self._cpus))
+                self._address = os.environ.get("RAY_ADDRESS") or str(ray.get_runtime_context().gcs_address)
+            return self._address
+
+
+@contextmanager
+def open_trials(at_once: int | None = None) -> Iterator[Trials]:
+    with ExitStack() as stack:
+        yield Trials(stack, at_once)
+
+
+def main() -> None:
+    """`detour-train`, asked to stop when the study that started it is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    from launcher.cli import train_main
+
+    train_main()
+
+
+def _wait_until_free(directory: Path) -> None:
+    """A run whose study was killed saves before it ends."""
+    path = directory / ".lock"
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while path.exists() and time.monotonic() < deadline:
+        with path.open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.5)
+            else:
+                return

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seqeval.metrics import f1_score as entity_f1
+from sklearn.metrics import f1_score
+from sklearn.preprocessing import MultiLabelBinarizer
+
+from configs.errors import InputError
+from studies.evaluate import evaluate
+from studies.finetune import _encode
+from studies.leakage import leakage
+from studies.scores import counts, f1_of_counts, mean_interval, paired_bootstrap, score
+from studies.tasks import PROTOCOLS, Example, load_task, read_splits, shipped_tasks
+
+Write = Callable[[str, str], Path]
+DRUGS, ILLS = ("aspirin", "insulin", "warfarin", "heparin"), ("fever", "cough", "asthma", "anaemia")
+QUICK = ("epochs=3", "lr=0.01", "batch=8", "length=64")
+
+
+def sentences(count: int, seed: int) -> str:
+    """Drugs and diseases in sentences, as CoNLL; a model that sees the words can tell them apart."""
+    draw = random.Random(seed)
+    parts = []
+    for _ in range(count):
+        words = [
+            ("The", "O"),
+            ("patient", "O"),
+            ("with", "O"),
+            ("severe", "B-Disease"),
+            (draw.choice(ILLS), "I-Disease"),
+        ]
+        words += [("received", "O"), (draw.choice(DRUGS), "B-Chemical")]
+        parts.append("\n".join(f"{word}\t{tag}" for word, tag in words))
+    return "\n\n".join(parts) + "\n"
+
+
+def ner(write: Write, **changes: Any) -> str:
+    for name, count in (("train", 64), ("dev", 16), ("test", 16)):
+        write(f"{name}.tsv", sentences(count, len(name)))
+    tree = {
+        "name": "toy-ner",
+        "kind": "tokens",
+        "score": "entity_f1",
+        "files": {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"},
+        "protocol": {"preset": "english-ner"},
+    }
+    return str(write("task.yaml", yaml.safe_dump({**tree, **changes})))
+
+
+def classification(write: Write, kind: str, metric: str, **changes: Any) -> str:
+    def lines(count: int, seed: int) -> str:
+        draw = random.Random(seed)
+        rows = []
+        for _ in range(count):
+            ill, drug = draw.choice(ILLS), draw.choice(DRUGS)
+            label = [ill, drug] if kind == "multi" else ill
+            rows.append({"text": {"a": f"Severe {ill} is seen."}, "second": f"Take {drug} daily.", "label": label})
+        return "\n".join(map(json.dumps, rows)) + "\n"
+
+    write("train.jsonl", lines(96, 1))
+    write("test.jsonl", lines(24, 2))
+    tree = {
+        "name": "toy",
+        "kind": kind,
+        "score": metric,
+        "columns": {"text": "text.a", "pair": "second", "label": "label"},
+        "files": {"train": "train.jsonl", "test": "test.jsonl"},
+        "protocol": {"preset": "english"},
+    }
+    return str(write("task.yaml", yaml.safe_dump({**tree, **changes})))
+
+
+def predictions(output: Path, run: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    [path] = output.glob(f"*-{run['weights'][:8]}/seed-{run['seed']}/predictions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row["gold"] for row in rows], [row["predicted"] for row in rows]
+
+
+def test_entities_are_learned_and_scored_as_seqeval_does(model: Path, write: Write, tmp_path: Path) -> None:
+    task, out = ner(write), tmp_path / "out"
+    summary = evaluate([str(model)], task, out, seeds=(1, 2), overrides=QUICK)
+    for run in summary["runs"]:
+        gold, predicted = predictions(out, run)
+        assert run["score"] == entity_f1(gold, predicted)
+        assert run["protocol"]["epochs"] == 3
+    scores = [run["score"] for run in summary["runs"]]
+    assert summary["models"][0]["mean"] == pytest.approx(np.mean(scores))
+    untrained = evaluate([str(model)], task, tmp_path / "un", seeds=(1,), overrides=[*QUICK, "lr=1e-12"])
+    assert min(scores) > 0.9 > 0.3 > untrained["models"][0]["mean"]
+    assert untrained["models"][0]["low"] is None, "one seed says nothing of the spread"
+    before = (out / "results.json").read_bytes()
+    said: list[str] = []
+    evaluate([str(model)], task, out, seeds=(1, 2), overrides=QUICK, say=said.append)
+    assert said == ["2 of 2 fine-tunings were finished before"]
+    assert (out / "results.json").read_bytes() == before
+    with pytest.raises(InputError, match="is the result of another protocol"):
+        evaluate([str(model)], task, out, seeds=(1, 2), overrides=[*QUICK, "batch=16"])
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "binary_f1"])
+def test_sentence_pairs_with_one_label(model: Path, write: Write, tmp_path: Path, metric: str) -> None:
+    positive = {"positive": "fever"} if metric == "binary_f1" else {}
+    task = classification(write, "single", metric, **positive)
+    summary = evaluate([str(model)], task, tmp_path, seeds=(1,), overrides=["epochs=3", "lr=0.01"])
+    gold, predicted = predictions(tmp_path, summary["runs"][0])
+    ours = [[label == "fever" for [label] in rows] for rows in (gold, predicted)] if positive else [gold, predicted]
+    by_hand = f1_score(*ours) if positive else f1_score(*ours, average="macro")
+    assert summary["runs"][0]["score"] == by_hand > 0.6
+
+
+def test_several_labels_and_two_models(model: Path, write: Write, tmp_path: Path) -> None:
+    from tests.studies.conftest import save_model
+
+    other = save_model(tmp_path / "other", hidden_size=16)
+    task = classification(write, "multi", "micro_f1")
+    summary = evaluate(
+        [str(model), str(other)], task, tmp_path / "out", seeds=(1, 2), overrides=["epochs=3", "lr=0.01", "length=32"]
+    )
+    for run in summary["runs"]:
+        gold, predicted = predictions(tmp_path / "out", run)
+        table = MultiLabelBinarizer().fit(gold)
+        assert run["score"] == f1_score(table.transform(gold), table.transform(predicted), average="micro")
+    [pair] = summary["pairs"]
+    means = [entry["mean"] for entry in summary["models"]]
+    assert pair["difference"] == pytest.approx(means[1] - means[0])
+    assert pair["low"] <= pair["difference"] <= pair["high"]
+    assert (tmp_path / "out" / "results.csv").read_text().count("\n") == 5
+
+
+LABELS = ("A", "B", "C")
+label_rows = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=30)
+
+
+@settings(max_examples=50, deadline=None)
+@given(label_rows, st.sampled_from(["micro_f1", "macro_f1", "weighted_f1", "accuracy", "binary_f1"]))
+def test_scores_of_counts_are_those_of_scikit_learn(rows: list[tuple[str, str]], metric: str) -> None:
+    gold, predicted = ([[row[side]] for row in rows] for side in (0, 1))
+    arguments = (metric, gold, predicted, LABELS, "A" if metric == "binary_f1" else None)
+    assert f1_of_counts(metric, counts(*arguments).sum(0)) == pytest.approx(score(*arguments), abs=1e-12)
+
+
+tags = st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"]), min_size=5, max_size=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(tags, tags), min_size=1, max_size=8))
+def test_scores_of_counts_are_those_of_seqeval(rows: list[tuple[list[str], list[str]]]) -> None:
+    gold, predicted = ([list(row[side]) for row in rows] for side in (0, 1))
+    table = counts("entity_f1", gold, predicted, ())
+    assert f1_of_counts("entity_f1", table.sum(0)) == pytest.approx(entity_f1(gold, predicted, zero_division=0))
+
+
+def test_paired_bootstrap_tells_a_difference_from_none() -> None:
+    draw = np.random.default_rng(0)
+    gold = draw.integers(2, size=400)
+
+    def model(right: float) -> np.ndarray:
+        tables = []
+        for _ in range(3):
+            answers = np.where(draw.random(400) < right, gold, 1 - gold)
+            tables.append(counts("accuracy", [[str(g)] for g in gold], [[str(a)] for a in answers], ("0", "1")))
+        return np.stack(tables)
+
+    weak, strong, same = model(0.6), model(0.8), model(0.6)
+    better = paired_bootstrap("accuracy", weak, strong)
+    assert 0.1 < better["low"] < better["difference"] < better["high"] < 0.3
+    assert better["p"] < 0.01
+    nothing = paired_bootstrap("accuracy", weak, same)
+    assert nothing["low"] < 0 < nothing["high"]
+    assert nothing["p"] > 0.05
+
+
+def test_interval_of_few_values_is_students() -> None:
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert interval.high - interval.mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
+
+def test_words_meet_their_first_token(model: Path, write: Write) -> None:
+    from transformers import AutoTokenizer
+
+    from studies.finetune import Job
+
+    task, protocol, folder = load_task(ner(write))
+    splits = read_splits(task, folder)
+    job = Job("", task, protocol, splits, 0, folder, {})
+    words = ("Hyperparathyroidism", "(", "HPT", ")", "\u00e9t\u00e9", "``", "x")
+    example = Example("", " ".join(words), None, words, ("B-Disease", "O", "O", "O", "I-Disease", "O", "O"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    row = _encode(example, job, tokenizer, 512)
+    offsets = tokenizer(example.text, return_offsets_mapping=True)["offset_mapping"]
+    for word, place in zip(words, row["words"], strict=True):
+        first, last = offsets[place]
+        assert word.startswith(example.text[first:last].strip())
+    assert sum(label >= 0 for label in row["labels"]) == len(words)
+    assert _encode(example, job, tokenizer, 4)["words"].count(-1) >= 4, "words beyond the length are not found"
+
+
+def test_leakage_finds_runs_of_words(write: Write) -> None:
+    run = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    text = write("corpus.jsonl", json.dumps({"text": f"Before: {run.title()}, after. A short one here."}))
+    examples = [
+        Example(where, content, None, (), ())
+        for where, content in (
+            ("a", f"x y {run} z"),
+            ("b", "a SHORT one, here"),
+            ("c", run[:40] + " other " * 9),
+            ("d", "no"),
+        )
+    ]
+    found = leakage(examples, [str(text)])
+    assert (found["found"], found["share"], found["where"]) == (2, 0.5, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.tsv", "The\tO\nfever\n", r"train.tsv, line 2: expected a token and its BIO tag, got 'fever'"),
+        ("train.tsv", "The\tO\nfever\tX-Disease\n", r"train.tsv, line 2: 'X-Disease' is no BIO tag"),
+        ("test.tsv", "The\tO\nfever\tB-Symptom\n", r"test.tsv, line 1: label 'B-Symptom' does not occur in training"),
+        ("train.tsv", "\n", r"train.tsv holds no example"),
+    ],
+)
+def test_bad_token_files(model: Path, write: Write, tmp_path: Path, name: str, content: str, message: str) -> None:
+    task = ner(write)
+    write(name, content)
+    with pytest.raises(InputError, match=message):
+        evaluate([str(model)], task, tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "nothing has started"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", '{"text": 1}\n', r"train.jsonl, line 1: no 'text.a' here; it has int"),
+        ("train.jsonl", "{}\n", r"train.jsonl, line 1: no 'text.a' here"),
+        ("test.jsonl", "\n{\n", r"test.jsonl, line 2: not valid JSON"),
+    ],
+)
+def test_bad_records(model: Path, write: Write, tmp_path: Path, name: str, content: str, message: str) -> None:
+    task = classification(write, "single", "macro_f1")
+    write(name, content)
+    with pytest.raises(InputError, match=message):
+        evaluate([str(model)], task, tmp_path / "out")
+
+
+def test_other_bad_input(model: Path, write: Write, tmp_path: Path) -> None:
+    task = ner(write)
+    with pytest.raises(InputError, match=r"no task 'bc5cdt': .*did you mean 'bc5cdr'\?"):
+        evaluate([str(model)], "bc5cdt", tmp_path / "out")
+    with pytest.raises(InputError, match=r"no file .*train.tsv; give the folder that holds it with --data"):
+        evaluate([str(model)], "bc5cdr", tmp_path / "out")
+    with pytest.raises(InputError, match="is no model"):
+        evaluate([str(tmp_path)], task, tmp_path / "out")
+    with pytest.raises(InputError, match=r"epoch: no such key; did you mean 'epochs'\?"):
+        evaluate([str(model)], task, tmp_path / "out", overrides=["epoch=2"])
+    with pytest.raises(InputError, match="score entity_f1 belongs to kind tokens"):
+        evaluate([str(model)], ner(write, score="macro_f1"), tmp_path / "out")
+
+
+def test_every_described_task_is_whole() -> None:
+    assert len(shipped_tasks()) >= 19
+    for name in shipped_tasks():
+        task, protocol, _ = load_task(name)
+        assert task.name == name
+        assert task.source
+        assert task.licence
+        assert protocol.lr in {preset["lr"] for preset in PROTOCOLS.values()}

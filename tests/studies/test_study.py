@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.errors import InputError, RunFailedError
+from configs.schema import RunConfig
+from monitoring.log import read_events
+from studies.plan import expand, load_study, shipped_studies
+from studies.study import run_study
+from tests.launcher.conftest import shards  # noqa: F401
+from tests.launcher.toy import recipe
+
+Write = Callable[[str, str], Path]
+ROOT = Path(__file__).parents[2]
+
+
+class OneProcess:
+    """Trains for real, in this process and without Ray: the trainer itself is what a study is handed."""
+
+    def room(self, config: RunConfig) -> int:
+        return 1
+
+    def train(self, config: RunConfig, directory: Path) -> bool:
+        from configs.load import dump_config
+        from engine import cpu
+
+        cpu.install()
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+
+        from engine.trainer import train
+
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(dump_config(config))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            return train(config, directory, lambda: None).finished
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+    def fine_tune(self, function: Any, jobs: Any) -> Any:
+        return map(function, jobs)
+
+    def stop(self) -> None:
+        pass
+
+
+def study(write: Write, shards: Path, **changes: Any) -> Path:  # noqa: F811
+    """Twelve trials of four steps: two arms, three data orders, two learning rates."""
+    phases = [{"objective": "clm", "steps": 2}, {"objective": "mlm", "steps": 2}]
+    model = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tree = recipe(shards, phases=phases, model=model, data={"sequence_length": 32, "streams": 2})
+    tree |= {"batch": {"sequences": 2, "micro": 2}, "checkpoint": {"every": "2 steps"}}
+    write("toy.yaml", yaml.safe_dump(tree))
+    settings = {
+        "name": "toy-study",
+        "recipe": "toy.yaml",
+        "grid": {"data.seed": [1, 2, 3], "optimizer.lr": [0.001, 0.002]},
+        "arms": {"mlm": {"phases.0.objective": "mlm"}, "detour": {}},
+    }
+    return write("study.yaml", yaml.safe_dump({**settings, **changes}))
+
+
+def run(path: Path, output: Path) -> None:
+    loaded, folder = load_study(str(path))
+    assert run_study(loaded, folder, output, OneProcess())
+
+
+def fixed(output: Path) -> dict[str, str]:
+    """What the seeds fix of a study's report."""
+    files = {name: (output / name).read_text() for name in ("trials.csv", "comparison.json", "scaling.json")}
+    page, speeds = re.subn(r'<section id="speed">.*</section>', "", (output / "report.html").read_text(), flags=re.S)
+    assert speeds == 1
+    return {**files, "report.html": page}
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_report(
+    write: Write,
+    shards: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    path = study(write, shards)
+    run(path, tmp_path / "undisturbed")
+    command = (
+        f"from pathlib import Path; from tests.studies.test_study import run; run(Path({str(path)!r}), Path('out'))"
+    )
+    draw = random.Random()
+    for wanted in sorted(draw.sample(range(11), 2)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        while len(list((tmp_path / "out" / "records").glob("[!.]*"))) <= wanted and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    records = {record: record.stat().st_mtime_ns for record in (tmp_path / "out" / "records").glob("[!.]*")}
+    assert len(records) >= 2
+    run(path, tmp_path / "out")
+    assert fixed(tmp_path / "out") == fixed(tmp_path / "undisturbed")
+    assert all(record.stat().st_mtime_ns == before for record, before in records.items()), (
+        "finished trials were repeated"
+    )
+    events = [read_events(trial) for trial in sorted((tmp_path / "out" / "trials").iterdir())]
+    assert len(events) == 12
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [(row["arm"], row["measure"], len(row["pairs"])) for row in comparison] == [("detour", "loss", 6)]
+    assert comparison[0]["verdict"] in ("no difference shown", "detour is better than mlm", "detour is worse than mlm")
+
+
+def test_sizes_and_tokens_make_a_scaling_report(write: Write, shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    grid = {"model.num_hidden_layers": [2, 4, 6, 8], "phases.0.steps": [1, 2, 4]}
+    run(study(write, shards, grid=grid, arms={}), tmp_path / "out")
+    [entry] = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert entry["law"]["names"] == ["parameters", "tokens"]
+    assert len(entry["law"]["residuals"]) == 12
+    assert any(row["extrapolated"] for row in entry["frontier"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") >= 3
+    assert "extrapolated" in page
+    assert "http" not in page.replace("http://www.w3.org", ""), "one file that needs no network"
+
+
+def test_trained_models_are_evaluated(write: Write, shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    from tests.studies.test_evaluate import ner
+
+    class Exporting(OneProcess):
+        def train(self, config: RunConfig, directory: Path) -> bool:
+            from datapipe.tokenizer import load_tokenizer
+            from engine.checkpoint import list_checkpoints
+            from engine.export import export_hf
+
+            finished = super().train(config, directory)
+            newest = list_checkpoints(directory / "checkpoints")[0]
+            export_hf(newest, directory / "hf", load_tokenizer(config.tokenizer))
+            return finished
+
+    tasks = [{"task": ner(write), "seeds": [1], "protocol": {"epochs": 1, "lr": 0.01}}]
+    path = study(write, shards, grid={"data.seed": [1, 2]}, evaluate=tasks)
+    loaded, folder = load_study(str(path))
+    assert run_study(loaded, folder, tmp_path / "out", Exporting())
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [row["measure"] for row in rows] == ["loss", "toy-ner"]
+
+
+def test_a_failed_trial_leaves_the_others(write: Write, shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    class Failing(OneProcess):
+        def train(self, config: RunConfig, directory: Path) -> bool:
+            if "seed-2" in directory.name:
+                raise RunFailedError("a worker died")
+            return super().train(config, directory)
+
+    path = study(write, shards, grid={"data.seed": [1, 2]}, arms={})
+    loaded, folder = load_study(str(path))
+    with pytest.raises(RunFailedError, match=r"1 of 2 trials failed, .*data.seed-2 \(a worker died\)"):
+        run_study(loaded, folder, tmp_path / "out", Failing())
+    assert [record.stem for record in (tmp_path / "out" / "records").iterdir()] == ["data.seed-1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"optimizer.rl": [1e-3]}}, r"optimizer.rl: no such key; did you mean 'lr'\?"),
+        ({"grid": {"data.seed": [1, 1]}}, r"the same trial twice: detour-data.seed-1, mlm-data.seed-1"),
+        ({"grid": {"data.seed": []}}, r"grid.data.seed: needs one value or more"),
+        ({"arms": {"a": {}, "b": {"phases.0.steps": 3}}}, r"(?s)arms 'a' and 'b' share neither.*total steps: 4 -> 5"),
+        ({"arms": {"a": {}, "b": {"data.seed": 7}}, "grid": {}}, r"(?s)share neither.*data.seed: 42 -> 7"),
+        ({"arms": {"a": {}, "b": {"model.hidden_size": 32}}}, r"(?s)share neither.*model.hidden_size: 16 -> 32"),
+        ({"arms": {"a": {}}, "baseline": "c"}, r"baseline: no arm 'c'; arms: a"),
+        ({"arms": {"a": {"phases.0.freeze": [5]}}}, r"phases.0.freeze: no layers \[5\]; the model has 0 to 1"),
+        ({"arms": {"a": {"decay_share": 1.5}}}, r"decay_share: 1.5 will not do"),
+        ({"recipe": "nowhere.yaml"}, r"recipe nowhere.yaml: No such file"),
+        ({"grids": {}}, r"grids: no such key; did you mean 'grid'\?"),
+    ],
+)
+def test_bad_studies_are_refused_before_anything_starts(
+    write: Write,
+    shards: Path,  # noqa: F811
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(study(write, shards, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_study_keeps_its_directory(write: Write, shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "study.yaml").write_text("name: other\n")
+    with pytest.raises(InputError, match="holds a different study"):
+        run(study(write, shards), tmp_path / "out")
+
+
+def test_derived_keys(write: Write, shards: Path) -> None:  # noqa: F811
+    arms = {"low": {"frozen_share": [0, 0.34]}, "mid": {"frozen_share": [0.34, 0.66]}}
+    common = {"model.num_hidden_layers": 22, "phases.0.steps": 10, "phases.1.steps": 1, "decay_share": 0.25}
+    loaded, folder = load_study(str(study(write, shards, arms=arms, grid={}, common=common)))
+    low, mid = (trial.config.phases for trial in expand(loaded, folder))
+    assert low[0].freeze == tuple(range(7))
+    assert mid[0].freeze == tuple(range(7, 15)), "the thirds of arXiv 2605.12438, to a layer"
+    assert [phase.steps for phase in low] == [8, 3]
+
+
+@pytest.mark.parametrize("name", ["twin", "freeze-low", "freeze-mid", "decay-length"])
+def test_shipped_comparisons_suit_every_recipe_of_two_phases(name: str) -> None:
+    loaded, folder = load_study(name)
+    trials = expand(loaded, folder)
+    assert len(trials) == len(loaded.arms) * len(loaded.grid["data.seed"])
+    assert set(shipped_studies()) >= {name, "scaling"}
+
+
+def test_two_trials_by_the_command_line(write: Write, shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Through the launcher and Ray; stopped by SIGTERM on the way, the same command goes on."""
+    from tests.launcher.toy import DETOUR, environment
+
+    path = study(write, shards, grid={"data.seed": [1]})
+    command = [*DETOUR, "study", str(path), "--output", "out", "cluster.workers_per_node=1"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    trial = tmp_path / "out" / "trials"
+    deadline = time.monotonic() + 200
+    while not list(trial.glob("*/metrics.jsonl")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode in (75, 0), said
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert rows[0]["verdict"] == "no verdict: 1 pair says nothing of the spread"
+    for directory in trial.glob("*/"):
+        assert (directory / "hf" / "config.json").is_file()
