@@ -1,7 +1,7 @@
 """What starting, saving and failing cost, and whether any fault costs a step.
 
 A toy run on a real Ray cluster of several raylets, to which one random fault after another happens, is compared with
-the same run without any. The peers are bars in seconds or steps; the rows named "part" say where the time above them went.
+the same run without any. The peers are bars in seconds or steps; the rows named "part" say where the time above went.
 
     python -m benchmarks.faults [--quick] [--json FILE]
 """

@@ -64,7 +64,13 @@ def test_slurm_script_trains_and_requeues_itself_when_stopped(undisturbed: Path,
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_CPUS_PER_TASK": "2",
     }
-    script = ["bash", DEPLOY / "slurm.sh", undisturbed.parent / "toy.yaml", "--output", tmp_path / "run"]
+    script: list[str | Path] = [
+        "bash",
+        DEPLOY / "slurm.sh",
+        undisturbed.parent / "toy.yaml",
+        "--output",
+        tmp_path / "run",
+    ]
     with started(*script, cwd=tmp_path, env=here) as job:
         wait_for(lambda: 2 in steps(tmp_path / "run"), job)
         job.send_signal(signal.SIGTERM)

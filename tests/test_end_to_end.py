@@ -54,7 +54,7 @@ def test_a_complete_run_says_so_and_changes_nothing(undisturbed: Path) -> None:
 
 def test_killed_worker_and_stopped_driver_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL a worker, SIGTERM the job once it goes on, submit it again: bit by bit the undisturbed run."""
-    command = [*TRAIN, undisturbed.parent / "toy.yaml", "--output", "run", "monitoring.port=9464"]
+    command: list[str | Path] = [*TRAIN, undisturbed.parent / "toy.yaml", "--output", "run", "monitoring.port=9464"]
     directory = tmp_path / "run"
     with started(*command, cwd=tmp_path) as job:
         wait_for(lambda: 3 in steps(directory), job)
@@ -87,7 +87,13 @@ def test_busy_port_is_replaced_and_announced(undisturbed: Path, tmp_path: Path) 
 
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
-        command = [*TRAIN, undisturbed.parent / "toy.yaml", "--output", "run", f"monitoring.port={port}"]
+        command: list[str | Path] = [
+            *TRAIN,
+            undisturbed.parent / "toy.yaml",
+            "--output",
+            "run",
+            f"monitoring.port={port}",
+        ]
         with started(*command, cwd=tmp_path) as job:
             said = wait_for(
                 lambda: re.search(
