@@ -1,0 +1,218 @@
+"""The data path against plain webdataset, plain tokenizers, reading from the start, and the time of a step.
+
+Both sides of a line read the same shards or texts, by turns, and the fastest of their turns counts: what other programs
+on the machine took drops out. Lines of one process are in processor time, which a busy machine distorts less.
+
+    python -m benchmarks.data [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from benchmarks.table import Row, arguments, report
+from configs.schema import Data, Source
+from datapipe.loader import Loader
+from datapipe.manifest import Manifest, Shard, TokenizerIdentity, file_sha256, read_manifest, write_manifest
+from datapipe.packing import packing_ratio
+from datapipe.prepare import prepare
+from datapipe.samples import local_path
+from datapipe.shards import TAR_END, ShardReader, npy_bytes, tar_member
+from datapipe.targets import Masked
+from datapipe.text import read_texts
+from datapipe.tokenizer import Tokenizer, load_tokenizer
+
+CORPORA = ("medquad", "tico19_en", "tico19_fr")
+H100 = 300_000
+"""Tokens per second that one H100 eats (ModernBERT base)."""
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    rounds = 3 if options.quick else 7
+    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for corpus in CORPORA:
+            prepare([f"package://corpus/{corpus}.jsonl.gz"], tokenizer, folder / corpus)
+        rows = [
+            *packing(folder),
+            *reading(folder / "medquad", tokenizer, rounds),
+            *preparing(folder, tokenizer, copies=2 if options.quick else 8, rounds=1 if options.quick else 3),
+            restoring(folder / "large", tokenizer),
+            waiting(folder / "demo", steps=40 if options.quick else 140),
+        ]
+    report(rows, options.json)
+
+
+def packing(folder: Path) -> list[Row]:
+    """Share of the rows that is real tokens, best-fit and as they come."""
+    rows = []
+    for corpus in CORPORA:
+        lengths = [len(ids) + 2 for ids in documents(folder / corpus)]
+        for length in (1024, 8192):
+            name = f"packing ratio, {corpus}, {length}"
+            ours = packing_ratio(lengths, length)
+            rows.append(Row.at_least(name, ours, 1.0, 0.98 if length == 8192 else None, "of a row"))
+            rows.append(Row.at_least(f"{name}, vs as they come", ours, sequential(lengths, length), None, "of a row"))
+    return rows
+
+
+def sequential(lengths: list[int], row: int) -> float:
+    """Documents as they come; one that no longer fits starts the next row."""
+    rows, used = 1, 0
+    for length in lengths:
+        for part in (min(row, length - start) for start in range(0, length, row)):
+            rows, used = (rows + 1, part) if used + part > row else (rows, used + part)
+    return sum(lengths) / rows / row
+
+
+def documents(directory: Path) -> list[np.ndarray]:
+    result = []
+    for shard in read_manifest(directory).shards:
+        reader = ShardReader((directory / shard.name).open("rb", buffering=0), shard.name)
+        result += [reader.ids(number) for number in range(len(reader))]
+    return result
+
+
+def reading(directory: Path, tokenizer: Tokenizer, rounds: int) -> list[Row]:
+    """One process: read, pack and mask, against webdataset that reads and decodes and does nothing else."""
+    total = read_manifest(directory).tokens
+    urls = [str(directory / shard.name) for shard in read_manifest(directory).shards]
+    masked = Masked(0.3, (0.8, 0.1, 0.1), 0, tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids)
+
+    def plain() -> int:
+        samples = webdataset.WebDataset(urls, shardshuffle=False).decode()
+        return sum(len(sample["ids.npy"]) for sample in samples)
+
+    def ours(length: int) -> Callable[[], int]:
+        data = configured(directory, length, streams=8)
+        steps = total // (8 * length)
+
+        def run() -> int:
+            batches = Loader(data, 8, tokenizer, 0, 1).steps(masked, 1, 0, steps, None)
+            return sum(micro.tokens for batch in batches for micro in batch.micro_batches)
+
+        return run
+
+    speeds = race({"webdataset": plain, "1024": ours(1024), "8192": ours(8192)}, rounds)
+    unit = "tokens/CPU s"
+    return [
+        Row.at_least("read, pack, mask at 1024 vs webdataset", speeds["1024"], speeds["webdataset"], 0.8, unit),
+        Row.at_least("read, pack, mask at 8192 vs webdataset", speeds["8192"], speeds["webdataset"], 0.8, unit),
+        Row.at_least("read, pack, mask at 8192 on a core vs an H100", speeds["8192"], H100, 10, unit),
+    ]
+
+
+def race(runners: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Tokens per second of processor time of each, by turns: one process, so on an idle core the same as seconds."""
+    speeds = dict.fromkeys(runners, 0.0)
+    for _ in range(rounds):
+        for name, run in runners.items():
+            started = time.process_time()
+            tokens = run()
+            speeds[name] = max(speeds[name], tokens / (time.process_time() - started))
+    return speeds
+
+
+def preparing(folder: Path, tokenizer: Tokenizer, copies: int, rounds: int) -> list[Row]:
+    """`detour prepare`, from file to shards and with its processes' start, against encode_batch of texts in memory."""
+    texts = [text.text.decode() for text in read_texts(local_path("package://corpus/medquad.jsonl.gz"))]
+    many = [f"{copy} {text}" for copy in range(copies) for text in texts]
+    path = folder / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in many))
+    size = path.stat().st_size / 1e6
+
+    def bare() -> None:
+        for start in range(0, len(many), 1000):  # all at once would need gigabytes
+            tokenizer.backend.encode_batch(many[start : start + 1000], add_special_tokens=False)
+
+    def ours() -> None:
+        prepare([str(path)], tokenizer, folder / "many")
+        shutil.rmtree(folder / "many")
+
+    fastest = {bare: (np.inf, np.inf), ours: (np.inf, np.inf)}
+    for _ in range(rounds):
+        for run in fastest:
+            started, used = time.perf_counter(), sum(os.times()[:4])
+            run()
+            seconds = time.perf_counter() - started, sum(os.times()[:4]) - used
+            fastest[run] = min(fastest[run][0], seconds[0]), min(fastest[run][1], seconds[1])
+    (wall, work), (bare_wall, bare_work) = fastest[ours], fastest[bare]
+    return [
+        Row.at_least("prepare vs encode_batch", size / wall, size / bare_wall, 0.8, "MB text/s"),
+        Row.at_least("prepare vs encode_batch, work", size / work, size / bare_work, None, "MB/CPU s"),
+    ]
+
+
+def restoring(directory: Path, tokenizer: Tokenizer) -> Row:
+    """To the first batch after a restart in the middle of 1 GB of shards, against reading there from the start."""
+    directory.mkdir()
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 50_000, 2**20).astype(np.uint16)
+    shards = []
+    for number in range(10):
+        path = directory / f"{number:06d}.tar"
+        with path.open("wb") as file:
+            count = tokens = 0
+            while file.tell() < 100e6:
+                start, length = int(rng.integers(0, 2**19)), int(rng.exponential(800)) + 1
+                key = f"{number:06d}-{count:06d}"
+                file.write(tar_member(f"{key}.ids.npy", npy_bytes(ids[start : start + length])))
+                file.write(tar_member(f"{key}.json", b'{"source": "synthetic"}'))
+                count, tokens = count + 1, tokens + length
+            file.write(TAR_END)
+        shards.append(Shard(path.name, path.stat().st_size, count, tokens, file_sha256(path)))
+    manifest = Manifest(TokenizerIdentity.of(tokenizer), tuple(shards))
+    write_manifest(directory, manifest)
+    loader = Loader(configured(directory, 8192, streams=8), 8, tokenizer, 0, 1)
+    masked = Masked(0.15, (0.8, 0.1, 0.1), 0, tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids)
+    middle = manifest.tokens // 2 // (8 * 8192)
+    started = time.perf_counter()
+    before, reached = deque(loader.steps(masked, 1, 0, middle + 1, None), maxlen=2)
+    from_the_start = time.perf_counter() - started
+    started = time.perf_counter()
+    first = next(loader.steps(masked, 1, middle, middle + 1, before.state))
+    restored = time.perf_counter() - started
+    for one, other in zip(first.micro_batches, reached.micro_batches, strict=True):
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+    return Row.at_most("restore in the middle of 1 GB", restored, from_the_start, 1 / 20, "s")
+
+
+def waiting(output: Path, steps: int) -> Row:
+    """Share of the demo's step time in which the training loop waits for data."""
+    subprocess.run(
+        [
+            str(Path(sys.executable).with_name("detour-train")),
+            "demo",
+            "--output",
+            str(output),
+            f"phases.0.steps={steps}",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=output.parent,
+    )
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    waited, stepped = (sum(line[key] for line in lines) for key in ("data_wait_seconds", "step_seconds"))
+    return Row.at_most("time the demo waits for data vs its steps", waited, stepped, 0.01, "s")
+
+
+def configured(directory: Path, length: int, streams: int) -> Data:
+    return Data(sequence_length=length, streams=streams, sources=(Source(name="corpus", shards=str(directory)),))
+
+
+if __name__ == "__main__":
+    main()
