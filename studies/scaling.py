@@ -13,6 +13,8 @@ from configs.errors import InputError
 from studies.scores import LEVEL, Interval
 
 Array = NDArray[np.float64]
+PLAUSIBLE = (1e-3, 5.0)
+"""Exponents outside mean that the points do not determine a law."""
 STARTS = (0.2, 0.5, 1.0)
 """Exponents the search starts from; the best end is kept."""
 
@@ -50,7 +52,7 @@ def fit(names: Sequence[str], x: Array, loss: Array, *, draws: int = 400, seed: 
 
     The residuals are spread by sqrt(n / (n - p)) before they are drawn, for a fit of p numbers makes them smaller than
     the noise. An interval is the estimate and t(n - p) bootstrap standard deviations of its logarithm either side, or
-    the percentiles where they reach further. InputError for fewer than p + 2 points.
+    the percentiles where they reach further. InputError for fewer than p + 2 points or none that follow a law.
     """
     from scipy.stats import t
 
@@ -63,6 +65,9 @@ def fit(names: Sequence[str], x: Array, loss: Array, *, draws: int = 400, seed: 
     starts = [_start(exponent, share, loss, kinds) for exponent in STARTS for share in (0.2, 0.8)]
     found = [_solve(start, scaled, target) for start in starts]
     best = min(found, key=lambda theta: float(np.square(_residuals(theta, scaled, target)).sum()))
+    for name, logarithm in zip(names, best[1 + kinds :], strict=True):
+        if not math.log(PLAUSIBLE[0]) < logarithm < math.log(PLAUSIBLE[1]):
+            raise InputError(f"the losses follow no power law in {name}; vary it more, or train longer")
     residuals = _residuals(best, scaled, target)
     freedom = points - numbers
     wide = residuals * math.sqrt(points / freedom)
