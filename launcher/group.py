@@ -6,6 +6,7 @@ import in sequence, which doubles the cold start, and its resize ends the worker
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +77,19 @@ class WorkerError(Exception):
 class WorkerGroup:
     """Context manager over the processes of one attempt; leaving it ends them."""
 
-    def __init__(self, shape: Shape, directory: Path, tensor: int, timeout: float) -> None:
-        """Place and start the workers within `timeout` seconds. Raises NoRoomError where the cluster lacks it."""
+    def __init__(self, shape: Shape, directory: Path, tensor: int, timeout: float, patient: bool = True) -> None:
+        """Place the workers within `timeout` seconds and start them. Raises NoRoomError where the cluster lacks it.
+
+        patient: False gives up as soon as there are too few nodes; True waits for some to join.
+        """
         self.shape = shape
         strategy = "STRICT_SPREAD" if shape.nodes > 1 else "STRICT_PACK"
         self._reserved = placement_group([shape.bundle] * shape.nodes, strategy=strategy)
         try:
-            if not self._reserved.wait(timeout):
-                raise NoRoomError(_no_room(shape, timeout))
+            deadline = time.monotonic() + timeout
+            while not self._reserved.wait(POLL_SECONDS):
+                if time.monotonic() > deadline or not (patient or shape.fits_on(alive_nodes())):
+                    raise NoRoomError(_no_room(shape, timeout))
             self._start(shape, directory, tensor)
         except BaseException:
             self.close()

@@ -177,7 +177,7 @@ def _open_group(
             continue
         progress.note(f"starting {shape.workers} worker{'s' * (shape.workers > 1)}")
         try:
-            return WorkerGroup(shape, directory, config.parallel.tensor, config.cluster.start_timeout)
+            return WorkerGroup(shape, directory, config.parallel.tensor, config.cluster.start_timeout, patient=last)
         except NoRoomError:
             if last:
                 raise

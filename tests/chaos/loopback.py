@@ -35,7 +35,11 @@ class LoopbackCluster:
 
     def __init__(self, nodes: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Unix socket paths end at 107 characters
-        self._environment = environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self._environment = environment() | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_JOB_STOP_WAIT_TIME_S": "200",
+        }
         self._log = (self._folder / "ray-start.txt").open("w")
         self._port, self._dashboard = _free_port(), _free_port()
         self.nodes: list[LoopbackNode] = []
@@ -104,6 +108,13 @@ class LoopbackCluster:
         """The processes that train, and where."""
         family = {process: node for node in self.nodes for process in _children(node.process)}
         return {process: node for process, node in family.items() if _name(process).startswith("ray::Worker.tra")}
+
+    def job(self, command: str, *words: str | Path) -> str:
+        """`ray job COMMAND` against the job server; what it printed."""
+        line = [*RAY, "job", command, f"--address={self.job_server}", *map(str, words)]
+        return subprocess.run(
+            line, env=self.environment, check=True, capture_output=True, text=True, timeout=300
+        ).stdout
 
     def close(self) -> None:
         for node in self.nodes:

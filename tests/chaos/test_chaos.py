@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -88,3 +91,60 @@ def test_everything_happens_to_one_run(cluster: LoopbackCluster, undisturbed_on_
         assert job.wait(900) == 0
     assert "checkpoint_damaged" in events(directory)
     assert_same_run(directory, undisturbed_on_nodes)
+
+
+@pytest.mark.timeout(1800)
+def test_submitted_job_is_stopped_and_submitted_again(
+    cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path
+) -> None:
+    directory, sources = tmp_path / "run", tmp_path / "sources"
+    sources.mkdir()
+    shutil.copy(undisturbed_on_nodes.parent / "toy.yaml", sources)
+    train = Path(sys.executable).parent / "detour-train"
+
+    def submit(name: str, *options: str) -> str:
+        words: list[str | Path] = ["--submission-id", name, "--working-dir", sources, *options, "--"]
+        return cluster.job("submit", *words, train, "toy.yaml", "--nodes", "2", "--output", directory)
+
+    submit("first", "--no-wait")
+    until(lambda: 3 in steps(directory))
+    cluster.job("stop", "first")
+    saved = max(line["step"] for line in lines(directory / "events.jsonl") if line["event"] == "checkpoint_saved")
+    assert steps(directory)[-1] == saved < sum(STEPS)
+    assert "all saved" in cluster.job("logs", "first")
+    assert "is complete" in submit("second")
+    assert_same_run(directory, undisturbed_on_nodes)
+
+
+@pytest.mark.timeout(1800)
+def test_run_goes_on_with_the_nodes_left_and_grows_again(
+    cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    command: list[str | Path] = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--output", directory]
+
+    def sizes() -> list[int]:
+        begun = ("started", "resumed")
+        return [len(event["workers"]) for event in lines(directory / "events.jsonl") if event["event"] in begun]
+
+    with started(*command, "cluster.nodes=[1,2]", cwd=tmp_path, env=cluster.environment) as job:
+        wait_for(lambda: 3 in steps(directory), job)
+        cluster.kill_node(max(cluster.workers().values(), key=lambda node: node.address))
+        wait_for(lambda: sizes() == [2, 1], job)
+        wait_for(lambda: 8 in steps(directory), job)
+        cluster.add_node()
+        wait_for(lambda: sizes() == [2, 1, 2], job)
+        assert job.wait(900) == 0
+    assert steps(directory) == list(range(1, sum(STEPS) + 1))
+    for mine, theirs in zip(
+        lines(directory / "metrics.jsonl"), lines(undisturbed_on_nodes / "metrics.jsonl"), strict=True
+    ):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def until(condition: Callable[[], object], timeout: float = 400) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "never came true"
+        time.sleep(0.1)
