@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,14 +47,19 @@ def finetune(job: Job) -> dict[str, Any]:
 
     quiet()
     transformers.set_seed(job.seed)
-    protocol, splits = job.protocol, job.splits
+    protocol = job.protocol
+    splits = replace(
+        job.splits,
+        train=job.splits.train[: protocol.examples],
+        validation=job.splits.validation[: protocol.examples],
+    )
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     model = _model(job)
     limit = min(protocol.length, model.config.max_position_embeddings)
     encoded = {
         name: [_encode(example, job, tokenizer, limit) for example in examples]
         for name, examples in (
-            ("train", splits.train[: protocol.examples]),
+            ("train", splits.train),
             ("validation", splits.validation),
             ("test", splits.test),
         )

@@ -38,7 +38,7 @@ class Protocol(Section):
     length: PositiveInt = 512
     """Longest example in tokens; words beyond it count as not found."""
     examples: PositiveInt | None = None
-    """Only the first so many training examples."""
+    """Only the first so many examples of training, and of validation."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
