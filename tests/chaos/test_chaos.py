@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -141,6 +142,18 @@ def test_run_goes_on_with_the_nodes_left_and_grows_again(
     ):
         assert mine["tokens"] == theirs["tokens"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_more_nodes_than_the_cluster_has(cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path) -> None:
+    overrides = ["cluster.start_timeout=3", "data.streams=8", "batch.micro=1"]
+    command = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--nodes", "8", *overrides]
+    result = subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    assert re.search(
+        r"cluster\.nodes: asked for 8 nodes with 1 CPU each.*waited 3 s.*The cluster has \d nodes: 127\.0\.0\.11",
+        result.stderr,
+    ), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def until(condition: Callable[[], object], timeout: float = 400) -> None:
