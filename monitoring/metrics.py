@@ -31,7 +31,9 @@ EVENTS = (
 )
 """Kinds of events counted from zero, so that a first one shows as a rise; any other is counted too."""
 INTERRUPTIONS = ("worker_failed", "preempted")
-"""Events after which the workers are started again, and the reasons they stand for where they give none."""
+"""Events after which the workers are started again."""
+REASONS = ("died", "out_of_memory", "node_lost", "exception", "hung", "preempted")
+"""Reasons counted from zero, as above."""
 
 
 def run_metrics(now: Telemetry | None, events: Sequence[Event]) -> list[Metric]:
@@ -41,8 +43,8 @@ def run_metrics(now: Telemetry | None, events: Sequence[Event]) -> list[Metric]:
 
 
 def count_restarts(events: Iterable[Event]) -> Counter[str]:
-    """Interruptions by reason. The two usual reasons are there from the start, so that a first rise shows."""
-    counts = Counter(dict.fromkeys(INTERRUPTIONS, 0))
+    """Interruptions by the reason the event gives, else by its name."""
+    counts = Counter(dict.fromkeys(REASONS, 0))
     counts.update(str(event.get("reason") or event["event"]) for event in events if event["event"] in INTERRUPTIONS)
     return counts
 
@@ -64,6 +66,7 @@ def _info(now: Telemetry | None) -> Metric:
 
 
 def _training_metrics(now: Telemetry) -> list[Metric]:
+    begun = bool(now.loss)  # before the first step there is no norm or rate, which is not the same as one that is NaN
     return [
         Metric(
             "detour_train_loss",
@@ -127,8 +130,18 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "Time steps waited for their data",
             _one(now.counters.data_wait_seconds),
         ),
-        Metric("detour_train_learning_rate", "gauge", "Learning rate of the latest step", _one(now.learning_rate)),
-        Metric("detour_train_grad_norm", "gauge", "Global gradient norm before clipping", _one(now.grad_norm)),
+        Metric(
+            "detour_train_learning_rate",
+            "gauge",
+            "Learning rate of the latest step",
+            _one(now.learning_rate if begun else None),
+        ),
+        Metric(
+            "detour_train_grad_norm",
+            "gauge",
+            "Global gradient norm before clipping",
+            _one(now.grad_norm if begun else None),
+        ),
         Metric(
             "detour_train_phase",
             "gauge",
@@ -142,7 +155,7 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "detour_data_packing_ratio",
             "gauge",
             "Real tokens as a share of the token slots of the latest step",
-            _one(now.packing_ratio),
+            _one(now.packing_ratio if begun else None),
         ),
         Metric(
             "detour_data_epoch",
@@ -185,7 +198,7 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "detour_checkpoint_interval_seconds",
             "gauge",
             "Time between two checkpoints as configured; steps and tokens at the mean step time",
-            _one(now.checkpoint_interval_seconds),
+            _one(now.checkpoint_interval_seconds if begun else None),
         ),
         Metric(
             "detour_worker_step_seconds",

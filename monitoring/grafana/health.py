@@ -48,7 +48,10 @@ def health() -> builders.Dashboard:
             "Interruptions",
             "In the time shown.",
             "none",
-            (f"sum(increase(detour_launcher_restarts_total{RUN}[$__range]))", "interruptions"),
+            (
+                'sum(increase(detour_events_total{run=~"$run",event=~"worker_failed|preempted"}[$__range]))',
+                "interruptions",
+            ),
             width=6,
             thresholds=[(1, WARN), (5, BAD)],
             decimals=0,

@@ -76,7 +76,10 @@ def figure(
     decimals: float | None = None,
     by_name: bool = False,
 ) -> stat.Panel:
-    """The latest value in large type, or the name of the series where that is the message."""
+    """The value now in large type, or the name of the series where that is the message.
+
+    The query is an instant one: over a range, what was true of an earlier phase would be a second value.
+    """
     panel = (
         stat.Panel()
         .title(title)
@@ -85,12 +88,12 @@ def figure(
         .unit(unit)
         .span(width)
         .height(4)
-        .graph_mode(common_models.BigValueGraphMode.NONE if by_name else common_models.BigValueGraphMode.AREA)
+        .graph_mode(common_models.BigValueGraphMode.NONE)
         .text_mode(common_models.BigValueTextMode.NAME if by_name else common_models.BigValueTextMode.VALUE)
         .color_mode(common_models.BigValueColorMode.VALUE)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(_thresholds(thresholds))
-        .targets(_targets([query]))
+        .targets([_target(*query, "A").instant()])
     )
     return panel if decimals is None else panel.decimals(decimals)
 

@@ -41,7 +41,7 @@ class Server:
         return list(self.get("query", query=expression)["result"])
 
     def query_range(self, expression: str, seconds: float, step: float = 1) -> list[dict[str, Any]]:
-        now = time.time()
+        now = int(time.time())  # whole seconds, so that two answers have the same times
         return list(self.get("query_range", query=expression, start=now - seconds, end=now, step=step)["result"])
 
     def value(self, expression: str) -> float | None:

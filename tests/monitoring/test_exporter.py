@@ -10,6 +10,7 @@ from prometheus_client.samples import Sample
 from configs.errors import InputError
 from monitoring.exporter import Exporter
 from monitoring.log import append_event
+from monitoring.metrics import REASONS
 from tests.monitoring.synthetic import drive, make_config, make_recorder
 
 ENDPOINT = {
@@ -60,7 +61,7 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
     recorder = make_recorder(tmp_path, config)
     drive(recorder, config, range(1, 25))
     recorder.checkpoint_saved(24, 0.7, tmp_path / "checkpoints" / "step-00000024")
-    append_event(tmp_path, "worker_failed", reason="killed")
+    append_event(tmp_path, "worker_failed", reason="died")
     drive(recorder, config, range(25, 31))
     recorder.close()
     with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
@@ -73,7 +74,7 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
                 assert sample.labels.keys() - {"run", "le"} == labels, name
         assert values(exporter, "detour_train_phase") == {"clm0": 0, "mlm1": 1}
         assert values(exporter, "detour_worker_memory_bytes") == {"0": 1e9, "1": 1e9 + 1}
-        assert values(exporter, "detour_launcher_restarts_total") == {"killed": 1, "worker_failed": 0, "preempted": 0}
+        assert values(exporter, "detour_launcher_restarts_total") == dict.fromkeys(REASONS, 0) | {"died": 1}
         assert values(exporter, "detour_train_step") == {"": 30}
         buckets = {s.labels.get("le", s.name): s.value for s in found["detour_train_step_seconds"][1]}
         assert (buckets["0.2"], buckets["0.3"], buckets["+Inf"]) == (6, 30, 30)

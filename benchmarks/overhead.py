@@ -1,0 +1,110 @@
+"""What watching costs: the recorder's share of a step, and the time of a scrape.
+
+Steps are slept through, so that telemetry is written as often as in training; only the recorder's calls are timed. The
+fastest of the rounds counts: what other programs on the machine took drops out.
+
+    python -m benchmarks.overhead [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.request import urlopen
+
+from benchmarks.table import Row, arguments, report
+from configs.load import load_config
+from configs.schema import RunConfig
+from monitoring.exporter import Exporter
+from monitoring.log import append_event
+from monitoring.recorder import Recorder, StepRecord, WorkerRecord
+
+SHARE = 0.005
+"""Of a step, that watching may take at most."""
+SCRAPE_MS = 100.0
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    rounds = 3 if options.quick else 10
+    config = load_config("demo", ["phases.0.steps=1000000", "monitoring.every=10 steps"])
+    report(
+        [
+            recording(config, rounds, ranks=2, step=0.05, steps=100),
+            recording(config, rounds, ranks=8, step=0.25, steps=20),
+            recording(config, rounds, ranks=512, step=1.0, steps=10),
+            scraping(config, rounds, ranks=512, events=100),
+            scraping(config, rounds, ranks=512, events=5000),
+        ],
+        options.json,
+    )
+
+
+def recording(config: RunConfig, rounds: int, ranks: int, step: float, steps: int) -> Row:
+    def one_round(folder: Path) -> float:
+        recorder = _recorder(folder, config)
+        spent = 0.0
+        for number in range(1, steps + 1):
+            time.sleep(step)
+            record = _record(number, step, ranks if recorder.due(number) else 0)
+            began = time.perf_counter()
+            recorder.step(record)
+            spent += time.perf_counter() - began
+        recorder.close()
+        return spent / steps
+
+    spent = _fastest(rounds, one_round)
+    return Row.at_most(f"recorder, {ranks} ranks, step of {step:g} s", spent * 1e3, step * 1e3, SHARE, "ms a step")
+
+
+def scraping(config: RunConfig, rounds: int, ranks: int, events: int) -> Row:
+    def one_round(folder: Path) -> float:
+        recorder = _recorder(folder, config)
+        recorder.step(_record(1, 1.0, ranks))
+        recorder.close()
+        for number in range(events):
+            append_event(folder, "checkpoint_saved", step=number, seconds=1.0, path="checkpoints/step-00000000")
+        with Exporter(folder, config.name, "127.0.0.1", 9464) as exporter:
+            urlopen(exporter.url).read()
+            began = time.perf_counter()
+            urlopen(exporter.url).read()
+            return time.perf_counter() - began
+
+    spent = _fastest(rounds, one_round)
+    return Row.at_most(f"scrape, {ranks} ranks, {events:,} events", spent * 1e3, SCRAPE_MS, 1.0, "ms")
+
+
+def _fastest(rounds: int, one_round: Callable[[Path], float]) -> float:
+    found = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(one_round(Path(folder)))
+    return min(found)
+
+
+def _recorder(folder: Path, config: RunConfig) -> Recorder:
+    return Recorder(folder, config, {"device": "none"}, devices=1, peak_flops=1e12, state=None, step=0)
+
+
+def _record(step: int, seconds: float, ranks: int) -> StepRecord:
+    return StepRecord(
+        step=step,
+        phase=0,
+        objective="clm",
+        loss=3.0,
+        tokens=2000,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        step_seconds=seconds,
+        data_wait_seconds=0.001,
+        flops=1e9,
+        packing_ratio=0.99,
+        epochs={"medquad": 0},
+        workers=[WorkerRecord(rank, seconds, 10**9) for rank in range(ranks)] or None,
+    )
+
+
+if __name__ == "__main__":
+    main()

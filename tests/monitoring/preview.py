@@ -1,0 +1,135 @@
+"""Draws a dashboard's layout with a live Prometheus' data, for a person to judge.
+
+It is not Grafana: no Grafana server was to be had.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChoiceLoader, DictLoader, Environment, PackageLoader
+from markupsafe import Markup
+
+from configs.units import format_count
+from monitoring.charts import NOTHING, Line, Mark, line_chart
+from monitoring.progress import format_seconds
+from monitoring.report import percent
+from tests.monitoring.dashboards import fill_in
+from tests.monitoring.prometheus import Server
+
+PAGE = Path(__file__).with_name("preview.html")
+
+
+def preview(server: Server, board: dict[str, Any], run: str, seconds: float) -> str:
+    """The dashboard as a page, over the last `seconds`."""
+    environment = Environment(
+        loader=ChoiceLoader([DictLoader({"preview": PAGE.read_text()}), PackageLoader("monitoring", "pages")]),
+        autoescape=True,
+    )
+    marks = [mark for annotation in board["annotations"]["list"] for mark in _marks(server, annotation, run, seconds)]
+    panels = [
+        {
+            "row": panel["type"] == "row",
+            "title": panel["title"],
+            "x": panel["gridPos"]["x"],
+            "w": panel["gridPos"]["w"],
+            "h": panel["gridPos"]["h"],
+            "body": "" if panel["type"] == "row" else _body(server, panel, run, seconds, marks),
+        }
+        for panel in board["panels"]
+    ]
+    return environment.get_template("preview").render(title=board["title"], board=board, panels=panels)
+
+
+def _body(server: Server, panel: dict[str, Any], run: str, seconds: float, marks: list[Mark]) -> Markup:
+    unit = panel["fieldConfig"]["defaults"]["unit"]
+    if panel["type"] == "stat":
+        (target,) = panel["targets"]
+        (series,) = server.query(fill_in(target["expr"], run, "15s"))
+        name = panel["options"].get("textMode") == "name"
+        text = _legend(target, series) if name else _number(unit)(float(series["value"][1]))
+        return Markup('<div class="big">{}</div>').format(text)
+    if panel["type"] == "table":
+        return _table(server, panel, run)
+    if panel["type"] == "xychart":
+        return _against(server, panel, run, seconds)
+    found = [
+        (target, series)
+        for target in panel["targets"]
+        for series in server.query_range(fill_in(target["expr"], run, "15s"), seconds)
+    ]
+    start = min((float(series["values"][0][0]) for _, series in found), default=0.0)
+    lines = [
+        Line(_legend(target, series), [(t - start, float(v)) for t, v in series["values"]], f"c{index % 8}")
+        for index, (target, series) in enumerate(found)
+    ]
+    shown = [mark for mark in (Mark(mark.x - start, mark.kind, mark.label) for mark in marks) if mark.x >= 0]
+    zero = panel["fieldConfig"]["defaults"].get("min") == 0
+    width = panel["gridPos"]["w"] * 68
+    chart = line_chart(
+        panel["title"], lines, number=_number(unit), x_name="seconds", marks=shown, from_zero=zero, size=(width, 230)
+    )
+    keys = Markup("").join(Markup('<span class="{}">{}</span>').format(line.color, line.name) for line in lines[:12])
+    return chart if chart == NOTHING else Markup('{}<div class="keys">{}</div>').format(chart, keys)
+
+
+def _table(server: Server, panel: dict[str, Any], run: str) -> Markup:
+    cells: dict[str, list[str]] = {}
+    names = [*panel["transformations"][1]["options"]["renameByName"].values()]
+    units = {each["matcher"]["options"]: each["properties"][0]["value"] for each in panel["fieldConfig"]["overrides"]}
+    for column, target in zip(names, panel["targets"], strict=True):
+        for series in server.query(fill_in(target["expr"], run, "15s")):
+            labels = [value for key, value in series["metric"].items() if key not in ("run", "__name__")]
+            text = " ".join(labels) if labels else _number(units[column])(float(series["value"][1]))
+            cells.setdefault(series["metric"]["run"], []).append(text)
+    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in ["Run", *names])
+    rows = Markup("").join(
+        Markup("<tr><td>{}</td>{}</tr>").format(name, Markup("").join(Markup("<td>{}</td>").format(c) for c in row))
+        for name, row in cells.items()
+    )
+    return Markup("<table><tr>{}</tr>{}</table>").format(head, rows)
+
+
+def _against(server: Server, panel: dict[str, Any], run: str, seconds: float) -> Markup:
+    x, y = (
+        {s["metric"]["run"]: dict(s["values"]) for s in server.query_range(fill_in(t["expr"], run, "15s"), seconds)}
+        for t in panel["targets"]
+    )
+    lines = [
+        Line(name, [(float(x[name][t]), float(v)) for t, v in y[name].items() if t in x[name]], f"c{index}")
+        for index, name in enumerate(y)
+    ]
+    size = (panel["gridPos"]["w"] * 68, 250)
+    return line_chart(panel["title"], lines, number=_number("none"), x_name="tokens", x_number=format_count, size=size)
+
+
+def _marks(server: Server, annotation: dict[str, Any], run: str, seconds: float) -> list[Mark]:
+    kind = "fault" if annotation["iconColor"] == "red" else "switch"
+    found = server.query_range(fill_in(annotation["expr"], run, "3s"), seconds) if annotation["enable"] else []
+    marks = []
+    for series in found:
+        times = [float(value[0]) for value in series["values"]]
+        marks += [Mark(b, kind, annotation["name"]) for a, b in pairwise([-math.inf, *times]) if b - a > 1]
+    return marks
+
+
+def _legend(target: dict[str, Any], series: dict[str, Any]) -> str:
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: series["metric"].get(match[1], ""), target["legendFormat"])
+
+
+def _number(unit: str) -> Any:
+    def plain(value: float) -> str:
+        if not math.isfinite(value):
+            return "-"
+        return {
+            "percentunit": percent,
+            "s": lambda v: format_seconds(v) if v >= 60 else f"{v:.3g} s",
+            "bytes": lambda v: f"{v / 2**20:,.0f} MiB",
+            "short": format_count,
+        }.get(unit, lambda v: f"{v:.4g}")(value)
+
+    return plain
