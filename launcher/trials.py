@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ import ray
 from configs.errors import InputError, RunFailedError
 from configs.load import dump_config
 from configs.schema import RunConfig
-from launcher.cluster import alive_nodes, connect, is_joined
+from launcher.cluster import alive_nodes, connect
 from launcher.job import possible_shapes
 
 PATIENCE_SECONDS = 90
@@ -35,27 +34,19 @@ class Trials:
     def __init__(self, stack: ExitStack, at_once: int | None) -> None:
         """`at_once`: fine-tunings of one call that run together; None: as many as the cluster holds."""
         self._stack = stack
-        self._lock = threading.Lock()
         self._address: str | None = None
         self._at_once = at_once
-        self._cpus = 0
         self._running: set[subprocess.Popen[str]] = set()
-        if is_joined():
-            self._connect()
 
     def room(self, config: RunConfig) -> int:
-        """How many runs like this one the cluster holds at once; at least one where it is started here."""
+        """How many runs like this one the cluster holds at once. InputError for none. Main thread only."""
+        self._connect()
         shape = possible_shapes(config)[-1]  # the smallest it may have
-        if not is_joined():
-            import torch
-
-            here = torch.cuda.device_count() if shape.gpu else len(os.sched_getaffinity(0))
-            room = max(1, here // shape.workers)
-            self._cpus = max(self._cpus, room * shape.workers)
-            return room
-        places = sum((node.gpus if shape.gpu else node.cpus) // shape.per_node for node in alive_nodes())
+        nodes = alive_nodes()
+        places = sum((node.gpus if shape.gpu else node.cpus) // shape.per_node for node in nodes)
         if places < shape.nodes:
-            raise InputError(f"the cluster has no room for a run of {shape}; it has {len(alive_nodes())} nodes")
+            has = ", ".join(f"{node.cpus} CPUs and {node.gpus} GPUs" for node in nodes)
+            raise InputError(f"cluster.workers_per_node: no room for {shape}; the nodes have {has}")
         return places // shape.nodes
 
     def train(self, config: RunConfig, directory: Path) -> bool:
@@ -116,11 +107,12 @@ class Trials:
             process.send_signal(signal.SIGTERM)
 
     def _connect(self) -> str:
-        with self._lock:
-            if self._address is None:
-                self._stack.enter_context(connect(local_workers=self._cpus))
-                self._address = os.environ.get("RAY_ADDRESS") or str(ray.get_runtime_context().gcs_address)
-            return self._address
+        if self._address is None:
+            handler = signal.getsignal(signal.SIGTERM)
+            self._stack.enter_context(connect(local_workers=0))
+            signal.signal(signal.SIGTERM, handler)  # Ray has set its own, which ends the process
+            self._address = os.environ.get("RAY_ADDRESS") or str(ray.get_runtime_context().gcs_address)
+        return self._address
 
 
 @contextmanager

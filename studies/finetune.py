@@ -104,6 +104,7 @@ def finetune(job: Job) -> dict[str, Any]:
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+        trainer.compute_metrics = None  # it scores validation examples
         predicted = _decode(job, encoded["test"], trainer.predict(_without_words(encoded["test"])).predictions)
         best, best_step = trainer.state.best_metric, trainer.state.best_global_step
     job.output.mkdir(parents=True, exist_ok=True)

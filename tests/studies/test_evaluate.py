@@ -45,7 +45,7 @@ def sentences(count: int, seed: int) -> str:
 
 
 def ner(write: Write, **changes: Any) -> str:
-    for name, count in (("train", 64), ("dev", 16), ("test", 16)):
+    for name, count in (("train", 48), ("dev", 8), ("test", 12)):
         write(f"{name}.tsv", sentences(count, len(name)))
     tree = {
         "name": "toy-ner",
@@ -67,8 +67,8 @@ def classification(write: Write, kind: str, metric: str, **changes: Any) -> str:
             rows.append({"text": {"a": f"Severe {ill} is seen."}, "second": f"Take {drug} daily.", "label": label})
         return "\n".join(map(json.dumps, rows)) + "\n"
 
-    write("train.jsonl", lines(96, 1))
-    write("test.jsonl", lines(24, 2))
+    write("train.jsonl", lines(80, 1))
+    write("test.jsonl", lines(16, 2))
     tree = {
         "name": "toy",
         "kind": kind,
