@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TILE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
-"""Largest block of fp32 logits held at once: on a CPU what its caches take, on a GPU what keeps it busy."""
+TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+"""Largest block of fp32 logits held at once: enough rows for the matrix products to run at full speed, no more."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -22,22 +22,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         vocabulary: tuple[int, int],
         group: dist.ProcessGroup | None,
+        needs_grad: bool,
     ) -> Tensor:
         start, size = vocabulary
         used = max(0, min(weight.shape[0], size - start))  # the rows that pad the vocabulary take no part
         kernel, offset = weight[:used], bias[:used].float()
-        needs_grad = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         rows = max(1, TILE_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+        tile = hidden.new_empty(min(rows, hidden.shape[0]), used)  # once: fresh memory costs as much as a pass over it
         for first in range(0, hidden.shape[0], rows):
             states = hidden[first : first + rows]
             local = labels[first : first + rows] - start
             mine = (local >= 0) & (local < used)
             index = torch.where(mine, local, 0)[:, None]
-            logits = torch.addmm(offset.to(states.dtype), states, kernel.t()).float()
+            logits = torch.mm(states, kernel.t(), out=tile[: len(states)]).float().add_(offset)
             peak = logits.amax(dim=1) if used else logits.new_full((len(states),), -torch.inf)
             if group is not None:
                 dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -65,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors), None, None, None)
+        return (*(saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors), None, None, None, None)
 
 
 def linear_cross_entropy(
@@ -85,5 +86,7 @@ def linear_cross_entropy(
     The gradient is formed with the loss, tile by tile, and scaled in backward: three products of logit size where
     recomputing takes four, and memory of one tile. (The idea is Liger-Kernel's fused linear cross-entropy.)
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary, group)
+    # Inside the function autograd is off, and its inputs want gradients even under no_grad.
+    needs_grad = torch.is_grad_enabled()
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary, group, needs_grad)
     return loss

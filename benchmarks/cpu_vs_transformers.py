@@ -1,0 +1,268 @@
+"""Detour against Hugging Face transformers on this machine's CPU: real tokens per second and peak memory.
+
+Both sides train the same 17 M-parameter ModernBERT (the shape of Ettin's smallest) on the same documents, in one
+process with the same threads, by turns. Detour packs the documents into rows. For transformers they are shuffled into as many
+batches, which its collator pads to their longest document. Every batch is repeated, its fastest time counts, and these
+are added up: what other programs on the machine took drops out.
+
+    python -m benchmarks.cpu_vs_transformers [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from benchmarks.table import Row, parser, report
+from configs.load import validate
+from configs.schema import RunConfig
+from datapipe.batch import IGNORE, Ids, PackedSequence, StepData
+from datapipe.prepare import ensure_prepared
+from datapipe.tokenizer import load_tokenizer
+from engine import cpu
+
+MODEL = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
+STEPS = 3
+"""Different batches of each measurement."""
+SLOTS = 4096
+"""Packed token slots of a step."""
+
+
+class Runner(NamedTuple):
+    """One side of a race: the work of each step, and the real tokens in all of it."""
+
+    steps: list[Callable[[], float]]
+    tokens: int
+
+
+def run_config(folder: Path, objective: str, length: int, rows: int) -> RunConfig:
+    """Packed rows of MedQuAD, whose documents have 812 tokens on average (11 to 10,873)."""
+    source = {"name": "medquad", "text": "package://corpus/medquad.jsonl.gz", "shards": str(folder / "medquad")}
+    return validate(
+        {
+            "name": "benchmark",
+            "model": MODEL,
+            "tokenizer": "package://tokenizer/modernbert",
+            "data": {"sequence_length": length, "streams": rows, "sources": [source]},
+            "batch": {"sequences": rows},
+            "phases": [{"objective": objective, "steps": STEPS}],
+        },
+        "benchmark",
+    )
+
+
+@contextmanager
+def ours(config: RunConfig) -> Iterator[Runner]:
+    """Detour's own training step on its own batches; the process group of the caller, or of this process alone."""
+    from engine.objectives import objective_of
+    from engine.optimizer import step as optimizer_step
+    from engine.setup import open_trainer
+    from engine.step import forward_backward
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = open_trainer(config, Path(folder))
+        objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
+        batches = list(trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, STEPS, None))
+
+        def step(batch: StepData) -> float:
+            losses = forward_backward(trainer, batch.micro_batches, objective.causal)
+            optimizer_step(trainer.optimizer)
+            return sum(losses)
+
+        steps = [partial(step, batch) for batch in batches]
+        yield Runner(steps, sum(micro.tokens for batch in batches for micro in batch.micro_batches))
+        trainer.close()
+
+
+def theirs(
+    documents: Sequence[list[int]], objective: str, dtype: torch.dtype, attention: str, sparse: bool = False
+) -> Runner:
+    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW."""
+    from transformers import (
+        DataCollatorForLanguageModeling,
+        ModernBertConfig,
+        ModernBertDecoderConfig,
+        ModernBertDecoderForCausalLM,
+        ModernBertForMaskedLM,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    model: Any
+    if objective == "clm":
+        model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**MODEL, attn_implementation=attention))
+    else:
+        model = ModernBertForMaskedLM(
+            ModernBertConfig(**MODEL, attn_implementation=attention, sparse_prediction=sparse)
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=load_tokenizer("package://tokenizer/modernbert").backend,
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+    )
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=objective == "mlm", mlm_probability=0.15)
+    dealt = np.array_split(np.random.default_rng(0).permutation(len(documents)), STEPS)
+    batches = [dict(collate([{"input_ids": documents[i]} for i in part])) for part in dealt]
+
+    def step(batch: dict[str, torch.Tensor]) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return Runner([partial(step, batch) for batch in batches], sum(map(len, documents)))
+
+
+def documents_of(config: RunConfig) -> list[list[int]]:
+    """The documents of the run's batches; those longer than a row come in parts, on both sides."""
+    from datapipe.loader import Loader
+
+    def unchanged(row: PackedSequence) -> tuple[Ids, Ids]:
+        return row.ids.astype(np.int64), np.full(len(row.ids), IGNORE)
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    loader = Loader(config.data, config.batch.sequences, tokenizer, 0, 1)
+    return [
+        document.tolist()
+        for batch in loader.steps(unchanged, 1, 0, STEPS, None)
+        for micro in batch.micro_batches
+        for document in np.split(micro.inputs[: micro.tokens], micro.cu_seqlens[1:-1])
+        if len(document)
+    ]
+
+
+def race(runners: dict[str, Runner], repeats: int) -> dict[str, float]:
+    """Real tokens per second of each, measured by turns."""
+    best = {name: np.full(len(runner.steps), np.inf) for name, runner in runners.items()}
+    for repeat in range(-1, repeats):
+        for name, runner in runners.items():  # the first round warms up
+            for place, step in enumerate(runner.steps):
+                started = time.perf_counter()
+                step()
+                if repeat >= 0:
+                    best[name][place] = min(best[name][place], time.perf_counter() - started)
+    return {name: runner.tokens / float(best[name].sum()) for name, runner in runners.items()}
+
+
+def fastest(documents: Sequence[list[int]], objective: str, sparse: bool = False) -> Runner:
+    """Transformers with the number format and attention that are fastest here, each given one step after a warm-up."""
+    found = []
+    for dtype, attention in product((torch.float32, torch.bfloat16), ("sdpa", "eager")):
+        runner = theirs(documents, objective, dtype, attention, sparse)
+        runner.steps[0]()
+        started = time.perf_counter()
+        runner.steps[0]()
+        found.append((time.perf_counter() - started, dtype, attention))
+        print(f"  transformers {objective} {dtype} {attention}: {found[-1][0]:.1f} s a step", file=sys.stderr)
+    _, dtype, attention = min(found, key=lambda entry: entry[0])
+    return theirs(documents, objective, dtype, attention, sparse)
+
+
+def speed_rows(folder: Path, repeats: int) -> list[Row]:
+    rows = []
+    for objective, length, bar, sparse_bar in (
+        ("mlm", 1024, ">= 3", ">= 1.2"),
+        ("clm", 1024, ">= 2", None),
+        ("mlm", 4096, ">= 4", None),
+    ):
+        config = run_config(folder, objective, length, SLOTS // length)
+        documents = documents_of(config)
+        with ours(config) as mine:
+            runners = {"Detour": mine, "transformers": fastest(documents, objective)}
+            if sparse_bar:
+                runners["transformers, sparse_prediction"] = fastest(documents, objective, sparse=True)
+            speeds = race(runners, repeats)
+        for (peer, speed), wanted in zip(list(speeds.items())[1:], (bar, sparse_bar), strict=False):
+            name = f"{objective.upper()} at {length} against {peer}"
+            rows.append(Row(name, speeds["Detour"], speed, "real tokens/s", wanted))
+            report(rows[-1:], None)
+    return rows
+
+
+def peak_memory(folder: Path, side: str) -> int:
+    """Peak resident bytes of a process that trains CLM at 4096."""
+    cpu.install()
+    config = run_config(folder, "clm", 4096, SLOTS // 4096)
+    if side == "theirs":
+        for step in theirs(documents_of(config), "clm", torch.float32, "sdpa").steps:
+            step()
+    else:
+        with process_group(1), ours(config) as mine:
+            for step in mine.steps:
+                step()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def data_parallel_speed(folder: Path, rank: int, size: int, store: str) -> float:
+    """Real tokens per second of all ranks together, as one of `size` processes that share two threads."""
+    cpu.install()
+    torch.set_num_threads(2 // size)
+    with process_group(size, rank, store), ours(run_config(folder, "mlm", 1024, 2 * SLOTS // 1024)) as mine:
+        speed = torch.tensor(race({"": mine}, 4)[""])
+        dist.all_reduce(speed)
+    return float(speed)
+
+
+def data_parallel_row(folder: Path, repeats: int) -> Row:
+    best = {1: 0.0, 2: 0.0}
+    for repeat in range(repeats):
+        for size in best:
+            store = str(folder / f"store-{repeat}-{size}")
+            speeds = in_processes(data_parallel_speed, [(folder, rank, size, store) for rank in range(size)])
+            best[size] = max(best[size], *speeds)
+    return Row(
+        "two data-parallel processes of one thread against one of two", best[2], best[1], "real tokens/s", ">= 0.9"
+    )
+
+
+@contextmanager
+def process_group(size: int = 1, rank: int = 0, store: str | None = None) -> Iterator[None]:
+    """torch.distributed over gloo."""
+    shared = dist.FileStore(store, size) if store else dist.HashStore()
+    dist.init_process_group("gloo", store=shared, rank=rank, world_size=size)
+    yield
+    dist.destroy_process_group()
+
+
+def in_processes(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """The results of as many new processes, which work at the same time."""
+    with ProcessPoolExecutor(len(arguments), multiprocessing.get_context("spawn")) as pool:
+        return [future.result() for future in [pool.submit(function, *values) for values in arguments]]
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    cpu.install()
+    repeats = 2 if options.quick else 6
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = run_config(folder, "mlm", 1024, 4)
+        ensure_prepared(config.data, load_tokenizer(config.tokenizer))
+        with process_group():
+            rows = speed_rows(folder, repeats)
+        peaks = [in_processes(peak_memory, [(folder, side)])[0] / 2**30 for side in ("ours", "theirs")]
+        rows.append(Row("peak memory of the process, CLM at 4096", *peaks, "GiB", "<= 0.5"))
+        rows.append(data_parallel_row(folder, repeats))
+    report(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
