@@ -1,66 +1,61 @@
-"""What every benchmark prints, and writes with --json."""
+"""The rows every benchmark prints, and writes with --json."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import operator
+import os
+import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. None where there was nothing to measure with, or nothing to compare to."""
+    """One measurement beside what it is measured against."""
 
     name: str
-    ours: float | None
-    peer: float | None = None
-    unit: str = ""
-    bar: str | None = None
-    """What is asked of `ratio`, or of `ours` where there is no peer, such as ">= 2" or "<= 0.03"."""
-    ratio: float | None = field(init=False)
-    met: bool | None = field(init=False)
-    """None: not measured, or nothing is asked."""
+    ours: float
+    peer: float
+    ratio: float
+    """As the line defines it; what the bar is about."""
+    bar: float | None
+    """None where nothing is promised."""
+    unit: str
+    """Of ours and peer."""
+    met: bool | None
 
-    def __post_init__(self) -> None:
-        ratio = self.ours / self.peer if self.ours is not None and self.peer else None
-        object.__setattr__(self, "ratio", ratio)
-        judged = self.ours if self.peer is None else ratio
-        met = None
-        if self.bar is not None and judged is not None:
-            sign, number = self.bar.split()
-            met = {">=": operator.ge, "<=": operator.le}[sign](judged, float(number))
-        object.__setattr__(self, "met", met)
+    @classmethod
+    def at_least(cls, name: str, ours: float, peer: float, bar: float | None, unit: str) -> Row:
+        """More is better: ratio = ours / peer, and the bar is its least value."""
+        ratio = ours / peer
+        return cls(name, ours, peer, ratio, bar, unit, None if bar is None else ratio >= bar)
+
+    @classmethod
+    def at_most(cls, name: str, ours: float, peer: float, bar: float | None, unit: str) -> Row:
+        """Less is better: ratio = ours / peer, and the bar is its greatest value."""
+        ratio = ours / peer
+        return cls(name, ours, peer, ratio, bar, unit, None if bar is None else ratio <= bar)
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options all benchmarks share."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="end within 10 minutes on 2 cores")
-    made.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    return made
+def arguments(description: str | None) -> argparse.Namespace:
+    """`quick` and `json` of the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: within 10 minutes on 2 cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    return parser.parse_args()
 
 
 def report(rows: Sequence[Row], file: Path | None) -> None:
-    """Print the table; write the JSON where a file is named."""
-    head = ("name", "ours", "peer", "ratio", "bar", "unit", "met")
-    words = {None: "-", True: "yes", False: "NO"}
-    lines = [
-        (
-            row.name,
-            "not measured" if row.ours is None else f"{row.ours:,.4g}",
-            "-" if row.peer is None else f"{row.peer:,.4g}",
-            "-" if row.ratio is None else f"{row.ratio:.2f}",
-            row.bar or "-",
-            row.unit,
-            words[row.met],
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    for line in [head, *lines]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if file:
-        file.write_text(json.dumps([{key: asdict(row)[key] for key in head} for row in rows], indent=1) + "\n")
+    """Print the table; write it to `file`, if one is given, as the list of rows."""
+    width = max(len(row.name) for row in rows)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"{'':<{width}}  {'ours':>12}  {'peer':>12}  {'ratio':>8}  {'bar':>6}")
+    for row in rows:
+        bar = "" if row.bar is None else f"{row.bar:g}"
+        met = "" if row.met is None else "met" if row.met else "NOT MET"
+        numbers = f"{row.ours:>12,.4g}  {row.peer:>12,.4g}  {row.ratio:>8.3g}  {bar:>6}"
+        print(f"{row.name:<{width}}  {numbers}  {row.unit:<12} {met}")
+    if file is not None:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
