@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.table import Row, parser, report
+from benchmarks.table import Row, arguments, report
 from configs.schema import Data, Source
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest, Shard, TokenizerIdentity, file_sha256, read_manifest, write_manifest
@@ -39,7 +39,7 @@ H100 = 300_000
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    options = arguments(__doc__)
     rounds = 3 if options.quick else 7
     tokenizer = load_tokenizer("package://tokenizer/modernbert")
     with tempfile.TemporaryDirectory() as name:
@@ -64,8 +64,8 @@ def packing(folder: Path) -> list[Row]:
         for length in (1024, 8192):
             name = f"packing ratio, {corpus}, {length}"
             ours = packing_ratio(lengths, length)
-            rows.append(Row(name, ours, unit="of a row", bar=">= 0.98" if length == 8192 else None))
-            rows.append(Row(f"{name}, vs as they come", ours, sequential(lengths, length), "of a row"))
+            rows.append(Row.at_least(name, ours, 1.0, 0.98 if length == 8192 else None, "of a row"))
+            rows.append(Row.at_least(f"{name}, vs as they come", ours, sequential(lengths, length), None, "of a row"))
     return rows
 
 
@@ -111,9 +111,9 @@ def reading(directory: Path, tokenizer: Tokenizer, rounds: int) -> list[Row]:
     speeds = race({"webdataset": plain, "1024": ours(1024), "8192": ours(8192)}, rounds)
     unit = "tokens/CPU s"
     return [
-        Row("read, pack, mask at 1024 vs webdataset", speeds["1024"], speeds["webdataset"], unit, ">= 0.8"),
-        Row("read, pack, mask at 8192 vs webdataset", speeds["8192"], speeds["webdataset"], unit, ">= 0.8"),
-        Row("read, pack, mask at 8192 on a core vs an H100", speeds["8192"], H100, unit, ">= 10"),
+        Row.at_least("read, pack, mask at 1024 vs webdataset", speeds["1024"], speeds["webdataset"], 0.8, unit),
+        Row.at_least("read, pack, mask at 8192 vs webdataset", speeds["8192"], speeds["webdataset"], 0.8, unit),
+        Row.at_least("read, pack, mask at 8192 on a core vs an H100", speeds["8192"], H100, 10, unit),
     ]
 
 
@@ -153,8 +153,8 @@ def preparing(folder: Path, tokenizer: Tokenizer, copies: int, rounds: int) -> l
             fastest[run] = min(fastest[run][0], seconds[0]), min(fastest[run][1], seconds[1])
     (wall, work), (bare_wall, bare_work) = fastest[ours], fastest[bare]
     return [
-        Row("prepare vs encode_batch", size / wall, size / bare_wall, "MB text/s", ">= 0.8"),
-        Row("prepare vs encode_batch, work", size / work, size / bare_work, "MB/CPU s"),
+        Row.at_least("prepare vs encode_batch", size / wall, size / bare_wall, 0.8, "MB text/s"),
+        Row.at_least("prepare vs encode_batch, work", size / work, size / bare_work, None, "MB/CPU s"),
     ]
 
 
@@ -189,7 +189,7 @@ def restoring(directory: Path, tokenizer: Tokenizer) -> Row:
     restored = time.perf_counter() - started
     for one, other in zip(first.micro_batches, reached.micro_batches, strict=True):
         np.testing.assert_array_equal(one.inputs, other.inputs)
-    return Row("restore in 1 GB vs reading to there", 1 / restored, 1 / from_the_start, "a second", ">= 20")
+    return Row.at_least("restore in 1 GB vs reading to there", 1 / restored, 1 / from_the_start, 20, "a second")
 
 
 def waiting(output: Path, steps: int) -> Row:
@@ -208,7 +208,7 @@ def waiting(output: Path, steps: int) -> Row:
     )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     waited, stepped = (sum(line[key] for line in lines) for key in ("data_wait_seconds", "step_seconds"))
-    return Row("time the demo waits for data vs its steps", waited, stepped, "s", "<= 0.01")
+    return Row.at_most("time the demo waits for data vs its steps", waited, stepped, 0.01, "s")
 
 
 def configured(directory: Path, length: int, streams: int) -> Data:
