@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from datapipe.targets import Masked, NextToken
-
 from configs.schema import Phase
+from datapipe.targets import Masked, NextToken
 from datapipe.tokenizer import Tokenizer
 
 

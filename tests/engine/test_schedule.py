@@ -92,6 +92,7 @@ def test_flops_of_attention_equal_the_pairs_that_see_each_other(causal: bool) ->
         ({}, 3, r"data.streams: 4 streams do not divide over 3 data-parallel ranks; .*\[1, 2, 4\]"),
         ({"batch": {"micro": 3}}, 1, "batch.micro: 3 does not divide the 8 sequences"),
         ({"data": {"sequence_length": 16384}}, 1, "data.sequence_length: 16384 is more than the model's"),
+        ({"precision": "fp8", "data": {"sequence_length": 100}, "batch": {"micro": 1}}, 1, "multiple of 16 tokens"),
         ({"phases": [{"objective": "clm", "steps": 1, "freeze": [9]}]}, 1, r"phases.0.freeze: no layers \[9\]"),
     ],
 )
