@@ -75,7 +75,7 @@ def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
         "held-out MLM loss": lambda run: _last(run.evaluations("mlm")),
         "tokens a second": lambda run: _number(run.median("tokens_per_second"), format_count),
         "a device": lambda run: _number(_per_device(run), format_count),
-        "scaling efficiency": lambda run: _number(_per_device(run) / max(map(_per_device, runs)), percent),
+        "scaling efficiency": lambda run: _number(_efficiency(run, runs), percent),
         "MFU": lambda run: _number(run.median("mfu"), percent),
         "waiting for data": lambda run: _number(_waiting(run), percent),
         "interruptions": lambda run: str(run.interruptions),
@@ -178,6 +178,16 @@ def _per_device(run: RunFiles) -> float:
     if now is None or not now.tokens_per_second:
         return math.nan
     return run.median("tokens_per_second") * now.tokens_per_second_per_device / now.tokens_per_second
+
+
+def _efficiency(run: RunFiles, runs: Sequence[RunFiles]) -> float:
+    """Throughput of a device, as a share of the best among the runs of that model and precision."""
+
+    def kind(one: RunFiles) -> tuple[object, object]:
+        return one.info.get("model"), one.info.get("precision")
+
+    peers = [_per_device(other) for other in runs if kind(other) == kind(run)]
+    return _per_device(run) / max((speed for speed in peers if math.isfinite(speed)), default=math.nan)
 
 
 def _waiting(run: RunFiles) -> float:

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from configs.errors import InputError
-from monitoring.log import read_events
+from monitoring.log import EventFollower
 from monitoring.metrics import INTERRUPTIONS, Metric, run_metrics
 from monitoring.telemetry import Histogram, Telemetry
 
@@ -28,9 +28,10 @@ class RunCollector(Collector):
 
     def __init__(self, directory: Path, run: str) -> None:
         self._directory, self._run = directory, run
+        self._events = EventFollower(directory)
 
     def collect(self) -> Iterator[Family]:
-        events, now = read_events(self._directory), Telemetry.read(self._directory)
+        events, now = self._events.read(), Telemetry.read(self._directory)
         if now is not None and _workers_are_gone(now, events):
             now = now.stopped()
         for metric in run_metrics(now, events):

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,27 @@ def append_event(directory: Path, kind: str, **fields: Any) -> None:
 def read_events(directory: Path) -> list[dict[str, Any]]:
     """Every event of the run, oldest first."""
     return list(_read(directory / EVENTS))
+
+
+class EventFollower:
+    """Reads events.jsonl again and again, each line once."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / EVENTS
+        self._offset = 0
+        self._events: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every event up to now, oldest first."""
+        with suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                if (event := _decode(line)) is not None:
+                    self._events.append(event)
+        return self._events
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 from monitoring.log import (
     EVENTS,
     METRICS,
+    EventFollower,
     LineWriter,
     append_event,
     read_events,
@@ -53,10 +54,15 @@ def test_rewind_of_a_run_without_lines_is_nothing(tmp_path: Path) -> None:
 
 
 def test_events_carry_a_time_with_zone_and_follow_a_torn_line(tmp_path: Path) -> None:
+    follower = EventFollower(tmp_path)
+    assert follower.read() == []
     append_event(tmp_path, "started", nodes=2)
+    assert len(follower.read()) == 1
     with (tmp_path / EVENTS).open("ab") as file:
         file.write(b'{"time": "2026')
+    assert len(follower.read()) == 1
     append_event(tmp_path, "worker_failed", reason="killé", loss=float("inf"))
+    assert follower.read() == read_events(tmp_path)
     started, failed = read_events(tmp_path)
     assert datetime.fromisoformat(started.pop("time")).tzinfo is not None
     assert started == {"event": "started", "nodes": 2}
