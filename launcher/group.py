@@ -77,9 +77,12 @@ class WorkerError(Exception):
 class WorkerGroup:
     """Context manager over the processes of one attempt; leaving it ends them."""
 
-    def __init__(self, shape: Shape, directory: Path, tensor: int, timeout: float, patient: bool = True) -> None:
+    def __init__(
+        self, shape: Shape, directory: Path, home: Path, tensor: int, timeout: float, patient: bool = True
+    ) -> None:
         """Place the workers within `timeout` seconds and start them. Raises NoRoomError where the cluster lacks it.
 
+        home: What relative paths of the configuration are relative to.
         patient: False gives up as soon as there are too few nodes; True waits for some to join.
         """
         self.shape = shape
@@ -90,18 +93,18 @@ class WorkerGroup:
             while not self._reserved.wait(POLL_SECONDS):
                 if time.monotonic() > deadline or not (patient or shape.fits_on(alive_nodes())):
                     raise NoRoomError(_no_room(shape, timeout))
-            self._start(shape, directory, tensor)
+            self._start(shape, directory, home, tensor)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, shape: Shape, directory: Path, tensor: int) -> None:
+    def _start(self, shape: Shape, directory: Path, home: Path, tensor: int) -> None:
         actors = []
         for bundle in range(shape.nodes):
             where = PlacementGroupSchedulingStrategy(self._reserved, bundle)
             kind = ray.remote(num_cpus=1, num_gpus=int(shape.gpu), scheduling_strategy=where)(Worker)
             actors += [kind.remote() for _ in range(shape.per_node)]
-        places: list[Place] = self._all([actor.place.remote(str(Path.cwd())) for actor in actors])
+        places: list[Place] = self._all([actor.place.remote(str(home)) for actor in actors])
         cpus = {node.id: node.cpus for node in alive_nodes()}
         here = ray.get_runtime_context().get_node_id()
         # Rank 0 writes the log that this process reads, so it sits on this node if any of them does.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +32,22 @@ EXPORT = "hf"
 CHECKPOINTS = "checkpoints"
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every attempt of a run shares."""
+
+    config: RunConfig
+    directory: Path
+    home: Path
+    """What relative paths of the configuration are relative to."""
+    shapes: list[Shape]
+    """The largest first."""
+
+    def grows(self, now: Shape, nodes: list[Node]) -> bool:
+        """Whether there are nodes for more workers than now."""
+        return any(shape.nodes > now.nodes and shape.fits_on(nodes) for shape in self.shapes)
+
+
 def run_job(config: RunConfig, directory: Path, console: Console | None = None) -> Ending:
     """Train `config` in `directory`, from its newest checkpoint if it has one, and export the model.
 
@@ -38,7 +55,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
     where that can be known, and RunFailedError where the run fails otherwise.
     """
     console = console or Console()
-    directory = directory.absolute()
+    directory, home = directory.absolute(), Path.cwd()
     with claim(directory, config), ExitStack() as stack:
         if (directory / EXPORT).exists() or _trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
@@ -53,7 +70,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         )
         print_header(console, config, directory, shapes[0], exporter.url)
         with StopRequest(directory) as stop, Progress(directory, console) as progress:
-            result = _attempts(config, directory, shapes, stop, progress)
+            result = _attempts(_Run(config, directory, home, shapes), stop, progress)
         if result.finished:
             return _finish(config, directory, tokenizer, console)
         write_report(directory)
@@ -111,81 +128,76 @@ def possible_shapes(config: RunConfig) -> list[Shape]:
     return [Shape(number, per_node, gpu=gpus > 0) for number in range(most, fewest - 1, -1)]
 
 
-def _attempts(config: RunConfig, directory: Path, shapes: list[Shape], stop: StopRequest, progress: Progress) -> Ending:
+def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
     """Start workers again after each failure that may be survived, each preemption and each change of the nodes."""
-    budget = FailureBudget(config.cluster.max_failures)
+    budget = FailureBudget(run.config.cluster.max_failures)
     attempted = False
     while stop.reason != SIGNAL:
         stop.clear()
         try:
-            ending = _attempt(config, directory, shapes, stop, progress)
+            ending = _attempt(run, stop, progress)
         except WorkerError as failure:
-            step = _last_step(directory)
-            append_event(
-                directory, "worker_failed", reason=failure.reason, rank=failure.rank, step=step, detail=failure.detail
-            )
+            step = _last_step(run.directory)
+            why = {"reason": failure.reason, "rank": failure.rank, "detail": failure.detail}
+            append_event(run.directory, "worker_failed", step=step, **why)
             pause = budget.spend(failure, step)
             progress.note(f"{failure}; starting again")
             time.sleep(pause)
         except NoRoomError:
             if not attempted:
                 raise
-            return Ending(_saved_step(directory), finished=False, reason="the nodes it lost were not replaced in time")
+            reason = "the nodes it lost were not replaced in time"
+            return Ending(_saved_step(run.directory), finished=False, reason=reason)
         else:
             if ending.reason not in (PREEMPTED, RESIZED):
                 return ending
             if ending.reason == PREEMPTED:
-                append_event(directory, "preempted", reason=PREEMPTED, step=ending.step)
+                append_event(run.directory, "preempted", reason=PREEMPTED, step=ending.step)
         attempted = True
-    return Ending(_saved_step(directory), finished=False, reason=SIGNAL)
+    return Ending(_saved_step(run.directory), finished=False, reason=SIGNAL)
 
 
-def _attempt(config: RunConfig, directory: Path, shapes: list[Shape], stop: StopRequest, progress: Progress) -> Ending:
+def _attempt(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
     """Start workers and train until they finish or are stopped. Raises InputError and WorkerError."""
     known = alive_nodes()
     began = time.monotonic()
-    with _open_group(config, directory, shapes, known, progress) as group:
-        again = any(event["event"] == "started" for event in read_events(directory))
+    with _open_group(run, known, progress) as group:
+        again = any(event["event"] == "started" for event in read_events(run.directory))
         append_event(
-            directory,
+            run.directory,
             "resumed" if again else "started",
-            step=_saved_step(directory),
+            step=_saved_step(run.directory),
             workers=[place.address for place in group.places],
             start_seconds=round(time.monotonic() - began, 2),
         )
         progress.note("loading the model")
         mine = {place.node for place in group.places}
-        hang = HangWatch(directory, config.cluster.hang_timeout)
+        hang = HangWatch(run.directory, run.config.cluster.hang_timeout)
 
         def watch() -> None:
             hang.check()
             if mine & draining_nodes().keys():  # about to be taken away: save now, and go on elsewhere
                 stop.ask(PREEMPTED)
-            elif len(shapes) > 1 and (nodes := alive_nodes()) != known and _would_grow(shapes, nodes, group.shape):
+            elif len(run.shapes) > 1 and (nodes := alive_nodes()) != known and run.grows(group.shape, nodes):
                 stop.ask(RESIZED)
 
-        return group.train(config, directory, watch)
+        return group.train(run.config, run.directory, watch)
 
 
-def _open_group(
-    config: RunConfig, directory: Path, shapes: list[Shape], nodes: list[Node], progress: Progress
-) -> WorkerGroup:
+def _open_group(run: _Run, nodes: list[Node], progress: Progress) -> WorkerGroup:
     """Workers in the largest shape that finds room. Raises NoRoomError where even the smallest does not."""
-    for shape in shapes:
-        last = shape is shapes[-1]
+    timeout = run.config.cluster.start_timeout
+    for shape in run.shapes:
+        last = shape is run.shapes[-1]
         if not last and not shape.fits_on(nodes):
             continue
         progress.note(f"starting {shape.workers} worker{'s' * (shape.workers > 1)}")
         try:
-            return WorkerGroup(shape, directory, config.parallel.tensor, config.cluster.start_timeout, patient=last)
+            return WorkerGroup(shape, run.directory, run.home, run.config.parallel.tensor, timeout, patient=last)
         except NoRoomError:
             if last:
                 raise
     raise AssertionError("a run has at least one shape")
-
-
-def _would_grow(shapes: list[Shape], nodes: list[Node], now: Shape) -> bool:
-    return any(shape.nodes > now.nodes and shape.fits_on(nodes) for shape in shapes)
 
 
 def _saved_step(directory: Path) -> int:
