@@ -80,6 +80,13 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
             f"data.sequence_length: a micro-batch of {micro} x {config.data.sequence_length} tokens "
             f"does not divide over {tensor} tensor-parallel ranks"
         )
+    slots = micro * config.data.sequence_length // (tensor if config.parallel.sequence else 1)
+    multiple = 32 if config.fp8_recipe == "mxfp8" else 16  # as in megatron.core.fp8_utils.get_fp8_align_size
+    if config.precision == "fp8" and slots % multiple:
+        raise InputError(
+            f"data.sequence_length: {config.fp8_recipe} FP8 wants micro-batches of a multiple of {multiple} tokens "
+            f"on each rank, this is {slots}; choose a sequence_length that is one"
+        )
     return Layout(tensor, pipeline, data, config.parallel.sequence, micro, rows // micro)
 
 
