@@ -136,7 +136,11 @@ class LoopbackCluster:
             "import json, ray, sys; ray.init(log_to_driver=False, logging_level='ERROR');"
             "print(json.dumps([node for node in ray.nodes() if node['Alive']]))"
         )
-        done = subprocess.run([sys.executable, "-c", ask], env=self.environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", ask]
+        try:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:  # it waits for a head that has not come up
+            return []
         found = [line for line in done.stdout.splitlines() if line.startswith("[{")]
         return json.loads(found[0]) if found else []
 
