@@ -206,7 +206,7 @@ def _optimizer(model: Any, protocol: Protocol) -> torch.optim.Optimizer:
             members = [p for p in model.parameters() if (id(p) in head) == is_head and (p.ndim > 1) == decays]
             rate = protocol.head_lr if is_head and protocol.head_lr else protocol.lr
             groups.append({"params": members, "lr": rate, "weight_decay": protocol.weight_decay if decays else 0.0})
-    return torch.optim.AdamW([group for group in groups if group["params"]])
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
 def read_result(output: Path, settings: dict[str, Any], seed: int) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from datapipe.tokenizer import load_tokenizer
 
+torch.set_num_threads(1)  # a busy machine runs toy models an order of magnitude faster so
 TOKENIZER = "package://tokenizer/modernbert"
 
 

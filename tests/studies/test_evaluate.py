@@ -111,7 +111,7 @@ def test_entities_are_learned_and_scored_as_seqeval_does(model: Path, write: Wri
 def test_sentence_pairs_with_one_label(model: Path, write: Write, tmp_path: Path, metric: str) -> None:
     positive = {"positive": "fever"} if metric == "binary_f1" else {}
     task = classification(write, "single", metric, **positive)
-    summary = evaluate([str(model)], task, tmp_path, seeds=(1,), overrides=["epochs=3", "lr=0.01"])
+    summary = evaluate([str(model)], task, tmp_path, seeds=(1,), overrides=[*QUICK, "epochs=6"])
     gold, predicted = predictions(tmp_path, summary["runs"][0])
     ours = [[label == "fever" for [label] in rows] for rows in (gold, predicted)] if positive else [gold, predicted]
     by_hand = f1_score(*ours) if positive else f1_score(*ours, average="macro")
@@ -123,9 +123,7 @@ def test_several_labels_and_two_models(model: Path, write: Write, tmp_path: Path
 
     other = save_model(tmp_path / "other", hidden_size=16)
     task = classification(write, "multi", "micro_f1")
-    summary = evaluate(
-        [str(model), str(other)], task, tmp_path / "out", seeds=(1, 2), overrides=["epochs=3", "lr=0.01", "length=32"]
-    )
+    summary = evaluate([str(model), str(other)], task, tmp_path / "out", seeds=(1, 2), overrides=[*QUICK, "epochs=6"])
     for run in summary["runs"]:
         gold, predicted = predictions(tmp_path / "out", run)
         table = MultiLabelBinarizer().fit(gold)
