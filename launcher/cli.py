@@ -131,6 +131,25 @@ def schema() -> None:
 
 
 @app.command()
+def profile(
+    recipe: Annotated[str, typer.Argument(help="A YAML file or a shipped recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    output: Annotated[Path, typer.Option(help="Directory for trace.json.")] = Path("profile"),
+    steps: Annotated[int, typer.Option(min=1, help="Steps measured, after a warm-up of two.")] = 5,
+) -> None:
+    """Show where the time of a recipe's training step goes, on one device of this machine."""
+    from configs.load import load_config
+    from datapipe.prepare import ensure_prepared
+    from datapipe.tokenizer import load_tokenizer
+
+    config = load_config(recipe, list(overrides or ()))
+    ensure_prepared(config.data, load_tokenizer(config.tokenizer))
+    from engine.profile import profile as run
+
+    print(run(config, output, steps))
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can do, and what to fix."""
     from launcher.doctor import examine
