@@ -146,7 +146,7 @@ def test_run_goes_on_with_the_nodes_left_and_grows_again(
 
 def test_more_nodes_than_the_cluster_has(cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path) -> None:
     overrides = ["cluster.start_timeout=3", "data.streams=8", "batch.micro=1"]
-    command = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--nodes", "8", *overrides]
+    command: list[str | Path] = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--nodes", "8", *overrides]
     result = subprocess.run(command, cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2, result.stderr
     assert re.search(
