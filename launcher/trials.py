@@ -37,6 +37,7 @@ class Trials:
         self._address: str | None = None
         self._at_once = at_once
         self._running: set[subprocess.Popen[str]] = set()
+        self._stopping = False
 
     def room(self, config: RunConfig) -> int:
         """How many runs like this one the cluster holds at once. InputError for none. Main thread only."""
@@ -73,6 +74,8 @@ class Trials:
                 text=True,
             )
             self._running.add(process)
+            if self._stopping:
+                process.send_signal(signal.SIGTERM)
             _, complaint = process.communicate()
             self._running.discard(process)
             output.write(complaint)
@@ -89,20 +92,26 @@ class Trials:
             return
         self._connect()
         device = {"num_gpus": 1} if any(node.gpus for node in alive_nodes()) else {"num_cpus": 1}
-        task = ray.remote(max_retries=2, **device)(function)
+        remote = ray.remote(max_retries=2, **device)(function)
         waiting = list(jobs)
         running: list[Any] = []
         while waiting or running:
             while waiting and (self._at_once is None or len(running) < self._at_once):
-                running.append(task.remote(waiting.pop(0)))
-            [ready], running = ray.wait(running, num_returns=1)
+                running.append(remote.remote(waiting.pop(0)))
+            done, running = ray.wait(running, num_returns=1, timeout=1.0)
+            if self._stopping:
+                for task in done + running:
+                    ray.cancel(task, force=True)
+                raise RunFailedError("stopped before it was evaluated")
             try:
-                yield ray.get(ready)
+                for ready in done:
+                    yield ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 raise RunFailedError(f"a fine-tuning failed: {str(error.cause).strip()}") from error
 
     def stop(self) -> None:
         """Ask the running jobs to save and end."""
+        self._stopping = True
         for process in list(self._running):
             process.send_signal(signal.SIGTERM)
 
