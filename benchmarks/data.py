@@ -24,11 +24,11 @@ import numpy as np
 from benchmarks.table import Row, arguments, report
 from configs.schema import Data, Source
 from datapipe.loader import Loader
-from datapipe.manifest import Manifest, Shard, TokenizerIdentity, file_sha256, read_manifest, write_manifest
+from datapipe.manifest import Manifest, TokenizerIdentity, read_manifest, write_manifest
 from datapipe.packing import packing_ratio
 from datapipe.prepare import prepare
 from datapipe.samples import local_path
-from datapipe.shards import TAR_END, ShardReader, npy_bytes, tar_member
+from datapipe.shards import ShardReader, ShardWriter
 from datapipe.targets import Masked
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer, load_tokenizer
@@ -165,17 +165,13 @@ def restoring(directory: Path, tokenizer: Tokenizer) -> Row:
     ids = rng.integers(0, 50_000, 2**20).astype(np.uint16)
     shards = []
     for number in range(10):
-        path = directory / f"{number:06d}.tar"
-        with path.open("wb") as file:
-            count = tokens = 0
-            while file.tell() < 100e6:
-                start, length = int(rng.integers(0, 2**19)), int(rng.exponential(800)) + 1
-                key = f"{number:06d}-{count:06d}"
-                file.write(tar_member(f"{key}.ids.npy", npy_bytes(ids[start : start + length])))
-                file.write(tar_member(f"{key}.json", b'{"source": "synthetic"}'))
-                count, tokens = count + 1, tokens + length
-            file.write(TAR_END)
-        shards.append(Shard(path.name, path.stat().st_size, count, tokens, file_sha256(path)))
+        writer = ShardWriter(directory / f"{number:06d}.tar")
+        written = 0
+        while written < 100e6:
+            start, length = int(rng.integers(0, 2**19)), int(rng.exponential(800)) + 1
+            writer.add(ids[start : start + length], {"source": "synthetic"})
+            written += 2048 + 2 * length
+        shards.append(writer.close())
     manifest = Manifest(TokenizerIdentity.of(tokenizer), tuple(shards))
     write_manifest(directory, manifest)
     loader = Loader(configured(directory, 8192, streams=8), 8, tokenizer, 0, 1)

@@ -12,7 +12,6 @@ import sqlite3
 import tempfile
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
@@ -26,7 +25,7 @@ from configs.schema import Data
 from configs.units import format_count
 from datapipe.manifest import NAME, Manifest, Shard, TokenizerIdentity, write_manifest
 from datapipe.samples import local_path
-from datapipe.shards import TAR_END, npy_bytes, tar_member
+from datapipe.shards import ShardWriter
 from datapipe.text import Text, find_files, read_texts
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 
@@ -328,54 +327,37 @@ def _leave_with_parent() -> None:
 
 
 def _write_shard(block: _Block, output: Path, selection: Selection) -> _Written:
-    """Tokenize documents into one tar, which appears only when it is complete."""
+    """Tokenize documents into one shard, which appears only when it is complete."""
     path = output / block.name
-    partial = path.with_suffix(".partial")
+    sources: dict[str, Counter[str]] = {}
     try:
         path.parent.mkdir(exist_ok=True)
-        with partial.open("wb") as file:
-            written = _write_documents(block.texts, path, file.write, selection)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        writer = ShardWriter(path)
+        try:
+            for start in range(0, len(block.texts), 64):
+                _write_documents(block.texts[start : start + 64], writer, selection, sources)
+            shard = writer.close()
+        except BaseException:
+            writer.discard()
+            raise
     except OSError as error:
-        partial.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space and run the same command again: it continues" if full else "check its permissions"
         raise InputError(f"{path} cannot be written: {error.strerror}; {remedy}") from None
-    return written
+    return _Written(shard, {name: dict(counts) for name, counts in sources.items()})
 
 
 def _write_documents(
-    texts: list[tuple[str, Text]], path: Path, write: Callable[[bytes], Any], selection: Selection
-) -> _Written:
-    digest, size, tokens, documents = hashlib.sha256(), 0, 0, 0
-    sources: dict[str, Counter[str]] = {}
-
-    def put(content: bytes) -> None:
-        nonlocal size
-        write(content)
-        digest.update(content)
-        size += len(content)
-
-    for start in range(0, len(texts), 64):
-        batch = texts[start : start + 64]
-        for (source, text), ids in zip(batch, _tokenizer.encode([t.text.decode() for _, t in batch]), strict=True):
-            counts = sources.setdefault(source, Counter())
-            if len(ids) < max(selection.min_tokens, 1):
-                counts["too short" if len(ids) else "empty"] += 1
-                continue
-            if selection.max_tokens is not None and len(ids) > selection.max_tokens:
-                counts["too long"] += 1
-                continue
-            key = f"{path.stem}-{documents:06d}"
-            metadata = {"source": source, "id": text.id, "crc32": zlib.crc32(ids.data)}
-            put(tar_member(f"{key}.ids.npy", npy_bytes(ids)))
-            put(tar_member(f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace")))
+    texts: list[tuple[str, Text]], writer: ShardWriter, selection: Selection, sources: dict[str, Counter[str]]
+) -> None:
+    for (source, text), ids in zip(texts, _tokenizer.encode([t.text.decode() for _, t in texts]), strict=True):
+        counts = sources.setdefault(source, Counter())
+        if len(ids) < max(selection.min_tokens, 1):
+            counts["too short" if len(ids) else "empty"] += 1
+        elif selection.max_tokens is not None and len(ids) > selection.max_tokens:
+            counts["too long"] += 1
+        else:
+            writer.add(ids, {"source": source, "id": text.id})
             counts.update(documents=1, tokens=len(ids))
-            tokens, documents = tokens + len(ids), documents + 1
-        with _encoded.get_lock():
-            _encoded.value += sum(len(text.text) for _, text in batch)
-    put(TAR_END)
-    shard = Shard(path.name, size, documents, tokens, digest.hexdigest())
-    return _Written(shard, {name: dict(counts) for name, counts in sources.items()})
+    with _encoded.get_lock():
+        _encoded.value += sum(len(text.text) for _, text in texts)

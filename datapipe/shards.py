@@ -1,19 +1,22 @@
-"""Reading one shard: a WebDataset tar of token ids, at random, through an index of its members."""
+"""One shard: a WebDataset tar of token ids, written to the same bytes each time and read at random."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
 import tarfile
 import zlib
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
+from datapipe.manifest import Shard
 
 BLOCK = 512
 """Bytes of a tar header; members start at multiples of it."""
@@ -41,20 +44,26 @@ class Member(NamedTuple):
 class ShardReader:
     """Documents of one tar by number, in the order of the tar. Not thread-safe.
 
-    Opening reads the tar's headers once; a document is then one `pread`. Members are plain reads rather than a memory
-    map: a file truncated under a map kills the process. Raises InputError for a shard with pickled members.
+    Opening walks through the tar's headers, or takes its index; a document is then one `pread`. Members are plain
+    reads rather than a memory map: a file truncated under a map kills the process. Raises InputError for a shard with
+    pickled members.
     """
 
-    def __init__(self, file: IO[bytes], name: str) -> None:
+    def __init__(self, file: IO[bytes], name: str, index: NDArray[np.int64] | None = None) -> None:
         self.name = name
         self._file = file
         self.bytes = os.fstat(file.fileno()).st_size
-        members, self.problem = _members(file, name)
+        self.problem: str | None = None
         """Why the tar could not be read to its end, if it could not."""
-        spans, texts = _documents(members, name)
-        self.raw = not spans and bool(texts)
+        self.raw = False
         """Whether its documents are text rather than ids."""
-        self._spans = np.array(texts if self.raw else spans, np.int64).reshape(-1, 3)
+        self._spans = self._walk() if index is None else index
+
+    def _walk(self) -> NDArray[np.int64]:
+        members, self.problem = _members(self._file, self.name)
+        spans, texts = _documents(members, self.name)
+        self.raw = not spans and bool(texts)
+        return np.array(texts if self.raw else spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -210,3 +219,64 @@ def tar_member(name: str, content: bytes) -> bytes:
 
 
 TAR_END = bytes(2 * BLOCK)
+
+
+class ShardWriter:
+    """Writes one tar of documents, and beside it the index that spares its readers the walk through the headers.
+
+    Both appear only when `close` is called. Equal documents give equal bytes. Raises OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_suffix(".partial")
+        self._file = self._partial.open("wb")
+        self._digest = hashlib.sha256()
+        self._spans: list[Span] = []
+        self._bytes = self._tokens = 0
+
+    def add(self, ids: NDArray[Any], metadata: dict[str, Any]) -> None:
+        """ids: uint16 or uint32 [tokens], without special tokens."""
+        key = f"{self._path.stem}-{len(self._spans):06d}"
+        array = npy_bytes(ids)
+        described = json.dumps({**metadata, "crc32": zlib.crc32(ids.data)}, ensure_ascii=False).encode(
+            "utf-8", "replace"
+        )
+        first = tar_member(f"{key}.ids.npy", array)
+        self._spans.append((self._bytes + BLOCK, len(array), len(first) + len(described)))
+        self._tokens += len(ids)
+        self._write(first + tar_member(f"{key}.json", described))
+
+    def close(self) -> Shard:
+        self._write(TAR_END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = self._path.with_suffix(".idx.partial")
+        with index.open("wb") as file:
+            np.lib.format.write_array(file, np.array(self._spans, np.int64).reshape(-1, 3), allow_pickle=False)
+        index.replace(self._path.with_suffix(".idx"))
+        self._partial.replace(self._path)
+        return Shard(self._path.name, self._bytes, len(self._spans), self._tokens, self._digest.hexdigest())
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._partial.unlink(missing_ok=True)
+        self._path.with_suffix(".idx.partial").unlink(missing_ok=True)
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self._bytes += len(content)
+
+
+def read_index(path: Path, shard: Shard) -> NDArray[np.int64] | None:
+    """[documents, 3] where the documents of a shard lie; None where there is no index of exactly this shard."""
+    try:
+        with path.open("rb") as file:
+            spans = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    if spans.dtype != np.int64 or spans.shape != (shard.documents, 3):
+        return None
+    inside = not len(spans) or (spans.min() >= 0 and (spans[:, 0] + spans[:, 1:].max(axis=1)).max() <= shard.bytes)
+    return spans if inside else None

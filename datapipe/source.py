@@ -83,7 +83,8 @@ class Source:
 
     def _opened(self, shard: int) -> ShardReader | DamagedError:
         try:
-            return ShardReader(self.store.open(self.shards[shard]), self.path(shard))
+            known = self.shards[shard]
+            return ShardReader(self.store.open(known), self.path(shard), self.store.index(known))
         except DamagedError as error:
             return error
 
@@ -146,14 +147,16 @@ class Source:
 
     def _check_shard(self, number: int, whole: bool) -> list[str]:
         shard, path = self.shards[number], self.path(number)
-        reader = self.reader(number)
-        if reader.bytes != shard.bytes:
-            kind = "empty" if not reader.bytes else "truncated" if reader.bytes < shard.bytes else "not its manifest's"
-            return [f"shard {path} is {kind} ({reader.bytes:,} of {shard.bytes:,} bytes); {REMEDY}"]
-        if reader.problem or len(reader) != shard.documents:
-            return [
-                f"{reader.problem or f'shard {path} holds {len(reader)}, not {shard.documents} documents'}; {REMEDY}"
-            ]
+        # The tar itself is walked through where there is time for it, else taken by its index as in training.
+        reader = ShardReader(self.store.open(shard), path) if whole else self.reader(number)
+        size, problem, found = reader.bytes, reader.problem, len(reader)
+        if whole:
+            reader.close()
+        if size != shard.bytes:
+            kind = "empty" if not size else "truncated" if size < shard.bytes else "not its manifest's"
+            return [f"shard {path} is {kind} ({size:,} of {shard.bytes:,} bytes); {REMEDY}"]
+        if problem or found != shard.documents:
+            return [f"{problem or f'shard {path} holds {found}, not {shard.documents} documents'}; {REMEDY}"]
         problems = []
         for document in range(shard.documents if whole else min(1, shard.documents)):
             try:

@@ -13,11 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from configs.errors import InputError
 from configs.schema import Data
 from datapipe.manifest import NAME, Manifest, Shard, parse_manifest, read_manifest
 from datapipe.samples import local_path
-from datapipe.shards import DamagedError
+from datapipe.shards import DamagedError, read_index
 
 CHUNK = 8 * 2**20
 """Bytes asked of a remote store at once: what a dropped connection costs."""
@@ -43,6 +46,10 @@ class Store(Protocol):
 
     def open(self, shard: Shard) -> IO[bytes]:
         """The shard's bytes, unbuffered. Raises DamagedError where they are not there, InputError."""
+        ...
+
+    def index(self, shard: Shard) -> NDArray[np.int64] | None:
+        """Where its documents lie, if that is known without reading the shard."""
         ...
 
     def ahead(self, shard: Shard) -> None:
@@ -89,6 +96,9 @@ class LocalStore:
         except OSError as error:
             problem = "is missing" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
             raise DamagedError(f"shard {path} {problem}; {REMEDY}") from None
+
+    def index(self, shard: Shard) -> NDArray[np.int64] | None:
+        return read_index((self._directory / shard.name).with_suffix(".idx"), shard)
 
     def ahead(self, shard: Shard) -> None:
         pass
@@ -141,6 +151,9 @@ class RemoteStore:
                 "free some space there, or lower data.cache_gb" if full else "set data.cache to a directory of yours"
             )
             raise InputError(f"data.cache: {self._cache} cannot be written: {error.strerror}; {remedy}") from None
+
+    def index(self, shard: Shard) -> NDArray[np.int64] | None:
+        return None  # against fetching the shard, the walk through its headers is nothing
 
     def ahead(self, shard: Shard) -> None:
         # Whatever goes wrong here goes wrong again, and is reported, when the shard is needed.

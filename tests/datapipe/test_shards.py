@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from configs.schema import Source as SourceConfig
 from datapipe.batch import StepData
 from datapipe.loader import Loader, check_sources
 from datapipe.manifest import read_manifest
-from datapipe.shards import TAR_END, DamagedError, ShardReader, npy_bytes, tar_member
+from datapipe.shards import TAR_END, DamagedError, ShardReader, ShardWriter, npy_bytes, read_index, tar_member
 from datapipe.source import Source
 from datapipe.stream import Stream
 from datapipe.targets import NextToken
@@ -87,6 +88,28 @@ def test_a_webdataset_writer_makes_a_readable_shard(tmp_path: Path) -> None:
     shard = reader(path)
     assert [shard.ids(number).tolist() for number in range(5)] == [list(range(number)) for number in range(5)]
     assert [shard.metadata(number)["id"] for number in range(5)] == list(range(5))
+
+
+def test_an_index_spares_the_walk_and_only_of_its_own_shard(tmp_path: Path) -> None:
+    arrays = [np.arange(n, dtype=np.uint16) for n in (5, 1, 300, 2)]
+    writer = ShardWriter(tmp_path / "a.tar")
+    for number, ids in enumerate(arrays):
+        writer.add(ids, {"id": number})
+    assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("*.idx"))
+    shard = writer.close()
+    index = read_index(tmp_path / "a.idx", shard)
+    assert index is not None
+    file = (tmp_path / "a.tar").open("rb", buffering=0)
+    by_index, by_walk = ShardReader(file, "a.tar", index), reader(tmp_path / "a.tar")
+    for number, ids in enumerate(arrays):
+        for one in (by_index, by_walk):
+            np.testing.assert_array_equal(one.ids(number), ids)
+            assert one.metadata(number)["id"] == number
+    assert read_index(tmp_path / "none.idx", shard) is None
+    assert read_index(tmp_path / "a.idx", replace(shard, documents=3)) is None
+    assert read_index(tmp_path / "a.idx", replace(shard, bytes=1000)) is None
+    (tmp_path / "a.idx").write_bytes((tmp_path / "a.idx").read_bytes()[:-9])
+    assert read_index(tmp_path / "a.idx", shard) is None
 
 
 @pytest.mark.parametrize(
