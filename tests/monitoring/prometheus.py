@@ -50,12 +50,12 @@ class Server:
 
 
 @contextmanager
-def prometheus(folder: Path, targets: Path) -> Iterator[Server]:
-    """The shipped prometheus.yml, but for the directory of targets and shorter intervals."""
+def prometheus(folder: Path, targets: Path, interval: str = "5s") -> Iterator[Server]:
+    """The shipped prometheus.yml, but for the directory of targets and the interval of scrapes and rules."""
     shutil.copytree(SHIPPED, folder / "config")
     for path in folder.glob("config/**/*.yml"):
         text = path.read_text().replace("/tmp/detour/targets", str(targets))
-        path.write_text(text.replace("interval: 5s", "interval: 1s").replace("interval: 15s", "interval: 1s"))
+        path.write_text(text.replace("interval: 5s", f"interval: {interval}").replace("15s", interval))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -101,13 +101,13 @@ def test_a_real_run_is_watched_through_the_loss_of_a_worker(watched: Watched) ->
         assert series, name
         extra = {"le"} if kind == "histogram" else set()
         for one in series:
-            if name == "detour_run_info":
-                assert one["metric"].keys() >= {"model", "phases", "nodes", "precision"}
-            else:
+            if name != "detour_run_info":
                 assert one["metric"].keys() == {"__name__", "job", "instance", "run"} | labels | extra, name
             if kind != "gauge":
                 values = [float(value) for _, value in one["values"]]
                 assert values == sorted(values), one["metric"]
+    (described,) = server.query('detour_run_info{run="watched"}')
+    assert described["metric"].keys() >= {"model", "phases", "nodes", "precision", "parameters"}
     assert server.value('min_over_time(up{job="detour"}[10m])') == 1
 
     for board, panel, expression in expressions():

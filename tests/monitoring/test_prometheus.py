@@ -77,7 +77,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("prometheus")
     targets = folder / "targets"
     began = time.time()
-    with prometheus(folder, targets) as server, ExitStack() as stack:
+    with prometheus(folder, targets, interval="1s") as server, ExitStack() as stack:
         runs: dict[str, ExitStack] = {}
         configs = {}
         for name in ("alpha", "beta"):
