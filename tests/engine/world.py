@@ -50,7 +50,8 @@ def _rank(
     os.environ.update(environment)  # the fork server keeps its own from when it started
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.FileStore(str(store), size), rank=rank, world_size=size)
         result = function(*args)
         dist.barrier()
         dist.destroy_process_group()
@@ -63,12 +64,15 @@ def _rank(
 def stored(directory: Path, step: int) -> dict[str, Any]:
     """Every tensor of a run's checkpoint: weights, and Adam's moments under `optimizer.state.*`."""
     from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from engine.checkpoint import read_tensors, step_directory, verify
 
     path = step_directory(directory / "checkpoints", step)
     verify(path)
-    return read_tensors(path, list(FileSystemReader(path).read_metadata().state_dict_metadata))
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    # From 0.19 on Megatron stores what is not a tensor there as well.
+    return read_tensors(path, [name for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)])
 
 
 def train(config: RunConfig, directory: Path, stop_after: int | None = None) -> Any:

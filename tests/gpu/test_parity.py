@@ -1,0 +1,63 @@
+"""The Transformer Engine layers on a GPU against Hugging Face on the CPU, and FP8 training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import InputError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with Transformer Engine"),
+    pytest.mark.usefixtures("alone"),
+]
+LENGTHS = (300, 40, 5, 5, 34)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_logits_equal_hugging_face(dtype: torch.dtype, bar: float, causal: bool) -> None:
+    """Relative to the largest logit; in bf16 the format itself has 8 bits of mantissa."""
+    from engine.modernbert.attention import PackedDocuments
+    from engine.modernbert.convert import load_weights
+    from engine.modernbert.model import ModernBert, transformer_config
+    from tests.engine.test_parity import build, their_logits
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    theirs, _, architecture = build()
+    state = theirs.state_dict()
+    model = ModernBert(transformer_config(architecture, dtype=dtype), architecture, transformer_engine=True)
+    load_weights(model, lambda name: state[name])
+    model = model.cuda().eval()
+    ids = torch.randint(0, architecture.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = torch.cat([their_logits(theirs, document, causal) for document in ids.split(LENGTHS)])
+        packed = PackedDocuments.from_lengths(LENGTHS, causal, torch.device("cuda"))
+        found = model(ids[None].cuda(), packed)[:, : architecture.vocab_size].float().cpu()
+    assert (found - expected).abs().max() <= bar * expected.abs().max()
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_follows_bf16(recipe: str, tmp_path: Path) -> None:
+    """The same steps in FP8 and BF16 end within 1 % of the same loss."""
+    from datapipe.prepare import ensure_prepared
+    from datapipe.tokenizer import load_tokenizer
+    from engine.precision import resolve_precision
+    from monitoring.log import read_metrics
+    from tests.engine.world import run_world, toy_config, train
+
+    model = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    losses = []
+    for precision in ("bf16", "fp8"):
+        config = toy_config(tmp_path, model=model, precision=precision, fp8_recipe=recipe)
+        try:
+            resolve_precision(config)
+        except InputError as error:
+            pytest.skip(str(error))
+        ensure_prepared(config.data, load_tokenizer(config.tokenizer))
+        run_world(1, train, config, tmp_path / precision)
+        losses.append(read_metrics(tmp_path / precision)[-1]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
