@@ -4,13 +4,16 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 
-.PHONY: demo test lint
+.PHONY: demo test chaos lint
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/detour-train demo
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
+
+chaos: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -m chaos tests/chaos
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

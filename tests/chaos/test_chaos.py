@@ -18,6 +18,7 @@ import yaml
 from tests.chaos.loopback import LoopbackCluster, LoopbackNode
 from tests.launcher.toy import TRAIN, assert_same_run, events, lines, recipe, started, steps, wait_for
 
+pytestmark = pytest.mark.chaos
 STEPS = (30, 10)
 
 
