@@ -161,7 +161,7 @@ def _outcome(run: RunFiles) -> dict[str, Any]:
     """What the seeds fix: size, length, and the loss at the end.
 
     The loss is that on the held-out set at the last step, of MLM; without such a set the mean training loss over the
-    last tenth of the last phase, in which every arm of one point has the same masks.
+    last tenth of the last phase (8 logged steps at least), in which every arm of one point has the same masks.
     """
     from datapipe.tokenizer import load_tokenizer
     from engine.modernbert.config import parameter_count, resolve_architecture
@@ -170,7 +170,7 @@ def _outcome(run: RunFiles) -> dict[str, Any]:
     architecture = resolve_architecture(config.model, load_tokenizer(config.tokenizer))
     held_out = run.evaluations("mlm")
     last = [row["loss"] for row in run.phase(len(config.phases) - 1) if row["loss"] is not None]
-    tail = last[-max(1, len(last) // 10) :]
+    tail = last[-max(8, len(last) // 10) :]
     if not tail:
         raise RunFailedError(f"{run.directory} logged no loss in its last phase; lower monitoring.every")
     return {
@@ -178,7 +178,9 @@ def _outcome(run: RunFiles) -> dict[str, Any]:
         "tokens": run.rows[-1]["tokens"],
         "sequences": config.batch.sequences,
         "loss": held_out[-1][1] if held_out else sum(tail) / len(tail),
-        "loss_of": "held-out MLM" if held_out else f"training, {config.phases[-1].objective.upper()}, last tenth",
+        "loss_of": "held-out MLM"
+        if held_out
+        else f"training {config.phases[-1].objective.upper()}, {len(tail)} last logged steps",
     }
 
 
