@@ -22,7 +22,7 @@ from tests.engine.world import toy_config
 
 def test_learning_rate_of_the_paper() -> None:
     """Warmup and plateau, then 1-sqrt from 2e-4 to 2e-5, restarted at the switch."""
-    schedule = PhaseSchedule(load_config("modernbert-base-bio-en", ["model={size: base}"]))
+    schedule = PhaseSchedule(load_config("modernbert-base-bio-en"))
     assert [(span.first, span.last) for span in schedule.spans] == [(0, 15895), (15895, 17484)]
     assert schedule.learning_rate(0) == pytest.approx(2e-4 / 32)
     assert schedule.learning_rate(31) == schedule.learning_rate(15894) == 2e-4
