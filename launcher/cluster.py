@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ def connect(local_workers: int) -> Iterator[None]:
         cpus = max(len(os.sched_getaffinity(0)), local_workers)
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus}
         options |= {"object_store_memory": OBJECT_STORE_BYTES}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError) as error:
@@ -53,6 +55,7 @@ def connect(local_workers: int) -> Iterator[None]:
         raise InputError(f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {error}") from None
     except Exception as error:  # Ray raises bare ones, for instance where the machine is too busy to start in time
         raise RunFailedError(f"Ray could not be started: {error}; `detour doctor` checks this machine") from None
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, with another exit code
     try:
         yield
     finally:

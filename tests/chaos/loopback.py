@@ -26,6 +26,7 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 @dataclass
 class LoopbackNode:
     address: str
+    id: str
     process: psutil.Popen
     """`ray start --block`, which ends when its raylet does."""
 
@@ -77,15 +78,13 @@ class LoopbackCluster:
             *(member if self.nodes else head),
         ]
         for _ in range(5):  # `ray start` gives a node 30 seconds to come up, which a busy machine may not keep
-            node = LoopbackNode(
-                address, psutil.Popen(command, env=self._environment, stdout=self._log, stderr=self._log)
-            )
-            while node.process.poll() is None:
-                if any(entry["NodeManagerAddress"] == address for entry in self._alive()):
-                    self.nodes.append(node)
-                    return node
+            process = psutil.Popen(command, env=self._environment, stdout=self._log, stderr=self._log)
+            while process.poll() is None:
+                ids = [entry["NodeID"] for entry in self._alive() if entry["NodeManagerAddress"] == address]
+                if ids:
+                    self.nodes.append(LoopbackNode(address, ids[0], process))
+                    return self.nodes[-1]
                 time.sleep(0.5)
-            self.kill_node(node)
         raise RuntimeError((self._folder / "ray-start.txt").read_text())
 
     def kill_node(self, node: LoopbackNode) -> None:
@@ -97,12 +96,9 @@ class LoopbackCluster:
 
     def drain_node(self, node: LoopbackNode, seconds: int) -> None:
         """Give notice that a node will be taken away."""
-        command = [*RAY, "drain-node", f"--node-id={self.node_id(node)}", f"--deadline-remaining-seconds={seconds}"]
+        command = [*RAY, "drain-node", f"--node-id={node.id}", f"--deadline-remaining-seconds={seconds}"]
         command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot instance reclaimed"]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
-
-    def node_id(self, node: LoopbackNode) -> str:
-        return next(entry["NodeID"] for entry in self._alive() if entry["NodeManagerAddress"] == node.address)
 
     def workers(self) -> dict[psutil.Process, LoopbackNode]:
         """The processes that train, and where."""

@@ -40,7 +40,8 @@ def recipe(shards: Path, **changes: Any) -> dict[str, Any]:
             {"objective": "clm", "steps": 6, "lr": {"warmup": "2 steps"}},
             {"objective": "mlm", "steps": 3, "lr": {"shape": "1-sqrt", "final": 0.1}},
         ],
-        "optimizer": {"lr": 1e-3},
+        # A large eps keeps Adam from turning the rounding of a vanishing gradient into a step of full size.
+        "optimizer": {"lr": 1e-3, "eps": 1e-4},
         "precision": "fp32",
         "checkpoint": {"every": "2 steps"},
         "cluster": {"workers_per_node": 2},
