@@ -69,12 +69,13 @@ def classification(write: Write, kind: str, metric: str, **changes: Any) -> str:
 
     write("train.jsonl", lines(80, 1))
     write("test.jsonl", lines(16, 2))
+    held_out = {} if kind == "multi" else {"validation": write("dev.jsonl", lines(16, 3)).name}
     tree = {
         "name": "toy",
         "kind": kind,
         "score": metric,
         "columns": {"text": "text.a", "pair": "second", "label": "label"},
-        "files": {"train": "train.jsonl", "test": "test.jsonl"},
+        "files": {"train": "train.jsonl", "test": "test.jsonl", **held_out},
         "protocol": {"preset": "english"},
     }
     return str(write("task.yaml", yaml.safe_dump({**tree, **changes})))
