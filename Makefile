@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
 
 chaos: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m chaos tests/chaos
+	$(VENV)/bin/python -m pytest -m chaos
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -90,6 +90,41 @@ def inspect(
 
 
 @app.command()
+def monitor(
+    target: Annotated[str, typer.Argument(help="A run directory, or its metrics endpoint (http://host:port).")],
+    prometheus: Annotated[str, typer.Option(help="Asked for the alerts that fire.")] = "http://127.0.0.1:9090",
+    once: Annotated[bool, typer.Option("--once", help="Print the state once.")] = False,
+) -> None:
+    """Show the live state of a run: phase, loss, throughput, time left, restarts, alerts."""
+    from monitoring.live import watch
+
+    watch(target, prometheus, once)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two to eight run directories.")],
+    output: Annotated[Path, typer.Option(help="The page of curves to write.")] = Path("compare.html"),
+) -> None:
+    """Put runs side by side: a table here, and a page of curves."""
+    from monitoring.compare import compare as compare_runs
+
+    print(compare_runs(runs, output))
+
+
+@app.command()
+def targets(
+    directory: Annotated[Path, typer.Argument(help="`monitoring.targets` of the runs.")] = Path("/tmp/detour/targets"),
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9463,
+) -> None:
+    """Tell a Prometheus elsewhere, over HTTP, which runs live on this machine."""
+    from monitoring.discovery import serve_targets
+
+    serve_targets(directory, address, port).serve_forever()
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Directory to write.")],

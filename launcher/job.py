@@ -22,6 +22,7 @@ from launcher.group import NoRoomError, Shape, WorkerError, WorkerGroup
 from launcher.stop import PREEMPTED, RESIZED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
 from launcher.worker import Ending
+from monitoring.discovery import announced
 from monitoring.exporter import Exporter
 from monitoring.log import append_event, read_events
 from monitoring.progress import Progress
@@ -68,6 +69,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )
+        stack.enter_context(announced(Path(config.monitoring.targets), exporter.target))
         print_header(console, config, directory, shapes[0], exporter.url)
         with StopRequest(directory) as stop, Progress(directory, console) as progress:
             result = _attempts(_Run(config, directory, home, shapes), stop, progress)
