@@ -31,11 +31,12 @@ def test_wheel_trains_from_any_directory(tmp_path: Path) -> None:
 
     empty = tmp_path / "venv"
     venv.create(empty, with_pip=False)
-    (site,) = empty.glob("lib/python*/site-packages")
-    # The dependencies alone: a .pth line adds our site-packages, but not what its own .pth files (this tree) add.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     installed = run(*pip, "--python", empty / "bin/python", "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     assert installed.returncode == 0, installed.stderr
+    (site,) = empty.glob("lib/python*/site-packages")
+    # Only now, or pip would find the project installed. A .pth line adds our site-packages, with the dependencies,
+    # but not what its own .pth files (this tree) add.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     away = tmp_path / "away"
     away.mkdir()
