@@ -31,7 +31,17 @@ def test_wheel_trains_from_any_directory(tmp_path: Path) -> None:
 
     empty = tmp_path / "venv"
     venv.create(empty, with_pip=False)
-    installed = run(*pip, "--python", empty / "bin/python", "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    installed = run(
+        *pip,
+        "--python",
+        empty / "bin/python",
+        "install",
+        "--ignore-installed",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=tmp_path,
+    )
     assert installed.returncode == 0, installed.stderr
     (site,) = empty.glob("lib/python*/site-packages")
     # Only now, or pip would find the project installed. A .pth line adds our site-packages, with the dependencies,
