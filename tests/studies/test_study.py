@@ -87,6 +87,7 @@ def fixed(output: Path) -> dict[str, str]:
     return {**files, "report.html": page}
 
 
+@pytest.mark.chaos
 def test_killed_at_random_moments_it_ends_with_the_same_report(
     write: Write,
     toy_shards: Path,
@@ -121,6 +122,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_report(
     assert comparison[0]["verdict"] in ("no difference shown", "detour is better than mlm", "detour is worse than mlm")
 
 
+@pytest.mark.chaos
 def test_trained_models_are_evaluated(write: Write, toy_shards: Path, tmp_path: Path) -> None:
     from tests.studies.test_evaluate import ner
 
