@@ -59,8 +59,8 @@ class OneProcess:
 
 
 def study(write: Write, toy_shards: Path, **changes: Any) -> Path:
-    """Twelve trials of four steps: two arms, three data orders, two learning rates."""
-    phases = [{"objective": "clm", "steps": 2}, {"objective": "mlm", "steps": 2}]
+    """Twelve trials of three steps: two arms, three data orders, two learning rates."""
+    phases = [{"objective": "clm", "steps": 2}, {"objective": "mlm", "steps": 1}]
     model = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     tree = recipe(toy_shards, phases=phases, model=model, data={"sequence_length": 32, "streams": 2})
     tree |= {"batch": {"sequences": 2, "micro": 2}, "checkpoint": {"every": "2 steps"}}
@@ -88,7 +88,7 @@ def fixed(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.chaos
-def test_killed_at_random_moments_it_ends_with_the_same_report(
+def test_killed_at_a_random_moment_it_ends_with_the_same_report(
     write: Write,
     toy_shards: Path,
     tmp_path: Path,
@@ -99,17 +99,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_report(
         f"from pathlib import Path; from tests.studies.test_study import run; run(Path({str(path)!r}), Path('out'))"
     )
     draw = random.Random()
-    for wanted in sorted(draw.sample(range(11), 2)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        while len(list((tmp_path / "out" / "records").glob("[!.]*"))) <= wanted and process.poll() is None:
+    wanted = draw.randrange(1, 11)
+    with subprocess.Popen(
+        [sys.executable, "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as process:
+        while len(list((tmp_path / "out" / "records").glob("[!.]*"))) < wanted and process.poll() is None:
             time.sleep(0.02)
-        time.sleep(draw.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        time.sleep(draw.uniform(0, 1))
+        process.kill()
     records = {record: record.stat().st_mtime_ns for record in (tmp_path / "out" / "records").glob("[!.]*")}
-    assert len(records) >= 2
+    assert 1 <= len(records) <= 12
     run(path, tmp_path / "out")
     assert fixed(tmp_path / "out") == fixed(tmp_path / "undisturbed")
     assert all(record.stat().st_mtime_ns == before for record, before in records.items()), (
@@ -165,7 +164,7 @@ def test_a_failed_trial_leaves_the_others(write: Write, toy_shards: Path, tmp_pa
         ({"grid": {"optimizer.betta": [[0.9, 0.9]]}}, r"optimizer.betta: no such key; did you mean 'betas'\?"),
         ({"grid": {"data.seed": [1, 1]}}, r"the same trial twice: detour-data.seed-1, mlm-data.seed-1"),
         ({"grid": {"data.seed": []}}, r"grid.data.seed: needs one value or more"),
-        ({"arms": {"a": {}, "b": {"phases.0.steps": 3}}}, r"(?s)arms 'a' and 'b' share neither.*total steps: 4 -> 5"),
+        ({"arms": {"a": {}, "b": {"phases.0.steps": 3}}}, r"(?s)arms 'a' and 'b' share neither.*total steps: 3 -> 4"),
         ({"arms": {"a": {}, "b": {"data.seed": 7}}, "grid": {}}, r"(?s)share neither.*data.seed: 42 -> 7"),
         ({"arms": {"a": {}, "b": {"model.hidden_size": 32}}}, r"(?s)share neither.*model.hidden_size: 16 -> 32"),
         ({"arms": {"a": {}}, "baseline": "c"}, r"baseline: no arm 'c'; arms: a"),
