@@ -62,17 +62,23 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="jsonl[.gz|.zst], txt or parquet files, or directories of them.")],
     output: Output,
     tokenizer: Annotated[str, typer.Option(help="Directory, hub id, or package://tokenizer/modernbert.")],
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out texts that appeared before, to the byte.")] = False,
+    min_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="Share that goes to OUTPUT/held-out.")] = 0.0,
 ) -> None:
     """Tokenize text into shards and a manifest. Interrupted, it goes on where it was."""
     from rich.console import Console
 
     from configs.units import format_count
+    from datapipe.prepare import Selection
     from datapipe.prepare import prepare as run
     from datapipe.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     with Console().status("reading") as status:
-        manifest = run(inputs, loaded, output, status.update)
+        chosen = Selection(dedup, min_tokens, max_tokens, held_out)
+        manifest = run(inputs, loaded, output, status.update, selection=chosen)
     print(
         f"{output}: {manifest.documents:,} documents, {format_count(manifest.tokens)} tokens in "
         f"{len(manifest.shards)} shards"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import InputError
-from configs.units import format_count
+from datapipe.inspect import inspect_shards
 from datapipe.manifest import NAME as MANIFEST
-from datapipe.manifest import read_manifest, verify
 from datapipe.tokenizer import load_tokenizer
 from launcher.directory import CONFIG
 from launcher.job import CHECKPOINTS, EXPORT
@@ -17,7 +16,7 @@ from monitoring.log import read_events, read_metrics
 def describe(target: Path) -> str:
     """A report for people. Raises InputError where `target` is none of the three, or is damaged."""
     if (target / MANIFEST).is_file():
-        return _shards(target)
+        return str(inspect_shards(target))
     if (target / CONFIG).is_file():
         return _run(target)
     return _checkpoint(target)
@@ -42,21 +41,6 @@ def export_model(source: Path, output: Path) -> str:
         raise InputError(f"{output} is not empty; name a new directory for the model")
     export_hf(checkpoint, output, load_tokenizer(meta["config"]["tokenizer"]))
     return f"{output}: ModernBertForMaskedLM after step {meta['step']:,}, from {checkpoint}"
-
-
-def _shards(directory: Path) -> str:
-    manifest = read_manifest(directory)
-    problems = verify(directory)
-    if problems:
-        raise InputError("\n".join([f"{directory} is damaged", *problems]) + "\ncopy it again or prepare it anew")
-    return "\n".join(
-        [
-            f"{directory}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
-            f"{format_count(manifest.tokens)} tokens; every sha256 is right",
-            f"  tokenizer   {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} entries",
-            f"  documents   {manifest.tokens / max(1, manifest.documents):,.0f} tokens each on average",
-        ]
-    )
 
 
 def _checkpoint(directory: Path) -> str:
