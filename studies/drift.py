@@ -167,7 +167,12 @@ def _figure(path: Path, rows: Sequence[dict[str, Any]], modules: Sequence[dict[s
 
 
 def _chart(title: str, lines: Sequence[Line]) -> str:
-    return line_chart(title, lines, number=lambda y: f"{y:.3g}", x_name="layer", from_zero=True, size=WIDE)
+    def whole(layer: float) -> str:
+        return f"{layer:.0f}" if layer == int(layer) else ""
+
+    return line_chart(
+        title, lines, number=lambda y: f"{y:.3g}", x_name="layer", x_number=whole, from_zero=True, size=WIDE
+    )
 
 
 def _finite(value: float) -> float | None:

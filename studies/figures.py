@@ -33,7 +33,7 @@ def write_figure(path: Path, charts: Sequence[tuple[str, Sequence[Line], str]]) 
             parts.append(f'<text class="key {line.color}" x="{x}" y="{top + 36}">{escape(line.name)}</text>')
             x += 9 * len(line.name) + 16
         place = f'<svg x="0" y="{top + CAPTION}" width="{width}" height="{height}"'
-        parts.append(chart.replace("<svg", place, 1))
+        parts.append(str(chart).replace("<svg", place, 1))  # a Markup would escape the brackets
     size = len(charts) * (height + CAPTION)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {size}" width="{width}" height="{size}">'
     page = f'{head}<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'

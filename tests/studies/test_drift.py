@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,7 @@ def test_a_changed_layer_shows_where_it_is(model: Path, tmp_path: Path) -> None:
     modules = json.loads((tmp_path / "out" / "weights.json").read_text())
     assert {entry["layer"] for entry in modules if entry["weight_change"]} == {1}
     figure = (tmp_path / "out" / "drift.svg").read_text()
+    ElementTree.fromstring(figure)
     assert figure.count("<polyline") >= 4
     assert "seed noise" in figure
 
