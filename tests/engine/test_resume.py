@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import pytest
 import torch
 
 from configs.errors import InputError
-from engine.checkpoint import describe, latest_valid, prune, step_directory
+from engine.checkpoint import describe, latest_valid, prune, step_directory, verify
 from monitoring.log import read_events, read_metrics
 from tests.engine.world import run_world, stored, toy_config, train
 
@@ -79,27 +83,53 @@ def test_a_checkpoint_of_another_model_size_is_refused(shards: Path, alone_run: 
         run_world(1, train, wider, alone_run)
 
 
-def test_an_index_that_names_code_is_not_loaded(alone_run: Path, tmp_path: Path) -> None:
-    import hashlib
-    import json
-    import pickle
-    import shutil
-
-    class Evil:
-        def __reduce__(self) -> Any:
-            return (exec, ("open('/tmp/detour-owned', 'w')",))
-
-    checkpoint = tmp_path / "checkpoints" / "step-00000005"
+def with_index(alone_run: Path, folder: Path, content: bytes) -> Path:
+    """A copy of the finished run's checkpoint with another index, its size and sha256 put right as an attacker would."""
+    checkpoint = folder / "checkpoints" / "step-00000005"
     shutil.copytree(step_directory(alone_run / "checkpoints", 5), checkpoint)
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
+    (checkpoint / ".metadata").write_bytes(content)
     meta = describe(checkpoint)
-    content = (checkpoint / ".metadata").read_bytes()
     meta["files"][".metadata"] = (len(content), hashlib.sha256(content).hexdigest())
     (checkpoint / "detour.json").write_text(json.dumps(meta))
+    return checkpoint
+
+
+def test_an_index_that_names_code_is_not_loaded(alone_run: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (exec, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
+
+    with_index(alone_run, tmp_path, pickle.dumps(Evil()))
     found, damaged = latest_valid(tmp_path / "checkpoints")
     assert found is None
     assert "builtins.exec" in damaged[0] and "not trusted" in damaged[0]
-    assert not Path("/tmp/detour-owned").exists()
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("module", ["torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.metadata"])
+def test_an_index_cannot_reach_code_through_a_module_it_needs(module: str, alone_run: Path, tmp_path: Path) -> None:
+    """Protocol 4 walks dotted names, so `filesystem`'s own import of os would lend os.mkdir."""
+
+    def text(value: str) -> bytes:
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    code = b"\x80\x04" + text(module) + text("os.mkdir") + b"\x93" + text(str(tmp_path / "owned")) + b"\x85R."
+    with_index(alone_run, tmp_path, code)
+    found, damaged = latest_valid(tmp_path / "checkpoints")
+    assert found is None
+    assert f"{module}.os.mkdir" in damaged[0] and "not trusted" in damaged[0]
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_index_that_calls_a_weight_a_pickle_is_not_loaded(alone_run: Path, tmp_path: Path) -> None:
+    """Torch's planner would unpickle it without restriction."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    index = pickle.loads((step_directory(alone_run / "checkpoints", 5) / ".metadata").read_bytes())
+    index.state_dict_metadata["decoder.final_layernorm.weight"] = BytesStorageMetadata()
+    checkpoint = with_index(alone_run, tmp_path, pickle.dumps(index))
+    with pytest.raises(InputError, match=r"decoder\.final_layernorm\.weight is no tensor: it is not trusted"):
+        verify(checkpoint)
 
 
 def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
