@@ -68,7 +68,9 @@ class Cursor:
                 if not self.source.skips:
                     raise
                 self.skipped += 1
-                _log.warning("source %s: skipped: %s", self.source.name, error)
+                if str(error) not in self.source.reported:  # a damaged shard is met once for each of its documents
+                    self.source.reported.add(str(error))
+                    _log.warning("source %s: skipped: %s", self.source.name, error)
                 continue
             if len(ids):
                 self.tokens += len(ids)

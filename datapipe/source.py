@@ -59,6 +59,8 @@ class Source:
         self.weight = config.weight or (config.upsample or 0.0) * self.tokens or 1.0
         """Share of the tokens, relative to the other sources."""
         self._open: OrderedDict[int, ShardReader | DamagedError] = OrderedDict()
+        self.reported: set[str] = set()
+        """What has been logged as skipped."""
         self._encoded: dict[tuple[int, int], NDArray[Any]] = {}
 
     @property

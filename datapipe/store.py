@@ -122,6 +122,8 @@ class RemoteStore:
         self._system, self._root = _file_system(url, min(STALL, data.patience))
         self._ahead = ThreadPoolExecutor(2, "detour-read-ahead")
         self._closed = threading.Event()
+        self._damaged: dict[str, str] = {}
+        """Shards that were fetched and are not the manifest's, by name: fetching them again would cost as much."""
 
     def manifest(self) -> Manifest | None:
         try:
@@ -140,9 +142,15 @@ class RemoteStore:
             with path.with_suffix(".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one download for all the processes of this machine
                 lock.truncate(0)
+                if shard.name in self._damaged:
+                    raise DamagedError(self._damaged[shard.name])
                 if not path.exists():
                     self._make_room(shard.bytes, lock)
-                    self._download(shard, path)
+                    try:
+                        self._download(shard, path)
+                    except DamagedError as error:
+                        self._damaged[shard.name] = str(error)
+                        raise
                 os.utime(path)
                 return path.open("rb", buffering=0)
         except OSError as error:
@@ -156,7 +164,7 @@ class RemoteStore:
         return None  # against fetching the shard, the walk through its headers is nothing
 
     def ahead(self, shard: Shard) -> None:
-        # Whatever goes wrong here goes wrong again, and is reported, when the shard is needed.
+        # Whatever goes wrong here goes wrong again, or is remembered, and is reported when the shard is needed.
         self._ahead.submit(lambda: self.open(shard).close())
 
     def close(self) -> None:

@@ -226,6 +226,8 @@ def test_a_shard_that_is_not_the_manifests(
         assert not np.isin(seen, range(300, 400)).any() and np.isin(seen, range(400, 500)).any()
     assert "000003.tar" not in cached(tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*000003.partial"))
+    if fault != "missing":  # fetched once by its one store, however often its documents are due
+        assert server.requests.count("/corpus/000003.tar") == 1
 
 
 def test_no_manifest(shards: Path, server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
