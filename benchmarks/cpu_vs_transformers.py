@@ -54,6 +54,7 @@ def run_config(folder: Path, objective: str, length: int, rows: int) -> RunConfi
     """Packed rows of MedQuAD, whose documents have 812 tokens on average (11 to 10,873)."""
     source = {"name": "medquad", "text": "package://corpus/medquad.jsonl.gz", "shards": str(folder / "medquad")}
     return validate(
+        RunConfig,
         {
             "name": "benchmark",
             "model": MODEL,

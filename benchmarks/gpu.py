@@ -43,6 +43,7 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 def run_config(folder: Path, model: dict[str, Any], objective: str, **precision: str) -> RunConfig:
     source = {"name": "medquad", "text": "package://corpus/medquad.jsonl.gz", "shards": str(folder / "medquad")}
     return validate(
+        RunConfig,
         {
             "name": "gpu",
             "model": {**model, "max_position_embeddings": 8192},

@@ -5,26 +5,59 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import InputError
 from configs.schema import RunConfig
 
+RECIPES = resources.files("configs") / "recipes"
+S = TypeVar("S", bound=BaseModel)
 
-def shipped_recipes() -> dict[str, str]:
-    """Name -> YAML text of every recipe in the package, by name."""
-    folder = resources.files("configs") / "recipes"
+
+def shipped(folder: Traversable) -> dict[str, str]:
+    """Name -> text of every YAML file in a folder of the package, by name."""
     return {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
         if entry.name.endswith(".yaml")
     }
+
+
+def read_mapping(reference: str, kind: str, folder: Traversable) -> tuple[dict[str, Any], Path]:
+    """The mapping in a YAML file, or in the one of that name in a folder of the package; and where it lies: the file's
+    folder, or the working directory. Raises InputError, which calls it a `kind`."""
+    path, ours = Path(reference), shipped(folder)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            text, home = path.read_text(encoding="utf-8"), path.parent
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{kind} {reference}: {getattr(error, 'strerror', None) or error}") from None
+    elif reference in ours:
+        text, home = ours[reference], Path()
+    else:
+        near = difflib.get_close_matches(reference, ours, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ours)}"
+        raise InputError(f"no {kind} {reference!r}: neither a YAML file nor one of the package; {hint}")
+    tree = read_yaml(text, f"{kind} {reference}")
+    if not isinstance(tree, dict):
+        raise InputError(f"{kind} {reference} is empty or not a mapping")
+    return tree, home
+
+
+def read_yaml(text: str, origin: str) -> Any:
+    """OmegaConf's safe YAML: reads 2e-4 as a number, which YAML 1.1 does not, and refuses duplicate keys."""
+    try:
+        return yaml.load(text, Loader=get_yaml_loader())
+    except yaml.YAMLError as error:
+        raise InputError(f"{origin} is not valid YAML: {error}") from None
 
 
 def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -34,7 +67,7 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     """
     if recipe is None:
         recipe = "detour.yaml" if Path("detour.yaml").exists() else "demo"
-    tree = OmegaConf.create(_recipe_tree(recipe))
+    tree = OmegaConf.create(read_mapping(recipe, "recipe", RECIPES)[0])
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -47,15 +80,15 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise InputError(f"{recipe}: {_first_line(error)}") from None
-    return validate(plain, recipe)
+    return validate(RunConfig, plain, recipe)
 
 
-def validate(tree: Any, origin: str) -> RunConfig:
-    """A plain dict -> RunConfig; InputError with one line for each wrong key."""
+def validate(schema: type[S], tree: Any, origin: str) -> S:
+    """A plain dict -> a section of a file; InputError with one line for each wrong key."""
     try:
-        return RunConfig.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(tree, item) for item in error.errors()]
+        lines = [_explain(schema, item) for item in error.errors()]
         raise InputError(f"{origin}: {len(lines)} error{'s' * (len(lines) > 1)}\n  " + "\n  ".join(lines)) from None
 
 
@@ -74,42 +107,13 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
-def _recipe_tree(recipe: str) -> Any:
-    path, shipped = Path(recipe), shipped_recipes()
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"recipe {recipe}: {error.strerror or error}") from None
-    elif recipe in shipped:
-        text = shipped[recipe]
-    else:
-        near = difflib.get_close_matches(recipe, shipped, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(shipped)}"
-        raise InputError(f"no recipe {recipe!r}: neither a YAML file nor a shipped recipe; {hint}")
-    try:
-        tree = yaml.load(text, Loader=_yaml_loader())
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {recipe} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"recipe {recipe} is empty or not a mapping; `detour recipes` lists complete ones")
-    return tree
-
-
-def _yaml_loader() -> type[yaml.SafeLoader]:
-    """OmegaConf's safe loader: reads 2e-4 as a number, which YAML 1.1 does not, and refuses duplicate keys."""
-    from omegaconf._utils import get_yaml_loader
-
-    return get_yaml_loader()
-
-
-def _explain(tree: Any, item: Any) -> str:
+def _explain(schema: type[BaseModel], item: Any) -> str:
     location = item["loc"]
     key = ".".join(str(part) for part in location) or "(whole file)"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _fields(location[:-1]), n=1)
+        near = difflib.get_close_matches(str(location[-1]), _fields(schema, location[:-1]), n=1)
         return f"{key}: no such key; " + (
-            f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_fields(location[:-1]))}"
+            f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_fields(schema, location[:-1]))}"
         )
     if item["type"] == "missing":
         return f"{key}: missing; this key is required"
@@ -119,9 +123,9 @@ def _explain(tree: Any, item: Any) -> str:
     return f"{key}: {message}{shown}"
 
 
-def _fields(location: Sequence[Any]) -> list[str]:
+def _fields(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """Names of the keys allowed at a place of the schema."""
-    model: type[BaseModel] = RunConfig
+    model = schema
     for part in location:
         if isinstance(part, str) and part in model.model_fields:
             annotation = model.model_fields[part].annotation

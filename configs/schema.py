@@ -17,7 +17,6 @@ from pydantic import (
 
 from configs.units import Count, Duration
 
-Fraction = Field(ge=0.0, le=1.0)
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """One path or a list of them."""
 

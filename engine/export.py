@@ -17,7 +17,7 @@ from engine import checkpoint as checkpoints
 from engine.modernbert.config import read_config
 
 
-def export_hf(checkpoint: Path, out: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
+def export_hf(checkpoint: Path, out: Path, tokenizer: Tokenizer) -> None:
     """Write a ModernBertForMaskedLM: config.json, model.safetensors, the tokenizer's files and a model card.
 
     Loads with `AutoModelForMaskedLM.from_pretrained(out)`. Raises InputError for a damaged checkpoint.
@@ -28,10 +28,10 @@ def export_hf(checkpoint: Path, out: Path, tokenizer: Tokenizer, dtype: torch.dt
     architecture = ModernBertConfig(**meta["architecture"])
     table = parameters(architecture)
     stored = checkpoints.read_tensors(checkpoint, [ours for _, ours, _ in table])
-    weights = {hf: to_hf(stored[ours], row, architecture).to(dtype).contiguous() for hf, ours, row in table}
+    weights = {hf: to_hf(stored[ours], row, architecture).float().contiguous() for hf, ours, row in table}
     out.mkdir(parents=True, exist_ok=True)
     architecture.architectures = ["ModernBertForMaskedLM"]
-    architecture.dtype = dtype
+    architecture.dtype = torch.float32
     architecture.save_pretrained(out)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(out)

@@ -25,6 +25,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from engine.checkpoint import FORMAT, file_digest, prune, sharded_state
+from engine.device import device
 from engine.modernbert.config import CONFIG_FILE
 
 MARGIN = 64 * 2**20
@@ -121,14 +122,14 @@ class Saver:
         """`complete` at once, waiting for the threads of all ranks."""
         assert self._thread is not None
         self._thread.join()
-        flag = torch.tensor([float(self.failed)], device=_reduction_device())
+        flag = torch.tensor([float(self.failed)], device=device())
         dist.all_reduce(flag)
         return self.complete(failed=bool(flag.item()))
 
     def _make_room(self, hidden: Path, model: Any, optimizer: Any | None) -> None:
         """Clear the hidden folder and see that the disk can take the checkpoint; one decision for all ranks."""
         verdict: list[str | None] = [None]
-        size = torch.tensor([float(_state_bytes(model, optimizer))], device=_reduction_device())
+        size = torch.tensor([float(_state_bytes(model, optimizer))], device=device())
         dist.all_reduce(size)
         if dist.get_rank() == 0:
             try:
@@ -180,10 +181,6 @@ def save_now(checkpoint: Path, model: Any, optimizer: Any | None, meta: dict[str
     saver = Saver(checkpoint.parent, keep=2**31)
     saver.begin(checkpoint, model, optimizer, meta)
     saver.wait()
-
-
-def _reduction_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _state_bytes(model: Any, optimizer: Any | None) -> int:

@@ -99,8 +99,8 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
     optimizer = build_optimizer([wrapped], config.optimizer, DTYPE[precision])
     model.config.grad_scale_func = optimizer.scale_loss
 
-    mirror = _mirror(config, directory / "checkpoints")
-    meta = _restore(config, directory / "checkpoints", directory, model, optimizer, architecture)
+    mirror = _mirror(config)
+    meta = _restore(config, directory, mirror, model, optimizer, architecture)
     step = int(meta.get("step", 0))
     recorder = None
     if dist.get_rank() == 0:
@@ -181,28 +181,28 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[O
     }
 
 
-def _mirror(config: RunConfig, folder: Path) -> Mirror | None:
-    """Rank 0's mirror, after a newer checkpoint in it, if there is one, was brought here."""
+def _mirror(config: RunConfig) -> Mirror | None:
     if config.checkpoint.mirror is None or dist.get_rank() != 0:
         return None
-    mirror = Mirror(config.checkpoint.mirror, config.checkpoint.keep)
-    newest, _ = checkpoints.latest_valid(folder)
-    mirror.fetch(folder, newer_than=newest.name if newest else "")
-    return mirror
+    return Mirror(config.checkpoint.mirror, config.checkpoint.keep)
 
 
 def _restore(
     config: RunConfig,
-    folder: Path,
     directory: Path,
+    mirror: Mirror | None,
     model: ModernBert,
     optimizer: Any,
     architecture: ModernBertConfig,
 ) -> dict[str, Any]:
-    """Load the newest valid checkpoint and give back its meta; the initial weights and {} where there is none."""
+    """Load the newest valid checkpoint, here or in the mirror, and give back its meta; the initial weights and {}
+    where there is none."""
+    folder = directory / "checkpoints"
     choice: list[Any] = [None, []]
     if dist.get_rank() == 0:
         choice = list(checkpoints.latest_valid(folder))
+        if mirror:
+            choice[0] = mirror.fetch(folder, newer_than=choice[0].name if choice[0] else "") or choice[0]
         for complaint in choice[1]:
             append_event(directory, "checkpoint_damaged", reason=complaint)
         if choice[1] and choice[0] is None:

@@ -156,9 +156,9 @@ def import_(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from configs.load import shipped_recipes
+    from configs.load import RECIPES, shipped
 
-    for name, text in shipped_recipes().items():
+    for name, text in shipped(RECIPES).items():
         about = " ".join(line.lstrip("# ") for line in text.splitlines()[:1] if line.startswith("#"))
         print(f"{name:<36}{about}")
 

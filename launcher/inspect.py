@@ -62,11 +62,11 @@ def _checkpoint(directory: Path) -> str:
 
 def _run(directory: Path) -> str:
     from configs.load import load_config
-    from engine.checkpoint import latest_valid, list_checkpoints
+    from engine.checkpoint import latest_valid, list_checkpoints, step_of
 
     config = load_config(str(directory / CONFIG))
     newest, damaged = latest_valid(directory / CHECKPOINTS)
-    steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(directory / CHECKPOINTS)]
+    steps = [step_of(path) for path in list_checkpoints(directory / CHECKPOINTS)]
     lines = read_metrics(directory)
     events = [event["event"] for event in read_events(directory)]
     done = (directory / EXPORT).is_dir()

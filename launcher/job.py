@@ -204,10 +204,10 @@ def _open_group(run: _Run, nodes: list[Node], progress: Progress) -> WorkerGroup
 
 def _saved_step(directory: Path) -> int:
     """Completed steps of the newest checkpoint; 0 without one."""
-    from engine.checkpoint import list_checkpoints
+    from engine.checkpoint import list_checkpoints, step_of
 
     newest = list_checkpoints(directory / CHECKPOINTS)[:1]
-    return int(newest[0].name.removeprefix("step-")) if newest else 0
+    return step_of(newest[0]) if newest else 0
 
 
 def _trained(directory: Path, config: RunConfig) -> bool:

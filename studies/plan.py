@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
@@ -16,10 +15,9 @@ import yaml
 from pydantic import Field
 
 from configs.errors import InputError
-from configs.load import differences, load_config
+from configs.load import differences, load_config, read_mapping, read_yaml, validate
 from configs.schema import RunConfig, Section
 from configs.units import parse_count
-from studies.tasks import checked, read_yaml
 
 SHIPPED = resources.files("studies") / "shipped"
 SHARED = ("data.", "tokenizer", "batch.sequences")
@@ -67,24 +65,10 @@ class Trial:
     config: RunConfig
 
 
-def shipped_studies() -> dict[str, str]:
-    """Name -> YAML of every study in the package."""
-    entries = sorted(SHIPPED.iterdir(), key=lambda entry: entry.name)
-    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
-
-
 def load_study(reference: str, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[Study, Path]:
     """A study YAML or a shipped name, with another recipe and `key=value` for every trial; and its folder."""
-    path, shipped = Path(reference), shipped_studies()
-    if path.is_file():
-        text, folder = path.read_text(encoding="utf-8"), path.parent
-    elif reference in shipped:
-        text, folder = shipped[reference], Path()
-    else:
-        near = difflib.get_close_matches(reference, shipped, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"shipped studies: {', '.join(shipped)}"
-        raise InputError(f"no study {reference!r}: neither a YAML file nor a shipped study; {hint}")
-    study: Study = checked(Study, read_yaml(text, reference), reference)
+    tree, folder = read_mapping(reference, "study", SHIPPED)
+    study = validate(Study, tree, reference)
     common = dict(study.common)
     for override in overrides:
         key, _, value = override.partition("=")

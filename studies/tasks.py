@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import json
 import re
@@ -13,10 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from configs.errors import InputError
+from configs.load import read_mapping, read_yaml, validate
 from configs.schema import Paths, Section
 
 SHIPPED = resources.files("studies") / "tasks_described"
@@ -128,12 +127,6 @@ class Splits:
     """All there are in training, sorted; of token classification B- and I- of each type, and O."""
 
 
-def shipped_tasks() -> dict[str, str]:
-    """Name -> YAML of every task described in the package."""
-    entries = sorted(SHIPPED.iterdir(), key=lambda entry: entry.name)
-    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
-
-
 def load_task(reference: str, overrides: Sequence[str] = ()) -> tuple[Task, Protocol, Path]:
     """A task YAML or the name of a described task, its protocol, and its folder.
 
@@ -141,21 +134,12 @@ def load_task(reference: str, overrides: Sequence[str] = ()) -> tuple[Task, Prot
 
     Raises InputError naming the key.
     """
-    path, shipped = Path(reference), shipped_tasks()
-    if path.is_file():
-        text, folder = path.read_text(encoding="utf-8"), path.parent
-    elif reference in shipped:
-        text, folder = shipped[reference], Path()
-    else:
-        near = difflib.get_close_matches(reference, shipped, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"described tasks: {', '.join(shipped)}"
-        raise InputError(f"no task {reference!r}: neither a YAML file nor a described task; {hint}")
-    tree = read_yaml(text, reference)
+    tree, folder = read_mapping(reference, "task", SHIPPED)
     changes = {key: read_yaml(value, key) for key, _, value in (override.partition("=") for override in overrides)}
-    if isinstance(tree, dict) and isinstance(tree.get("files"), dict):
+    if isinstance(tree.get("files"), dict):
         files = {key.removeprefix("files."): changes.pop(key) for key in list(changes) if key.startswith("files.")}
         tree["files"] = {**tree["files"], **files}
-    task = checked(Task, tree, reference)
+    task = validate(Task, tree, reference)
     settings = dict(task.protocol)
     preset = settings.pop("preset", None)
     if preset is not None and preset not in PROTOCOLS:
@@ -165,23 +149,7 @@ def load_task(reference: str, overrides: Sequence[str] = ()) -> tuple[Task, Prot
         if key in changes:
             settings.pop(other, None)
     settings |= changes
-    return task, checked(Protocol, settings, f"{reference}: protocol"), folder
-
-
-def checked(model: Any, tree: Any, origin: str) -> Any:
-    """Validate a section of a study's file; InputError with one line for each wrong key."""
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join(map(str, item["loc"])) or "(whole file)"
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(item["loc"][-1]), model.model_fields, n=1)
-                message = f"no such key; did you mean {near[0]!r}?" if near else "no such key"
-            lines.append(f"{key}: {message}")
-        raise InputError(f"{origin}: " + "\n  ".join(lines)) from None
+    return task, validate(Protocol, settings, f"{reference}: protocol"), folder
 
 
 def read_splits(task: Task, data: Path) -> Splits:
@@ -308,12 +276,3 @@ def _value(record: Any, key: str, where: str) -> Any:
 
 def _held_out(example: Example) -> bool:
     return hashlib.sha256(f"{example.text}\0{example.pair}".encode()).digest()[0] < 256 / 10
-
-
-def read_yaml(text: str, origin: str) -> Any:
-    from configs.load import _yaml_loader
-
-    try:
-        return yaml.load(text, Loader=_yaml_loader())
-    except yaml.YAMLError as error:
-        raise InputError(f"{origin} is not valid YAML: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.load import load_config, shipped_recipes
+from configs.load import RECIPES, load_config, shipped
 from configs.schema import RunConfig
 
 PAPER = {
@@ -15,7 +15,7 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped(RECIPES))
 def test_recipe_resolves_and_is_called_what_it_says(name: str) -> None:
     assert load_config(name).name == name
 
@@ -37,7 +37,7 @@ def test_recipe_has_the_numbers_of_the_paper(name: str, steps: list[int]) -> Non
     assert sum(source.weight or 0 for source in config.data.sources) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.endswith("-mlm-twin")])
+@pytest.mark.parametrize("name", [name for name in shipped(RECIPES) if name.endswith("-mlm-twin")])
 def test_twin_differs_in_its_first_objective_alone(name: str) -> None:
     twin, detour = load_config(name), load_config(name.removesuffix("-mlm-twin"))
     assert (twin.phases[0].objective, twin.phases[0].mask_rate) == ("mlm", 0.3)

@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_model_size_is_refused(shards: Path, alone_run: 
 
 
 def with_index(alone_run: Path, folder: Path, content: bytes) -> Path:
-    """A copy of the finished run's checkpoint with another index, its size and sha256 put right as an attacker would."""
+    """A copy of the finished run's checkpoint with another index, its size and sha256 put right."""
     checkpoint = folder / "checkpoints" / "step-00000005"
     shutil.copytree(step_directory(alone_run / "checkpoints", 5), checkpoint)
     (checkpoint / ".metadata").write_bytes(content)

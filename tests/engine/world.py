@@ -116,4 +116,4 @@ def toy_config(shards: Path, **changes: Any) -> RunConfig:
     }
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) and isinstance(value, dict) else value
-    return validate(tree, "toy")
+    return validate(RunConfig, tree, "toy")

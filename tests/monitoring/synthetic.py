@@ -24,7 +24,7 @@ INFO: dict[str, str | int | float] = {"model": "tiny", "precision": "fp32", "nod
 
 
 def make_config(**changes: Any) -> RunConfig:
-    return validate(TREE | changes, "toy")
+    return validate(RunConfig, TREE | changes, "toy")
 
 
 def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) -> StepRecord:

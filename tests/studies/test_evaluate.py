@@ -16,11 +16,12 @@ from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from configs.errors import InputError
+from configs.load import shipped
 from studies.evaluate import evaluate
 from studies.finetune import _encode
 from studies.leakage import leakage
 from studies.scores import counts, f1_of_counts, mean_interval, paired_bootstrap, score
-from studies.tasks import PROTOCOLS, Example, load_task, read_splits, shipped_tasks
+from studies.tasks import PROTOCOLS, SHIPPED, Example, load_task, read_splits
 
 Write = Callable[[str, str], Path]
 DRUGS, ILLS = ("aspirin", "insulin", "warfarin", "heparin"), ("fever", "cough", "asthma", "anaemia")
@@ -267,8 +268,8 @@ def test_other_bad_input(model: Path, write: Write, tmp_path: Path) -> None:
 
 
 def test_every_described_task_is_whole() -> None:
-    assert len(shipped_tasks()) >= 19
-    for name in shipped_tasks():
+    assert len(shipped(SHIPPED)) >= 19
+    for name in shipped(SHIPPED):
         task, protocol, _ = load_task(name)
         assert task.name == name
         assert task.source

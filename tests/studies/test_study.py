@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from configs.errors import InputError, RunFailedError
+from configs.load import shipped
 from configs.schema import RunConfig
 from monitoring.log import read_events
-from studies.plan import expand, load_study, shipped_studies
+from studies.plan import SHIPPED, expand, load_study
 from studies.study import run_study
 from tests.launcher.toy import recipe
 
@@ -210,7 +211,7 @@ def test_shipped_comparisons_suit_every_recipe_of_two_phases(name: str) -> None:
     loaded, folder = load_study(name)
     trials = expand(loaded, folder)
     assert len(trials) == len(loaded.arms) * len(loaded.grid["data.seed"])
-    assert set(shipped_studies()) >= {name, "scaling"}
+    assert set(shipped(SHIPPED)) >= {name, "scaling"}
 
 
 def test_two_trials_by_the_command_line(write: Write, toy_shards: Path, tmp_path: Path) -> None:
