@@ -16,7 +16,7 @@ from tests.engine.world import run_world, toy_config, train
 cpu.install()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
     """torch.distributed and Megatron's groups with this process alone."""
     from engine.export import single_process
