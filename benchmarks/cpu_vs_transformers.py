@@ -81,7 +81,7 @@ def ours(config: RunConfig) -> Iterator[Runner]:
         batches = list(trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, STEPS, None))
 
         def step(batch: StepData) -> float:
-            losses = forward_backward(trainer, batch.micro_batches, objective.causal)
+            losses, _ = forward_backward(trainer, batch.micro_batches, objective.causal)
             optimizer_step(trainer.optimizer)
             return sum(losses)
 

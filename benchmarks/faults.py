@@ -99,7 +99,7 @@ def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:
         cluster={"nodes": 2, "workers_per_node": 1, "hang_timeout": 20, "max_failures": 10 * faults},
         checkpoint={"every": f"{INTERVAL} steps"},
     )
-    tree["phases"][0]["steps"], tree["phases"][1]["steps"] = 12 * faults, 6
+    tree["phases"][0]["steps"], tree["phases"][1]["steps"] = 40 * faults, 6
     toy = write(home / "toy.yaml", tree)
     recomputed, recovery, lost = [0], [], 0
     with LoopbackCluster(3) as cluster:

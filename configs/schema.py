@@ -292,6 +292,8 @@ class Cluster(Section):
     """Seconds without a completed step before the workers count as hung and are started again."""
     max_failures: int = Field(default=3, ge=0)
     """Worker failures survived before the run is given up."""
+    max_preemptions: int = Field(default=100, ge=0)
+    """Nodes taken away with notice, which lose no step, before the run stops with everything saved."""
 
     @field_validator("nodes")
     @classmethod

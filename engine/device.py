@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
+from typing import Any
 
 import psutil
 import torch
@@ -38,6 +40,40 @@ def memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)
+
+
+def utilization() -> float:
+    """Share of the last moments (NVML's: at most a second) in which the GPU ran a kernel; NaN without GPU or NVML."""
+    if not torch.cuda.is_available():
+        return math.nan
+    try:
+        return torch.cuda.utilization(device()) / 100
+    except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is not installed, or the driver keeps it to itself
+        return math.nan
+
+
+class Stopwatch:
+    """Time from its making to `stop`, in seconds: on a GPU the device's own time, not that of launching the kernels."""
+
+    def __init__(self) -> None:
+        self._marks = [self._mark()]
+
+    def stop(self) -> None:
+        self._marks.append(self._mark())
+
+    def seconds(self) -> float:
+        begin, end = self._marks
+        if isinstance(begin, float):
+            return end - begin
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+    def _mark(self) -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @functools.cache

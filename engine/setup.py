@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 from transformers import ModernBertConfig
 
@@ -164,7 +164,6 @@ def build_model(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
     )
     wrapped = DistributedDataParallel(config, settings, inner)
-    config.finalize_model_grads_func = finalize_model_grads
     return model, wrapped
 
 

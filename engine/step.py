@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from datapipe.batch import IGNORE, MicroBatch
@@ -16,8 +17,11 @@ from engine.modernbert.attention import PackedDocuments
 from engine.setup import Trainer
 
 
-def forward_backward(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool) -> list[float]:
-    """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses.
+def forward_backward(
+    trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool
+) -> tuple[list[float], device.Stopwatch]:
+    """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses, and the time
+    it took until the data-parallel ranks first met.
 
     One loss a micro-batch on the last pipeline stage, none before it.
 
@@ -26,23 +30,32 @@ def forward_backward(trainer: Trainer, micro_batches: Sequence[MicroBatch], caus
     """
     trainer.wrapped.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    return _run(trainer, micro_batches, causal, forward_only=False)
+    watch = device.Stopwatch()
+
+    def reduce_gradients(*args: Any, **more: Any) -> None:
+        watch.stop()  # from here on a rank waits for the slowest, so a later time would tell nobody who that is
+        finalize_model_grads(*args, **more)
+
+    trainer.model.config.finalize_model_grads_func = reduce_gradients
+    losses = [loss for loss, _ in _run(trainer, micro_batches, causal, forward_only=False)]
+    return losses, watch
 
 
-def evaluate(trainer: Trainer) -> dict[str, float]:
-    """Mean loss of each objective over the held-out set; the training streams and the weights are not touched."""
-    found = {}
+def evaluate(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean loss and accuracy of each objective over the held-out set, at the positions that pay; the training streams
+    and the weights are not touched."""
+    loss, accuracy = {}, {}
     for objective, micro_batches in trainer.evaluation.items():
         trainer.wrapped.eval()
         with torch.no_grad():
-            losses = _run(trainer, micro_batches, objective.causal, forward_only=True)
+            parts = _run(trainer, micro_batches, objective.causal, forward_only=True)
         trainer.wrapped.train()
         paying = sum(int((micro.labels != IGNORE).sum()) for micro in micro_batches)
-        mine = [sum(losses), float(paying)] if counts_here() else [0.0, 0.0]
+        mine = [*map(sum, zip(*parts, strict=True)), paying] if counts_here() else [0.0, 0.0, 0.0]
         sums = torch.tensor(mine, dtype=torch.float64, device=device.device())
         dist.all_reduce(sums)
-        found[objective.name] = float(sums[0] / sums[1])
-    return found
+        loss[objective.name], accuracy[objective.name] = (sums[:2] / sums[2]).tolist()
+    return loss, accuracy
 
 
 def counts_here() -> bool:
@@ -50,7 +63,8 @@ def counts_here() -> bool:
     return bool(parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0)
 
 
-def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, forward_only: bool) -> list[float]:
+def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, forward_only: bool) -> list[Any]:
+    """Summed loss and count of right answers of each micro-batch."""
     parts = get_forward_backward_func()(
         forward_step_func=lambda data, model: _forward(next(data), model, causal),
         data_iterator=iter(micro_batches),
@@ -60,7 +74,7 @@ def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, fo
         micro_batch_size=1,  # Megatron's: a micro-batch of ours is one row of packed documents
         forward_only=forward_only,
     )
-    return [float(part["loss"]) for part in parts]
+    return [part["sums"].tolist() for part in parts]
 
 
 def _forward(micro: MicroBatch, model: Any, causal: bool) -> tuple[torch.Tensor, Callable[..., Any]]:
@@ -75,8 +89,8 @@ def _forward(micro: MicroBatch, model: Any, causal: bool) -> tuple[torch.Tensor,
         labels[paying].to(where),
     )
 
-    def loss(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         count = torch.tensor(len(paying), dtype=torch.int, device=where)
-        return total, count, {"loss": total.detach()}
+        return sums[0], count, {"sums": sums.detach()}
 
     return output, loss

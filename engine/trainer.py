@@ -63,7 +63,7 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
             with closing(batches):
                 for batch, clock in _timed(batches):
                     set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(step), config.optimizer)
-                    losses = forward_backward(trainer, batch.micro_batches, objective.causal)
+                    losses, own = forward_backward(trainer, batch.micro_batches, objective.causal)
                     trainer.frozen.clear_gradients()
                     grad_norm = optimizer_step(trainer.optimizer)
                     step, trainer.data_state = step + 1, batch.state
@@ -73,8 +73,8 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
                         step, objective.name, totals["loss"], grad_norm, _suspects(trainer, batch, losses)
                     )
                     seconds = clock.seconds()
-                    evaluation = evaluate(trainer) if trainer.evaluation_due(step) else None
-                    _record(trainer, span, batch, totals, step, grad_norm, seconds, clock.waited, evaluation)
+                    evaluation = evaluate(trainer) if trainer.evaluation_due(step) else (None, None)
+                    _record(trainer, span, batch, totals, step, grad_norm, seconds, clock.waited, own, evaluation)
                     _complete_save(trainer, totals)
                     if totals["save"] or totals["stop"] or step == span.last:
                         _begin_save(trainer, span, step, stopping=bool(totals["stop"]))
@@ -159,20 +159,25 @@ def _record(
     grad_norm: float,
     seconds: float,
     waited: float,
-    evaluation: dict[str, float] | None,
+    own: device.Stopwatch,
+    evaluation: tuple[dict[str, float] | None, dict[str, float] | None],
 ) -> None:
     workers = drawn = None
     epochs = batch.epochs
     if due(trainer.config, step):
-        own = [value if counts_here() else 0 for source in batch.drawn.values() for value in source]
-        mine = torch.tensor([seconds, device.memory_bytes(), *own, *epochs.values()], dtype=torch.float64)
+        taken = [value if counts_here() else 0 for source in batch.drawn.values() for value in source]
+        state = [waited + own.seconds(), device.memory_bytes(), device.utilization()]
+        mine = torch.tensor([*state, *taken, *epochs.values()], dtype=torch.float64)
         rows = [torch.empty_like(mine, device=device.device()) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine.to(device.device()))
         table = torch.stack(rows).cpu()
-        workers = [WorkerRecord(rank, row[0].item(), int(row[1].item())) for rank, row in enumerate(table)]
-        totals_drawn = table[:, 2 : 2 + len(own)].sum(dim=0).view(-1, 3).tolist()
+        workers = [
+            WorkerRecord(rank, took, int(memory), None if math.isnan(busy) else busy)
+            for rank, (took, memory, busy) in enumerate(table[:, :3].tolist())
+        ]
+        totals_drawn = table[:, 3 : 3 + len(taken)].sum(dim=0).view(-1, 3).tolist()
         drawn = {name: (int(t), int(d), int(s)) for name, (t, d, s) in zip(batch.drawn, totals_drawn, strict=True)}
-        epochs = dict(zip(epochs, table[:, 2 + len(own) :].amax(dim=0).int().tolist(), strict=True))
+        epochs = dict(zip(epochs, table[:, 3 + len(taken) :].amax(dim=0).int().tolist(), strict=True))
     if trainer.recorder:
         trainer.recorder.step(
             StepRecord(
@@ -189,7 +194,8 @@ def _record(
                 packing_ratio=totals["tokens"] / trainer.config.tokens_per_step,
                 epochs=epochs,
                 workers=workers,
-                eval_loss=evaluation,
+                eval_loss=evaluation[0],
+                eval_accuracy=evaluation[1],
                 drawn=drawn,
             )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import ray
 
 from configs.errors import InputError, RunFailedError
 
+REACH_SECONDS = 2.0
+"""A node that does not answer for so long is lost."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local cluster: workers exchange nothing through it but the configuration."""
 
@@ -24,6 +27,8 @@ class Node:
 
     id: str
     address: str
+    port: int
+    """Of its raylet."""
     cpus: int
     gpus: int
 
@@ -69,6 +74,7 @@ def alive_nodes() -> list[Node]:
         Node(
             id=entry["NodeID"],
             address=entry["NodeManagerAddress"],
+            port=entry["NodeManagerPort"],
             cpus=int(entry["Resources"].get("CPU", 0)),
             gpus=int(entry["Resources"].get("GPU", 0)),
         )
@@ -76,6 +82,15 @@ def alive_nodes() -> list[Node]:
         if entry["Alive"] and entry["NodeID"] not in leaving
     ]
     return sorted(nodes, key=lambda node: (node.id != here, node.address, node.id))
+
+
+def is_reachable(node: Node) -> bool:
+    """Whether its raylet takes connections; the cluster's own list keeps a lost node for many seconds."""
+    try:
+        with socket.create_connection((node.address, node.port), timeout=REACH_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def draining_nodes() -> dict[str, int]:

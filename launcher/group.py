@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
-from launcher.cluster import Node, alive_nodes
+from launcher.cluster import Node, alive_nodes, is_reachable
 from launcher.worker import Ending, Place, Seat, Worker
 
 POLL_SECONDS = 0.5
@@ -163,7 +163,8 @@ class WorkerGroup:
             for verdict in VERDICTS:
                 if isinstance(found, verdict):  # Ray raises a class that is both the worker's and its own
                     return verdict(str(getattr(found, "cause", found)))
-        alive = {node.id for node in alive_nodes()}
+        mine = {place.node for place in getattr(self, "places", ())}
+        alive = {node.id for node in alive_nodes() if node.id not in mine or is_reachable(node)}
         failures = [self._explain(rank, found, alive) for rank, found in errors.items()]
         order = ("node_lost", "out_of_memory", "died", "exception")
         return min(failures, key=lambda failure: order.index(failure.reason))

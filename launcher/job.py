@@ -75,6 +75,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             result = _attempts(_Run(config, directory, home, shapes), stop, progress)
         if result.finished:
             return _finish(config, directory, tokenizer, console)
+        append_event(directory, "stopped", reason=result.reason, step=result.step)
         write_report(directory)
         return result
 
@@ -133,6 +134,7 @@ def possible_shapes(config: RunConfig) -> list[Shape]:
 def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
     """Start workers again after each failure that may be survived, each preemption and each change of the nodes."""
     budget = FailureBudget(run.config.cluster.max_failures)
+    preemptions = 0
     attempted = False
     while stop.reason != SIGNAL:
         stop.clear()
@@ -155,6 +157,10 @@ def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
                 return ending
             if ending.reason == PREEMPTED:
                 append_event(run.directory, "preempted", reason=PREEMPTED, step=ending.step)
+                preemptions += 1
+                if preemptions > run.config.cluster.max_preemptions:
+                    reason = f"preemption {preemptions} and cluster.max_preemptions allows {preemptions - 1}"
+                    return Ending(ending.step, finished=False, reason=reason)
         attempted = True
     return Ending(_saved_step(run.directory), finished=False, reason=SIGNAL)
 

@@ -96,7 +96,7 @@ class Exporter:
 
 
 def _workers_are_gone(now: Telemetry, events: list[dict[str, Any]]) -> bool:
-    ends = [event["time"] for event in events if event["event"] in (*INTERRUPTIONS, "finished")]
+    ends = [event["time"] for event in events if event["event"] in (*INTERRUPTIONS, "stopped", "finished")]
     return bool(ends) and datetime.fromisoformat(ends[-1]).timestamp() > now.time
 
 

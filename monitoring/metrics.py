@@ -27,7 +27,7 @@ class Metric:
 
 EVENTS = (
     *("started", "phase_started", "checkpoint_saved", "checkpoint_failed", "checkpoint_damaged", "worker_failed"),
-    *("preempted", "resumed", "exported", "finished", "step_skipped", "loss_spike"),
+    *("preempted", "resumed", "stopped", "exported", "finished", "step_skipped", "loss_spike"),
 )
 """Kinds of events counted from zero, so that a first one shows as a rise; any other is counted too."""
 INTERRUPTIONS = ("worker_failed", "preempted")
@@ -79,6 +79,12 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "gauge",
             "Loss on the held-out set, mean over the paying positions, at its latest evaluation",
             _each("objective", now.eval_loss),
+        ),
+        Metric(
+            "detour_eval_accuracy_ratio",
+            "gauge",
+            "Share of the held-out set's paying positions whose token the model finds likeliest",
+            _each("objective", now.eval_accuracy),
         ),
         Metric(
             "detour_train_tokens_total",
@@ -203,7 +209,7 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
         Metric(
             "detour_worker_step_seconds",
             "gauge",
-            "Time each rank took for its own part of the latest logged step",
+            "Time each rank took for its own part of the latest logged step: until it first waits for the others",
             _each("rank", {worker.rank: worker.step_seconds for worker in now.workers}),
         ),
         Metric(

@@ -51,6 +51,8 @@ class StepRecord:
     """Every rank's view at a due step; None at other steps."""
     eval_loss: dict[str, float] | None = None
     """Loss of each objective on the held-out set, at the steps that evaluate."""
+    eval_accuracy: dict[str, float] | None = None
+    """Share of those positions, from 0 to 1, at which the model's likeliest token is the right one."""
     drawn: dict[str, tuple[int, int, int]] | None = None
     """At a due step, of each source over all ranks: tokens, documents, damaged documents left out."""
 
@@ -187,7 +189,7 @@ class Recorder:
         if record.drawn is not None:
             counters.drawn = record.drawn
         if record.eval_loss is not None:
-            telemetry.eval_loss = record.eval_loss
+            telemetry.eval_loss, telemetry.eval_accuracy = record.eval_loss, record.eval_accuracy or {}
         if self.due(record.step) or record.eval_loss is not None:
             line = self._line(record)
             self._lines.append(line)
@@ -240,6 +242,7 @@ class Recorder:
             "data_wait_seconds": window.wait / window.steps,
             "packing_ratio": record.packing_ratio,
             **({"eval_loss": record.eval_loss} if record.eval_loss is not None else {}),
+            **({"eval_accuracy": record.eval_accuracy} if record.eval_accuracy is not None else {}),
         }
 
     def _start_writing(self) -> Future[None]:

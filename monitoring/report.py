@@ -216,6 +216,7 @@ def _learned(run: RunFiles, index: int) -> Row:
     losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
     steps = [row["step"] for row in run.phase(index)]
     held_out = [y for x, y in run.evaluations(objective) if steps and steps[0] <= x <= steps[-1] and math.isfinite(y)]
+    accuracy = [y for x, y in run.evaluations(objective, "eval_accuracy") if steps and steps[0] <= x <= steps[-1]]
     return {
         "phase": f"{index + 1}. {objective.upper()}",
         "objective": objective,
@@ -223,6 +224,7 @@ def _learned(run: RunFiles, index: int) -> Row:
         "training_perplexity": _change(losses, perplexity),
         "held_out": _change(held_out),
         "held_out_perplexity": _change(held_out, perplexity),
+        "held_out_accuracy": _change(accuracy, percent),
     }
 
 

@@ -56,7 +56,7 @@ class RunFiles:
     def state(self) -> State:
         if self.kinds["finished"]:
             return "finished"
-        states: dict[str, State] = {"preempted": "stopped", "worker_failed": "failed"}
+        states: dict[str, State] = {"preempted": "stopped", "stopped": "stopped", "worker_failed": "failed"}
         turns = [e["event"] for e in self.events if e["event"] in ("started", "resumed", *states)]
         return states.get(turns[-1], "running") if turns else "unborn"
 
@@ -76,10 +76,10 @@ class RunFiles:
         values = [row[key] for row in self.rows if row[key] is not None]
         return statistics.median(values) if values else math.nan
 
-    def evaluations(self, objective: str) -> list[Point]:
-        """(step, held-out loss) of an objective."""
-        held_out = [(row["step"], row["eval_loss"].get(objective)) for row in self.rows if row.get("eval_loss")]
-        return [(step, math.nan if loss is None else loss) for step, loss in held_out]
+    def evaluations(self, objective: str, key: str = "eval_loss") -> list[Point]:
+        """(step, held-out loss) of an objective; or accuracy, with key `eval_accuracy`."""
+        held_out = [(row["step"], row[key].get(objective)) for row in self.rows if row.get(key)]
+        return [(step, math.nan if value is None else value) for step, value in held_out]
 
 
 def open_run(directory: Path) -> RunFiles:

@@ -61,9 +61,10 @@ class WorkerRecord:
 
     rank: int
     step_seconds: float
+    """Its own part: waiting for data, forward and backward, up to where it first waits for the data-parallel ranks."""
     memory_bytes: int
     gpu_utilization: float | None = None
-    """Share of the time since the last report in which its GPU ran a kernel; None without one."""
+    """Share of the last second in which its GPU ran a kernel, by NVML; None without one."""
 
 
 class Telemetry(BaseModel):
@@ -88,6 +89,7 @@ class Telemetry(BaseModel):
     """By objective, at the latest step that had it."""
     eval_loss: dict[str, Number] = {}
     """By objective, on the held-out set; empty without one."""
+    eval_accuracy: dict[str, Number] = {}
     learning_rate: Number = math.nan
     grad_norm: Number = math.nan
     tokens_per_second: Number = 0.0

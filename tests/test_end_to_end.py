@@ -64,6 +64,7 @@ def test_killed_worker_and_stopped_driver_change_nothing(undisturbed: Path, tmp_
         job.send_signal(signal.SIGTERM)
         assert job.wait(200) == 75
     assert events(directory).count("worker_failed") == 1
+    assert lines(directory / "events.jsonl")[-1]["event"] == "stopped"
     saved = max(line["step"] for line in lines(directory / "events.jsonl") if line["event"] == "checkpoint_saved")
     assert steps(directory)[-1] == saved < TOTAL, "a stopped job has saved its last step"
     assert run(*command, cwd=tmp_path).returncode == 0

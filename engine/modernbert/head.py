@@ -30,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad else None
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        loss, found = hidden.new_zeros((2,), dtype=torch.float32)
         rows = max(1, TILE_BYTES[hidden.device.type] // (4 * weight.shape[0]))
         tile = hidden.new_empty(min(rows, hidden.shape[0]), used)  # once: fresh memory costs as much as a pass over it
         for first in range(0, hidden.shape[0], rows):
@@ -47,6 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if group is not None:
                 dist.all_reduce(parts, group=group)
             loss += (parts[0].log() - parts[1]).sum()
+            found += (parts[1] == 0).sum()  # the label's logit is the peak itself
             if grad_hidden is None or grad_weight is None or grad_bias is None:
                 continue
             logits.div_(parts[0][:, None])
@@ -62,11 +63,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if group is not None:
                 dist.all_reduce(grad_hidden, group=group)
             ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
-        return loss
+        return torch.stack((loss, found))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors), None, None, None, None)
+        return (*(saved * grads[0][0].to(saved.dtype) for saved in ctx.saved_tensors), None, None, None, None)
 
 
 def linear_cross_entropy(
@@ -77,7 +78,7 @@ def linear_cross_entropy(
     vocabulary: tuple[int, int],
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Summed cross-entropy of softmax(hidden @ weight.T + bias), in fp32, as a scalar.
+    """[2] fp32: summed cross-entropy of softmax(hidden @ weight.T + bias), and rows whose label is the likeliest.
 
     hidden [N, h] and weight [V, h], bias [V] of this rank's slice; labels [N] int64 over the whole vocabulary.
     `vocabulary` is (first entry of the slice, entries of the whole vocabulary without padding). `group` shares the
@@ -88,5 +89,5 @@ def linear_cross_entropy(
     """
     # Inside the function autograd is off, and its inputs want gradients even under no_grad.
     needs_grad = torch.is_grad_enabled()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary, group, needs_grad)
-    return loss
+    sums: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary, group, needs_grad)
+    return sums

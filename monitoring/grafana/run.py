@@ -97,6 +97,13 @@ def run() -> builders.Dashboard:
             width=12,
         ),
         graph(
+            "Held-out accuracy",
+            "Share of the paying positions whose token the model finds likeliest.",
+            "percentunit",
+            (f"detour_eval_accuracy_ratio{RUN}", "{{objective}}"),
+            low=0,
+        ),
+        graph(
             "Learning rate",
             "Restarts at the switch.",
             "sci",

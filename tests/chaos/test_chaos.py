@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
@@ -148,6 +150,88 @@ def test_run_goes_on_with_the_nodes_left_and_grows_again(
     ):
         assert mine["tokens"] == theirs["tokens"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.timeout(1800)
+def test_worker_killed_while_it_saves(cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    command: list[str | Path] = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--output", directory]
+
+    def failures() -> int:
+        return events(directory).count("worker_failed")
+
+    with started(*command, cwd=tmp_path, env=cluster.environment) as job:
+        for attempt in range(1, 9):  # a save of a toy takes a blink: the kill may come after its end
+            wait_for(lambda: len(cluster.workers()) == 2, job)
+            victim = min(cluster.workers().items(), key=lambda item: item[1].address)[0]  # rank 0, which ends the save
+            wait_for(lambda: list((directory / "checkpoints").glob(".step-*.partial")), job, pause=0.001)
+            victim.kill()
+            wait_for(lambda n=attempt: failures() == n, job)
+            half = [path.name for path in (directory / "checkpoints").glob(".step-*.partial")]
+            wait_for(lambda n=attempt: events(directory).count("resumed") == n, job)
+            if half:
+                break
+        assert half, "no kill met a save"
+        assert job.wait(900) == 0
+    assert_same_run(directory, undisturbed_on_nodes)
+
+
+@pytest.mark.timeout(1800)
+def test_disk_full_for_a_while(cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "none", checkpoints], check=False).returncode:
+        pytest.skip("a disk of 400 MB needs the right to mount")
+    command: list[str | Path] = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--output", directory]
+    try:
+        with started(*command, cwd=tmp_path, env=cluster.environment) as job:
+            wait_for(lambda: "checkpoint_saved" in events(directory), job)
+            filler = checkpoints / "filler"
+            with contextlib.suppress(OSError), filler.open("wb") as file:
+                while True:
+                    file.write(bytes(2**20))
+            wait_for(lambda: events(directory).count("checkpoint_failed") >= 2, job)
+            kept = list(checkpoints.glob("step-*"))
+            assert kept, "the newest good one stays"
+            filler.unlink()
+            saved = events(directory).count("checkpoint_saved")
+            wait_for(lambda: events(directory).count("checkpoint_saved") > saved, job)
+            assert job.wait(900) == 0
+        assert "worker_failed" not in events(directory), "training goes on"
+        assert_same_run(directory, undisturbed_on_nodes)
+    finally:
+        subprocess.run(["umount", checkpoints], check=True)
+
+
+@pytest.mark.timeout(1800)
+def test_shards_damaged_on_the_way(
+    cluster: LoopbackCluster, undisturbed_on_nodes: Path, toy_shards: Path, tmp_path: Path
+) -> None:
+    """The run stops with the shard's name before a step is trained on it, and goes on once it is whole again."""
+    directory, shards = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(toy_shards, shards)
+    command: list[str | Path] = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--output", directory]
+    command += [f"data.sources.0.shards={shards}"]
+
+    def invert() -> None:
+        for path in shards.glob("*.tar"):
+            content = np.fromfile(path, dtype=np.uint8)
+            with path.open("r+b") as file:  # in place: the workers have it open
+                file.write((~content).tobytes())
+
+    with started(*command, cwd=tmp_path, env=cluster.environment) as job:
+        wait_for(lambda: 3 in steps(directory), job)
+        invert()
+        assert job.wait(300) == 2
+    message = (tmp_path / "output.txt").read_text()
+    assert re.search(r"shard \S+/\d+\.tar, document \d+: ", message), message
+    assert "Traceback" not in message
+    assert steps(directory)[-1] < sum(STEPS)
+    invert()
+    with started(*command, cwd=tmp_path, env=cluster.environment) as job:
+        assert job.wait(900) == 0
+    assert_same_run(directory, undisturbed_on_nodes)
 
 
 def test_more_nodes_than_the_cluster_has(cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForMaskedLM
 
 from configs.schema import RunConfig
 from datapipe.batch import IGNORE
 from datapipe.loader import evaluation_batches
 from datapipe.tokenizer import load_tokenizer
+from engine import setup
 from engine.checkpoint import step_directory
 from engine.export import export_hf
 from engine.objectives import CausalLM, MaskedLM
 from monitoring.log import read_metrics
+from monitoring.telemetry import Telemetry
 from tests.engine.world import run_world, stored, toy_config, train
 
 
@@ -59,4 +64,30 @@ def test_evaluation_changes_nothing(
         ]
         expected_loss = torch.nn.functional.cross_entropy(torch.cat(logits), labels, ignore_index=IGNORE)
     assert lines[-1]["eval_loss"]["mlm"] == pytest.approx(float(expected_loss), rel=1e-5)
+    found = (torch.cat(logits).argmax(dim=1) == labels)[labels != IGNORE].float().mean()
+    assert lines[-1]["eval_accuracy"]["mlm"] == pytest.approx(float(found), abs=1e-9)
     assert CausalLM.causal and lines[-1]["eval_loss"]["clm"] != lines[-1]["eval_loss"]["mlm"]
+
+
+def train_with_a_slow_rank(config: RunConfig, directory: Path) -> None:
+    """Rank 1 sleeps in each forward pass, of which a step of this configuration has two."""
+    original = setup.build_model
+
+    def build(*args: Any, **more: Any) -> Any:
+        model, wrapped = original(*args, **more)
+        if dist.get_rank() == 1:
+            model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+        return model, wrapped
+
+    setup.build_model = build  # type: ignore[assignment]
+    train(config, directory)
+
+
+def test_a_straggler_is_seen(shards: Path, tmp_path: Path) -> None:
+    """Every rank's step ends when the slowest's does; what is shown is each one's own part of it."""
+    run_world(2, train_with_a_slow_rank, toy_config(shards), tmp_path)
+    telemetry = Telemetry.read(tmp_path)
+    assert telemetry is not None
+    quick, slow = (worker.step_seconds for worker in telemetry.workers)
+    assert slow > 1 and quick < slow - 0.5
+    assert telemetry.step_seconds > 1

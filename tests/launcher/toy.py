@@ -98,13 +98,13 @@ def events(directory: Path) -> list[str]:
     return [line["event"] for line in lines(directory / "events.jsonl")]
 
 
-def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float = 400) -> Any:
+def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float = 400, pause: float = 0.05) -> Any:
     """The first true value of `condition`; fails as soon as the process has ended without one."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert process.poll() is None, f"ended with {process.returncode} first"
         assert time.monotonic() < deadline, "never came true"
-        time.sleep(0.05)
+        time.sleep(pause)
     return value
 
 

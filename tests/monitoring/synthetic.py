@@ -49,6 +49,7 @@ def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) ->
         "eval_loss": {"clm": 9.0 * math.exp(-step / 100) + 2.5, "mlm": 9.0 * math.exp(-step / 300) + 2}
         if step % 20 == 0
         else None,
+        "eval_accuracy": {"clm": 0.3, "mlm": 0.5 - 0.4 * math.exp(-step / 300)} if step % 20 == 0 else None,
         "workers": [WorkerRecord(rank, seconds + 0.001 * rank, 10**9 + rank) for rank in range(ranks)],
     }
     return StepRecord(**(values | changes))

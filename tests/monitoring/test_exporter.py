@@ -33,6 +33,7 @@ ENDPOINT = {
     "detour_worker_step_seconds": ("gauge", {"rank"}),
     "detour_worker_memory_bytes": ("gauge", {"rank"}),
     "detour_eval_loss": ("gauge", {"objective"}),
+    "detour_eval_accuracy_ratio": ("gauge", {"objective"}),
     "detour_data_tokens_total": ("counter", {"source"}),
     "detour_data_documents_total": ("counter", {"source"}),
     "detour_data_skipped_documents_total": ("counter", {"source"}),

@@ -59,6 +59,7 @@ def make_run(directory: Path, name: str, seed: int, floor: float, objective: str
                 objective=phases[phase]["objective"],
                 loss=loss + chance.gauss(0, 0.1),
                 eval_loss=held_out if step % 50 == 0 else None,
+                eval_accuracy={key: math.exp(-loss / 4) for key, loss in held_out.items()} if step % 50 == 0 else None,
                 learning_rate=2e-4 * min(1, step / 30) if not phase else 2e-4 * (1 - 0.9 * math.sqrt(into / 100)),
                 grad_norm=0.6 + 1.5 * math.exp(-step / 200) + chance.expovariate(8),
                 tokens=1010 + chance.randint(-9, 9),
