@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
+TESTS :=
 
 .PHONY: demo test chaos lint
 
@@ -10,7 +11,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/detour-train demo
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TESTS)
 
 chaos: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m chaos

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from benchmarks.table import Row, arguments, report
 from configs.load import validate
-from configs.schema import RunConfig
+from configs.schema import Phase, RunConfig
 from datapipe.batch import IGNORE, Ids, PackedSequence, StepData
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
@@ -39,6 +39,7 @@ from engine.precision import resolve_precision
 MODEL = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
 STEPS = 3
 """Different batches of each measurement."""
+OVERHEAD_PHASE = {"objective": "mlm", "steps": 12, "mask_rate": 0.15}
 SLOTS = 4096
 """Packed token slots of a step."""
 
@@ -238,6 +239,35 @@ def data_parallel_row(folder: Path, repeats: int) -> Row:
     return Row.at_least(name, best[2], best[1], 0.9, "real tokens/s")
 
 
+def overhead_row(folder: Path) -> Row:
+    """What the training loop itself takes of a step: data, logging, guards and everything else around the model."""
+    from engine import trainer
+
+    config = run_config(folder, "mlm", 1024, SLOTS // 1024).model_copy(update={"phases": (Phase(**OVERHEAD_PHASE),)})
+    inside, edges = [0.0], []
+
+    def clocked(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            edges.append(time.perf_counter())
+            result = work(*args)
+            edges.append(time.perf_counter())
+            inside[0] += edges[-1] - edges[-2]
+            return result
+
+        return run
+
+    originals = trainer.forward_backward, trainer.optimizer_step
+    trainer.forward_backward, trainer.optimizer_step = map(clocked, originals)
+    try:
+        (folder / "overhead").mkdir()
+        trainer.train(config, folder / "overhead")
+    finally:
+        trainer.forward_backward, trainer.optimizer_step = originals
+    whole = edges[-1] - edges[0]  # the last save comes after it
+    name = "time outside forward, backward and optimizer against the steps"
+    return Row.at_most(name, whole - inside[0], whole, 0.03, "s")
+
+
 @contextmanager
 def process_group(size: int = 1, rank: int = 0, store: str | None = None) -> Iterator[None]:
     """torch.distributed over gloo."""
@@ -262,7 +292,7 @@ def main() -> None:
         config = run_config(folder, "mlm", 1024, 4)
         ensure_prepared(config.data, load_tokenizer(config.tokenizer))
         with process_group():
-            rows = speed_rows(folder, repeats)
+            rows = [*speed_rows(folder, repeats), overhead_row(folder)]
         mine, peer = (in_processes(peak_memory, [(folder, side)])[0] / 2**30 for side in ("ours", "theirs"))
         rows.append(Row.at_most("peak memory of the process, CLM at 4096", mine, peer, 0.5, "GiB"))
         rows.append(data_parallel_row(folder, repeats))

@@ -8,6 +8,7 @@ on the machine took drops out. Lines of one process are in processor time, which
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from benchmarks.table import Row, arguments, report
 from configs.schema import Data, Source
@@ -50,6 +52,7 @@ def main() -> None:
             *packing(folder),
             *reading(folder / "medquad", tokenizer, rounds),
             *preparing(folder, tokenizer, copies=2 if options.quick else 8, rounds=1 if options.quick else 3),
+            memory(folder, megabytes=20 if options.quick else 100),
             restoring(folder / "large", tokenizer),
             waiting(folder / "demo", steps=40 if options.quick else 140),
         ]
@@ -156,6 +159,32 @@ def preparing(folder: Path, tokenizer: Tokenizer, copies: int, rounds: int) -> l
         Row.at_least("prepare vs encode_batch", size / wall, size / bare_wall, 0.8, "MB text/s"),
         Row.at_least("prepare vs encode_batch, work", size / work, size / bare_work, None, "MB/CPU s"),
     ]
+
+
+def memory(folder: Path, megabytes: int) -> Row:
+    """Peak memory of `detour prepare` and its processes, of a text of so many MB and one document of 100 MB more."""
+    texts = [text.text.decode() for text in read_texts(local_path("package://corpus/medquad.jsonl.gz"))]
+    path, size, copy = folder / "huge.jsonl", 0, 0
+    with path.open("w") as file:
+        while size < megabytes * 1e6:
+            copy += 1
+            size += sum(file.write(json.dumps({"text": f"{copy} {text}"}) + "\n") for text in texts)
+        whole = " ".join(texts)
+        file.write(json.dumps({"text": whole * (int(100e6) // len(whole) + 1)}) + "\n")
+    tokenizer = ["--tokenizer", "package://tokenizer/modernbert"]
+    detour = str(Path(sys.executable).with_name("detour"))
+    process = psutil.Popen(
+        [detour, "prepare", str(path), *tokenizer, "--output", str(folder / "huge")], stdout=subprocess.DEVNULL
+    )
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one of them ended meanwhile
+            family = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(member.memory_full_info().pss for member in family))
+        time.sleep(0.2)
+    assert process.returncode == 0
+    path.unlink()
+    return Row.at_most("prepare: peak memory, a document of 100 MB among others", peak / 1e9, 1.5, 1, "GB")
 
 
 def restoring(directory: Path, tokenizer: Tokenizer) -> Row:

@@ -32,7 +32,7 @@ from engine.parallel import Layout, initialise, plan
 from engine.precision import DTYPE, Precision, resolve_precision
 from engine.saver import Saver
 from engine.schedule import PhaseSchedule
-from monitoring.log import append_event
+from monitoring.log import append_event, read_events
 from monitoring.recorder import Recorder
 
 SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -113,6 +113,8 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
             "data": layout.data,
             "torch": torch.__version__,
         }
+        again = any(event["event"] == "started" for event in read_events(directory))
+        append_event(directory, "resumed" if again else "started", step=step)
         peak = device.peak_flops(precision)
         recorder = Recorder(directory, config, info, layout.workers, peak, meta.get("recorder"), step)
     return Trainer(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from configs.errors import InputError
 from configs.schema import RunConfig
@@ -24,7 +25,7 @@ from launcher.summary import print_header, print_summary
 from launcher.worker import Ending
 from monitoring.discovery import announced
 from monitoring.exporter import Exporter
-from monitoring.log import append_event, read_events
+from monitoring.log import append_event
 from monitoring.progress import Progress
 from monitoring.report import write_report
 from monitoring.telemetry import Telemetry
@@ -104,7 +105,9 @@ def prepare_and_check(config: RunConfig, console: Console) -> tuple[Tokenizer, l
         resolve_precision(config)
     with console.status("preparing shards") as status:
         ensure_prepared(config.data, tokenizer, status.update)
-    check_sources(config.data, tokenizer, architecture.vocab_size)
+    for source in check_sources(config.data, tokenizer, architecture.vocab_size):
+        for damage in source.problems:
+            console.print(f"[yellow]source {source.name}: will be skipped:[/] {escape(damage)}")
     return tokenizer, shapes
 
 
@@ -170,13 +173,9 @@ def _attempt(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
     known = alive_nodes()
     began = time.monotonic()
     with _open_group(run, known, progress) as group:
-        again = any(event["event"] == "started" for event in read_events(run.directory))
+        seconds = round(time.monotonic() - began, 2)
         append_event(
-            run.directory,
-            "resumed" if again else "started",
-            step=_saved_step(run.directory),
-            workers=[place.address for place in group.places],
-            start_seconds=round(time.monotonic() - began, 2),
+            run.directory, "workers_started", workers=[place.address for place in group.places], seconds=seconds
         )
         progress.note("loading the model")
         mine = {place.node for place in group.places}

@@ -26,7 +26,15 @@ class Metric:
 
 
 EVENTS = (
-    *("started", "phase_started", "checkpoint_saved", "checkpoint_failed", "checkpoint_damaged", "worker_failed"),
+    *(
+        "workers_started",
+        "started",
+        "phase_started",
+        "checkpoint_saved",
+        "checkpoint_failed",
+        "checkpoint_damaged",
+        "worker_failed",
+    ),
     *("preempted", "resumed", "stopped", "exported", "finished", "step_skipped", "loss_spike"),
 )
 """Kinds of events counted from zero, so that a first one shows as a rise; any other is counted too."""

@@ -185,7 +185,7 @@ def _outcome(run: RunFiles) -> dict[str, Any]:
 
 
 def _speed(run: RunFiles) -> dict[str, Any]:
-    places = [len(event["workers"]) for event in run.events if event["event"] in ("started", "resumed")]
+    places = [len(event["workers"]) for event in run.events if event["event"] == "workers_started"]
     return {
         "workers": places[-1] if places else 1,
         "tokens_per_second": run.median("tokens_per_second"),

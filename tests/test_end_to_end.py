@@ -16,6 +16,7 @@ TOTAL = 9
 
 def test_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert events(undisturbed) == [
+        "workers_started",
         "started",
         "phase_started",
         *["checkpoint_saved"] * 3,

@@ -101,7 +101,8 @@ class ModernBert(LanguageModule):
         """input_ids [1, T] int64 -> this stage's output.
 
         Before the last stage: hidden states [T, 1, hidden]. On the last one: with `paying` [N], the positions that pay
-        loss, and their `labels` [N], the summed cross-entropy as an fp32 scalar; without them, logits [T, vocabulary]
+        loss, and their `labels` [N], summed cross-entropy and count of right answers, [2] fp32; without them, logits
+        [T, vocabulary]
         (this rank's slice of the padded vocabulary).
         """
         states = None

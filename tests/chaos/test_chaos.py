@@ -133,8 +133,8 @@ def test_run_goes_on_with_the_nodes_left_and_grows_again(
     command: list[str | Path] = [*TRAIN, undisturbed_on_nodes.parent / "toy.yaml", "--output", directory]
 
     def sizes() -> list[int]:
-        begun = ("started", "resumed")
-        return [len(event["workers"]) for event in lines(directory / "events.jsonl") if event["event"] in begun]
+        begun = [event for event in lines(directory / "events.jsonl") if event["event"] == "workers_started"]
+        return [len(event["workers"]) for event in begun]
 
     with started(*command, "cluster.nodes=[1,2]", cwd=tmp_path, env=cluster.environment) as job:
         wait_for(lambda: 3 in steps(directory), job)

@@ -157,6 +157,8 @@ def test_loss_on_paying_positions_equals_cross_entropy_of_the_logits() -> None:
     paying = torch.tensor([3, 17, 40, 41, 99])
     labels = torch.randint(0, architecture.vocab_size, (5,))
     packed = PackedDocuments.from_lengths(lengths, causal=False, device=ids.device)
+    with torch.no_grad():
+        labels[:2] = ours(ids, packed)[paying[:2]].argmax(dim=1)
     loss, right = ours(ids, packed, paying, labels)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
@@ -165,6 +167,6 @@ def test_loss_on_paying_positions_equals_cross_entropy_of_the_logits() -> None:
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    assert int(right) == int((logits.argmax(dim=1) == labels).sum())
+    assert int(right) == int((logits.argmax(dim=1) == labels).sum()) >= 2
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)

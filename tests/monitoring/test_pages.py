@@ -41,7 +41,8 @@ def make_run(directory: Path, name: str, seed: int, floor: float, objective: str
     config = make_config(name=name, phases=phases, monitoring={"every": "5 steps"})
     Clock.step = 0
     recorder = make_recorder(directory, config)
-    append_event(directory, "started", step=0, workers=["10.0.0.1", "10.0.0.2"])
+    append_event(directory, "workers_started", workers=["10.0.0.1", "10.0.0.2"], seconds=8.2)
+    append_event(directory, "started", step=0)
     recorder.phase_started(0, objective, 0)
     for step in range(1, sum(STEPS) + 1):
         Clock.step = step
