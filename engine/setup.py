@@ -163,9 +163,10 @@ def build_model(
     model = ModernBert(config, architecture, transformer_engine=on_gpu).to(device.device())
     inner = Float16Module(config, model) if precision != "fp32" else model
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True
     )
     wrapped = DistributedDataParallel(config, settings, inner)
+    config.no_sync_func = wrapped.no_sync  # gradients are reduced behind the backward pass of the last micro-batch
     return model, wrapped
 
 
