@@ -29,6 +29,7 @@ if ((${#nodes[@]} > 1)); then
         ray start --address="$address:$port" "${resources[@]}" --block &
 fi
 
+trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT     # Ray ends with the script
 export RAY_ADDRESS="$address:$port"
 for _ in $(seq 60); do ray health-check --address "$RAY_ADDRESS" && break || sleep 2; done
 detour-train "$@" --nodes "${#nodes[@]}" &

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import yaml
 
 from configs.load import load_config
@@ -76,4 +77,7 @@ def test_slurm_script_trains_and_requeues_itself_when_stopped(undisturbed: Path,
         job.send_signal(signal.SIGTERM)
         assert job.wait(200) == 75, (tmp_path / "output.txt").read_text()
         assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
-    assert events(tmp_path / "run")[-1] == "checkpoint_saved"
+    assert events(tmp_path / "run")[-2:] == ["checkpoint_saved", "stopped"]
+    port = str(20000 + os.getpid() % 20000)
+    left = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in left if any(f"port={port}" in word for word in words)], "Ray is left behind"
