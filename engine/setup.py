@@ -119,7 +119,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         peak = device.peak_flops(precision)
         recorder = Recorder(directory, config, info, layout.workers, peak, meta.get("recorder"), step)
     gc.collect()
-    gc.freeze()  # Megatron collects garbage at every save: 0.3 s over what importing it leaves behind, which stays anyway
+    gc.freeze()  # Megatron collects garbage at every save: 0.3 s over what importing it leaves behind, which stays
     return Trainer(
         config=config,
         directory=directory,
