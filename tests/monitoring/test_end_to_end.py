@@ -35,7 +35,7 @@ data:
 batch: {sequences: 4, micro: 2}
 phases:
   - {objective: clm, steps: 60}
-  - {objective: mlm, steps: 60}
+  - {objective: mlm, steps: 120}
 checkpoint: {every: 20 steps}
 cluster: {workers_per_node: 2}
 monitoring: {every: 1 steps, targets: targets}
@@ -53,11 +53,11 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """The run, one second after its last step was scraped; it is over when the fixture is torn down."""
+    """The run in its second phase, after a worker was killed in the first; it is over when the fixture is torn down."""
     folder = tmp_path_factory.mktemp("watched")
     (folder / "recipe.yaml").write_text(RECIPE)
     began = time.time()
-    with prometheus(folder, folder / "targets") as server:
+    with prometheus(folder, folder / "targets", interval="1s") as server:
         command = [sys.executable, "-c", "from launcher.cli import train_main; train_main()"]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
         log = (folder / "output.txt").open("wb")
@@ -73,7 +73,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             wait_until(lambda: step_reached(35), 600)
             worker = next(p for p in _family(job.pid) if "".join(p.cmdline()[:1]).startswith("ray::Worker"))
             worker.send_signal(signal.SIGKILL)
-            wait_until(lambda: step_reached(119), 600)
+            wait_until(lambda: step_reached(90), 600)
             url = re.search(r"http://[\d.:]+/metrics", (folder / "output.txt").read_text())
             assert url
             yield Watched(server, folder / "run", url[0], began)
@@ -94,7 +94,7 @@ def test_a_real_run_is_watched_through_the_loss_of_a_worker(watched: Watched) ->
     server, window = watched.server, time.time() - watched.began
     live = EndpointSource(watched.url).read()
     assert live.now
-    assert (live.now.run, live.now.total_steps, live.restarts["died"]) == ("watched", 120, 1)
+    assert (live.now.run, live.now.total_steps, live.restarts["died"]) == ("watched", 180, 1)
 
     for name, (kind, labels) in ENDPOINT.items():
         series = server.query_range(f'{name}{"_bucket" if kind == "histogram" else ""}{{run="watched"}}', window)
@@ -118,7 +118,7 @@ def test_a_real_run_is_watched_through_the_loss_of_a_worker(watched: Watched) ->
 
 def test_the_log_of_that_run_has_every_step_once(watched: Watched) -> None:
     wait_until(lambda: any(event["event"] == "finished" for event in read_events(watched.directory)), 300)
-    assert [line["step"] for line in read_metrics(watched.directory)] == list(range(1, 121))
+    assert [line["step"] for line in read_metrics(watched.directory)] == list(range(1, 181))
     assert [event["event"] for event in read_events(watched.directory)].count("phase_started") == 2
     assert DirectorySource(watched.directory).read().finished
     assert (watched.directory / "report.html").stat().st_size > 20_000
