@@ -92,9 +92,19 @@ def ours(config: RunConfig) -> Iterator[Runner]:
 
 
 def theirs(
-    documents: Sequence[list[int]], objective: str, dtype: torch.dtype, attention: str, sparse: bool = False
+    documents: Sequence[list[int]],
+    objective: str,
+    dtype: torch.dtype,
+    attention: str,
+    sparse: bool = False,
+    model: dict[str, int] = MODEL,
+    device: str = "cpu",
+    batches_of: int | None = None,
 ) -> Runner:
-    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW."""
+    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW.
+
+    The documents are dealt into as many batches as Detour has, or into batches of so many documents.
+    """
     from transformers import (
         DataCollatorForLanguageModeling,
         ModernBertConfig,
@@ -105,28 +115,28 @@ def theirs(
     )
 
     torch.manual_seed(0)
-    model: Any
+    net: Any
     if objective == "clm":
-        model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**MODEL, attn_implementation=attention))
+        net = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**model, attn_implementation=attention))
     else:
-        model = ModernBertForMaskedLM(
-            ModernBertConfig(**MODEL, attn_implementation=attention, sparse_prediction=sparse)
-        )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
+        net = ModernBertForMaskedLM(ModernBertConfig(**model, attn_implementation=attention, sparse_prediction=sparse))
+    net.to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, fused=True)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=load_tokenizer("package://tokenizer/modernbert").backend,
         pad_token="[PAD]",
         mask_token="[MASK]",
     )
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=objective == "mlm", mlm_probability=0.15)
-    dealt = np.array_split(np.random.default_rng(0).permutation(len(documents)), STEPS)
-    batches = [dict(collate([{"input_ids": documents[i]} for i in part])) for part in dealt]
+    count = STEPS if batches_of is None else -(-len(documents) // batches_of)
+    dealt = np.array_split(np.random.default_rng(0).permutation(len(documents)), count)
+    batches = [collate([{"input_ids": documents[i]} for i in part]).to(device) for part in dealt]
 
-    def step(batch: dict[str, torch.Tensor]) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(**batch).loss
+    def step(batch: Any) -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = net(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())
@@ -160,6 +170,8 @@ def race(runners: dict[str, Runner], repeats: int) -> dict[str, float]:
             for place, step in enumerate(runner.steps):
                 started = time.perf_counter()
                 step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 if repeat >= 0:
                     best[name][place] = min(best[name][place], time.perf_counter() - started)
     return {name: runner.tokens / float(best[name].sum()) for name, runner in runners.items()}

@@ -339,9 +339,18 @@ class RunConfig(Section):
     parallel: Parallel = Parallel()
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 numbers are scaled; `delayed` keeps a history that a checkpoint does not, so resuming it is not exact."""
+    fp8_bf16_edges: bool = False
+    """The first and the last layer in BF16. Not with the delayed recipe."""
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
     monitoring: Monitoring = Monitoring()
+
+    @model_validator(mode="after")
+    def _delayed_scaling_takes_every_layer(self) -> Self:
+        if self.fp8_bf16_edges and self.fp8_recipe == "delayed":
+            raise ValueError("fp8_bf16_edges: Megatron has no BF16 layers under fp8_recipe: delayed; use tensorwise")
+        return self
 
     @model_validator(mode="after")
     def _streams_divide_the_batch(self) -> Self:

@@ -96,7 +96,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
     architecture = resolve_architecture(config.model, tokenizer)
     layout = plan(config, architecture, dist.get_world_size())
     initialise(layout, config.seed)
-    model, wrapped = build_model(architecture, layout, precision, config.fp8_recipe)
+    model, wrapped = build_model(architecture, layout, precision, config)
     optimizer = build_optimizer([wrapped], config.optimizer, DTYPE[precision])
     model.config.grad_scale_func = optimizer.scale_loss
 
@@ -150,18 +150,19 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
 
 
 def build_model(
-    architecture: ModernBertConfig, layout: Layout, precision: Precision, fp8_recipe: str = "tensorwise"
+    architecture: ModernBertConfig, layout: Layout, precision: Precision, run: RunConfig
 ) -> tuple[ModernBert, Any]:
     """This rank's pipeline stage, bare and wrapped for data-parallel training."""
     on_gpu = device.device().type == "cuda"
+    # E4M3 forward and E5M2 backward, in the layers' matrix products; the head and the embedding stay in BF16.
+    fp8 = {"fp8": "hybrid", "fp8_recipe": run.fp8_recipe, "first_last_layers_bf16": run.fp8_bf16_edges}
     config = transformer_config(
         architecture,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         sequence=layout.sequence,
         dtype=DTYPE[precision],
-        # E4M3 forward and E5M2 backward, in the layers' matrix products; the head and the embedding stay in BF16.
-        **({"fp8": "hybrid", "fp8_recipe": fp8_recipe} if precision == "fp8" else {}),
+        **(fp8 if precision == "fp8" else {}),
     )
     model = ModernBert(config, architecture, transformer_engine=on_gpu).to(device.device())
     inner = Float16Module(config, model) if precision != "fp32" else model

@@ -92,6 +92,10 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "no such tokenizer": (setting(tokenizer="./nothing"), r"tokenizer \./nothing"),
     "fp8 without an fp8 GPU": (setting(precision="fp8"), r"precision: fp8 needs .*precision=bf16"),
+    "BF16 layers under delayed scaling": (
+        setting(fp8_bf16_edges=True, fp8_recipe="delayed"),
+        r"fp8_bf16_edges: .*use tensorwise",
+    ),
     "frozen layer beyond the last": (first_phase(freeze=[9]), r"phases\.0\.freeze: no layers \[9\]"),
 }
 
