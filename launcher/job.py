@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,10 +62,11 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         if (directory / EXPORT).exists() or _trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
             return _finish(config, directory, load_tokenizer(config.tokenizer), console)
-        # The checks import for seconds while Ray starts for seconds, mostly in other processes.
-        threading.Thread(target=importlib.import_module, args=("engine.modernbert.config",), daemon=True).start()
-        stack.enter_context(connect(_local_workers(config)))
+        if is_joined():
+            stack.enter_context(connect(local_workers=0))
         tokenizer, shapes = prepare_and_check(config, console)
+        if not is_joined():
+            stack.enter_context(connect(local_workers=shapes[0].workers))
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )
@@ -112,27 +111,24 @@ def prepare_and_check(config: RunConfig, console: Console) -> tuple[Tokenizer, l
     return tokenizer, shapes
 
 
-def _local_workers(config: RunConfig) -> int:
-    """Workers for which a local cluster needs a CPU each, should it have no GPU."""
-    per_node = config.cluster.workers_per_node
-    return config.parallel.tensor * config.parallel.pipeline if per_node == "auto" else per_node
-
-
 def possible_shapes(config: RunConfig) -> list[Shape]:
-    """Nodes and workers by the configuration and the devices of the cluster, the most nodes first."""
+    """Nodes and workers by the configuration and the devices of the cluster or this machine, the most nodes first."""
     nodes = config.cluster.nodes
     fewest, most = (nodes, nodes) if isinstance(nodes, int) else nodes
-    if not is_joined():
+    if is_joined():
+        gpus = max((node.gpus for node in alive_nodes()), default=0)
+    else:
         if fewest > 1:
             raise InputError(
-                f"cluster.nodes: asked for {fewest} nodes, but this process is in no Ray cluster and has started one "
+                f"cluster.nodes: asked for {fewest} nodes, but this process is in no Ray cluster and would start one "
                 "of 1 node here; set RAY_ADDRESS or use `ray job submit`, or lower --nodes to 1"
             )
-        most = 1
-    gpus = max((node.gpus for node in alive_nodes()), default=0)
+        import torch
+
+        most, gpus = 1, torch.cuda.device_count()
     per_node = config.cluster.workers_per_node
     if per_node == "auto":
-        per_node = gpus or _local_workers(config)
+        per_node = gpus or config.parallel.tensor * config.parallel.pipeline
     elif 0 < gpus < per_node:
         raise InputError(f"cluster.workers_per_node: {per_node} workers, but a node has {gpus} GPUs")
     return [Shape(number, per_node, gpu=gpus > 0) for number in range(most, fewest - 1, -1)]
