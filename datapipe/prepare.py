@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,12 +144,32 @@ def prepare(
 
 
 def ensure_prepared(data: Data, tokenizer: Tokenizer, progress: Progress | None = None) -> None:
-    """Prepare every source that names its `text` and has no shards yet. Raises InputError."""
+    """Prepare every source that names its `text` and has no shards yet; runs that start together do it once.
+
+    Raises InputError.
+    """
     evaluation = [] if data.evaluation is None else [data.evaluation.source]
     for source in (*data.sources, *evaluation):
-        if source.text and not (local_path(source.shards) / NAME).exists():
+        output = local_path(source.shards)
+        if source.text and not (output / NAME).exists():
             show = None if progress is None else _prefixed(progress, source.name)
-            prepare(source.text, tokenizer, local_path(source.shards), show)
+            with _alone(output):
+                if not (output / NAME).exists():
+                    prepare(source.text, tokenizer, output, show)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Wait for whoever prepares the same directory."""
+    path = output.with_name(f".{output.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}; choose another directory") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _prefixed(progress: Progress, name: str) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import secrets
 import shutil
@@ -20,6 +21,8 @@ import psutil
 
 from tests.launcher.toy import environment
 
+_numbers = itertools.count(11)
+"""Of loopback addresses and port ranges: clusters may live side by side."""
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -32,9 +35,11 @@ class LoopbackNode:
 
 
 class LoopbackCluster:
-    """Nodes of one CPU each on 127.0.0.11, 127.0.0.12, ...; the first is the head, with the job server."""
+    """Nodes, each on a loopback address of its own; the first is the head, with the job server."""
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self, nodes: int, cpus: int = 1) -> None:
+        """`cpus` of each node."""
+        self._cpus = cpus
         self._folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Unix socket paths end at 107 characters
         self._environment = environment() | {
             "RAY_AUTH_MODE": "token",
@@ -54,26 +59,36 @@ class LoopbackCluster:
     @property
     def environment(self) -> dict[str, str]:
         """Of a process that belongs to the cluster."""
-        return self._environment | {"RAY_ADDRESS": f"127.0.0.11:{self._port}"}
+        return self._environment | {"RAY_ADDRESS": self._head}
 
     @property
     def job_server(self) -> str:
         return f"http://127.0.0.1:{self._dashboard}"
 
     def add_node(self) -> LoopbackNode:
-        address = f"127.0.0.{11 + len(self.nodes)}"
+        number = next(_numbers)
+        address = f"127.0.0.{number}"
+        if not self.nodes:
+            self._head = f"{address}:{self._port}"
         head = ["--head", f"--port={self._port}", f"--dashboard-port={self._dashboard}", "--include-dashboard=true"]
-        member = [f"--address=127.0.0.11:{self._port}"]
-        first = 20000 + 1000 * len(self.nodes)
+        member = [f"--address={self._head}"]
+        first = 20000 + 500 * number
         command = [
-            *(*RAY, "start", "--block", f"--node-ip-address={address}", "--num-cpus=1", "--disable-usage-stats"),
+            *(
+                *RAY,
+                "start",
+                "--block",
+                f"--node-ip-address={address}",
+                f"--num-cpus={self._cpus}",
+                "--disable-usage-stats",
+            ),
             *(f"--object-store-memory={80 * 2**20}", f"--temp-dir={self._folder}"),
             *(f"--{name}-port={_free_port()}" for name in ("node-manager", "object-manager", "metrics-export")),
             *(f"--dashboard-agent-{name}-port={_free_port()}" for name in ("listen", "grpc")),
             *(
                 f"--runtime-env-agent-port={_free_port()}",
                 f"--min-worker-port={first}",
-                f"--max-worker-port={first + 999}",
+                f"--max-worker-port={first + 499}",
             ),
             *(member if self.nodes else head),
         ]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +268,12 @@ def test_sources_are_prepared_when_their_shards_are_missing(tokenizer: Tokenizer
     shutil.rmtree(tmp_path / "evaluation")
     ensure_prepared(data, tokenizer)
     assert digests(tmp_path) == before
+
+
+def test_runs_that_start_together_prepare_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = Data(sources=[{"name": "tico", "text": TICO, "shards": str(tmp_path / "tico")}])
+    said: list[list[str]] = [[], [], []]
+    with ThreadPoolExecutor(3) as runs:
+        list(runs.map(lambda lines: ensure_prepared(data, tokenizer, lines.append), said))
+    assert sum(bool(lines) for lines in said) == 1
+    assert read_manifest(tmp_path / "tico").documents == 3071
