@@ -48,7 +48,7 @@ def read_mapping(reference: str, kind: str, folder: Traversable) -> tuple[dict[s
         raise InputError(f"no {kind} {reference!r}: neither a YAML file nor one of the package; {hint}")
     tree = read_yaml(text, f"{kind} {reference}")
     if not isinstance(tree, dict):
-        raise InputError(f"{kind} {reference} is empty or not a mapping")
+        raise InputError(f"{kind} {reference} is empty or not a mapping; complete ones are {', '.join(ours)}")
     return tree, home
 
 
