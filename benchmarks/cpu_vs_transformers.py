@@ -39,7 +39,6 @@ from engine.precision import resolve_precision
 MODEL = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
 STEPS = 3
 """Different batches of each measurement."""
-OVERHEAD_PHASE = {"objective": "mlm", "steps": 12, "mask_rate": 0.15}
 SLOTS = 4096
 """Packed token slots of a step."""
 
@@ -255,7 +254,8 @@ def overhead_row(folder: Path) -> Row:
     """What the training loop itself takes of a step: data, logging, guards and everything else around the model."""
     from engine import trainer
 
-    config = run_config(folder, "mlm", 1024, SLOTS // 1024).model_copy(update={"phases": (Phase(**OVERHEAD_PHASE),)})
+    phases = (Phase(objective="mlm", steps=12),)
+    config = run_config(folder, "mlm", 1024, SLOTS // 1024).model_copy(update={"phases": phases})
     inside, edges = [0.0], []
 
     def clocked(work: Callable[..., Any]) -> Callable[..., Any]:
