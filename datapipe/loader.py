@@ -14,6 +14,7 @@ import numpy as np
 from configs.errors import InputError
 from configs.schema import Data
 from datapipe.batch import Drawn, MicroBatch, Origin, PackedSequence, StepData
+from datapipe.mixture import MEMORY
 from datapipe.packing import BUFFER
 from datapipe.source import Source, SourceSummary
 from datapipe.stream import Stream
@@ -182,7 +183,7 @@ def _progress(sources: Sequence[Source], streams: Sequence[Stream]) -> dict[str,
 
 def _fingerprint(data: Data, source: Source) -> str:
     """Identity of everything that decides the order of a source's tokens."""
-    layout = (data.seed, data.sequence_length, data.streams, BUFFER)
+    layout = (data.seed, data.sequence_length, data.streams, BUFFER, MEMORY)
     settings = (source.fingerprint, source.weight, source.epochs, *layout)
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 

@@ -19,6 +19,8 @@ from datapipe.source import Source
 
 ENCODE_AHEAD = 64
 """Documents of raw text that are tokenized at once."""
+MEMORY = 128
+"""Draws over which the mean of the tokens that wait for a row is taken."""
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +43,8 @@ class Cursor:
         self.epoch = self.position = 0
         self.tokens = self.documents = self.skipped = 0
         """Drawn so far, special tokens included and empty documents not; and damaged documents left out."""
+        self.waiting = 0.0
+        """Mean tokens drawn that wait for a row."""
         self._share = (streams, stream)
         self._key = (seed, source.name)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
@@ -85,12 +89,12 @@ class Cursor:
         """Shard and document number."""
         return self._plan(epoch).locate(position)
 
-    def state(self) -> list[int]:
-        """JSON: epoch, position, tokens, documents, skipped."""
-        return [self.epoch, self.position, self.tokens, self.documents, self.skipped]
+    def state(self) -> tuple[int, int, int, int, int, float]:
+        """JSON: epoch, position, tokens, documents, skipped, waiting."""
+        return self.epoch, self.position, self.tokens, self.documents, self.skipped, self.waiting
 
-    def restore(self, state: Sequence[int]) -> None:
-        self.epoch, self.position, self.tokens, self.documents, self.skipped = state
+    def restore(self, state: tuple[int, int, int, int, int, float]) -> None:
+        self.epoch, self.position, self.tokens, self.documents, self.skipped, self.waiting = state
 
     def _plan(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
@@ -146,18 +150,28 @@ class _Epoch:
 
 
 class Mixture:
-    """Draws from the sources so that each keeps its share of the tokens, without a random number: the next document
-    is of the source that is furthest behind. One that has reached its `epochs` leaves its share to the others."""
+    """Draws from the sources so that each keeps its share of the tokens in rows, without a random number: the next
+    document is of the source that is furthest behind. One that has reached its `epochs` leaves its share to the others.
+
+    Two biases would otherwise add up over the streams. Documents that are hard to fit wait longest for a row, so of
+    some sources more waits than their share: a slow mean of it is not counted. (Its value at the moment would be chased
+    until nothing else waits, and rows would fill badly.) And a draw overshoots by half a document on average.
+    """
 
     def __init__(self, sources: Sequence[Source], streams: int, stream: int, seed: int) -> None:
         self.cursors = [Cursor(source, streams, stream, seed) for source in sources]
 
-    def next(self) -> Document | None:
-        """None when every source has reached its `epochs`."""
+    def next(self, waiting: Sequence[int]) -> Document | None:
+        """None when every source has reached its `epochs`. waiting: tokens of each source that wait for a row."""
+        draws = 1 + sum(cursor.documents for cursor in self.cursors)
+        for cursor, tokens in zip(self.cursors, waiting, strict=True):
+            cursor.waiting += (tokens - cursor.waiting) / min(draws, MEMORY)
         while True:
             best, number = float("inf"), -1
             for i, cursor in enumerate(self.cursors):
-                if not cursor.exhausted and (progress := cursor.tokens / cursor.source.weight) < best:
+                half = cursor.tokens / cursor.documents / 2 if cursor.documents else 0.0
+                progress = (cursor.tokens - cursor.waiting + half) / cursor.source.weight
+                if not cursor.exhausted and progress < best:
                     best, number = progress, i
             if number < 0:
                 return None

@@ -23,6 +23,7 @@ class Stream:
         self.mixture = Mixture(sources, streams, stream, seed)
         self._number = 0
         self._buffer = Buffer()
+        self._waiting = [0] * len(sources)  # tokens in the buffer
         # A document is cut as its parts are needed, so that a huge one never fills the buffer.
         self._document: Document | None = None
         self._part = 0
@@ -36,6 +37,7 @@ class Stream:
         ids = np.full(self._length, self._pad_id, np.int32)
         lengths, documents, used = [], [], 0
         while piece is not None:
+            self._waiting[piece.reference[0]] -= len(piece.ids)
             ids[used : used + len(piece.ids)] = piece.ids
             lengths.append(len(piece.ids))
             documents.append(piece.reference)
@@ -65,7 +67,8 @@ class Stream:
         """Continue from a state of the same stream; reads the buffered documents again and nothing else."""
         self._number = state["number"]
         self.mixture.restore(state["sources"])
-        self._buffer = Buffer(self._piece(self._read(*reference[:3]), reference[3]) for reference in state["buffer"])
+        for reference in state["buffer"]:
+            self._add(self._piece(self._read(*reference[:3]), reference[3]))
         if state["document"] is not None:
             *reference, self._part = state["document"]
             self._document = self._read(*reference)
@@ -73,13 +76,17 @@ class Stream:
     def _fill(self) -> None:
         while len(self._buffer) < BUFFER:
             if self._document is None:
-                self._document, self._part = self.mixture.next(), 0
+                self._document, self._part = self.mixture.next(self._waiting), 0
                 if self._document is None:
                     return
-            self._buffer.add(self._piece(self._document, self._part))
+            self._add(self._piece(self._document, self._part))
             self._part += 1
             if self._part * self._length >= len(self._document.ids):
                 self._document = None
+
+    def _add(self, piece: Piece) -> None:
+        self._buffer.add(piece)
+        self._waiting[piece.reference[0]] += len(piece.ids)
 
     def _piece(self, document: Document, part: int) -> Piece:
         ids = document.ids[part * self._length : (part + 1) * self._length]

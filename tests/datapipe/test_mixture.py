@@ -53,7 +53,7 @@ def shares(rows: list[PackedSequence], sources: int) -> np.ndarray:
     return counts[:sources] / counts.sum()
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, 8, 48])
 def test_realised_shares_after_ten_million_tokens(tmp_path: Path, tokenizer: Tokenizer, count: int) -> None:
     """The paper's French mixture, from corpora of other proportions, to a hundredth of each share."""
     weights = {"articles": 0.70, "questions": 0.20, "cases": 0.04, "leaflets": 0.06}
