@@ -28,6 +28,14 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+def moved(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """The tensor on a device. To a GPU from pinned memory: that copy does not wait for the kernels before it, so the
+    host goes on giving them work."""
+    if where.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(where)
+    return tensor.pin_memory().to(where, non_blocking=True)
+
+
 def name() -> str:
     """Model of the device, for people."""
     if torch.cuda.is_available():

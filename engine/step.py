@@ -83,14 +83,14 @@ def _forward(micro: MicroBatch, model: Any, causal: bool) -> tuple[torch.Tensor,
     labels = torch.as_tensor(micro.labels)  # with the dali backend already on the GPU
     paying = (labels != IGNORE).nonzero().squeeze(1)
     output = model(
-        torch.as_tensor(micro.inputs)[None].to(where),
+        device.moved(torch.as_tensor(micro.inputs)[None], where),
         PackedDocuments.from_lengths(lengths, causal, where),
-        paying.to(where),
-        labels[paying].to(where),
+        device.moved(paying, where),
+        device.moved(labels[paying], where),
     )
 
     def loss(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        count = torch.tensor(len(paying), dtype=torch.int, device=where)
+        count = device.moved(torch.tensor(len(paying), dtype=torch.int), where)
         return sums[0], count, {"sums": sums.detach()}
 
     return output, loss

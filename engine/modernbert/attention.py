@@ -18,6 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from engine.device import moved
+
 BAND = 64
 """Queries that share one gathered window of keys in a local layer on the CPU."""
 GROUP = 256
@@ -35,7 +37,7 @@ class PackedDocuments(PackedSeqParams):
 
     @classmethod
     def from_lengths(cls, lengths: tuple[int, ...], causal: bool, device: torch.device) -> PackedDocuments:
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        ends = moved(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
         longest = max(lengths)
         return cls(
             qkv_format="thd",
@@ -55,14 +57,14 @@ class PackedDocuments(PackedSeqParams):
     @functools.cached_property
     def documents(self) -> Tensor:
         """[T] int64: the document each token belongs to."""
-        lengths = torch.tensor(self.lengths, device=self.cu_seqlens_q.device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths.device), lengths)
+        return moved(torch.repeat_interleave(torch.tensor(self.lengths)), self.cu_seqlens_q.device)
 
     @functools.cached_property
     def positions(self) -> Tensor:
         """[T] int64: each token's place in its document."""
-        starts = self.cu_seqlens_q[:-1].long()
-        return torch.arange(self.total, device=starts.device) - starts[self.documents]
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        return moved(torch.arange(self.total) - starts.repeat_interleave(lengths), self.cu_seqlens_q.device)
 
     def band(self, window: int) -> tuple[int, int, Tensor]:
         """Keys before and after a block of BAND queries, and who sees whom: [blocks, 1, BAND, keys] bool."""

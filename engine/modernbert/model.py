@@ -134,7 +134,8 @@ class ModernBert(LanguageModule):
 
     def _rotary(self, packed: PackedDocuments) -> Tensor:
         """[global or local, cos or sin, T, head dim] in the computing dtype, by position in the document."""
-        table = self._rotary_table(packed.max_seqlen_q, packed.cu_seqlens_q.device)
+        length = 1 << (packed.max_seqlen_q - 1).bit_length()  # powers of two: a few tables serve all micro-batches
+        table = self._rotary_table(length, packed.cu_seqlens_q.device)
         return table[:, :, packed.positions]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  one model lives as long as its process
