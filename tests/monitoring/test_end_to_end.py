@@ -21,7 +21,7 @@ from tests.monitoring.dashboards import expressions, fill_in
 from tests.monitoring.prometheus import Server, needs_prometheus, prometheus, wait_until
 from tests.monitoring.test_exporter import ENDPOINT
 
-pytestmark = [needs_prometheus, pytest.mark.chaos, pytest.mark.timeout(2000)]  # a minute and a half on two idle cores
+pytestmark = [needs_prometheus, pytest.mark.timeout(2000)]  # a minute and a half on two idle cores
 
 RECIPE = """
 name: watched
