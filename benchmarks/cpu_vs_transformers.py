@@ -2,8 +2,9 @@
 
 Both sides train the same 17 M-parameter ModernBERT (the shape of Ettin's smallest) on the same documents, in one
 process with the same threads, by turns. Detour packs the documents into rows; for transformers they are shuffled into
-as many batches, which its collator pads to their longest document. Every batch is repeated, its fastest time counts,
-and these are added up: what other programs on the machine took drops out.
+as many batches, which its collator pads to their longest document. The batches are those after the first 64: until a
+packing buffer has turned over, it gives long documents first. Every batch is repeated, its fastest time counts, and
+these are added up: what other programs on the machine took drops out.
 
     python -m benchmarks.cpu_vs_transformers [--quick] [--json FILE]
 """
@@ -11,7 +12,6 @@ and these are added up: what other programs on the machine took drops out.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from benchmarks.table import Row, arguments, report
 from configs.load import validate
-from configs.schema import Phase, RunConfig
+from configs.schema import RunConfig
 from datapipe.batch import IGNORE, Ids, PackedSequence, StepData
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
@@ -37,8 +37,8 @@ from engine import cpu
 from engine.precision import resolve_precision
 
 MODEL = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
-STEPS = 3
-"""Different batches of each measurement."""
+SKIP = 64
+"""Batches before those that are measured."""
 SLOTS = 4096
 """Packed token slots of a step."""
 
@@ -50,8 +50,8 @@ class Runner(NamedTuple):
     tokens: int
 
 
-def run_config(folder: Path, objective: str, length: int, rows: int) -> RunConfig:
-    """Packed rows of MedQuAD, whose documents have 812 tokens on average (11 to 10,873)."""
+def run_config(folder: Path, objective: str, length: int, rows: int, steps: int) -> RunConfig:
+    """So many batches of packed rows of MedQuAD, whose documents have 812 tokens on average (11 to 10,873)."""
     source = {"name": "medquad", "text": "package://corpus/medquad.jsonl.gz", "shards": str(folder / "medquad")}
     return validate(
         RunConfig,
@@ -61,7 +61,7 @@ def run_config(folder: Path, objective: str, length: int, rows: int) -> RunConfi
             "tokenizer": "package://tokenizer/modernbert",
             "data": {"sequence_length": length, "streams": rows, "sources": [source]},
             "batch": {"sequences": rows},
-            "phases": [{"objective": objective, "steps": STEPS}],
+            "phases": [{"objective": objective, "steps": steps}],
         },
         "benchmark",
     )
@@ -78,15 +78,17 @@ def ours(config: RunConfig) -> Iterator[Runner]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(config, Path(folder))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-        batches = list(trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, STEPS, None))
+        last = SKIP + config.total_steps
+        steps = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, last, None)
+        batches = list(islice(steps, SKIP, None))
 
         def step(batch: StepData) -> float:
             losses, _ = forward_backward(trainer, batch.micro_batches, objective.causal)
             optimizer_step(trainer.optimizer)
             return sum(losses)
 
-        steps = [partial(step, batch) for batch in batches]
-        yield Runner(steps, sum(micro.tokens for batch in batches for micro in batch.micro_batches))
+        work = [partial(step, batch) for batch in batches]
+        yield Runner(work, sum(micro.tokens for batch in batches for micro in batch.micro_batches))
         trainer.close()
 
 
@@ -98,12 +100,10 @@ def theirs(
     sparse: bool = False,
     model: dict[str, int] = MODEL,
     device: str = "cpu",
-    batches_of: int | None = None,
+    *,
+    batches: int,
 ) -> Runner:
-    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW.
-
-    The documents are dealt into as many batches as Detour has, or into batches of so many documents.
-    """
+    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW."""
     from transformers import (
         DataCollatorForLanguageModeling,
         ModernBertConfig,
@@ -127,9 +127,8 @@ def theirs(
         mask_token="[MASK]",
     )
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=objective == "mlm", mlm_probability=0.15)
-    count = STEPS if batches_of is None else -(-len(documents) // batches_of)
-    dealt = np.array_split(np.random.default_rng(0).permutation(len(documents)), count)
-    batches = [collate([{"input_ids": documents[i]} for i in part]).to(device) for part in dealt]
+    dealt = np.array_split(np.random.default_rng(0).permutation(len(documents)), batches)
+    collated = [collate([{"input_ids": documents[i]} for i in part]).to(device) for part in dealt]
 
     def step(batch: Any) -> float:
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -140,7 +139,7 @@ def theirs(
         optimizer.zero_grad()
         return float(loss.detach())
 
-    return Runner([partial(step, batch) for batch in batches], sum(map(len, documents)))
+    return Runner([partial(step, batch) for batch in collated], sum(map(len, documents)))
 
 
 def documents_of(config: RunConfig) -> list[list[int]]:
@@ -154,7 +153,7 @@ def documents_of(config: RunConfig) -> list[list[int]]:
     loader = Loader(config.data, config.batch.sequences, tokenizer, 0, 1)
     return [
         document.tolist()
-        for batch in loader.steps(unchanged, 1, 0, STEPS, None)
+        for batch in islice(loader.steps(unchanged, 1, 0, SKIP + config.total_steps, None), SKIP, None)
         for micro in batch.micro_batches
         for document in np.split(micro.inputs[: micro.tokens], micro.cu_seqlens[1:-1])
         if len(document)
@@ -164,27 +163,28 @@ def documents_of(config: RunConfig) -> list[list[int]]:
 def race(runners: dict[str, Runner], repeats: int) -> dict[str, float]:
     """Real tokens per second of each, measured by turns."""
     best = {name: np.full(len(runner.steps), np.inf) for name, runner in runners.items()}
-    for repeat in range(-1, repeats):
-        for name, runner in runners.items():  # the first round warms up
+    for runner in runners.values():
+        runner.steps[0]()  # warms up
+    for _ in range(repeats):
+        for name, runner in runners.items():
             for place, step in enumerate(runner.steps):
                 started = time.perf_counter()
                 step()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                if repeat >= 0:
-                    best[name][place] = min(best[name][place], time.perf_counter() - started)
+                best[name][place] = min(best[name][place], time.perf_counter() - started)
     return {name: runner.tokens / float(best[name].sum()) for name, runner in runners.items()}
 
 
 def fastest(documents: Sequence[list[int]], objective: str, config: RunConfig) -> tuple[torch.dtype, str]:
-    """The number format and attention with which transformers is fastest here, by one step of each.
+    """The number format and attention with which transformers is fastest here, by one step of each on four documents.
 
     bf16 only where the processor multiplies it: elsewhere it is emulated, for either side.
     """
     dtypes = (torch.float32, torch.bfloat16) if resolve_precision(config) == "bf16" else (torch.float32,)
     seconds = {}
     for dtype, attention in product(dtypes, ("sdpa", "eager")):
-        runner = theirs(documents, objective, dtype, attention)
+        runner = theirs(documents[:4], objective, dtype, attention, batches=1)
         started = time.perf_counter()
         runner.steps[0]()
         seconds[dtype, attention] = time.perf_counter() - started
@@ -194,18 +194,18 @@ def fastest(documents: Sequence[list[int]], objective: str, config: RunConfig) -
 
 def speed_rows(folder: Path, repeats: int) -> list[Row]:
     rows = []
-    for objective, length, bar, sparse_bar in (
-        ("mlm", 1024, 3.0, 1.2),
-        ("clm", 1024, 2.0, None),
-        ("mlm", 4096, 4.0, None),
+    for objective, length, steps, bar, sparse_bar in (
+        ("mlm", 1024, 4, 3.0, 1.2),
+        ("clm", 1024, 4, 2.0, None),
+        ("mlm", 4096, 12, 4.0, None),
     ):
-        config = run_config(folder, objective, length, SLOTS // length)
+        config = run_config(folder, objective, length, SLOTS // length, steps)
         documents = documents_of(config)
         with ours(config) as mine:
             best = fastest(documents, objective, config)
-            runners = {"Detour": mine, "transformers": theirs(documents, objective, *best)}
+            runners = {"Detour": mine, "transformers": theirs(documents, objective, *best, batches=steps)}
             if sparse_bar:
-                sparse = theirs(documents, objective, *best, sparse=True)
+                sparse = theirs(documents, objective, *best, sparse=True, batches=steps)
                 runners["transformers, sparse_prediction"] = sparse
             speeds = race(runners, repeats)
         for (peer, speed), wanted in zip(list(speeds.items())[1:], (bar, sparse_bar), strict=False):
@@ -218,22 +218,23 @@ def speed_rows(folder: Path, repeats: int) -> list[Row]:
 def peak_memory(folder: Path, side: str) -> int:
     """Peak resident bytes of a process that trains CLM at 4096."""
     cpu.install()
-    config = run_config(folder, "clm", 4096, SLOTS // 4096)
+    config = run_config(folder, "clm", 4096, SLOTS // 4096, 3)
     if side == "theirs":
-        for step in theirs(documents_of(config), "clm", torch.float32, "sdpa").steps:
+        for step in theirs(documents_of(config), "clm", torch.float32, "sdpa", batches=3).steps:
             step()
     else:
         with process_group(1), ours(config) as mine:
             for step in mine.steps:
                 step()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # getrusage's maximum is inherited from the parent
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def data_parallel_speed(folder: Path, rank: int, size: int, store: str) -> float:
     """Real tokens per second of all ranks together, as one of `size` processes that share two threads."""
     cpu.install()
     torch.set_num_threads(2 // size)
-    with process_group(size, rank, store), ours(run_config(folder, "mlm", 1024, 2 * SLOTS // 1024)) as mine:
+    with process_group(size, rank, store), ours(run_config(folder, "mlm", 1024, 2 * SLOTS // 1024, 3)) as mine:
         speed = torch.tensor(race({"": mine}, 4)[""])
         dist.all_reduce(speed)
     return float(speed)
@@ -254,8 +255,7 @@ def overhead_row(folder: Path) -> Row:
     """What the training loop itself takes of a step: data, logging, guards and everything else around the model."""
     from engine import trainer
 
-    phases = (Phase(objective="mlm", steps=12),)
-    config = run_config(folder, "mlm", 1024, SLOTS // 1024).model_copy(update={"phases": phases})
+    config = run_config(folder, "mlm", 1024, SLOTS // 1024, 12)
     inside, edges = [0.0], []
 
     def clocked(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -301,7 +301,7 @@ def main() -> None:
     repeats = 1 if options.quick else 5
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = run_config(folder, "mlm", 1024, 4)
+        config = run_config(folder, "mlm", 1024, 4, 1)
         ensure_prepared(config.data, load_tokenizer(config.tokenizer))
         with process_group():
             rows = [*speed_rows(folder, repeats), overhead_row(folder)]

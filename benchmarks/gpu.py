@@ -58,7 +58,7 @@ def run_config(folder: Path, model: dict[str, Any], objective: str, **precision:
             "tokenizer": "package://tokenizer/modernbert",
             "data": {"sequence_length": 8192, "streams": 4, "sources": [source]},
             "batch": {"sequences": 16},
-            "phases": [{"objective": objective, "steps": 100}],
+            "phases": [{"objective": objective, "steps": 3}],
             **precision,
         },
         "gpu",
@@ -126,7 +126,8 @@ def transformers_row(folder: Path, objective: str, repeats: int) -> Row:
     attentions = ["sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None)
     theirs_best = 0.0
     for attention in attentions:
-        runner = theirs(documents, objective, torch.bfloat16, attention, model={}, device="cuda", batches_of=8)
+        batches = -(-len(documents) // 8)
+        runner = theirs(documents, objective, torch.bfloat16, attention, model={}, device="cuda", batches=batches)
         theirs_best = max(theirs_best, race({"": runner}, repeats)[""])
     with ours(config) as mine:
         found = race({"": mine}, repeats)[""]
