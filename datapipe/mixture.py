@@ -180,7 +180,7 @@ class Mixture:
                 ids, epoch, position = drawn
                 return Document(ids, number, epoch, position)
 
-    def state(self) -> dict[str, list[int]]:
+    def state(self) -> dict[str, tuple[int, int, int, int, int, float]]:
         return {cursor.source.name: cursor.state() for cursor in self.cursors}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -112,11 +112,17 @@ class _Stream:
 
 def _import_megatron() -> None:
     """Load what training uses, so that the views reach all of it; 0.19 imports its checkpoint strategies lazily."""
-    compile_, torch.compile = torch.compile, _identity  # its decorators would load Inductor: seconds, for no use here
+    # Its decorators would load Inductor, its inference engine Weights & Biases: seconds, for no use here.
+    compile_, torch.compile = torch.compile, _identity
+    hidden = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # an ImportError for whoever asks
     try:
         _load_modules()
     finally:
         torch.compile = compile_
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _identity(function: Any = None, **_: Any) -> Any:

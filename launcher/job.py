@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 from rich.console import Console
 from rich.markup import escape
@@ -62,11 +65,13 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         if (directory / EXPORT).exists() or _trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
             return _finish(config, directory, load_tokenizer(config.tokenizer), console)
-        if is_joined():
-            stack.enter_context(connect(local_workers=0))
-        tokenizer, shapes = prepare_and_check(config, console)
-        if not is_joined():
-            stack.enter_context(connect(local_workers=shapes[0].workers))
+        _nodes(config)
+        tokenizer = load_tokenizer(config.tokenizer)
+        with console.status("preparing shards") as status:
+            ensure_prepared(config.data, tokenizer, status.update)
+        with _importing("engine.parallel"):  # takes torch seconds, which Ray's processes need to start as well
+            stack.enter_context(connect(local_workers=_workers(config, gpus=0)))
+        shapes = _check(config, tokenizer, console)
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )
@@ -81,16 +86,26 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         return result
 
 
-def prepare_and_check(config: RunConfig, console: Console) -> tuple[Tokenizer, list[Shape]]:
-    """Everything that can be wrong is found here, before workers start; missing shards are prepared.
+@contextmanager
+def _importing(module: str) -> Iterator[None]:
+    """Import it behind the body. An error of the import is met again by whoever needs the module."""
+    thread = Thread(target=importlib.import_module, args=(module,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
-    Returns the tokenizer and the shapes the run may take, the largest first. Raises InputError.
+
+def _check(config: RunConfig, tokenizer: Tokenizer, console: Console) -> list[Shape]:
+    """Everything that can be wrong is found here, before workers start.
+
+    Returns the shapes the run may take, the largest first. Raises InputError.
     """
     from engine.modernbert.config import resolve_architecture
     from engine.parallel import plan
     from engine.precision import resolve_precision
 
-    tokenizer = load_tokenizer(config.tokenizer)
     architecture = resolve_architecture(config.model, tokenizer)
     shapes, problem = [], InputError("cluster.nodes: no number of nodes fits")
     for shape in possible_shapes(config):
@@ -103,35 +118,46 @@ def prepare_and_check(config: RunConfig, console: Console) -> tuple[Tokenizer, l
         raise problem
     if not is_joined():  # the head of a cluster may have another device than its workers, which check for themselves
         resolve_precision(config)
-    with console.status("preparing shards") as status:
-        ensure_prepared(config.data, tokenizer, status.update)
     for source in check_sources(config.data, tokenizer, architecture.vocab_size):
         for damage in source.problems:
             console.print(f"[yellow]source {source.name}: will be skipped:[/] {escape(damage)}")
-    return tokenizer, shapes
+    return shapes
 
 
 def possible_shapes(config: RunConfig) -> list[Shape]:
     """Nodes and workers by the configuration and the devices of the cluster or this machine, the most nodes first."""
-    nodes = config.cluster.nodes
-    fewest, most = (nodes, nodes) if isinstance(nodes, int) else nodes
+    fewest, most = _nodes(config)
     if is_joined():
         gpus = max((node.gpus for node in alive_nodes()), default=0)
     else:
-        if fewest > 1:
-            raise InputError(
-                f"cluster.nodes: asked for {fewest} nodes, but this process is in no Ray cluster and would start one "
-                "of 1 node here; set RAY_ADDRESS or use `ray job submit`, or lower --nodes to 1"
-            )
         import torch
 
-        most, gpus = 1, torch.cuda.device_count()
-    per_node = config.cluster.workers_per_node
-    if per_node == "auto":
-        per_node = gpus or config.parallel.tensor * config.parallel.pipeline
-    elif 0 < gpus < per_node:
+        gpus = torch.cuda.device_count()
+    per_node = _workers(config, gpus)
+    if 0 < gpus < per_node:
         raise InputError(f"cluster.workers_per_node: {per_node} workers, but a node has {gpus} GPUs")
     return [Shape(number, per_node, gpu=gpus > 0) for number in range(most, fewest - 1, -1)]
+
+
+def _nodes(config: RunConfig) -> tuple[int, int]:
+    """Fewest and most nodes of the run. InputError where it needs a cluster and this process is in none."""
+    nodes = config.cluster.nodes
+    fewest, most = (nodes, nodes) if isinstance(nodes, int) else nodes
+    if is_joined():
+        return fewest, most
+    if fewest > 1:
+        raise InputError(
+            f"cluster.nodes: asked for {fewest} nodes, but this process is in no Ray cluster and would start one "
+            "of 1 node here; set RAY_ADDRESS or use `ray job submit`, or lower --nodes to 1"
+        )
+    return 1, 1
+
+
+def _workers(config: RunConfig, gpus: int) -> int:
+    """Of each node, which has so many GPUs."""
+    if config.cluster.workers_per_node == "auto":
+        return gpus or config.parallel.tensor * config.parallel.pipeline
+    return config.cluster.workers_per_node
 
 
 def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
