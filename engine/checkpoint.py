@@ -23,6 +23,7 @@ import torch
 
 from configs.errors import InputError
 from engine.modernbert.config import CONFIG_FILE
+from engine.moments import sharded_optimizer
 
 FORMAT = 1
 
@@ -136,8 +137,10 @@ def sharded_state(model: Any, optimizer: Any | None, *, loading: bool) -> dict[s
     }
     sharded = model.sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": {k: v for k, v in sharded.items() if not k.endswith("_extra_state")}}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+    if optimizer is not None and loading:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=metadata)
+    elif optimizer is not None:
+        state["optimizer"] = sharded_optimizer(optimizer, state["model"])
     return state
 
 

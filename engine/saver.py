@@ -48,6 +48,8 @@ class Saver:
         self._error: Exception | None = None
         self._files: dict[str, tuple[int, str]] = {}
         self._started = 0.0
+        self._validated = False
+        """Whether Megatron has checked that the parts of all ranks make wholes: once is enough, they do not change."""
         self.stall = 0.0
         """Seconds the training stood still for the save under way or last done."""
 
@@ -75,7 +77,10 @@ class Saver:
         filesystem_async._results_queue = queue.Queue()
         named = inspect.signature(dist_checkpointing.save).parameters
         local = {"async_strategy": "mcore"} if "async_strategy" in named else {}  # 0.19 prefers another package's
-        self._request = dist_checkpointing.save(state, str(hidden), async_sharded_save=True, **local)
+        self._request = dist_checkpointing.save(
+            state, str(hidden), async_sharded_save=True, validate_access_integrity=not self._validated, **local
+        )
+        self._validated = True
         self._target, self._meta = checkpoint, {**meta, "optimizer": optimizer is not None}
         self._error, self._files = None, {}
         buckets = self._copied_buckets()

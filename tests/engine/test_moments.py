@@ -1,0 +1,35 @@
+"""The optimizer's state in checkpoints: every rank writes its part, and the parts make the whole."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.moments import boxes
+from tests.engine.world import run_world, toy_config, train
+
+
+@given(shape=st.lists(st.integers(1, 7), min_size=1, max_size=3), data=st.data())
+def test_boxes_tile_a_range_in_order(shape: list[int], data: st.DataObject) -> None:
+    count = math.prod(shape)
+    start = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(start, count))
+    numbers = np.arange(count).reshape(shape)
+    found = list(boxes(shape, start, stop))
+    pieces = [
+        numbers[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))].ravel() for offset, size in found
+    ]
+    assert np.array_equal(np.concatenate([*pieces, []]), np.arange(start, stop))
+    assert len(found) <= 2 * len(shape) - 1
+
+
+def test_each_rank_writes_its_share(shards: Path, tmp_path: Path) -> None:
+    """Rank 0 the weights and half of the main weights and moments, rank 1 the other half."""
+    run_world(2, train, toy_config(shards), tmp_path)
+    (newest,) = (tmp_path / "checkpoints").glob("step-00000005")
+    mine, other = (sum(file.stat().st_size for file in newest.glob(f"__{rank}_*.distcp")) for rank in (0, 1))
+    assert abs(other / mine - 1.5 / 2.5) < 0.05
