@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import secrets
 import shutil
 import socket
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 import psutil
 
-from tests.launcher.toy import environment
+from tests.launcher.toy import ROOT, environment
 
 _numbers = itertools.count(11)
 """Of loopback addresses and port ranges: clusters may live side by side."""
@@ -37,11 +38,12 @@ class LoopbackNode:
 class LoopbackCluster:
     """Nodes, each on a loopback address of its own; the first is the head, with the job server."""
 
-    def __init__(self, nodes: int, cpus: int = 1) -> None:
-        """`cpus` of each node."""
+    def __init__(self, nodes: int, cpus: int = 1, path: Path = ROOT) -> None:
+        """`cpus` of each node; `path`: where Python looks first, besides Detour's own folder."""
         self._cpus = cpus
         self._folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Unix socket paths end at 107 characters
         self._environment = environment() | {
+            "PYTHONPATH": f"{path}{os.pathsep}{ROOT}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_JOB_STOP_WAIT_TIME_S": "200",

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.chaos.loopback import LoopbackCluster, LoopbackNode
-from tests.launcher.toy import TRAIN, assert_same_run, events, lines, recipe, started, steps, wait_for
+from tests.launcher.toy import TRAIN, assert_same_run, events, lines, recipe, started, steps, wait_for, write
 
 pytestmark = pytest.mark.chaos
 STEPS = (150, 10)
@@ -237,6 +237,27 @@ def test_shards_damaged_on_the_way(
     with started(*command, cwd=tmp_path, env=cluster.environment) as job:
         assert job.wait(900) == 0
     assert_same_run(directory, undisturbed_on_nodes)
+
+
+@pytest.mark.timeout(1800)
+def test_poisoned_batch(toy_shards: Path, tmp_path: Path) -> None:
+    """A step without a finite loss is left out, and again after the worker that left it out was killed."""
+    tree = recipe(toy_shards, cluster={"nodes": 2, "workers_per_node": 1}, checkpoint={"every": "30 steps"})
+    tree["phases"][0]["steps"] = 50
+    runs = tmp_path / "undisturbed", tmp_path / "killed"
+    with LoopbackCluster(2, path=Path(__file__).parent / "poison") as cluster:
+        for directory in runs:
+            command = [*TRAIN, write(tmp_path / "toy.yaml", tree), "--output", directory]
+            with started(*command, cwd=tmp_path, env=cluster.environment) as job:
+                wait_for(lambda d=directory: "step_skipped" in events(d), job)
+                if directory.name == "killed":
+                    next(iter(cluster.workers())).kill()
+                assert job.wait(900) == 0
+    undisturbed, killed = runs
+    assert events(undisturbed).count("step_skipped") == 1
+    assert events(killed).count("step_skipped") == 2, "before the kill, and after it: there was no checkpoint yet"
+    assert [line["step"] for line in lines(killed / "metrics.jsonl") if line["loss"] is None] == [4]
+    assert_same_run(killed, undisturbed)
 
 
 def test_more_nodes_than_the_cluster_has(cluster: LoopbackCluster, undisturbed_on_nodes: Path, tmp_path: Path) -> None:
