@@ -16,8 +16,10 @@ from rich.markup import escape
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+from configs.units import format_count
 from datapipe.loader import check_sources
 from datapipe.prepare import ensure_prepared
+from datapipe.source import SourceSummary
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from launcher.cluster import Node, alive_nodes, connect, draining_nodes, is_joined
 from launcher.directory import claim
@@ -118,10 +120,29 @@ def _check(config: RunConfig, tokenizer: Tokenizer, console: Console) -> list[Sh
         raise problem
     if not is_joined():  # the head of a cluster may have another device than its workers, which check for themselves
         resolve_precision(config)
-    for source in check_sources(config.data, tokenizer, architecture.vocab_size):
+    sources = check_sources(config.data, tokenizer, architecture.vocab_size)
+    for source in sources:
         for damage in source.problems:
             console.print(f"[yellow]source {source.name}: will be skipped:[/] {escape(damage)}")
+    _require_enough(config, sources)
     return shapes
+
+
+def _require_enough(config: RunConfig, sources: list[SourceSummary]) -> None:
+    """Raises InputError where every source ends after some epochs, surely before the last step."""
+    limits = [source.epochs for source in config.data.sources]
+    summaries = sources[: len(limits)]  # without the evaluation set
+    if None in limits or not all(source.tokens for source in summaries):  # raw text is not counted before it is read
+        return
+    tokens = sum(
+        (source.tokens + 2 * source.documents) * (epochs or 0) for source, epochs in zip(summaries, limits, strict=True)
+    )
+    steps = 2 * tokens // config.tokens_per_step  # packed rows are at least half full
+    if steps < config.total_steps:
+        raise InputError(
+            f"data.sources: all reach their `epochs` after {format_count(tokens)} tokens, at most {steps:,} of the "
+            f"{config.total_steps:,} steps; shorten the phases, or let a source repeat"
+        )
 
 
 def possible_shapes(config: RunConfig) -> list[Shape]:

@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 import yaml
 
 from tests.chaos.loopback import LoopbackCluster, LoopbackNode
-from tests.launcher.toy import TRAIN, assert_same_run, events, lines, recipe, started, steps, wait_for, write
+from tests.launcher.toy import TRAIN, assert_same_run, events, lines, recipe, started, steps, until, wait_for, write
 
 pytestmark = pytest.mark.chaos
 STEPS = (150, 10)
@@ -270,10 +269,3 @@ def test_more_nodes_than_the_cluster_has(cluster: LoopbackCluster, undisturbed_o
         result.stderr,
     ), result.stderr
     assert "Traceback" not in result.stderr
-
-
-def until(condition: Callable[[], object], timeout: float = 400) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "never came true"
-        time.sleep(0.1)

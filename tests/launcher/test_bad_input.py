@@ -53,6 +53,11 @@ def other_tokenizer(tree: dict[str, Any], shards: Path) -> None:
     (shards / "manifest.json").write_text(json.dumps(manifest))
 
 
+def sources_that_end(tree: dict[str, Any], shards: Path) -> None:
+    tree["data"]["sources"][0]["epochs"] = 1
+    tree["phases"][0]["steps"] = 10**6
+
+
 def other_architecture(tree: dict[str, Any], shards: Path) -> None:
     BertConfig().save_pretrained(shards.parent / "bert")
     tree["model"] = {"init": str(shards.parent / "bert")}
@@ -83,6 +88,10 @@ CASES: dict[str, tuple[Change, str]] = {
     "empty shard": (empty_shard, r"source en: .*000000\.tar is empty"),
     "truncated shard": (truncated_shard, r"source en: .*000000\.tar is truncated"),
     "no shards": (setting(data={"sources": [{"name": "en", "shards": "nowhere"}]}), r"source en: .*nowhere"),
+    "sources that end early": (
+        sources_that_end,
+        r"data\.sources: all reach their `epochs` after .* tokens, at most [\d,]+ of the 1,000,003 steps; shorten",
+    ),
     "shards of another tokenizer": (other_tokenizer, r"source en: .*tokenizer"),
     "token ids beyond the vocabulary": (setting(model={"vocab_size": 1000}), r"model\.vocab_size: 1000"),
     "hub model of another architecture": (other_architecture, r"model\.init: .*'bert'"),

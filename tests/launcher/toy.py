@@ -108,6 +108,14 @@ def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float
     return value
 
 
+def until(condition: Callable[[], object], timeout: float = 400) -> None:
+    """`wait_for` where the run is no process of ours."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "never came true"
+        time.sleep(0.1)
+
+
 def workers(process: psutil.Popen) -> list[psutil.Process]:
     """Of a running job on a local cluster: the processes that train, by age."""
     return [child for child in process.children(recursive=True) if child.name().startswith("ray::Worker.tra")]
