@@ -64,9 +64,10 @@ class Guards:
 
 
 def require_equal_replicas(model: Any, step: int) -> None:
-    """Compare the weights of data-parallel replicas by a checksum of their bits; all ranks together.
+    """Compare the weights that data-parallel replicas have used in this step, by a checksum of their bits.
 
-    Replicas get the same update every step, so a difference is silent corruption: a fault of hardware or software.
+    All ranks call it together, before the optimizer's step. Replicas get the same weights every step, so a difference
+    is silent corruption: a fault of hardware or software.
     Raises RunFailedError naming the ranks.
     """
     total = sum(_checksum(parameter.detach()) for parameter in model.parameters())

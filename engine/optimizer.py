@@ -29,6 +29,7 @@ def build_optimizer(models: list[Any], settings: Optimizer, dtype: torch.dtype) 
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=True,
     )
     optimizer = get_megatron_optimizer(config, models)
     for part in _parts(optimizer):

@@ -81,6 +81,11 @@ class Trainer:
         interval = max(1, held_out.every.steps(self.config.tokens_per_step))
         return step % interval == 0 or step == self.schedule.total
 
+    def replicas_due(self, step: int) -> bool:
+        """Whether this step (from 1) compares the replicas: as often as checkpoints, so that those before are good."""
+        every = self.config.checkpoint.every
+        return step % (100 if every.unit == "minutes" else max(1, every.steps(self.config.tokens_per_step))) == 0
+
     def close(self) -> None:
         if self.mirror:
             self.mirror.wait()
@@ -167,10 +172,13 @@ def build_model(
     model = ModernBert(config, architecture, transformer_engine=on_gpu).to(device.device())
     inner = Float16Module(config, model) if precision != "fp32" else model
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,  # behind the backward pass of the last micro-batch
+        overlap_param_gather=True,  # behind the forward pass of the next step's first
     )
     wrapped = DistributedDataParallel(config, settings, inner)
-    config.no_sync_func = wrapped.no_sync  # gradients are reduced behind the backward pass of the last micro-batch
+    config.no_sync_func = wrapped.no_sync
     return model, wrapped
 
 

@@ -64,6 +64,8 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
                 for batch, clock in _timed(batches):
                     set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(step), config.optimizer)
                     losses, own = forward_backward(trainer, batch.micro_batches, objective.causal)
+                    if trainer.replicas_due(step + 1):
+                        require_equal_replicas(trainer.model, step + 1)
                     trainer.frozen.clear_gradients()
                     grad_norm = optimizer_step(trainer.optimizer)
                     step, trainer.data_state = step + 1, batch.state
@@ -204,7 +206,7 @@ def _record(
 def _begin_save(trainer: Trainer, span: PhaseSpan, step: int, stopping: bool) -> None:
     """Start saving what training has reached. At the end of a phase, and before stopping, it is waited for."""
     last = stopping or step == trainer.schedule.total
-    require_equal_replicas(trainer.model, step)
+    trainer.wrapped.start_param_sync(force_sync=True)  # else the next forward pass gathers what the step has changed
     group = parallel_state.get_data_parallel_group()
     parts: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(parts, trainer.data_state, group=group)

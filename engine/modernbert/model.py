@@ -44,6 +44,21 @@ class PredictionHead(MegatronModule):
         return output
 
 
+class OutputLayer(ColumnParallelLinear):
+    """The decoder over the vocabulary. A module's forward is where Megatron waits for the weights that it uses."""
+
+    def forward(self, states: Tensor, weight: Tensor, labels: Tensor | None, vocabulary: int) -> Tensor:
+        """states [N, hidden] -> logits [N, V] of this rank's slice; with labels [N], what `linear_cross_entropy` gives.
+
+        vocabulary: entries of the whole vocabulary without padding.
+        """
+        if labels is None:
+            return F.linear(states, weight, self.bias)
+        rank, size = self.tp_group.rank(), self.tp_group.size()
+        part = (rank * weight.shape[0], vocabulary)
+        return linear_cross_entropy(states, weight, self.bias, labels, part, self.tp_group if size > 1 else None)
+
+
 class ModernBert(LanguageModule):
     """One pipeline stage of ModernBERT with its prediction head, which serves both objectives.
 
@@ -77,7 +92,7 @@ class ModernBert(LanguageModule):
         )
         if self.post_process:
             self.lm_head = PredictionHead(config, architecture)
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocabulary,
                 config=config,
@@ -119,18 +134,12 @@ class ModernBert(LanguageModule):
         if self.config.sequence_parallel:
             states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
         states = states.squeeze(1)
-        weight = self.shared_embedding_or_output_weight()
-        if paying is None or labels is None:
-            return F.linear(self.lm_head(states), weight, self.output_layer.bias)
-        rank, size = self.tp_group.rank(), self.tp_group.size()
-        return linear_cross_entropy(
-            self.lm_head(states[paying]),
-            weight,
-            self.output_layer.bias,
-            labels,
-            (rank * weight.shape[0], self.architecture.vocab_size),
-            self.tp_group if size > 1 else None,
+        if paying is not None:
+            states = states[paying]
+        output: Tensor = self.output_layer(
+            self.lm_head(states), self.shared_embedding_or_output_weight(), labels, self.architecture.vocab_size
         )
+        return output
 
     def _rotary(self, packed: PackedDocuments) -> Tensor:
         """[global or local, cos or sin, T, head dim] in the computing dtype, by position in the document."""

@@ -64,7 +64,7 @@ def test_a_run_without_finite_gradients_stops_with_a_diagnosis(shards: Path, tmp
 
 
 def train_with_a_flipped_bit(config: RunConfig, directory: Path) -> Any:
-    """Train; rank 1's copy of one weight changes silently before the last checkpoint."""
+    """Train; rank 1's copy of one weight changes silently after the checkpoint of step 3."""
     import torch.distributed as dist
 
     from engine import trainer as module
@@ -72,19 +72,19 @@ def train_with_a_flipped_bit(config: RunConfig, directory: Path) -> Any:
     original = module._begin_save
 
     def begin_save(trainer: Any, span: Any, step: int, stopping: bool) -> None:
-        if step == 5 and dist.get_rank() == 1:
+        original(trainer, span, step, stopping)
+        if step == 3 and dist.get_rank() == 1:
             weight = next(trainer.model.parameters())
             weight.data.view(torch.int32)[0, 0] ^= 1
-        original(trainer, span, step, stopping)
 
     module._begin_save = begin_save
     return train(config, directory)
 
 
 def test_replicas_that_differ_stop_the_run(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"RunFailedError: step 5: the weights of ranks \[1\] differ"):
-        run_world(2, train_with_a_flipped_bit, toy_config(shards), tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
+    with pytest.raises(AssertionError, match=r"RunFailedError: step 4: the weights of ranks \[1\] differ"):
+        run_world(2, train_with_a_flipped_bit, toy_config(shards, checkpoint={"every": "2 steps"}), tmp_path)
+    assert max((tmp_path / "checkpoints").glob("step-*")).name == "step-00000003"
 
 
 def train_with_a_full_disk(config: RunConfig, directory: Path, how: str, steps: set[int]) -> Any:
