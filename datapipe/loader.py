@@ -15,6 +15,7 @@ from configs.errors import InputError
 from configs.schema import Data
 from datapipe.batch import Drawn, MicroBatch, Origin, PackedSequence, StepData
 from datapipe.mixture import MEMORY
+from datapipe.order import FORMAT
 from datapipe.packing import BUFFER
 from datapipe.source import Source, SourceSummary
 from datapipe.stream import Stream
@@ -81,7 +82,10 @@ class Loader:
     ) -> Generator[StepData, None, None]:
         data, sources = self._data, [Source(source, self._data, self._tokenizer) for source in self._data.sources]
         make = self._batch_maker(targets, micro)
-        prints = {source.name: _fingerprint(data, source) for source in sources}
+        prints = {source.name: _fingerprint(data, place, source) for place, source in enumerate(sources)}
+        if data.evaluation is not None:  # its losses before and after a restart are of one curve
+            with closing(Source(data.evaluation.source, data, self._tokenizer)) as held_out:
+                prints["(evaluation)"] = held_out.fingerprint
         streams = {
             number: Stream(sources, data.streams, number, data.seed, data.sequence_length, self._tokenizer.pad_id)
             for number in self._streams
@@ -181,10 +185,10 @@ def _progress(sources: Sequence[Source], streams: Sequence[Stream]) -> dict[str,
     }
 
 
-def _fingerprint(data: Data, source: Source) -> str:
-    """Identity of everything that decides the order of a source's tokens."""
-    layout = (data.seed, data.sequence_length, data.streams, BUFFER, MEMORY)
-    settings = (source.fingerprint, source.weight, source.epochs, *layout)
+def _fingerprint(data: Data, place: int, source: Source) -> str:
+    """Identity of everything that decides the order of the tokens of a source, the one at `place` of the mixture."""
+    layout = (data.seed, data.sequence_length, data.streams, BUFFER, MEMORY, FORMAT)
+    settings = (source.fingerprint, source.weight, source.epochs, place, *layout)
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
@@ -197,8 +201,9 @@ def _checked(state: dict[str, Any], stream: int, prints: dict[str, str]) -> dict
     changed = sorted(name for name in old.keys() | prints.keys() if old.get(name) != prints.get(name))
     if changed:
         raise InputError(
-            f"source {', '.join(changed)}: its shards, weight or epochs, or data.streams, seed or sequence_length are "
-            "not those of the checkpoint, so the run cannot continue exactly; restore them, or start another run"
+            f"source {', '.join(changed)}: its shards, weight, epochs or place among the sources, or data.streams, "
+            "seed or sequence_length are not those of the checkpoint, so the run cannot continue exactly; restore "
+            "them, or start another run"
         )
     return found
 

@@ -10,6 +10,9 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+FORMAT = 1
+"""Raised when the same data would come in another order, so that checkpoints of the old order are refused."""
+
 
 def permutation(count: int, *key: str | int) -> NDArray[np.int64]:
     """A permutation of range(count) that depends on nothing but `count` and `key`.

@@ -65,9 +65,12 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the content or the order of the shards does."""
-        content = "\n".join(f"{shard.name} {shard.documents} {shard.bytes} {shard.sha256}" for shard in self.shards)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        """Changes when the content or the order of the shards does; of raw text also when it moves or is tokenized
+        otherwise, since nothing says that it is the same."""
+        content = [f"{shard.name} {shard.documents} {shard.bytes} {shard.sha256}" for shard in self.shards]
+        if self.raw:
+            content += [self.store.name, self._tokenizer.sha256]
+        return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
     def reader(self, shard: int) -> ShardReader:
         """Raises DamagedError, at every call, for a shard that is not there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,14 @@ from configs.load import differences, dump_config, load_config
 from configs.schema import RunConfig
 
 CONFIG = "config.yaml"
-MAY_CHANGE = ("cluster.", "parallel.", "checkpoint.", "monitoring.", "batch.micro")
-"""Keys that say where and how a run is executed; everything else says what it computes."""
+MAY_CHANGE = re.compile(
+    r"(cluster|parallel|checkpoint|monitoring)\.|batch\.micro|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
+    r"|data\.(sources\.\d+|evaluation)\.(shards|text)"
+)
+"""Keys that say where and how a run is executed; everything else says what it computes.
+
+Shards may lie elsewhere: a checkpoint knows the data by its content, and refuses any other.
+"""
 
 
 @contextmanager
@@ -51,7 +58,7 @@ def _require_same_run(directory: Path, config: RunConfig) -> None:
                 f"--output {directory} holds {', '.join(others[:3])} but no {CONFIG}, so it is no run; choose another"
             )
         return
-    changed = [line for line in differences(load_config(str(path)), config) if not line.startswith(MAY_CHANGE)]
+    changed = [line for line in differences(load_config(str(path)), config) if not MAY_CHANGE.match(line)]
     if changed:
         raise InputError(
             f"--output {directory} holds a different run\n  "

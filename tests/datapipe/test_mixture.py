@@ -132,18 +132,19 @@ def test_state_is_small_and_restoring_reads_little(tmp_path: Path, tokenizer: To
         ({"streams": 2}, "source a, b: its shards"),
         ({"streams": 8}, "holds no stream|source a, b: its shards"),
         ({"sequence_length": 32}, "source a, b: its shards"),
-        ({"sources": 0.9}, "source b: its shards"),
+        ({"sources": {"weight": 0.9}}, "source b: its shards"),
+        ({"sources": {"turned": True}}, "source a, b: its shards"),
     ],
 )
 def test_a_state_of_other_data_is_refused(tmp_path: Path, tokenizer: Tokenizer, change: dict, says: str) -> None:
     paths = make(tmp_path, tokenizer, {"a": (40, 30), "b": (40, 30)}, np.random.default_rng(5))
 
-    def configured(weight: float = 0.5, **more: Any) -> Data:
+    def configured(weight: float = 1.0, turned: bool = False, **more: Any) -> Data:
         sources = [{"name": "a", "shards": paths["a"]}, {"name": "b", "shards": paths["b"], "weight": weight}]
-        return Data(**{"sequence_length": 64, "streams": 4, "sources": sources, **more})
+        return Data(**{"sequence_length": 64, "streams": 4, "sources": sources[:: -1 if turned else 1], **more})
 
     (*_, last) = Loader(configured(), 8, tokenizer, 0, 1).steps(NextToken(), 2, 0, 3, None)
-    changed = configured(weight=change["sources"]) if "sources" in change else configured(**change)
+    changed = configured(**change.get("sources", change))
     with pytest.raises(InputError, match=says):
         next(Loader(changed, 8, tokenizer, 0, 1).steps(NextToken(), 2, 3, 4, last.state))
 

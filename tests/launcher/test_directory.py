@@ -15,6 +15,8 @@ def test_the_same_run_may_continue_elsewhere_and_otherwise_divided(tmp_path: Pat
     with claim(tmp_path / "run", load_config("demo")):
         pass
     changed = ["cluster.nodes=4", "parallel.tensor=2", "batch.micro=1", "monitoring.port=1234", "checkpoint.keep=9"]
+    changed += ["data.on_error=skip", "data.backend=dali", "data.prefetch=9", "data.cache=c", "data.cache_gb=9"]
+    changed += ["data.patience=9", "data.sources.0.shards=moved", "data.sources.0.text=moved.jsonl"]
     with claim(tmp_path / "run", load_config("demo", changed)):
         assert load_config(str(tmp_path / "run" / "config.yaml")) == load_config("demo", changed)
 
