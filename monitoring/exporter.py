@@ -6,35 +6,34 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from configs.errors import InputError
-from monitoring.log import EventFollower
-from monitoring.metrics import INTERRUPTIONS, Metric, run_metrics
+from monitoring.log import EVENTS, Follower
+from monitoring.metrics import Metric, run_metrics, seen_after
 from monitoring.telemetry import Histogram, Telemetry
 
 PORTS_TRIED = 200
 
 
 class RunCollector(Collector):
-    """Reads telemetry.json and events.jsonl of a run at every scrape."""
+    """Reads telemetry.json and events.jsonl of a run at every scrape. Telemetry stands while it cannot be read."""
 
     def __init__(self, directory: Path, run: str) -> None:
         self._directory, self._run = directory, run
-        self._events = EventFollower(directory)
+        self._events = Follower(directory / EVENTS)
+        self._latest: Telemetry | None = None
 
     def collect(self) -> Iterator[Family]:
-        events, now = self._events.read(), Telemetry.read(self._directory)
-        if now is not None and _workers_are_gone(now, events):
-            now = now.stopped()
-        for metric in run_metrics(now, events):
+        events = self._events.read()
+        self._latest = Telemetry.read(self._directory) or self._latest
+        for metric in run_metrics(seen_after(events, self._latest), events):
             yield self._family(metric)
 
     def _family(self, metric: Metric) -> Family:
@@ -93,11 +92,6 @@ class Exporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _workers_are_gone(now: Telemetry, events: list[dict[str, Any]]) -> bool:
-    ends = [event["time"] for event in events if event["event"] in (*INTERRUPTIONS, "stopped", "finished")]
-    return bool(ends) and datetime.fromisoformat(ends[-1]).timestamp() > now.time
 
 
 def _reachable(address: str) -> str:

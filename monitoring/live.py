@@ -7,10 +7,11 @@ import math
 import re
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Protocol
-from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -20,35 +21,42 @@ from rich.console import Console
 from rich.live import Live
 
 from configs.errors import InputError
-from monitoring.log import read_events, read_metrics
-from monitoring.metrics import count_restarts
+from monitoring.log import EVENTS, METRICS, Follower
+from monitoring.metrics import count_restarts, seen_after, state_of
 from monitoring.screen import View, screen
 from monitoring.telemetry import Counters, Histogram, Telemetry, WorkerRecord
 
 REFRESH_SECONDS = 1.0
 PATIENCE_SECONDS = 3.0
+SILENCE_SECONDS = 30.0
+"""Without an answer, after which a run is given up: one late answer is no end."""
 PROMETHEUS = "http://127.0.0.1:9090"
+
+UNREADABLE = (OSError, HTTPException, ValueError)
+"""What a source raises that does not answer, or that is no run."""
 
 Samples = dict[str, list[Sample]]
 
 
 class Source(Protocol):
-    """Where the state of a run is read. OSError where it cannot be."""
+    """Where the state of a run is read. One of UNREADABLE where it cannot be."""
 
     def read(self) -> View: ...
 
 
-@dataclass(frozen=True)
 class DirectorySource:
     """The files of a run directory."""
 
-    directory: Path
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._events, self._lines = Follower(directory / EVENTS), Follower(directory / METRICS)
 
     def read(self) -> View:
-        now, events = Telemetry.read(self.directory), read_events(self.directory)
-        losses = [line["loss"] for line in read_metrics(self.directory) if now and line["phase"] == now.phase]
-        finished = any(event["event"] == "finished" for event in events)
-        return View(now, dict(count_restarts(events)), [loss for loss in losses if loss is not None], finished)
+        events, lines = self._events.read(), self._lines.read()
+        now = seen_after(events, Telemetry.read(self._directory))
+        losses = {line["step"]: line["loss"] for line in lines if now and line["phase"] == now.phase}
+        known = [loss for loss in losses.values() if loss is not None]
+        return View(now, dict(count_restarts(events)), known, state_of(events))
 
 
 @dataclass
@@ -62,7 +70,10 @@ class EndpointSource:
     def read(self) -> View:
         with urlopen(self.url, timeout=PATIENCE_SECONDS) as answer:
             samples = parse_metrics(answer.read().decode())
+        if not samples["detour_run_info"]:
+            raise ValueError("no metrics of a run")
         now = telemetry_of(samples)
+        finished = any(s.value for s in samples["detour_events_total"] if s.labels["event"] == "finished")
         reasons = {s.labels["reason"]: int(s.value) for s in samples["detour_launcher_restarts_total"]}
         if now is None:
             return View(None, reasons, [])
@@ -70,11 +81,11 @@ class EndpointSource:
             self._phase, self._losses = now.phase, {}
         if math.isfinite(loss := now.loss.get(now.objective, math.nan)):
             self._losses[now.step] = loss
-        return View(now, reasons, list(self._losses.values()))
+        return View(now, reasons, list(self._losses.values()), "finished" if finished else "running")
 
 
 def watch(target: str, prometheus: str = PROMETHEUS, once: bool = False, console: Console | None = None) -> None:
-    """Show the run at `target`, a run directory or a metrics URL, until it ends; Ctrl-C leaves it running.
+    """Show the run at `target`, a run directory or a metrics URL, until it ends or stops; Ctrl-C leaves it running.
 
     Args:
         target: Run directory, `http://host:port[/metrics]`, or `host:port`.
@@ -91,20 +102,26 @@ def watch(target: str, prometheus: str = PROMETHEUS, once: bool = False, console
         raise InputError(
             f"{target}: no answer ({error}); is the run alive, and its monitoring.address reachable?"
         ) from None
+    except UNREADABLE as error:
+        raise InputError(
+            f"{target}: answers, but not as a run's metrics endpoint ({error}); a run prints its URL at its start"
+        ) from None
     if once or not console.is_terminal:
         console.print(screen(view, _alerts(prometheus, view)))
         return
     try:
         with Live(screen(view, None), console=console, auto_refresh=False) as live:
-            while not view.finished:
+            answered = time.monotonic()
+            while time.monotonic() - answered < SILENCE_SECONDS:
                 live.update(screen(view, _alerts(prometheus, view)), refresh=True)
+                if view.ended:
+                    return
                 time.sleep(REFRESH_SECONDS)
-                view = source.read()
-            live.update(screen(view, _alerts(prometheus, view)), refresh=True)
+                with suppress(*UNREADABLE):
+                    view, answered = source.read(), time.monotonic()
+        console.print(f"{target} has not answered for {SILENCE_SECONDS:.0f} s: the run has ended")
     except KeyboardInterrupt:
         return
-    except OSError:
-        console.print(f"{target} does not answer any more: the run has ended")
 
 
 def open_source(target: str) -> Source:
@@ -182,6 +199,6 @@ def _alerts(prometheus: str, view: View) -> list[str] | None:
     try:
         with urlopen(f"{prometheus}/api/v1/query?{urlencode({'query': query})}", timeout=PATIENCE_SECONDS) as answer:
             result = json.load(answer)["data"]["result"]
-    except (URLError, OSError, ValueError, KeyError):
+    except (*UNREADABLE, KeyError):
         return None
     return sorted({sample["metric"]["alertname"] for sample in result})

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -80,25 +81,32 @@ def read_events(directory: Path) -> list[dict[str, Any]]:
     return list(_read(directory / EVENTS))
 
 
-class EventFollower:
-    """Reads events.jsonl again and again, each line once."""
+class Follower:
+    """Reads a file of JSON lines again and again, each line once, from any thread; a file cut back is read anew.
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / EVENTS
+    What cannot be read now is read the next time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._offset = 0
-        self._events: list[dict[str, Any]] = []
+        self._records: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
 
     def read(self) -> list[dict[str, Any]]:
-        """Every event up to now, oldest first."""
-        with suppress(FileNotFoundError), self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                if (event := _decode(line)) is not None:
-                    self._events.append(event)
-        return self._events
+        """Every line up to now, oldest first."""
+        with self._lock:
+            with suppress(OSError), self._path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:
+                    self._offset, self._records = 0, []
+                file.seek(self._offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    if (record := _decode(line)) is not None:
+                        self._records.append(record)
+            return list(self._records)
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -133,6 +141,8 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
                     yield record
     except FileNotFoundError:
         return
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s: %s; what could be read of it counts", path, error.strerror)
 
 
 def _encode(record: dict[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from monitoring.telemetry import Histogram, Telemetry
@@ -35,13 +36,29 @@ EVENTS = (
         "checkpoint_damaged",
         "worker_failed",
     ),
-    *("preempted", "resumed", "stopped", "exported", "finished", "step_skipped", "loss_spike"),
+    *("preempted", "resumed", "stopped", "failed", "exported", "finished", "step_skipped", "loss_spike"),
 )
 """Kinds of events counted from zero, so that a first one shows as a rise; any other is counted too."""
 INTERRUPTIONS = ("worker_failed", "preempted")
 """Events after which the workers are started again."""
+State = Literal["unborn", "running", "stopped", "failed", "finished"]
 REASONS = ("died", "out_of_memory", "node_lost", "exception", "hung", "preempted")
 """Reasons counted from zero, as above."""
+
+
+def state_of(events: Sequence[Event]) -> State:
+    """Where a run stands by its events. One whose launcher was killed is `running` for all they know."""
+    turns: dict[str, State] = {"stopped": "stopped", "failed": "failed", "finished": "finished"}
+    turns |= dict.fromkeys(("workers_started", "started", "resumed", *INTERRUPTIONS), "running")
+    states = [turns[event["event"]] for event in events if event["event"] in turns]
+    return "finished" if "finished" in states else states[-1] if states else "unborn"
+
+
+def seen_after(events: Sequence[Event], now: Telemetry | None) -> Telemetry | None:
+    """The telemetry, with nobody at work where the events say that the workers have ended since it was written."""
+    ends = [event["time"] for event in events if event["event"] in (*INTERRUPTIONS, "stopped", "failed", "finished")]
+    gone = bool(ends) and now is not None and datetime.fromisoformat(ends[-1]).timestamp() > now.time
+    return now.stopped() if now is not None and gone else now
 
 
 def run_metrics(now: Telemetry | None, events: Sequence[Event]) -> list[Metric]:
@@ -105,6 +122,12 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
             "gauge",
             "Unix time at which the run was first started",
             _one(now.start_time),
+        ),
+        Metric(
+            "detour_run_resume_timestamp_seconds",
+            "gauge",
+            "Unix time at which training was started or last resumed",
+            _one(now.resume_time),
         ),
         Metric("detour_train_step", "gauge", "Completed optimizer steps", _one(now.step)),
         Metric("detour_train_steps_planned", "gauge", "Optimizer steps of the whole run", _one(now.total_steps)),
@@ -223,7 +246,7 @@ def _training_metrics(now: Telemetry) -> list[Metric]:
         Metric(
             "detour_worker_memory_bytes",
             "gauge",
-            "Memory each rank holds: of its GPU where there is one, else of its process",
+            "Memory of each rank: on a GPU the most its allocator has held at once, else what its process holds",
             _each("rank", {worker.rank: worker.memory_bytes for worker in now.workers}),
         ),
         Metric(

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from configs.errors import InputError
 from configs.load import load_config
 from configs.schema import RunConfig
 from monitoring.charts import Point
 from monitoring.log import read_events, read_metrics
-from monitoring.metrics import INTERRUPTIONS
+from monitoring.metrics import INTERRUPTIONS, State, state_of
 from monitoring.telemetry import Telemetry
 
 Row = dict[str, Any]
-State = Literal["unborn", "running", "stopped", "failed", "finished"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,7 @@ class RunFiles:
 
     @property
     def state(self) -> State:
-        if self.kinds["finished"]:
-            return "finished"
-        states: dict[str, State] = {"preempted": "stopped", "stopped": "stopped", "worker_failed": "failed"}
-        turns = [e["event"] for e in self.events if e["event"] in ("started", "resumed", *states)]
-        return states.get(turns[-1], "running") if turns else "unborn"
+        return state_of(self.events)
 
     @property
     def seconds(self) -> float:
@@ -71,9 +66,10 @@ class RunFiles:
     def phase(self, index: int) -> list[Row]:
         return [row for row in self.rows if row["phase"] == index]
 
-    def median(self, key: str) -> float:
-        """Of the logged values; NaN without any."""
-        values = [row[key] for row in self.rows if row[key] is not None]
+    def median(self, key: str, objective: str | None = None) -> float:
+        """Of the logged values, or those of one objective; NaN without any."""
+        rows = [row for row in self.rows if objective in (None, row["objective"])]
+        values = [row[key] for row in rows if row[key] is not None]
         return statistics.median(values) if values else math.nan
 
     def evaluations(self, objective: str, key: str = "eval_loss") -> list[Point]:

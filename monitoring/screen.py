@@ -16,10 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.units import format_count
+from monitoring.metrics import State
 from monitoring.progress import format_seconds
 from monitoring.telemetry import Telemetry, WorkerRecord
 
 SPARK_WIDTH = 48
+LONG_SECONDS = 300.0
+"""Without a step, from which on a person should look."""
 COLORS = {"clm": "dark_orange", "mlm": "dodger_blue1"}
 
 
@@ -32,7 +35,11 @@ class View:
     restarts: dict[str, int]
     losses: Sequence[float]
     """Of the current objective, oldest first."""
-    finished: bool = False
+    state: State = "running"
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("finished", "stopped", "failed")
 
 
 def screen(view: View, alerts: list[str] | None) -> RenderableType:
@@ -56,6 +63,7 @@ def screen(view: View, alerts: list[str] | None) -> RenderableType:
             f"gradient norm {now.grad_norm:.3g}",
             f"packing {now.packing_ratio:.1%}",
         ),
+        "last step": _last_step(now, view.ended),
         "ranks": Text(_ranks(now.workers)),
         "checkpoint": Text(_checkpoint(now)),
         "restarts": _restarts(view.restarts),
@@ -66,12 +74,14 @@ def screen(view: View, alerts: list[str] | None) -> RenderableType:
     table.add_column(ratio=1)
     for name, value in rows.items():
         table.add_row(name, value)
-    ending = "finished" if view.finished else f"{format_seconds((now.total_steps - now.step) * now.step_seconds)} left"
+    left = f"{format_seconds((now.total_steps - now.step) * now.step_seconds)} left"
+    ending = (view.state, "bold red" if view.state == "failed" else "bold") if view.ended else left
     head = Table.grid(expand=True)
     head.add_column()
     head.add_column(justify="right")
     phase = f"phase {now.phase + 1} of {len(now.objectives)}: {now.objective}"
-    head.add_row(Text(phase, style=f"bold {color}"), Text(f"step {now.step:,} of {now.total_steps:,} · {ending}"))
+    where = Text.assemble(f"step {now.step:,} of {now.total_steps:,} · ", ending)
+    head.add_row(Text(phase, style=f"bold {color}"), where)
     bar = ProgressBar(total=now.total_steps, completed=now.step, complete_style=color, finished_style="green")
     return Panel(
         Group(head, bar, Text(), table), title=f"[bold]{now.run}[/]", title_align="left", padding=(1, 2), width=96
@@ -101,6 +111,12 @@ def _restarts(reasons: dict[str, int]) -> Text:
     return Text(", ".join(happened), style="yellow") if happened else Text("none", style="green")
 
 
+def _last_step(now: Telemetry, ended: bool) -> Text:
+    since = now.step_time or now.resume_time
+    ago = time.time() - since if since else math.nan
+    return Text(f"{format_seconds(ago)} ago", style="yellow" if ago > LONG_SECONDS and not ended else "")
+
+
 def _checkpoint(now: Telemetry) -> str:
     if now.checkpoint_step is None:
         return "none yet"
@@ -111,10 +127,12 @@ def _checkpoint(now: Telemetry) -> str:
 def _ranks(workers: Sequence[WorkerRecord]) -> str:
     if not workers:
         return "none at work"
-    median = statistics.median(worker.step_seconds for worker in workers)
+    times = [worker.step_seconds for worker in workers]
+    pair = len(times) == 2  # whose median is their mean, which hides the slower one
+    usual, name = (min(times), "other") if pair else (statistics.median(times), "median")
     slowest = max(workers, key=lambda worker: worker.step_seconds)
     memory = max(worker.memory_bytes for worker in workers) / 2**30
-    share = f"slowest is {slowest.rank} at {slowest.step_seconds / median:.2f}x the median" if median else ""
+    share = f"slowest is {slowest.rank} at {slowest.step_seconds / usual:.2f}x the {name}" if usual else ""
     return " · ".join(part for part in (str(len(workers)), share, f"at most {memory:.1f} GiB each") if part)
 
 

@@ -1,5 +1,6 @@
 import socket
 import time
+from itertools import pairwise
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -9,8 +10,9 @@ from prometheus_client.samples import Sample
 
 from configs.errors import InputError
 from monitoring.exporter import Exporter
-from monitoring.log import append_event
+from monitoring.log import EVENTS, append_event
 from monitoring.metrics import REASONS
+from monitoring.telemetry import TELEMETRY, Telemetry
 from tests.monitoring.synthetic import drive, make_config, make_recorder
 
 ENDPOINT = {
@@ -37,6 +39,7 @@ ENDPOINT = {
     "detour_data_tokens_total": ("counter", {"source"}),
     "detour_data_documents_total": ("counter", {"source"}),
     "detour_data_skipped_documents_total": ("counter", {"source"}),
+    "detour_run_resume_timestamp_seconds": ("gauge", set()),
     "detour_run_info": ("gauge", {"model", "phases", "precision", "nodes", "workers"}),
 }
 
@@ -77,10 +80,15 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
         assert values(exporter, "detour_worker_memory_bytes") == {"0": 1e9, "1": 1e9 + 1}
         assert values(exporter, "detour_launcher_restarts_total") == dict.fromkeys(REASONS, 0) | {"died": 1}
         assert values(exporter, "detour_train_step") == {"": 30}
-        buckets = {s.labels.get("le", s.name): s.value for s in found["detour_train_step_seconds"][1]}
-        assert (buckets["0.2"], buckets["0.3"], buckets["+Inf"]) == (6, 30, 30)
-        assert buckets["detour_train_step_seconds_count"] == 30
-        assert buckets["detour_train_step_seconds_sum"] == pytest.approx(30 * 0.22)
+        steps = {s.labels.get("le", s.name): s.value for s in found["detour_train_step_seconds"][1]}
+        assert steps["detour_train_step_seconds_count"] == steps["+Inf"] == 30
+        assert steps["detour_train_step_seconds_sum"] == pytest.approx(30 * 0.22)
+        bounds = [float(bound) for bound in steps if bound[0].isdigit()]
+        assert (bounds[0], bounds[-1]) == (0.01, 300)
+        assert all(1.2 < b / a < 1.3 for a, b in pairwise(bounds)), "a quantile is within a quarter"
+        taken = [0.2 + 0.01 * (step % 5) for step in range(1, 31)]
+        for bound in bounds:
+            assert steps[str(bound)] == sum(seconds <= bound for seconds in taken), bound
 
 
 def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(tmp_path: Path) -> None:
@@ -100,6 +108,25 @@ def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(
         drive(smaller, config, range(1, 5), ranks=1)
         smaller.close()
         assert values(exporter, "detour_worker_step_seconds").keys() == {"0"}
+
+
+def test_what_cannot_be_read_for_a_while_is_no_gap(tmp_path: Path) -> None:
+    """A directory in a file's place is an OSError, as a stale file of a network disk is."""
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 9))
+    recorder.close()
+    append_event(tmp_path, "started")
+    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+        assert values(exporter, "detour_train_step") == {"": 8}
+        (tmp_path / TELEMETRY).write_text('{"step": 9')
+        assert values(exporter, "detour_train_step") == {"": 8}
+        for name in (TELEMETRY, EVENTS):
+            (tmp_path / name).unlink()
+            (tmp_path / name).mkdir()
+        assert Telemetry.read(tmp_path) is None
+        assert values(exporter, "detour_train_step") == {"": 8}
+        assert values(exporter, "detour_events_total")["started"] == 1
 
 
 def test_counters_never_fall_across_a_rollback(tmp_path: Path) -> None:

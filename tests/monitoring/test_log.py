@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from monitoring.log import (
     EVENTS,
     METRICS,
-    EventFollower,
+    Follower,
     LineWriter,
     append_event,
     read_events,
@@ -54,7 +55,7 @@ def test_rewind_of_a_run_without_lines_is_nothing(tmp_path: Path) -> None:
 
 
 def test_events_carry_a_time_with_zone_and_follow_a_torn_line(tmp_path: Path) -> None:
-    follower = EventFollower(tmp_path)
+    follower = Follower(tmp_path / EVENTS)
     assert follower.read() == []
     append_event(tmp_path, "started", nodes=2)
     assert len(follower.read()) == 1
@@ -67,6 +68,40 @@ def test_events_carry_a_time_with_zone_and_follow_a_torn_line(tmp_path: Path) ->
     assert datetime.fromisoformat(started.pop("time")).tzinfo is not None
     assert started == {"event": "started", "nodes": 2}
     assert (failed["reason"], failed["loss"]) == ("killé", None)
+
+
+def test_threads_that_follow_a_file_at_once_see_each_line_once(tmp_path: Path) -> None:
+    """The exporter answers each scrape in a thread of its own."""
+    follower = Follower(tmp_path / METRICS)
+
+    def follow(thread: int) -> None:
+        while len(follower.read()) < 300:
+            pass
+
+    with ThreadPoolExecutor(5) as threads:
+        following = [threads.submit(follow, index) for index in range(4)]
+        threads.submit(write_steps, tmp_path, range(300))
+        for one in following:
+            one.result(timeout=60)
+    follower.read().clear()
+    write_steps(tmp_path, range(300, 301))
+    assert [line["step"] for line in follower.read()] == list(range(301))
+
+
+def test_a_follower_reads_a_file_anew_that_was_cut_back_and_waits_for_one_it_cannot_read(tmp_path: Path) -> None:
+    follower = Follower(tmp_path / METRICS)
+    write_steps(tmp_path, range(1, 11))
+    assert len(follower.read()) == 10
+    rewind_metrics(tmp_path, 4)
+    assert [line["step"] for line in follower.read()] == [1, 2, 3, 4]
+    moved = (tmp_path / METRICS).rename(tmp_path / "moved")
+    (tmp_path / METRICS).mkdir()
+    assert len(follower.read()) == 4
+    assert read_metrics(tmp_path) == []
+    (tmp_path / METRICS).rmdir()
+    moved.rename(tmp_path / METRICS)
+    write_steps(tmp_path, range(5, 6))
+    assert [line["step"] for line in follower.read()] == [1, 2, 3, 4, 5]
 
 
 def _append_many(directory: Path, writer: int) -> None:
