@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from threading import Thread
 from rich.console import Console
 from rich.markup import escape
 
-from configs.errors import InputError
+from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
 from configs.units import format_count
 from datapipe.loader import check_sources
@@ -79,8 +80,12 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         )
         stack.enter_context(announced(Path(config.monitoring.targets), exporter.target))
         print_header(console, config, directory, shapes[0], exporter.url)
-        with StopRequest(directory) as stop, Progress(directory, console) as progress:
-            result = _attempts(_Run(config, directory, home, shapes), stop, progress)
+        try:
+            with StopRequest(directory) as stop, Progress(directory, console) as progress:
+                result = _attempts(_Run(config, directory, home, shapes), stop, progress)
+        except (RunFailedError, InputError) as error:
+            _report_failure(directory, error)
+            raise
         if result.finished:
             return _finish(config, directory, tokenizer, console)
         append_event(directory, "stopped", reason=result.reason, step=result.step)
@@ -276,6 +281,15 @@ def _last_step(directory: Path) -> int:
     """Completed steps of the workers, by what they last reported."""
     now = Telemetry.read(directory)
     return now.step if now else 0
+
+
+def _report_failure(directory: Path, failure: Exception) -> None:
+    """Leave what is known of a failed run. An error of this must not hide why it failed."""
+    try:
+        append_event(directory, "failed", step=_last_step(directory), detail=str(failure))
+        write_report(directory)
+    except Exception as error:
+        logging.getLogger(__name__).warning("%s: no report of the failed run: %s", directory, error)
 
 
 def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: Console) -> Ending:
