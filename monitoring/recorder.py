@@ -14,7 +14,7 @@ from typing import Any
 from configs.schema import RunConfig
 from monitoring.log import METRICS, LineWriter, append_event, read_events, rewind_metrics
 from monitoring.telemetry import Counters, Telemetry, WorkerRecord, highest
-from monitoring.writers import open_writers
+from monitoring.writers import Writers
 
 RECENT_STEPS = 50
 """Steps whose mean time tells the time left."""
@@ -88,12 +88,14 @@ class _Window:
         return self.flops / (self.seconds * peak_flops) if self.seconds and peak_flops else math.nan
 
 
-def _describe(config: RunConfig) -> dict[str, str | int | float]:
-    """The labels that dashboards compare runs by."""
+def _describe(config: RunConfig, directory: Path) -> dict[str, str | int | float]:
+    """The labels that dashboards compare runs by. Nodes are those the workers were started on, else the most."""
+    started = [event["workers"] for event in read_events(directory) if event["event"] == "workers_started"]
+    nodes = config.cluster.nodes
     return {
         "model": config.model.size or config.model.init,
         "phases": "-".join(phase.objective for phase in config.phases),
-        "nodes": str(config.cluster.nodes),
+        "nodes": len(set(started[-1])) if started else nodes if isinstance(nodes, int) else max(nodes),
     }
 
 
@@ -142,7 +144,7 @@ class Recorder:
             | known
             | {
                 "run": config.name,
-                "info": _describe(config) | info,
+                "info": _describe(config, directory) | info,
                 "objectives": [phase.objective for phase in config.phases],
                 "total_steps": config.total_steps,
                 "step": step,
@@ -152,7 +154,7 @@ class Recorder:
         )
         rewind_metrics(directory, step)
         self._lines = LineWriter(directory / METRICS)
-        self._writers = open_writers(config, directory, step)
+        self._writers = Writers(config, directory, step)
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="telemetry")
         self._writing = self._start_writing()
         self._writing.result()
@@ -193,8 +195,7 @@ class Recorder:
         if self.due(record.step) or record.eval_loss is not None:
             line = self._line(record)
             self._lines.append(line)
-            for writer in self._writers:
-                writer.write(line)
+            self._writers.write(line)
             self._since_line = _Window()
         if time.monotonic() - self._written >= TELEMETRY_INTERVAL and self._writing.done():
             self._writing.result()
@@ -223,8 +224,7 @@ class Recorder:
         self.flush()
         self._disk.shutdown()
         self._lines.close()
-        for writer in self._writers:
-            writer.close()
+        self._writers.close()
 
     def _line(self, record: StepRecord) -> dict[str, Any]:
         window = self._since_line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -71,17 +72,43 @@ _WRITERS: dict[str, Callable[[RunConfig, Path, int], Writer]] = {
 }
 
 
-def open_writers(config: RunConfig, directory: Path, step: int) -> list[Writer]:
-    """The writers of `monitoring.writers`, for a run resumed at `step`. InputError where a package is missing."""
-    writers = []
-    for name in config.monitoring.writers:
-        try:
-            writers.append(_WRITERS[name](config, directory, step))
-        except ModuleNotFoundError as error:
-            raise InputError(
-                f"monitoring.writers: {name} needs the package {error.name}; pip install 'detour-train[{name}]'"
-            ) from None
-    return writers
+class Writers:
+    """Those of `monitoring.writers`, for a run resumed at `step`. Training is worth more: one that fails is dropped.
+
+    Raises InputError where a package is missing.
+    """
+
+    def __init__(self, config: RunConfig, directory: Path, step: int) -> None:
+        self._writers: dict[str, Writer] = {}
+        for name in config.monitoring.writers:
+            try:
+                self._writers[name] = _WRITERS[name](config, directory, step)
+            except ModuleNotFoundError as error:
+                raise InputError(
+                    f"monitoring.writers: {name} needs the package {error.name}; pip install 'detour-train[{name}]'"
+                ) from None
+            except Exception as error:
+                _warn(name, error)
+
+    def write(self, line: Line) -> None:
+        self._each(lambda writer: writer.write(line))
+
+    def close(self) -> None:
+        self._each(lambda writer: writer.close())
+
+    def _each(self, act: Callable[[Writer], None]) -> None:
+        for name, writer in list(self._writers.items()):
+            try:
+                act(writer)
+            except Exception as error:
+                del self._writers[name]
+                _warn(name, error)
+
+
+def _warn(name: str, error: Exception) -> None:
+    logging.getLogger(__name__).warning(
+        "monitoring.writers: %s gets no more of this run until it is resumed: %s: %s", name, type(error).__name__, error
+    )
 
 
 def _scalars(line: Line) -> dict[str, float]:

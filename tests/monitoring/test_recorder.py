@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from monitoring.log import METRICS, read_events, read_metrics
-from monitoring.recorder import due
+from monitoring.log import METRICS, append_event, read_events, read_metrics
+from monitoring.recorder import Recorder, due
 from monitoring.telemetry import Telemetry
 from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
 
@@ -67,6 +67,34 @@ def test_a_resumed_run_writes_the_same_bytes_as_an_undisturbed_one(tmp_path: Pat
     assert ended[0].counters.step_seconds.count == 30
 
 
+def test_a_run_begun_with_other_buckets_goes_on_with_them(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 9))
+    state = recorder.state()
+    state["counters"]["step_seconds"] |= {"bounds": [0.1, 0.215, 1.0], "counts": [0, 3, 8]}
+    resumed = make_recorder(tmp_path, config, state, 8)
+    drive(resumed, config, range(9, 31))
+    resumed.close()
+    now = Telemetry.read(tmp_path)
+    assert now
+    steps = now.counters.step_seconds
+    assert (steps.bounds, steps.counts, steps.count) == ((0.1, 0.215, 1.0), [0, 12, 30], 30)
+
+
+def test_the_nodes_of_an_elastic_run_are_those_it_has(tmp_path: Path) -> None:
+    config = make_config(cluster={"nodes": [2, 8]})
+
+    def nodes() -> object:
+        Recorder(tmp_path, config, {}, devices=2, peak_flops=0, state=None, step=0).close()
+        now = Telemetry.read(tmp_path)
+        return now and now.info["nodes"]
+
+    assert nodes() == 8
+    append_event(tmp_path, "workers_started", workers=["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3"])
+    assert nodes() == 3
+
+
 def test_telemetry_shows_the_latest_state(tmp_path: Path) -> None:
     config = make_config()
     recorder = make_recorder(tmp_path, config)
@@ -114,8 +142,6 @@ def test_a_loss_that_is_not_finite_is_null_in_the_log_and_nan_in_telemetry(tmp_p
 
 def test_an_unknown_peak_gives_no_mfu(tmp_path: Path) -> None:
     config = make_config()
-    from monitoring.recorder import Recorder
-
     recorder = Recorder(tmp_path, config, {}, devices=2, peak_flops=0, state=None, step=0)
     drive(recorder, config, range(1, 5))
     recorder.close()

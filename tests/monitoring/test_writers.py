@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
+from monitoring import writers
 from monitoring.log import read_metrics
 from tests.monitoring.prometheus import wait_until
 from tests.monitoring.synthetic import drive, make_config, make_recorder
@@ -44,6 +45,34 @@ def test_wandb_takes_the_lines_offline(tmp_path: Path, monkeypatch: pytest.Monke
     (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     for tag in (b"loss/clm", b"loss/mlm", b"eval_loss/mlm"):
         wait_until(lambda tag=tag: tag in written.read_bytes(), 30)  # wandb's own process writes it
+
+
+class Broken:
+    """Fails at its second line."""
+
+    def __init__(self, config: object, directory: Path, step: int) -> None:
+        self.lines = 0
+
+    def write(self, line: object) -> None:
+        self.lines += 1
+        if self.lines > 1:
+            raise ConnectionError("no route to the server")
+
+    def close(self) -> None:
+        raise AssertionError("it was dropped before")
+
+
+def test_a_writer_that_fails_is_dropped_with_one_warning_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(writers._WRITERS, "tensorboard", Broken)
+    monkeypatch.setitem(writers._WRITERS, "wandb", lambda *arguments: 1 / 0)
+    config = make_config(monitoring={"every": "4 steps", "writers": ["tensorboard", "wandb"]})
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 31))
+    recorder.close()
+    assert len(read_metrics(tmp_path)) == 8
+    assert [record.args[0] for record in caplog.records] == ["wandb", "tensorboard"]  # type: ignore[index]
 
 
 def test_a_missing_package_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
