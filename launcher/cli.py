@@ -127,7 +127,9 @@ def targets(
     """Tell a Prometheus elsewhere, over HTTP, which runs live on this machine."""
     from monitoring.discovery import serve_targets
 
-    serve_targets(directory, address, port).serve_forever()
+    server = serve_targets(directory, address, port)
+    print(f"http://{address}:{port}/ lists the runs; --address 0.0.0.0 opens it to other machines", flush=True)
+    server.serve_forever()
 
 
 @app.command()

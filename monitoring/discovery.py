@@ -20,6 +20,9 @@ import psutil
 
 from configs.errors import InputError
 
+CLOCK_SECONDS = 60.0
+"""By which the time at which a process was created may seem to move, as the machine's clock is set."""
+
 
 @contextmanager
 def announced(targets: Path, target: str) -> Iterator[None]:
@@ -45,8 +48,7 @@ def live_targets(targets: Path) -> list[dict[str, Any]]:
     """The target groups of every run that is alive; files that killed runs of this machine left are removed."""
     groups: list[dict[str, Any]] = []
     for path in sorted(targets.glob("*.json")):
-        host, _, process = path.stem.rpartition("-")
-        if host.startswith(f"{socket.gethostname()}-") and process.isdigit() and not psutil.pid_exists(int(process)):
+        if _is_dead(path.stem):
             with suppress(OSError):  # of another user
                 path.unlink()
             continue
@@ -55,6 +57,22 @@ def live_targets(targets: Path) -> list[dict[str, Any]]:
         except (OSError, ValueError):
             continue  # gone or foreign since it was listed
     return groups
+
+
+def _is_dead(name: str) -> bool:
+    """Whether a file HOST-PORT-PROCESS-CREATED is of a process of this machine that is no more.
+
+    A number is given to another process later, so the time of its creation counts too.
+    """
+    host, _, numbers = name.partition(f"{socket.gethostname()}-")
+    parts = numbers.split("-")
+    if host or len(parts) != 3 or not all(part.isdigit() for part in parts):
+        return False
+    process, created = int(parts[1]), int(parts[2])
+    try:
+        return abs(psutil.Process(process).create_time() - created) > CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
 
 
 def serve_targets(targets: Path, address: str, port: int) -> ThreadingHTTPServer:
@@ -87,7 +105,7 @@ def _announce(targets: Path, target: str) -> Path:
         targets.chmod(0o1777)  # shared by the users of the machine, as /tmp is; each removes only their own
     live_targets(targets)
     port = target.rpartition(":")[2]
-    path = targets / f"{socket.gethostname()}-{port}-{os.getpid()}.json"
+    path = targets / f"{socket.gethostname()}-{port}-{os.getpid()}-{psutil.Process().create_time():.0f}.json"
     with tempfile.NamedTemporaryFile("w", dir=targets, prefix=".", delete=False, encoding="utf-8") as file:
         json.dump([{"targets": [target], "labels": {"job": "detour"}}], file)
     Path(file.name).chmod(0o644)

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from urllib.request import urlopen
 
+import psutil
 import pytest
 
 from monitoring.discovery import announced, live_targets, serve_targets
@@ -28,13 +29,16 @@ def test_runs_announce_themselves_side_by_side_and_leave_nothing(tmp_path: Path)
 def test_what_a_killed_run_left_is_removed_and_what_lives_elsewhere_is_kept(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    left = tmp_path / f"{socket.gethostname()}-9464-{dead.pid}.json"
-    elsewhere = tmp_path / f"another-host-9464-{dead.pid}.json"
-    for path in (left, elsewhere):
+    me = psutil.Process()
+    left = tmp_path / f"{socket.gethostname()}-9464-{dead.pid}-{me.create_time():.0f}.json"
+    reused = tmp_path / f"{socket.gethostname()}-9464-{me.pid}-{me.create_time() - 3600:.0f}.json"
+    elsewhere = tmp_path / f"another-host-9464-{dead.pid}-{me.create_time():.0f}.json"
+    for path in (left, reused, elsewhere):
         path.write_text(json.dumps([{"targets": [path.stem], "labels": {"job": "detour"}}]))
     (tmp_path / "broken.json").write_text("[{")
     assert [group["targets"] for group in live_targets(tmp_path)] == [[elsewhere.stem]]
     assert not left.exists()
+    assert not reused.exists(), "its process's number belongs to another one now"
 
 
 def test_targets_that_are_a_file_do_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
