@@ -74,10 +74,9 @@ def line_chart(
     if not finite:
         return NOTHING
     x_values = [x for x, _ in finite] + [edge for band in bands for edge in (band.start, band.end)]
-    x_ticks, y_ticks = (
-        ticks(min(x_values), max(x_values), width // 80),
-        ticks(0.0 if from_zero else min(y for _, y in finite), max(y for _, y in finite), 5),
-    )
+    lowest, highest = min(y for _, y in finite), max(y for _, y in finite)
+    x_ticks = ticks(min(x_values), max(x_values), width // 80)
+    y_ticks = ticks(0.0, highest or 1.0, 5) if from_zero else ticks(lowest, highest, 5)
     low_x, high_x = min(x_values), max(x_values)
     low_y, high_y = y_ticks[0], y_ticks[-1]
 

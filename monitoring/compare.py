@@ -53,12 +53,12 @@ def compare(directories: Sequence[Path], out: Path, console: Console | None = No
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:
-    """The runs' names; with the directory where two have the same."""
+    """The runs' names; with the directory where two have the same, and its path where that is the same too."""
     names = [run.config.name for run in runs]
-    return [
-        name if names.count(name) == 1 else f"{name} ({run.directory.name})"
-        for run, name in zip(runs, names, strict=True)
-    ]
+    for where in (lambda run: run.directory.name, lambda run: str(run.directory)):
+        named = [f"{run.config.name} ({where(run)})" for run in runs]
+        names = [name if names.count(name) == 1 else longer for name, longer in zip(names, named, strict=True)]
+    return names
 
 
 def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
@@ -173,21 +173,29 @@ def _last(points: Sequence[Point]) -> Cell:
     return _number(points[-1][1], lambda y: f"{y:.3f}") if points else "-"
 
 
-def _per_device(run: RunFiles) -> float:
+def _per_device(run: RunFiles, objective: str | None = None) -> float:
+    """Median tokens a second of a device; of the steps of one objective alone where it is given."""
     now = run.now
     if now is None or not now.tokens_per_second:
         return math.nan
-    return run.median("tokens_per_second") * now.tokens_per_second_per_device / now.tokens_per_second
+    share = now.tokens_per_second_per_device / now.tokens_per_second
+    return run.median("tokens_per_second", objective) * share
 
 
 def _efficiency(run: RunFiles, runs: Sequence[RunFiles]) -> float:
-    """Throughput of a device, as a share of the best among the runs of that model and precision."""
+    """Throughput of a device, as a share of the best among the runs of that model and precision.
+
+    All over the objective that the run trained last: a causal and a masked step do not take the same time.
+    """
+    if not run.rows:
+        return math.nan
+    objective = run.rows[-1]["objective"]
 
     def kind(one: RunFiles) -> tuple[object, object]:
         return one.info.get("model"), one.info.get("precision")
 
-    peers = [_per_device(other) for other in runs if kind(other) == kind(run)]
-    return _per_device(run) / max((speed for speed in peers if math.isfinite(speed)), default=math.nan)
+    speeds = [_per_device(other, objective) for other in runs if kind(other) == kind(run)]
+    return _per_device(run, objective) / max((speed for speed in speeds if math.isfinite(speed)), default=math.nan)
 
 
 def _waiting(run: RunFiles) -> float:

@@ -22,7 +22,7 @@ from monitoring.progress import format_seconds
 from monitoring.rundir import Row, RunFiles, curve, open_run
 
 REPORT = "report.html"
-FAULTS = (*INTERRUPTIONS, "checkpoint_failed", "checkpoint_damaged", "step_skipped")
+FAULTS = (*INTERRUPTIONS, "failed", "checkpoint_failed", "checkpoint_damaged", "step_skipped")
 """Events shown as faults."""
 
 
@@ -52,6 +52,7 @@ def write_report(directory: Path) -> Path:
     """
     run = open_run(directory)
     again = directory.with_name(f"{directory.name}-again")
+    command = shlex.join(["detour-train", str(directory / "config.yaml"), "--output", str(again)])
     page = render(
         "report.html",
         title=f"{run.config.name}: report",
@@ -62,7 +63,7 @@ def write_report(directory: Path) -> Path:
         figures=_figures(run),
         learned=[_learned(run, index) for index in range(len(run.config.phases))],
         events=[_event(event) for event in run.events],
-        command=shlex.join(["detour-train", str(directory / "config.yaml"), "--output", str(again)]),
+        command=f"cd {shlex.quote(str(Path.cwd()))} && {command}",  # relative paths of the configuration start there
         yaml=dump_config(run.config),
     )
     path = directory / REPORT
@@ -122,7 +123,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
     for index, phase in enumerate(run.config.phases):
         losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
         value = f"{losses[-1]:.3f}" if losses else "-"
-        note = f"from {losses[0]:.3f}, {percent(1 - losses[-1] / losses[0])} lower" if losses else "not reached"
+        note = f"from {losses[0]:.3f}, {_fall(losses[0], losses[-1])}" if losses else "not reached"
         tiles.append(Tile(f"{phase.objective.upper()} loss", value, note))
     if run.rows:
         mfu = run.median("mfu")
@@ -134,6 +135,10 @@ def _tiles(run: RunFiles) -> list[Tile]:
     saved = run.kinds["checkpoint_saved"]
     tiles.append(Tile("Interruptions", str(run.interruptions), f"{saved} checkpoint{'s' * (saved != 1)} saved"))
     return tiles
+
+
+def _fall(first: float, last: float) -> str:
+    return f"{percent(abs(1 - last / first))} {'lower' if last <= first else 'higher'}"
 
 
 def _figures(run: RunFiles) -> list[Figure]:
@@ -215,8 +220,10 @@ def _learned(run: RunFiles, index: int) -> Row:
     objective = run.config.phases[index].objective
     losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
     steps = [row["step"] for row in run.phase(index)]
-    held_out = [y for x, y in run.evaluations(objective) if steps and steps[0] <= x <= steps[-1] and math.isfinite(y)]
-    accuracy = [y for x, y in run.evaluations(objective, "eval_accuracy") if steps and steps[0] <= x <= steps[-1]]
+    held_out, accuracy = (
+        [y for x, y in run.evaluations(objective, key) if steps and steps[0] <= x <= steps[-1] and math.isfinite(y)]
+        for key in ("eval_loss", "eval_accuracy")
+    )
     return {
         "phase": f"{index + 1}. {objective.upper()}",
         "objective": objective,

@@ -5,8 +5,9 @@ import pytest
 from rich.console import Console
 
 from configs.errors import InputError
-from monitoring.compare import compare
-from tests.monitoring.synthetic import drive, make_config, make_recorder
+from monitoring.compare import _efficiency, compare
+from monitoring.rundir import open_run
+from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
 from tests.monitoring.test_report import Page
 
 TWIN = [{"objective": "mlm", "steps": 20, "mask_rate": 0.3}, {"objective": "mlm", "steps": 10}]
@@ -36,6 +37,27 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
         assert text in page.said, text
         assert text in printed, text
     assert "nan" not in page.said.lower()
+
+
+def test_runs_of_one_name_are_told_apart_by_as_much_of_the_path_as_that_takes(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, 0, name="detour") for name in ("a/run", "b/run", "c")]
+    page = Page(compare(runs, tmp_path / "page.html", Console(file=io.StringIO())).read_text())
+    for name in (f"detour ({runs[0]})", f"detour ({runs[1]})", "detour (c)"):
+        assert name in page.said
+
+
+def test_scaling_efficiency_compares_steps_of_one_objective(tmp_path: Path) -> None:
+    """The causal half of the detour is twice as fast as masked steps, which says nothing of its devices."""
+    runs = []
+    for name, phases, slower in (("detour", None, 1.0), ("twin", TWIN, 1.0), ("slow", TWIN, 1.25)):
+        config = make_config(name=name, **({"phases": phases} if phases else {}))
+        recorder = make_recorder(tmp_path / name, config)
+        for step in range(1, 31):
+            masked = config.phases[int(step > 20)].objective == "mlm"
+            recorder.step(make_record(config, step, tokens=1000, step_seconds=slower * (0.2 if masked else 0.1)))
+        recorder.close()
+        runs.append(open_run(tmp_path / name))
+    assert [_efficiency(run, runs) for run in runs] == pytest.approx([1, 1, 0.8])
 
 
 def test_runs_without_a_line_yet_can_be_compared(tmp_path: Path) -> None:

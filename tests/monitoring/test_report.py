@@ -1,4 +1,5 @@
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def read(directory: Path) -> Page:
     return page
 
 
-def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path) -> None:
+def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
     append_event(tmp_path, "started")
     recorder = make_recorder(tmp_path, config)
@@ -64,7 +65,9 @@ def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path) -> None:
     drive(recorder, config, range(21, 31))
     recorder.close()
     append_event(tmp_path, "finished", step=30)
+    monkeypatch.chdir(tmp_path.parent)
     page = read(tmp_path)
+    assert f"cd {tmp_path.parent} && detour-train {tmp_path}/config.yaml --output {tmp_path}-again" in page.said
     for text in (
         "Finished",
         "CLM loss",
@@ -93,9 +96,28 @@ def test_losses_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     config = make_config(monitoring={"every": "1 steps"})
     recorder = make_recorder(tmp_path, config)
     for step in range(1, 21):
-        recorder.step(make_record(config, step, loss=math.nan if step in (1, 7, 20) else 3.0))
+        accuracy = {"clm": math.nan if step == 5 else 0.25}
+        recorder.step(
+            make_record(
+                config,
+                step,
+                loss=math.nan if step in (1, 7, 20) else 3.0 + step / 10,
+                eval_loss={"clm": 2.0} if step % 5 == 0 else None,
+                eval_accuracy=accuracy if step % 5 == 0 else None,
+            )
+        )
     recorder.close()
-    assert "nan" not in read(tmp_path).said.lower()
+    said = read(tmp_path).said
+    assert "nan" not in said.lower()
+    assert "25 % → 25 %" in said
+    assert re.search(r"from 3\.200, \d\S* % higher", said)
+
+
+def test_an_axis_from_zero_stays_there_when_all_is_zero() -> None:
+    drawn = line_chart(
+        "wait", [Line("wait", [(1.0, 0.0), (2.0, 0.0)], "ink")], number=lambda y: f"<{y:g}>", from_zero=True
+    )
+    assert ("&lt;0&gt;" in drawn, "&lt;1&gt;" in drawn, "&lt;-" in drawn) == (True, True, False)
 
 
 def test_a_directory_that_is_no_run_is_bad_input(tmp_path: Path) -> None:
