@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard as builders
 
-from monitoring.grafana.board import BAD, RUN, WARN, annotate, fill, new_board, run_variable
-from monitoring.grafana.panels import figure, graph
+from monitoring.grafana.board import BAD, ME, RUN, WARN, annotate, fill, new_board, run_variable
+from monitoring.grafana.panels import figure, graph, ranking
 
 
 def health() -> builders.Dashboard:
     """What needs a person: alerts, stragglers, memory, data, checkpoints, interruptions."""
     board = new_board("detour-health", "Detour: health", "What needs a person, over all chosen runs.")
     board.with_variable(run_variable(several=True))
-    annotate(board)
+    annotate(board, several=True)
     healthy = f"0 * group by (run) (detour_run_info{RUN})"
-    age = f"time() - (detour_checkpoint_timestamp_seconds{RUN} or detour_run_start_timestamp_seconds{RUN})"
+    age = f"run:detour_checkpoint_age_seconds{RUN}"
+    slowdown = f"detour_worker_step_seconds{RUN} / {ME} group_left () run:detour_worker_step_seconds:typical{RUN}"
+    slowest = f"topk(10, {slowdown})"
     fill(
         board,
         figure(
@@ -37,7 +39,7 @@ def health() -> builders.Dashboard:
         ),
         figure(
             "Oldest checkpoint",
-            "The longest of the chosen runs.",
+            "The longest training without one, of the chosen runs that are alive.",
             "s",
             (f"max({age})", "oldest"),
             width=6,
@@ -58,49 +60,65 @@ def health() -> builders.Dashboard:
         ),
         graph(
             "Alerts by run",
-            "Firing alerts.",
+            "Firing ones by name; none is zero.",
             "none",
-            (f'sum by (run) (ALERTS{{alertname=~"Detour.+",alertstate="firing",run=~"$run"}}) or {healthy}', "{{run}}"),
+            (
+                'count by (run, alertname) (ALERTS{alertname=~"Detour.+",alertstate="firing",run=~"$run"}) '
+                f"or on (run) {healthy}",
+                "{{run}} {{alertname}}",
+            ),
             low=0,
             thresholds=[(1, BAD)],
         ),
         graph(
             "Stragglers",
-            "Slowest rank over the median rank.",
+            "Slowest rank over the median rank; of two ranks, over the other.",
             "none",
-            (
-                f"max by (run) (detour_worker_step_seconds{RUN}) "
-                f"/ quantile by (run) (0.5, detour_worker_step_seconds{RUN})",
-                "{{run}}",
-            ),
+            (f"run:detour_worker_straggler:ratio{RUN}", "{{run}}"),
             thresholds=[(1.15, WARN), (1.3, BAD)],
             low=1,
         ),
         graph(
-            "Step time of each rank",
-            "Its own part of the step.",
+            "Step time of the ranks",
+            "Each one's own part of the step.",
             "s",
-            (f"detour_worker_step_seconds{RUN}", "{{run}} rank {{rank}}"),
+            (f"max by (run, instance) (detour_worker_step_seconds{RUN})", "{{run}} slowest"),
+            (f"run:detour_worker_step_seconds:typical{RUN}", "{{run}} median"),
             low=0,
         ),
+        ranking(
+            "Slowest ranks",
+            "The ten that take longest, as a multiple of the median rank.",
+            {"run": "Run", "instance": "Endpoint", "rank": "Rank"},
+            {
+                "Times the median": (f"max by (run, instance, rank) ({slowest})", "none"),
+                "Step time": (f"max by (run, instance, rank) (detour_worker_step_seconds{RUN} and ({slowest}))", "s"),
+                "Memory": (f"max by (run, instance, rank) (detour_worker_memory_bytes{RUN} and ({slowest}))", "bytes"),
+            },
+            width=12,
+        ),
         graph(
-            "Memory of each rank",
-            "Of its GPU where there is one, else of its process.",
+            "Memory of the ranks",
+            "On a GPU the most its allocator has held at once, else what the process holds.",
             "bytes",
-            (f"detour_worker_memory_bytes{RUN}", "{{run}} rank {{rank}}"),
+            (f"max by (run, instance) (detour_worker_memory_bytes{RUN})", "{{run}} most"),
+            (f"quantile by (run, instance) (0.5, detour_worker_memory_bytes{RUN})", "{{run}} median"),
+            width=6,
             low=0,
         ),
         graph(
-            "GPU utilisation of each rank",
+            "GPU utilisation of the ranks",
             "Share of the time in which a kernel ran; empty without GPUs.",
             "percentunit",
-            (f"detour_worker_gpu_utilization_ratio{RUN}", "{{run}} rank {{rank}}"),
+            (f"min by (run, instance) (detour_worker_gpu_utilization_ratio{RUN})", "{{run}} least"),
+            (f"quantile by (run, instance) (0.5, detour_worker_gpu_utilization_ratio{RUN})", "{{run}} median"),
+            width=6,
             low=0,
             high=1,
         ),
         graph(
             "Checkpoint age",
-            "And how often one is asked for.",
+            "Training since the newest one, and how often one is asked for.",
             "s",
             (age, "{{run}}"),
             (f"detour_checkpoint_interval_seconds{RUN}", "{{run}} interval"),
@@ -111,26 +129,20 @@ def health() -> builders.Dashboard:
             "In total.",
             "none",
             (f"detour_launcher_restarts_total{RUN}", "{{run}} {{reason}}"),
-            width=12,
             low=0,
         ),
         graph(
             "Failures among the events",
-            "Checkpoints and workers, in total.",
+            "Of workers, checkpoints and steps, in total.",
             "none",
-            ('detour_events_total{run=~"$run",event=~".*(failed|damaged|skipped)"}', "{{run}} {{event}}"),
-            width=12,
+            ('detour_events_total{run=~"$run",event=~".*(failed|damaged|skipped|spike)"}', "{{run}} {{event}}"),
             low=0,
         ),
         graph(
             "Data wait",
             "Share of the step spent waiting for data.",
             "percentunit",
-            (
-                f"rate(detour_train_data_wait_seconds_total{RUN}[$__rate_interval]) / "
-                f"(rate(detour_train_step_seconds_sum{RUN}[$__rate_interval]) > 0)",
-                "{{run}}",
-            ),
+            (f"run:detour_train_data_wait:ratio{RUN}", "{{run}}"),
             width=12,
             low=0,
             thresholds=[(0.05, WARN), (0.1, BAD)],

@@ -71,7 +71,7 @@ def figure(
     unit: str,
     query: Query,
     *,
-    width: int = 3,
+    width: int = 4,
     thresholds: Steps = (),
     decimals: float | None = None,
     by_name: bool = False,
@@ -98,9 +98,26 @@ def figure(
     return panel if decimals is None else panel.decimals(decimals)
 
 
-def ranking(title: str, description: str, columns: dict[str, tuple[str, str]], by: str, width: int = 24) -> table.Panel:
-    """A row for each value of the label `by`; a column is named by its key and is (PromQL, unit)."""
-    letters = [chr(ord("A") + index) for index in range(len(columns))]
+def ranking(
+    title: str,
+    description: str,
+    labels: dict[str, str],
+    columns: dict[str, tuple[str, str]],
+    *,
+    describing: str | None = None,
+    width: int = 24,
+) -> table.Panel:
+    """A row for each combination of labels.
+
+    Args:
+        labels: Columns of labels: the label, and the name of its column.
+        columns: Columns of numbers by name: PromQL and unit.
+        describing: PromQL whose labels are shown and whose value is not.
+    """
+    queries = {name: expression for name, (expression, _) in columns.items()}
+    queries |= {"": describing} if describing else {}
+    letters = {name: chr(ord("A") + index) for index, name in enumerate(queries)}
+    order = [*labels, *(f"Value #{letters[name]}" for name in columns)]
     panel = (
         table.Panel()
         .title(title)
@@ -112,8 +129,8 @@ def ranking(title: str, description: str, columns: dict[str, tuple[str, str]], b
         .thresholds(_thresholds(()))
         .targets(
             [
-                _target(expression, "{{" + by + "}}", letter).instant().format(PromQueryFormat.TABLE)
-                for letter, (expression, _) in zip(letters, columns.values(), strict=True)
+                _target(expression, "{{run}}", letters[name]).instant().format(PromQueryFormat.TABLE)
+                for name, expression in queries.items()
             ]
         )
         .with_transformation(dashboard.DataTransformerConfig(id_val="merge", options={}))
@@ -121,8 +138,9 @@ def ranking(title: str, description: str, columns: dict[str, tuple[str, str]], b
             dashboard.DataTransformerConfig(
                 id_val="organize",
                 options={
-                    "excludeByName": {"Time": True},
-                    "renameByName": {f"Value #{letter}": name for letter, name in zip(letters, columns, strict=True)},
+                    "excludeByName": {"Time": True} | ({f"Value #{letters['']}": True} if describing else {}),
+                    "indexByName": {name: index for index, name in enumerate(order)},
+                    "renameByName": labels | {f"Value #{letters[name]}": name for name in columns},
                 },
             )
         )

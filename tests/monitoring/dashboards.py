@@ -28,7 +28,7 @@ def expressions() -> Iterator[tuple[str, str, str]]:
             yield name, annotation["name"], annotation["expr"]
 
 
-def fill_in(expression: str, run: str, interval: str) -> str:
-    """Put values in the place of Grafana's variables."""
-    filled = expression.replace("$run", run)
-    return re.sub(r"\$__(rate_interval|interval|range)\b", interval, filled)
+def fill_in(expression: str, run: str, interval: str, shown: str = "15m") -> str:
+    """Put values in the place of Grafana's variables; `shown` is the time the dashboard shows."""
+    filled = expression.replace("$run", run).replace("$__range", shown)
+    return re.sub(r"\$__(rate_interval|interval)\b", interval, filled)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jinja2 import ChoiceLoader, DictLoader, Environment, PackageLoader
 from markupsafe import Markup
 
 from configs.units import format_count
-from monitoring.charts import NOTHING, Line, Mark, line_chart
+from monitoring.charts import NOTHING, Band, Line, Mark, line_chart
 from monitoring.progress import format_seconds
 from monitoring.report import percent
 from tests.monitoring.dashboards import fill_in
@@ -49,49 +50,86 @@ def _body(server: Server, panel: dict[str, Any], run: str, seconds: float, marks
     unit = panel["fieldConfig"]["defaults"]["unit"]
     if panel["type"] == "stat":
         (target,) = panel["targets"]
-        (series,) = server.query(fill_in(target["expr"], run, "15s"))
+        found = server.query(fill_in(target["expr"], run, "15s"))
+        assert len(found) <= 1, f"{panel['title']}: {len(found)} values in one figure"
+        if not found:
+            return Markup('<div class="big quiet">No data</div>')
+        series = found[0]
         name = panel["options"].get("textMode") == "name"
-        text = _legend(target, series) if name else _number(unit)(float(series["value"][1]))
+        decimals = panel["fieldConfig"]["defaults"].get("decimals")
+        text = _legend(target, series) if name else _number(unit, decimals)(float(series["value"][1]))
         return Markup('<div class="big">{}</div>').format(text)
     if panel["type"] == "table":
         return _table(server, panel, run)
     if panel["type"] == "xychart":
         return _against(server, panel, run, seconds)
-    found = [
+    drawn = [
         (target, series)
         for target in panel["targets"]
         for series in server.query_range(fill_in(target["expr"], run, "15s"), seconds)
     ]
-    start = min((float(series["values"][0][0]) for _, series in found), default=0.0)
+    start = time.time() - seconds
+    scale = 2**30 if unit == "bytes" else 1
     lines = [
-        Line(_legend(target, series), [(t - start, float(v)) for t, v in series["values"]], f"c{index % 8}")
-        for index, (target, series) in enumerate(found)
+        Line(
+            _legend(target, series),
+            [(float(t) - start, float(v) / scale) for t, v in series["values"]],
+            f"c{index % 8}",
+        )
+        for index, (target, series) in enumerate(drawn)
     ]
     shown = [mark for mark in (Mark(mark.x - start, mark.kind, mark.label) for mark in marks) if mark.x >= 0]
     zero = panel["fieldConfig"]["defaults"].get("min") == 0
     width = panel["gridPos"]["w"] * 68
     chart = line_chart(
-        panel["title"], lines, number=_number(unit), x_name="seconds", marks=shown, from_zero=zero, size=(width, 230)
+        panel["title"],
+        lines,
+        number=(lambda y: f"{y:g} GiB") if unit == "bytes" else _number(unit),
+        x_name="seconds",
+        marks=shown,
+        bands=[Band(0, seconds, "", "")],  # all panels over the same time
+        from_zero=zero,
+        size=(width, 230),
     )
+    return chart if chart == NOTHING else Markup("{}{}").format(chart, _keys(lines))
+
+
+def _keys(lines: list[Line]) -> Markup:
     keys = Markup("").join(Markup('<span class="{}">{}</span>').format(line.color, line.name) for line in lines[:12])
-    return chart if chart == NOTHING else Markup('{}<div class="keys">{}</div>').format(chart, keys)
+    return Markup('<div class="keys">{}</div>').format(keys)
 
 
 def _table(server: Server, panel: dict[str, Any], run: str) -> Markup:
-    cells: dict[str, list[str]] = {}
-    names = [*panel["transformations"][1]["options"]["renameByName"].values()]
-    units = {each["matcher"]["options"]: each["properties"][0]["value"] for each in panel["fieldConfig"]["overrides"]}
-    for column, target in zip(names, panel["targets"], strict=True):
+    """As Grafana's transformations make it: `merge` joins the rows that share labels, `organize` chooses columns."""
+    merge, organize = panel["transformations"]
+    assert (merge["id"], organize["id"]) == ("merge", "organize")
+    rows: list[dict[str, Any]] = []
+    for target in panel["targets"]:
         for series in server.query(fill_in(target["expr"], run, "15s")):
-            labels = [value for key, value in series["metric"].items() if key not in ("run", "__name__")]
-            text = " ".join(labels) if labels else _number(units[column])(float(series["value"][1]))
-            cells.setdefault(series["metric"]["run"], []).append(text)
-    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in ["Run", *names])
-    rows = Markup("").join(
-        Markup("<tr><td>{}</td>{}</tr>").format(name, Markup("").join(Markup("<td>{}</td>").format(c) for c in row))
-        for name, row in cells.items()
+            cells = series["metric"] | {f"Value #{target['refId']}": float(series["value"][1])}
+            mates = [row for row in rows if all(row[key] == cells[key] for key in row.keys() & cells.keys())]
+            for row in mates:
+                row.update(cells)
+            rows += [] if mates else [cells]
+    options = organize["options"]
+    found = {key for row in rows for key in row} - {key for key, hidden in options["excludeByName"].items() if hidden}
+    order = sorted(found, key=lambda key: options["indexByName"].get(key, math.inf))
+    names = [options["renameByName"].get(key, key) for key in order]
+    units = {each["matcher"]["options"]: each["properties"][0]["value"] for each in panel["fieldConfig"]["overrides"]}
+
+    def text(name: str, value: Any) -> str:
+        return _number(units.get(name, "none"))(value) if isinstance(value, float) else value or ""
+
+    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in names)
+    body = Markup("").join(
+        Markup("<tr>{}</tr>").format(
+            Markup("").join(
+                Markup("<td>{}</td>").format(text(name, row.get(key))) for name, key in zip(names, order, strict=True)
+            )
+        )
+        for row in rows
     )
-    return Markup("<table><tr>{}</tr>{}</table>").format(head, rows)
+    return Markup("<table><tr>{}</tr>{}</table>").format(head, body)
 
 
 def _against(server: Server, panel: dict[str, Any], run: str, seconds: float) -> Markup:
@@ -104,7 +142,8 @@ def _against(server: Server, panel: dict[str, Any], run: str, seconds: float) ->
         for index, name in enumerate(y)
     ]
     size = (panel["gridPos"]["w"] * 68, 250)
-    return line_chart(panel["title"], lines, number=_number("none"), x_name="tokens", x_number=format_count, size=size)
+    chart = line_chart(panel["title"], lines, number=_number("none"), x_name="tokens", x_number=format_count, size=size)
+    return Markup("{}{}").format(chart, _keys(lines))
 
 
 def _marks(server: Server, annotation: dict[str, Any], run: str, seconds: float) -> list[Mark]:
@@ -121,15 +160,17 @@ def _legend(target: dict[str, Any], series: dict[str, Any]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: series["metric"].get(match[1], ""), target["legendFormat"])
 
 
-def _number(unit: str) -> Any:
+def _number(unit: str, decimals: int | None = None) -> Any:
     def plain(value: float) -> str:
         if not math.isfinite(value):
             return "-"
         return {
             "percentunit": percent,
-            "s": lambda v: format_seconds(v) if v >= 60 else f"{v:.3g} s",
-            "bytes": lambda v: f"{v / 2**20:,.0f} MiB",
+            "s": lambda v: (
+                format_seconds(v) if v >= 60 else f"{v:.3g} s" if decimals is None else f"{v:.{decimals}f} s"
+            ),
+            "bytes": lambda v: f"{v / 2**30:.3g} GiB",
             "short": format_count,
-        }.get(unit, lambda v: f"{v:.4g}")(value)
+        }.get(unit, lambda v: f"{v:.4g}" if decimals is None else f"{v:.{decimals}f}")(value)
 
     return plain

@@ -66,15 +66,24 @@ def test_panels_fill_the_grid_without_overlap(name: str) -> None:
 
 def test_every_query_follows_the_run_variable() -> None:
     for board, panel, expression in expressions():
-        for selector in re.findall(r"\bdetour_\w+(\{[^}]*\})?", expression):
-            if "detour_train_phase == 1" not in expression:
-                assert "$run" in selector, f"{board}: {panel}: {expression}"
+        for selector in re.findall(r"\bdetour_[\w:]+(\{[^}]*\})?", expression.replace("detour_train_phase == 1", "")):
+            wanted = 'run="$run"' if board == "run" else 'run=~"$run"'
+            assert wanted in selector, f"{board}: {panel}: {expression}"
+
+
+def test_steps_are_not_looked_for_where_none_may_end_and_runs_of_one_name_are_not_added() -> None:
+    for board, panel, expression in expressions():
+        if "rate(" in expression and "_step" in expression:
+            assert "$__" not in expression, f"{board}: {panel}: a step may take longer than Grafana's interval"
+        assert not re.search(r"(sum|count) by \(run\) \((detour|last|rate)", expression), f"{board}: {panel}"
 
 
 def test_provisioning_and_compose_fit_each_other() -> None:
     folder = code.FOLDER.parent
     compose = yaml.safe_load((folder.parent / "compose.yaml").read_text())
     mounts = dict(mount.split(":")[:2] for mount in compose["services"]["grafana"]["volumes"])
+    assert "/tmp:/tmp:ro" in compose["services"]["prometheus"]["volumes"], "what it finds runs by may not exist yet"
+    assert not any(mount.startswith("/tmp/") for mount in compose["services"]["prometheus"]["volumes"])
     provider = yaml.safe_load((folder / "provisioning/dashboards/detour.yaml").read_text())["providers"][0]
     assert mounts["./grafana/dashboards"] == provider["options"]["path"]
     assert mounts["./grafana/provisioning"] == "/etc/grafana/provisioning"

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,36 +29,42 @@ from tests.monitoring.synthetic import make_config, make_record, make_recorder
 from tests.monitoring.test_exporter import ENDPOINT
 
 HERE = Path(__file__).parent
+SIZES = {"run": (1760, 2050), "health": (1760, 1500), "compare": (1760, 1700)}
 
 
 @dataclass
 class Scene:
     server: Server
+    run: SteadyRun
+    """Alpha, which is half-way; beta runs beside it."""
     alpha: ExitStack
-    """Closing it ends the run alpha; beta goes on."""
+    """Closing it ends alpha's endpoint; beta's goes on."""
     began: float
 
 
 class SteadyRun(threading.Thread):
-    """A run in real time, eight steps a second: a switch half-way, and a failure that loses a second of work."""
+    """A run in real time, eight steps a second until hurried: a switch, and a failure that loses a second of work."""
 
-    def __init__(self, directory: Path, config: RunConfig, fails: bool) -> None:
+    def __init__(self, directory: Path, config: RunConfig, fails: bool, worse: float) -> None:
         super().__init__(daemon=True)
-        self.directory, self.config, self.fails = directory, config, fails
+        self.directory, self.config, self.fails, self.worse = directory, config, fails, worse
+        self.hurry = threading.Event()
         self.start()
 
     def run(self) -> None:
         recorder = make_recorder(self.directory, self.config)
         append_event(self.directory, "started")
-        recorder.phase_started(0, "clm", 0)
+        recorder.phase_started(0, self.config.phases[0].objective, 0)
         step, state, failed = 0, None, not self.fails
         while step < self.config.total_steps:
-            time.sleep(0.125)
+            self.hurry.wait(0.125)
             step += 1
             if step == 41:
                 recorder.phase_started(1, "mlm", 40)
-            gpus = [WorkerRecord(rank, 0.12 + 0.01 * rank, 10**9, 0.9) for rank in range(3)]
-            recorder.step(make_record(self.config, step, step_seconds=0.125, workers=gpus))
+            gpus = [WorkerRecord(rank, 0.12 + 0.01 * rank, (9 + rank) * 2**30, 0.9) for rank in range(3)]
+            record = make_record(self.config, step, step_seconds=0.125 * self.worse, workers=gpus)
+            held_out = {name: loss * self.worse for name, loss in (record.eval_loss or {}).items()}
+            recorder.step(replace(record, loss=record.loss * self.worse, eval_loss=held_out or None))
             if step % 20 == 0:
                 state = (step, recorder.state())
                 recorder.checkpoint_saved(step, 0.2, self.directory / "checkpoints" / f"step-{step:08d}")
@@ -80,18 +86,23 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     with prometheus(folder, targets, interval="1s") as server, ExitStack() as stack:
         runs: dict[str, ExitStack] = {}
         configs = {}
-        for name in ("alpha", "beta"):
-            phases: list[dict[str, Any]] = [{"objective": "clm", "steps": 40}, {"objective": "mlm", "steps": 90}]
+        for name, first in (("alpha", "clm"), ("beta", "mlm")):
+            phases: list[dict[str, Any]] = [{"objective": first, "steps": 40}, {"objective": "mlm", "steps": 400}]
             configs[name] = make_config(name=name, phases=phases, monitoring={"every": "1 steps"})
             (folder / name).mkdir()
             runs[name] = stack.enter_context(ExitStack())
             exporter = runs[name].enter_context(Exporter(folder / name, name, "127.0.0.1", 9464))
             runs[name].enter_context(announced(targets, exporter.target))
         wait_until(lambda: server.value("count(detour_run_info)") == 2, 30)
-        for name, config in configs.items():
-            SteadyRun(folder / name, config, fails=name == "alpha")
-        wait_until(lambda: server.value('detour_train_step{run="alpha"}') == 130, 60)
-        yield Scene(server, runs["alpha"], began)
+        going = {
+            "alpha": SteadyRun(folder / "alpha", configs["alpha"], fails=True, worse=1.0),
+            "beta": SteadyRun(folder / "beta", configs["beta"], fails=False, worse=1.1),
+        }
+        wait_until(lambda: (server.value('detour_train_step{run="alpha"}') or 0) > 150, 60)
+        yield Scene(server, going["alpha"], runs["alpha"], began)
+        for one in going.values():
+            one.hurry.set()
+            one.join()
 
 
 @needs_prometheus
@@ -147,7 +158,7 @@ def test_every_dashboard_can_be_looked_at(scene: Scene, tmp_path: Path) -> None:
         page = tmp_path / f"{name}.html"
         run = "alpha|beta" if name == "compare" else "alpha"
         page.write_text(preview(scene.server, board, run, time.time() - scene.began))
-        assert photograph(page, f"dashboard-{name}", (1760, 1500 if name == "run" else 1300)) == []
+        assert photograph(page, f"dashboard-{name}", SIZES[name]) == []
 
 
 @needs_prometheus
@@ -160,6 +171,8 @@ def test_every_recording_rule_gives_series(scene: Scene) -> None:
 @needs_prometheus
 def test_a_finished_run_leaves_no_series(scene: Scene) -> None:
     """Runs last in this file: it ends alpha."""
+    scene.run.hurry.set()
+    wait_until(lambda: scene.server.value('detour_train_step{run="alpha"}') == 440, 30)
     scene.alpha.close()
     wait_until(lambda: scene.server.query('{run="alpha"}') == [], 20)
     assert scene.server.query('detour_train_step{run="beta"}')
