@@ -1,7 +1,9 @@
 """What watching costs: the recorder's share of a step, and the time of a scrape.
 
 Steps are slept through, so that telemetry is written as often as in training; only the recorder's calls are timed. The
-fastest of the rounds counts: what other programs on the machine took drops out.
+fastest of the rounds counts: what other programs on the machine took drops out. What the trainer does to get a logged
+step's record is not in it: one all_gather of four numbers a rank, for which the device is waited for. It is part of the
+training loop's own share of a step (benchmarks/README.md).
 
     python -m benchmarks.overhead [--quick] [--json FILE]
 """

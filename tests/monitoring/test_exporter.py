@@ -11,9 +11,9 @@ from prometheus_client.samples import Sample
 from configs.errors import InputError
 from monitoring.exporter import Exporter
 from monitoring.log import EVENTS, append_event
-from monitoring.metrics import REASONS
-from monitoring.telemetry import TELEMETRY, Telemetry
-from tests.monitoring.synthetic import drive, make_config, make_recorder
+from monitoring.metrics import REASONS, run_metrics
+from monitoring.telemetry import TELEMETRY, Telemetry, WorkerRecord
+from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
 
 ENDPOINT = {
     "detour_train_loss": ("gauge", {"objective"}),
@@ -89,6 +89,21 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
         taken = [0.2 + 0.01 * (step % 5) for step in range(1, 31)]
         for bound in bounds:
             assert steps[str(bound)] == sum(seconds <= bound for seconds in taken), bound
+
+
+def test_the_documentation_lists_every_metric_as_it_is(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    recorder.step(make_record(config, 20, workers=[WorkerRecord(0, 0.2, 10**9, gpu_utilization=0.9)]))
+    recorder.close()
+    rows = []
+    for metric in run_metrics(Telemetry.read(tmp_path), []):
+        labels = sorted({f"`{label}`" for labels, _ in metric.samples for label in labels})
+        if metric.name == "detour_run_info":
+            labels = ["`model`, `phases`, `nodes`, `precision` and others"]
+        rows.append(f"| `{metric.name}` | {metric.kind} | {', '.join(labels)} | {metric.help} |")
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    assert [line for line in page.splitlines() if line.startswith("| `detour_")] == rows
 
 
 def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(tmp_path: Path) -> None:
