@@ -14,7 +14,7 @@ from rich.console import Console
 from monitoring import log
 from monitoring.compare import compare
 from monitoring.log import append_event
-from monitoring.report import write_report
+from monitoring.report import REPORT, write_report
 from tests.monitoring.browser import needs_chromium, photograph
 from tests.monitoring.synthetic import make_config, make_record, make_recorder
 
@@ -24,11 +24,11 @@ STEPS = (1000, 100)
 class Clock:
     """Stands in for `datetime` in monitoring.log: a step takes 0.95 seconds of its time."""
 
-    step = 0
+    step, lost = 0, 0.0
 
     @classmethod
     def now(cls, zone: object) -> datetime:
-        return datetime.fromisoformat("2026-11-23T09:00:00+00:00") + timedelta(seconds=0.95 * cls.step)
+        return datetime.fromisoformat("2026-11-23T09:00:00+00:00") + timedelta(seconds=0.95 * cls.step + cls.lost)
 
 
 def make_run(directory: Path, name: str, seed: int, floor: float, objective: str = "clm") -> Path:
@@ -39,7 +39,7 @@ def make_run(directory: Path, name: str, seed: int, floor: float, objective: str
         {"objective": "mlm", "steps": STEPS[1], "lr": {"shape": "1-sqrt", "final": 0.1}},
     ]
     config = make_config(name=name, phases=phases, monitoring={"every": "5 steps"})
-    Clock.step = 0
+    Clock.step, Clock.lost = 0, 0.0
     recorder = make_recorder(directory, config)
     append_event(directory, "workers_started", workers=["10.0.0.1", "10.0.0.2"], seconds=8.2)
     append_event(directory, "started", step=0)
@@ -74,7 +74,9 @@ def make_run(directory: Path, name: str, seed: int, floor: float, objective: str
             recorder.checkpoint_saved(step, 0.7, directory / "checkpoints" / f"step-{step:08d}")
         if step == 530 and seed == 1:
             append_event(directory, "worker_failed", step=step, reason="killed", rank=1, detail="exit by signal 9")
-            append_event(directory, "resumed", step=step)
+            Clock.lost = 12.0
+            append_event(directory, "resumed", step=400)
+            Clock.lost += 0.95 * 130  # the steps since that checkpoint, done again
     recorder.close()
     append_event(directory, "exported", step=sum(STEPS), path="hf")
     append_event(directory, "finished", step=sum(STEPS))
@@ -87,25 +89,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "datetime", Clock)
         return [
-            make_run(folder / "detour", "base-bio-en", 1, 3.1),
-            make_run(folder / "twin", "base-bio-en-twin", 2, 3.3, objective="mlm"),
-            make_run(folder / "large", "large-bio-en", 3, 2.8),
+            make_run(folder / "base-bio-en", "base-bio-en", 1, 3.1),
+            make_run(folder / "base-bio-en-twin", "base-bio-en-twin", 2, 3.3, objective="mlm"),
+            make_run(folder / "large-bio-en", "large-bio-en", 3, 2.8),
         ]
 
 
 @needs_chromium
 @pytest.mark.parametrize(
     ("name", "size", "dark"),
-    [("report", (1200, 2600), False), ("report-dark", (1200, 1560), True), ("report-phone", (500, 1500), False)],
+    [("report", (1200, 4980), False), ("report-dark", (1200, 4980), True), ("report-phone", (500, 6520), False)],
 )
-def test_the_report_opens_without_a_complaint(runs: list[Path], name: str, size: tuple[int, int], dark: bool) -> None:
-    assert photograph(write_report(runs[0]), name, size, dark) == []
+def test_the_report_opens_without_a_complaint(
+    runs: list[Path], name: str, size: tuple[int, int], dark: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # the pictures are no place for the paths of the machine that took them
+        patch.chdir(runs[0].parent)
+        patch.setattr(Path, "cwd", lambda: Path("/home/ada/runs"))
+        write_report(Path(runs[0].name))
+    assert photograph(runs[0] / REPORT, name, size, dark) == []
 
 
 @needs_chromium
 def test_the_comparison_opens_without_a_complaint(runs: list[Path], tmp_path: Path) -> None:
     page = compare(runs, tmp_path / "compare.html", Console(file=io.StringIO()))
-    assert photograph(page, "compare", (1200, 2060)) == []
+    assert photograph(page, "compare", (1200, 2250)) == []
 
 
 @needs_chromium
