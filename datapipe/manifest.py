@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from datapipe.tokenizer import Tokenizer
 
 NAME = "manifest.json"
 FORMAT_VERSION = 1
+_PLAIN_NAME = re.compile(r"[^./\0][^/\0]*\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,35 @@ def parse_manifest(content: str | bytes, origin: str) -> Manifest:
         sources = {name: dict(counts) for name, counts in tree.get("sources", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{origin}: missing or unknown key ({error}); run `detour prepare` again") from None
-    for shard in shards:
-        if Path(shard.name).name != shard.name:
-            raise InputError(f"{origin}: shard name {shard.name!r} must be a plain file name beside the manifest")
+    for wrong in _wrong_values(tokenizer, shards, sources):
+        raise InputError(f"{origin}: {wrong}; run `detour prepare` again")
     return Manifest(tokenizer, shards, sources)
+
+
+def _wrong_values(
+    tokenizer: TokenizerIdentity, shards: Iterable[Shard], sources: dict[str, dict[str, Any]]
+) -> Iterator[str]:
+    """Of the values that files are found and counted by, those that are none; manifests come from anywhere."""
+    for shard in shards:
+        if not (isinstance(shard.name, str) and _PLAIN_NAME.fullmatch(shard.name)):
+            yield f"shard name {shard.name!r} must be the plain file name of a .tar beside the manifest"
+        yield from _no_counts(f"shard {shard.name}", asdict(shard), ("bytes", "documents", "tokens"))
+        yield from _no_sha256(f"shard {shard.name}", shard.sha256)
+    yield from _no_sha256("tokenizer", tokenizer.sha256)
+    yield from _no_counts("tokenizer", asdict(tokenizer), ("vocab_size",))
+    for name, counts in sources.items():
+        yield from _no_counts(f"source {name}", counts, counts)
+
+
+def _no_counts(what: str, values: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
+    for key in keys:
+        if type(values[key]) is not int or values[key] < 0:
+            yield f"{key} of {what} must be a number from 0, not {values[key]!r}"
+
+
+def _no_sha256(what: str, value: Any) -> Iterator[str]:
+    if not (isinstance(value, str) and _SHA256.fullmatch(value)):
+        yield f"sha256 of {what} must be 64 hexadecimal digits, not {value!r}"
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -26,6 +26,7 @@ PICKLED = (b".pkl", b".pickle", b".pyd", b".pt", b".pth")
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '<u([24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.S
 )
+_OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _CRC = re.compile(rb'"crc32": (\d+)')
 
 
@@ -57,7 +58,8 @@ class ShardReader:
         """Why the tar could not be read to its end, if it could not."""
         self.raw = False
         """Whether its documents are text rather than ids."""
-        self._spans = self._walk() if index is None else index
+        self.spans = self._walk() if index is None else index
+        """[documents, 3] as `Span`."""
 
     def _walk(self) -> NDArray[np.int64]:
         members, self.problem = _members(self._file, self.name)
@@ -66,7 +68,7 @@ class ShardReader:
         return np.array(texts if self.raw else spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self.spans)
 
     def ids(self, document: int) -> NDArray[Any]:
         """uint16 or uint32 [tokens]. Raises DamagedError for a document that is not there, is damaged, or is no 1-D
@@ -88,32 +90,26 @@ class ShardReader:
         content, _ = self._read(document)
         where = f"shard {self.name}, document {document}"
         try:
-            text = json.loads(content)["text"] if self._spans[document, 2] else content.decode()
+            text = json.loads(content)["text"] if self.spans[document, 2] else content.decode()
         except (ValueError, KeyError, TypeError):
             raise DamagedError(f'{where}: neither UTF-8 text nor JSON with a "text"') from None
         if not isinstance(text, str):
             raise DamagedError(f'{where}: "text" is not a string')
         return text
 
-    def metadata(self, document: int) -> dict[str, Any]:
-        """The JSON beside the ids; empty if there is none. Raises DamagedError."""
-        content, size = self._read(document)
-        start = content.find(b"{", size)
-        metadata: dict[str, Any] = json.loads(content[start:]) if start >= 0 else {}
-        return metadata
-
     def close(self) -> None:
         self._file.close()
 
     def _read(self, document: int) -> tuple[bytes, int]:
         """The document's bytes with those of its metadata, and how many are its own."""
-        if document >= len(self._spans):
+        if document >= len(self.spans):
             raise DamagedError(self.problem or f"shard {self.name} holds {len(self)} documents, not {document + 1}")
-        offset, size, span = self._spans[document].tolist()
+        offset, size, span = self.spans[document].tolist()
         if size < 0:
             raise DamagedError(f"shard {self.name}, document {document}: its key appears twice")
-        content = os.pread(self._file.fileno(), max(size, span), offset)
-        if len(content) < max(size, span):
+        inside = offset + max(size, span) <= self.bytes
+        content = _pread(self._file, max(size, span), offset, self.name) if inside else b""
+        if not inside or len(content) < max(size, span):
             raise DamagedError(f"shard {self.name}, document {document}: the file ends inside it")
         return content, size
 
@@ -122,10 +118,18 @@ Span = tuple[int, int, int]
 """Offset, bytes (-1: a duplicate), and for ids the bytes until the end of their metadata, for text 1 if it is JSON."""
 
 
+def _pread(file: IO[bytes], size: int, offset: int, name: str) -> bytes:
+    try:
+        return os.pread(file.fileno(), size, offset)
+    except OSError as error:  # the machine's fault, not the shard's, so nothing is skipped for it
+        raise InputError(f"shard {name} cannot be read: {error.strerror}") from None
+
+
 def _documents(members: list[Member], name: str) -> tuple[list[Span], list[Span]]:
     """Where the documents of ids lie, and where those of raw text do."""
     spans: list[Span] = []
-    texts: dict[bytes, Span] = {}
+    texts: list[Span] = []
+    places: dict[bytes, int] = {}
     keys: set[bytes] = set()
     key = b""
     for member in members:
@@ -143,9 +147,16 @@ def _documents(members: list[Member], name: str) -> tuple[list[Span], list[Span]
         elif extension == b"json" and spans and stem == key:
             offset, size, _ = spans[-1]
             spans[-1] = (offset, size, member.offset + member.size - offset if size >= 0 else 0)
-        elif extension == b"txt" or (extension == b"json" and stem not in texts):
-            texts[stem] = (member.offset, member.size, int(extension == b"json"))
-    return spans, list(texts.values())
+        elif extension in (b"txt", b"json"):
+            kind = int(extension == b"json")
+            place = places.setdefault(stem, len(texts))
+            if place == len(texts):
+                texts.append((member.offset, member.size, kind))
+            elif texts[place][2] == kind:
+                texts.append((member.offset, -1, kind))
+            elif extension == b"txt":  # the .json before it is its metadata
+                texts[place] = (member.offset, member.size, kind)
+    return spans, texts
 
 
 def _any_npy(content: bytes, where: str) -> NDArray[Any]:
@@ -172,16 +183,15 @@ def _members(file: IO[bytes], name: str) -> tuple[list[Member], str | None]:
     while position + BLOCK <= size:
         at = position - start
         if at + BLOCK > len(window):
-            window, start, at = os.pread(file.fileno(), 1 << 18, position), position, 0
+            window, start, at = _pread(file, 1 << 18, position, name), position, 0
         header = window[at : at + BLOCK]
         if not any(header):
             return members, None
         if header[257:263] != b"ustar\0" or header[156:157] not in (b"0", b"\0") or header[345:346] != b"\0":
             return _members_by_tarfile(file, name)
-        try:
-            length = int(header[124:135], 8)
-        except ValueError:
+        if not _OCTAL.fullmatch(header, 124, 136):  # `int` would also take a sign, and never come to an end
             return _members_by_tarfile(file, name)
+        length = int(header[124:135], 8)
         members.append(Member(header[: header.index(b"\0")], position + BLOCK, length))
         position += BLOCK + -(-length // BLOCK) * BLOCK
     return members, f"shard {name} is truncated: {size:,} bytes end before the tar's end mark"
@@ -189,12 +199,18 @@ def _members(file: IO[bytes], name: str) -> tuple[list[Member], str | None]:
 
 def _members_by_tarfile(file: IO[bytes], name: str) -> tuple[list[Member], str | None]:
     members = []
+    last = -1
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
+                if info.size < 0 or info.offset <= last:  # tarfile would read it again and again
+                    raise tarfile.ReadError(f"file {info.name!r} has a size of {info.size}")
+                last = info.offset
                 if info.isfile():
                     members.append(Member(info.name.encode(errors="surrogateescape"), info.offset_data, info.size))
-    except tarfile.TarError as error:
+    except OSError as error:
+        raise InputError(f"shard {name} cannot be read: {error.strerror}") from None
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         return members, f"shard {name} is damaged after {len(members)} files: {error}"
     return members, None
 
