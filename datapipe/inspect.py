@@ -14,7 +14,7 @@ from configs.units import format_count
 from datapipe.manifest import Manifest, read_manifest, verify
 from datapipe.order import permutation
 from datapipe.packing import packing_ratio
-from datapipe.shards import DamagedError, ShardReader
+from datapipe.shards import DamagedError, ShardReader, read_index
 from datapipe.tokenizer import load_tokenizer
 
 PACKED = 20_000
@@ -79,6 +79,8 @@ class ShardReport:
 def inspect_shards(directory: Path) -> ShardReport:
     """Read every byte of a shard set. Raises InputError naming everything in which it differs from its manifest."""
     manifest = read_manifest(directory)
+    if not manifest.documents:
+        raise InputError(f"{directory} holds no documents; prepare it again from text that has some")
     problems = verify(directory)
     if not problems:
         lengths, problems = _read(directory, manifest)
@@ -92,8 +94,12 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
     lengths: list[int] = []
     problems: list[str] = []
     for shard in manifest.shards:
-        reader = ShardReader((directory / shard.name).open("rb", buffering=0), str(directory / shard.name))
-        before = sum(lengths)
+        path = directory / shard.name
+        reader = ShardReader(path.open("rb", buffering=0), str(path))
+        index = read_index(path.with_suffix(".idx"), shard)
+        if index is not None and not np.array_equal(index, reader.spans):
+            problems.append(f"{path.with_suffix('.idx')}: not where the documents of {path.name} lie; delete it")
+        tokens = 0
         for document in range(len(reader)):
             try:
                 ids = reader.ids(document)
@@ -101,9 +107,10 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
                 problems.append(str(error))
                 continue
             lengths.append(len(ids))
+            tokens += len(ids)
             if len(ids) and int(ids.max()) >= manifest.tokenizer.vocab_size:
                 problems.append(f"{reader.name}, document {document}: id {ids.max()} is beyond the vocabulary")
-        found = (len(reader), sum(lengths) - before)
+        found = (len(reader), tokens)
         if found != (shard.documents, shard.tokens):
             problems.append(f"{reader.name}: {found} documents and tokens, not {(shard.documents, shard.tokens)}")
         reader.close()
@@ -114,6 +121,8 @@ def _samples(directory: Path, manifest: Manifest) -> tuple[tuple[str, str], ...]
     try:
         tokenizer = load_tokenizer(manifest.tokenizer.name)
     except InputError:
+        return ()
+    if tokenizer.sha256 != manifest.tokenizer.sha256:  # another one by now lies where the name points to
         return ()
     samples: list[tuple[str, str]] = []
     filled: Sequence[int] = [number for number, shard in enumerate(manifest.shards) if shard.documents]

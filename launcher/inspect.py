@@ -15,10 +15,16 @@ from monitoring.log import read_events, read_metrics
 
 def describe(target: Path) -> str:
     """A report for people. Raises InputError where `target` is none of the three, or is damaged."""
+    if target.parts and target.parts[0].endswith(":"):  # what a Path leaves of a URL
+        raise InputError(f"{target}: not on this machine; copy the directory here to inspect it")
     if (target / MANIFEST).is_file():
         return str(inspect_shards(target))
     if (target / CONFIG).is_file():
         return _run(target)
+    if next(target.glob("*.tar"), None):
+        raise InputError(
+            f"{target} holds tars and no {MANIFEST} to compare them with: they are raw text, or the {MANIFEST} was lost"
+        )
     return _checkpoint(target)
 
 
