@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -19,6 +21,28 @@ from configs.units import Count, Duration
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """One path or a list of them."""
+
+
+def _no_command(value: str) -> str:
+    if value.startswith("pipe:"):
+        raise ValueError(
+            "pipe: URLs run a shell command and are refused; give a directory or an s3://, gs:// or https:// URL"
+        )
+    return value
+
+
+Shards = Annotated[str, AfterValidator(_no_command)]
+"""Where shards lie."""
+
+
+def _prepared_here(text: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    shards = info.data.get("shards", "")
+    if text and ("://" in shards or shards.endswith(".tar")):
+        raise ValueError(
+            f"text is prepared into a local directory, and shards is {shards!r}; name a directory there, or prepare "
+            "the text with `detour prepare` and leave it out here"
+        )
+    return text
 
 
 class Section(BaseModel):
@@ -79,7 +103,7 @@ class Source(Section):
     """One corpus of the mixture."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    shards: str
+    shards: Shards
     """Directory with a manifest.json, or a glob of WebDataset tars in one; local, s3://, gs:// or https://. A local
     directory of tars with .txt or .json members and no manifest is raw text, tokenized as it is read."""
     text: Paths = ()
@@ -91,20 +115,13 @@ class Source(Section):
     epochs: PositiveInt | None = None
     """Passes over the source at most, after which the others take its share. By default it is repeated without end."""
 
-    @field_validator("shards")
-    @classmethod
-    def _no_commands(cls, value: str) -> str:
-        if value.startswith("pipe:"):
-            raise ValueError(
-                "pipe: URLs run a shell command and are refused; give a directory or an s3://, gs:// or https:// URL"
-            )
-        return value
+    _text_is_prepared_here = field_validator("text")(_prepared_here)
 
 
 class Evaluation(Section):
     """A fixed held-out set: both losses on it, in either phase, without touching the training data."""
 
-    shards: str
+    shards: Shards
     """As a source's."""
     text: Paths = ()
     every: Duration = Duration(500, "steps")
@@ -112,6 +129,8 @@ class Evaluation(Section):
     sequences: PositiveInt = 64
     """Packed sequences evaluated each time, always the same ones; fewer where the set holds fewer."""
     mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
+
+    _text_is_prepared_here = field_validator("text")(_prepared_here)
 
     @field_validator("every")
     @classmethod
@@ -146,9 +165,10 @@ class Data(Section):
     cache: str = "~/.cache/detour/shards"
     """Local directory for remote shards."""
     cache_gb: PositiveFloat = 100
-    """Bound of that directory in gigabytes; the shards used longest ago make room."""
+    """Bound of that directory in gigabytes; the shards used longest ago make room. It should hold two shards of each
+    source for every stream of the machine: those that are being read stay on the disk beyond it."""
     patience: PositiveInt = 300
-    """Seconds of retries without a byte from a remote store before the run is given up."""
+    """Seconds of retries without a byte from a remote store before the run fails."""
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,6 @@ from datapipe.manifest import NAME, Shard, TokenizerIdentity
 from datapipe.shards import DamagedError, ShardReader
 from datapipe.store import REMEDY, LocalStore, Store, open_store
 from datapipe.tokenizer import Tokenizer
-
-OPEN_SHARDS = 64
-"""Shards of a source kept open in one process."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,26 @@ class SourceSummary:
 
 
 class Source:
-    """Documents of one corpus by shard and number. Not thread-safe."""
+    """Documents of one corpus by shard and number. Not thread-safe.
 
-    def __init__(self, config: SourceConfig, data: Data, tokenizer: Tokenizer) -> None:
+    streams: How many read from it in this process; all of them if not given.
+    closed: When set, whoever waits for remote shards gives up. Raises InputError, and RunFailedError where a remote
+    store does not answer.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        data: Data,
+        tokenizer: Tokenizer,
+        streams: int | None = None,
+        closed: threading.Event | None = None,
+    ) -> None:
         self.name = config.name
         self.epochs = config.epochs
         self.skips = data.on_error == "skip"
         self._tokenizer = tokenizer
-        self.store, self.shards, self.raw = _locate(config, data, tokenizer)
+        self.store, self.shards, self.raw = _locate(config, data, tokenizer, closed or threading.Event())
         self.documents = tuple(shard.documents for shard in self.shards)
         self.tokens = sum(shard.tokens for shard in self.shards)
         if config.upsample is not None and self.raw:
@@ -56,9 +67,11 @@ class Source:
                 f"source {self.name}: upsample needs to know its tokens, and raw text is not counted yet; "
                 "give the sources weights, or prepare the text with `detour prepare`"
             )
-        self.weight = config.weight or (config.upsample or 0.0) * self.tokens or 1.0
+        wrapped = self.tokens + 2 * sum(self.documents)
+        self.weight = config.weight or (config.upsample or 0.0) * wrapped or 1.0
         """Share of the tokens, relative to the other sources."""
         self._open: OrderedDict[int, ShardReader | DamagedError] = OrderedDict()
+        self._most_open = 2 * (streams or data.streams)  # of each stream the shard it reads and the one before
         self.reported: set[str] = set()
         """What has been logged as skipped."""
         self._encoded: dict[tuple[int, int], NDArray[Any]] = {}
@@ -77,7 +90,7 @@ class Source:
         reader = self._open.get(shard)
         if reader is None:
             reader = self._open[shard] = self._opened(shard)
-            if len(self._open) > OPEN_SHARDS:
+            if len(self._open) > self._most_open:
                 _, oldest = self._open.popitem(last=False)
                 if isinstance(oldest, ShardReader):
                     oldest.close()
@@ -118,6 +131,15 @@ class Source:
         result[0], result[-1] = self._tokenizer.cls_id, self._tokenizer.sep_id
         result[1:-1] = ids
         return result
+
+    def usable(self) -> bool:
+        """Whether any document is neither empty nor damaged."""
+        for shard, documents in enumerate(self.documents):
+            for document in range(documents):
+                with suppress(DamagedError):
+                    if len(self.ids(shard, document)):
+                        return True
+        return False
 
     def encode_ahead(self, places: Sequence[tuple[int, int]]) -> None:
         """Tokenize documents of raw text that will be read next, all at once and so on all cores."""
@@ -168,7 +190,19 @@ class Source:
                 self.ids(number, document)
             except DamagedError as error:
                 problems.append(str(error))
+        if whole and not problems:
+            self._require_unchanged(shard, path, reader.spans)
         return problems
+
+    def _require_unchanged(self, shard: Shard, path: str, spans: NDArray[np.int64]) -> None:
+        """Raises InputError where other documents would be trained on than the manifest's, and nothing be skipped."""
+        with self.store.open(shard) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        if digest != shard.sha256:
+            raise InputError(f"source {self.name}: {path} was changed: its sha256 is not its manifest's; {REMEDY}")
+        index = self.store.index(shard)
+        if index is not None and not np.array_equal(index, spans):
+            raise InputError(f"source {self.name}: the .idx of shard {path} points to other documents; delete the .idx")
 
     def close(self) -> None:
         self.store.close()
@@ -177,10 +211,12 @@ class Source:
                 reader.close()
 
 
-def _locate(config: SourceConfig, data: Data, tokenizer: Tokenizer) -> tuple[Store, tuple[Shard, ...], bool]:
+def _locate(
+    config: SourceConfig, data: Data, tokenizer: Tokenizer, closed: threading.Event
+) -> tuple[Store, tuple[Shard, ...], bool]:
     """Store and shards that `source.shards` names, and whether they hold raw text."""
     try:
-        store, pattern = open_store(config.shards, data)
+        store, pattern = open_store(config.shards, data, closed)
         manifest = store.manifest()
         shards = _raw_shards(store) if manifest is None else manifest.shards
     except InputError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from configs.errors import InputError
+from configs.errors import InputError, RunFailedError
 from configs.schema import Data
 from datapipe.loader import Loader, check_sources
 from datapipe.manifest import read_manifest
@@ -96,6 +96,14 @@ class Server:
 
 def unavailable(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
     handler.send_error(503)
+
+
+def forbidden(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    handler.send_error(403)
+
+
+def beyond_the_end(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    handler.send_error(416)
 
 
 def dropped(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
@@ -182,6 +190,29 @@ def test_the_cache_keeps_its_bound(shards: Path, server: Server, tokenizer: Toke
         assert len(cached(tmp_path / "cache")) <= 2
 
 
+def test_a_shard_in_use_is_the_last_to_make_room(shards: Path, server: Server, tmp_path: Path) -> None:
+    """Deleted, it would go on taking up room, beyond the bound."""
+    entries = read_manifest(shards).shards
+    data = configured(f"{server.url}/corpus", tmp_path / "cache", cache_gb=2.5 * entries[0].bytes / 1e9)
+    store = RemoteStore(f"{server.url}/corpus", data, threading.Event())
+    with store.open(entries[0]):
+        store.open(entries[1]).close()
+        store.open(entries[2]).close()
+        assert cached(tmp_path / "cache") == ["000000.tar", "000002.tar"]
+    store.open(entries[3]).close()
+    assert cached(tmp_path / "cache") == ["000002.tar", "000003.tar"]
+
+
+def test_what_no_patience_helps_is_told_at_once(
+    server: Server, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RemoteStore, "_pause", lambda *_: pytest.fail("it waits"))
+    for fault, says in ((forbidden, "access denied .*403"), (beyond_the_end, r"\.tar is truncated or was changed")):
+        server.faults = [fault] * 1000
+        with pytest.raises(InputError, match=says):
+            batches(configured(f"{server.url}/corpus", tmp_path / "cache"), tokenizer)
+
+
 def test_a_shard_that_is_larger_than_the_cache(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.cache_gb"):
         batches(configured(f"{server.url}/corpus", tmp_path / "cache", cache_gb=1e-9), tokenizer)
@@ -189,17 +220,17 @@ def test_a_shard_that_is_larger_than_the_cache(server: Server, tokenizer: Tokeni
 
 def test_the_end_of_patience(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
     server.faults = [unavailable] * 1000
-    with pytest.raises(InputError, match=r"no answer for 1 s .*503.*data\.patience"):
+    with pytest.raises(RunFailedError, match=r"no answer for 1 s .*503.*data\.patience"):
         batches(configured(f"{server.url}/corpus", tmp_path / "cache", patience=1), tokenizer)
     server.close()
-    with pytest.raises(InputError, match=r"no answer for 1 s"):
+    with pytest.raises(RunFailedError, match=r"no answer for 1 s"):
         batches(configured(f"{server.url}/corpus", tmp_path / "cache", patience=1), tokenizer)
 
 
 def test_a_server_that_says_nothing(shards: Path, server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
     release = threading.Event()
     server.faults = [lambda handler, content: release.wait(20)] * 1000
-    with pytest.raises(InputError, match=r"no answer for 2 s"):
+    with pytest.raises(RunFailedError, match=r"no answer for 2 s"):
         batches(configured(f"{server.url}/corpus", tmp_path / "cache", patience=2), tokenizer)
     release.set()
 
@@ -253,7 +284,7 @@ def test_a_full_cache_directory(server: Server, shards: Path, tokenizer: Tokeniz
 
 def test_closing_does_not_wait_for_a_dead_server(server: Server, tokenizer: Tokenizer, tmp_path: Path) -> None:
     data = configured(f"{server.url}/corpus", tmp_path / "cache", patience=300)
-    store = RemoteStore(f"{server.url}/corpus", data)
+    store = RemoteStore(f"{server.url}/corpus", data, threading.Event())
     manifest = store.manifest()
     assert manifest is not None
     server.faults = [unavailable] * 1000
@@ -265,6 +296,29 @@ def test_closing_does_not_wait_for_a_dead_server(server: Server, tokenizer: Toke
     for thread in threads:
         thread.join(timeout=30)
         assert not thread.is_alive()
+
+
+def test_closing_the_loader_does_not_wait_for_a_dead_server(
+    server: Server, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Two shards come, and the thread that works ahead is waiting for the third."""
+
+    def first_two(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        (slow if handler.path in wanted()[:2] else unavailable)(handler, content)
+
+    def wanted() -> list[str]:
+        return list(dict.fromkeys(path for path in server.requests if path.endswith(".tar")))
+
+    server.faults = [first_two] * 1000
+    data = configured(f"{server.url}/corpus", tmp_path / "cache", patience=300, streams=1, prefetch=10**6)
+    steps = Loader(data, 1, tokenizer, 0, 1).steps(NextToken(), 1, 0, 10**6, None)
+    next(steps)
+    while len(wanted()) < 3:
+        time.sleep(0.01)
+    time.sleep(1)
+    began = time.monotonic()
+    steps.close()
+    assert time.monotonic() - began < 20
 
 
 @pytest.fixture
