@@ -80,6 +80,8 @@ class StepData:
     """Epoch (from 0) each source has reached on this rank's streams."""
     drawn: dict[str, Drawn] = field(default_factory=dict)
     """What was taken from each source since the run's first step, on this rank's streams."""
+    ends: bool = False
+    """Whether this rank's streams have no batch for the next step."""
 
 
 def frame(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids) -> MicroBatch:

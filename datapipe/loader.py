@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,13 @@ class Loader:
 
         `micro` rows make a micro-batch and divide the rows of a rank. `state` is the `state` of step first-1, united
         over the ranks whatever their number was then; None starts from the beginning. Raises InputError for a state of
-        other data, documents that cannot be read, and the end of the data.
+        other data, documents that cannot be read, and the end of the data; RunFailedError where a remote store does
+        not answer.
         """
         if len(self._streams) * self._rows % micro:
             raise InputError(f"batch.micro: {micro} must divide the {len(self._streams) * self._rows} rows of a rank")
-        return _ahead(self._prepare(targets, micro, first, last, state), self._data.prefetch)
+        closed = threading.Event()
+        return _ahead(self._prepare(targets, micro, first, last, state, closed), self._data.prefetch, closed)
 
     def describe(self, origin: Origin) -> str:
         """A row for people: its stream, its number, and the shards and documents it was packed from."""
@@ -78,9 +81,17 @@ class Loader:
         return f"sequence {origin.number} of stream {origin.stream} ({documents})"
 
     def _prepare(
-        self, targets: Targets, micro: int, first: int, last: int, state: dict[str, Any] | None
+        self,
+        targets: Targets,
+        micro: int,
+        first: int,
+        last: int,
+        state: dict[str, Any] | None,
+        closed: threading.Event,
     ) -> Generator[StepData, None, None]:
-        data, sources = self._data, [Source(source, self._data, self._tokenizer) for source in self._data.sources]
+        data, here = self._data, len(self._streams)
+        sources = [Source(source, data, self._tokenizer, here, closed) for source in data.sources]
+        limited = all(source.epochs is not None for source in sources)
         make = self._batch_maker(targets, micro)
         prints = {source.name: _fingerprint(data, place, source) for place, source in enumerate(sources)}
         if data.evaluation is not None:  # its losses before and after a restart are of one curve
@@ -94,14 +105,21 @@ class Loader:
             if state is not None:
                 for number, stream in streams.items():
                     stream.restore(_checked(state, number, prints))
+            rows = None
             for step in range(first, last):
-                rows = [self._row(stream, step) for stream in streams.values() for _ in range(self._rows)]
-                yield StepData(
+                rows = rows or self._take(streams.values())
+                if rows is None:
+                    raise end_of_data(step)
+                made = StepData(
                     step=step,
                     micro_batches=tuple(make([rows[i : i + micro] for i in range(0, len(rows), micro)])),
                     state={str(number): {"data": prints, **stream.state()} for number, stream in streams.items()},
                     **_progress(sources, list(streams.values())),
                 )
+                # Ranks reach the end at different steps, so they are told of it while they all still have a batch.
+                more = limited and step + 1 < last
+                rows = self._take(streams.values()) if more else None
+                yield replace(made, ends=more and rows is None)
         finally:
             for source in sources:
                 source.close()
@@ -114,14 +132,17 @@ class Loader:
         length, pad_id = self._data.sequence_length, self._tokenizer.pad_id
         return DaliBatches(targets, micro, length, pad_id, self._device)
 
-    def _row(self, stream: Stream, step: int) -> PackedSequence:
-        row = stream.next_row()
-        if row is None:
-            raise InputError(
-                f"data.sources: all have reached their `epochs` at step {step}, before the phases end; "
-                "shorten the phases, or let a source repeat"
-            )
-        return row
+    def _take(self, streams: Collection[Stream]) -> list[PackedSequence] | None:
+        """The rows of a step; None where a stream has no more of them."""
+        rows = [row for stream in streams for _ in range(self._rows) if (row := stream.next_row()) is not None]
+        return rows if len(rows) == len(streams) * self._rows else None
+
+
+def end_of_data(step: int) -> InputError:
+    return InputError(
+        f"data.sources: all have reached their `epochs` at step {step}, before the phases end; `detour export` takes "
+        "what the checkpoints hold, and for another run shorten the phases, or let a source repeat"
+    )
 
 
 def check_sources(data: Data, tokenizer: Tokenizer, vocab_size: int) -> list[SourceSummary]:
@@ -208,8 +229,13 @@ def _checked(state: dict[str, Any], stream: int, prints: dict[str, str]) -> dict
     return found
 
 
-def _ahead(steps: Generator[StepData, None, None], depth: int) -> Generator[StepData, None, None]:
-    """The same steps, `depth` of them made in advance in a thread that ends when the generator is closed."""
+def _ahead(
+    steps: Generator[StepData, None, None], depth: int, closed: threading.Event
+) -> Generator[StepData, None, None]:
+    """The same steps, `depth` of them made in advance in a thread that ends when the generator is closed.
+
+    closed: Set then, so that the thread does not wait for a store that is not answering.
+    """
     ready: queue.Queue[StepData | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -242,4 +268,5 @@ def _ahead(steps: Generator[StepData, None, None], depth: int) -> Generator[Step
             yield item
     finally:
         stop.set()
+        closed.set()
         thread.join()

@@ -61,7 +61,11 @@ class Cursor:
             if self.position >= len(plan):
                 self.epoch, self.position = self.epoch + 1, 0
                 if self.epoch > started + self._share[0]:  # a stream gets documents once in so many epochs at least
-                    raise InputError(f"source {self.source.name}: every document is empty or damaged; prepare it again")
+                    if not self.source.usable():
+                        raise InputError(
+                            f"source {self.source.name}: every document is empty or damaged; prepare it again"
+                        )
+                    started = self.epoch
                 continue
             epoch, position = self.epoch, self.position
             self._look_ahead(plan, position)
@@ -69,18 +73,22 @@ class Cursor:
             try:
                 ids = self.read(epoch, position)
             except DamagedError as error:
-                if not self.source.skips:
-                    raise
-                self.skipped += 1
-                if str(error) not in self.source.reported:  # a damaged shard is met once for each of its documents
-                    self.source.reported.add(str(error))
-                    _log.warning("source %s: skipped: %s", self.source.name, error)
+                self.skip(error)
                 continue
             if len(ids):
                 self.tokens += len(ids)
                 self.documents += 1
                 return ids, epoch, position
         return None
+
+    def skip(self, error: DamagedError) -> None:
+        """Count a document as left out. Raises the error where the run is to stop for it."""
+        if not self.source.skips:
+            raise error
+        self.skipped += 1
+        if str(error) not in self.source.reported:  # a damaged shard is met once for each of its documents
+            self.source.reported.add(str(error))
+            _log.warning("source %s: skipped: %s", self.source.name, error)
 
     def read(self, epoch: int, position: int) -> NDArray[np.int32]:
         return self.source.wrapped(*self.locate(epoch, position))

@@ -10,6 +10,7 @@ import numpy as np
 from datapipe.batch import PackedSequence
 from datapipe.mixture import Document, Mixture
 from datapipe.packing import BUFFER, Buffer, Piece
+from datapipe.shards import DamagedError
 from datapipe.source import Source
 
 
@@ -64,14 +65,20 @@ class Stream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state of the same stream; reads the buffered documents again and nothing else."""
+        """Continue from a state of the same stream; reads the buffered documents again and nothing else.
+
+        One that was lost since then is skipped, where that is wanted, like one that is met damaged.
+        """
         self._number = state["number"]
         self.mixture.restore(state["sources"])
-        for reference in state["buffer"]:
-            self._add(self._piece(self._read(*reference[:3]), reference[3]))
+        pieces = [*state["buffer"], *([state["document"]] if state["document"] else [])]
+        documents = {place: self._read(*place) for place in dict.fromkeys(tuple(piece[:3]) for piece in pieces)}
+        for *place, part in state["buffer"]:
+            if (document := documents[tuple(place)]) is not None:
+                self._add(self._piece(document, part))
         if state["document"] is not None:
-            *reference, self._part = state["document"]
-            self._document = self._read(*reference)
+            *place, self._part = state["document"]
+            self._document = documents[tuple(place)]
 
     def _fill(self) -> None:
         while len(self._buffer) < BUFFER:
@@ -92,5 +99,11 @@ class Stream:
         ids = document.ids[part * self._length : (part + 1) * self._length]
         return Piece(ids, (document.source, document.epoch, document.position, part))
 
-    def _read(self, source: int, epoch: int, position: int) -> Document:
-        return Document(self.mixture.cursors[source].read(epoch, position), source, epoch, position)
+    def _read(self, source: int, epoch: int, position: int) -> Document | None:
+        """A document drawn before; None if it is skipped."""
+        cursor = self.mixture.cursors[source]
+        try:
+            return Document(cursor.read(epoch, position), source, epoch, position)
+        except DamagedError as error:
+            cursor.skip(error)
+            return None

@@ -74,7 +74,8 @@ def test_upsampling_multiplies_a_sources_own_size(tmp_path: Path, tokenizer: Tok
     ]
     data = Data(sequence_length=512, streams=2, sources=sources)
     summaries = check_sources(data, tokenizer, tokenizer.vocab_size)
-    expected = np.array([summaries[0].tokens, 100 * summaries[1].tokens])
+    sizes = [summary.tokens + 2 * summary.documents for summary in summaries]
+    expected = np.array([sizes[0], 100 * sizes[1]])
     assert [summary.share for summary in summaries] == pytest.approx(expected / expected.sum())
     mixed = streams(data, tokenizer)
     rows = [row for _ in range(1000) for stream in mixed if (row := stream.next_row())]
@@ -101,10 +102,13 @@ def test_a_source_that_ends_leaves_its_share(tmp_path: Path, tokenizer: Tokenize
 def test_the_end_of_all_data_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
     paths = make(tmp_path, tokenizer, {"a": (40, 30)}, np.random.default_rng(3))
     data = Data(sequence_length=64, streams=2, sources=[{"name": "a", "shards": paths["a"], "epochs": 1}])
-    steps = Loader(data, 2, tokenizer, 0, 1).steps(NextToken(), 2, 0, 1000, None)
-    with pytest.raises(InputError, match=r"all have reached their `epochs` at step \d+"):
-        for step in steps:
-            assert step.step < 20
+    for rank in range(2):
+        ends = [False]
+        with pytest.raises(InputError, match=r"all have reached their `epochs` at step \d+"):
+            for step in Loader(data, 2, tokenizer, rank, 2).steps(NextToken(), 1, 0, 1000, None):
+                ends.append(step.ends)
+        # The last batch says so, for the other ranks to hear of it in time.
+        assert ends[-1] and sum(ends) == 1 and len(ends) < 20
 
 
 def test_state_is_small_and_restoring_reads_little(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
+import os
 import pickle
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +22,10 @@ from configs.errors import InputError
 from configs.schema import Data
 from configs.schema import Source as SourceConfig
 from datapipe.batch import StepData
+from datapipe.inspect import inspect_shards
 from datapipe.loader import Loader, check_sources
 from datapipe.manifest import read_manifest
+from datapipe.prepare import prepare
 from datapipe.shards import TAR_END, DamagedError, ShardReader, ShardWriter, npy_bytes, read_index, tar_member
 from datapipe.source import Source
 from datapipe.stream import Stream
@@ -87,7 +93,6 @@ def test_a_webdataset_writer_makes_a_readable_shard(tmp_path: Path) -> None:
             )
     shard = reader(path)
     assert [shard.ids(number).tolist() for number in range(5)] == [list(range(number)) for number in range(5)]
-    assert [shard.metadata(number)["id"] for number in range(5)] == list(range(5))
 
 
 def test_an_index_spares_the_walk_and_only_of_its_own_shard(tmp_path: Path) -> None:
@@ -104,7 +109,6 @@ def test_an_index_spares_the_walk_and_only_of_its_own_shard(tmp_path: Path) -> N
     for number, ids in enumerate(arrays):
         for one in (by_index, by_walk):
             np.testing.assert_array_equal(one.ids(number), ids)
-            assert one.metadata(number)["id"] == number
     assert read_index(tmp_path / "none.idx", shard) is None
     assert read_index(tmp_path / "a.idx", replace(shard, documents=3)) is None
     assert read_index(tmp_path / "a.idx", replace(shard, bytes=1000)) is None
@@ -127,6 +131,32 @@ def test_wrong_dtype_is_named(tmp_path: Path, array: np.ndarray, says: str) -> N
     shard = reader(tar(tmp_path / "a.tar", {"0.ids.npy": buffer.getvalue()}))
     with pytest.raises(DamagedError, match=says):
         shard.ids(0)
+
+
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"-1\0".rjust(12), b"\xff" * 10 + b"\xfe\0", b"77777777777\0"])
+def test_a_size_that_leads_back_or_far_beyond_is_damage(tmp_path: Path, size: bytes) -> None:
+    """Followed, the first would be met again for ever, and the last would need 8 GB."""
+    good, bad = (bytearray(tar_member(f"{n}.ids.npy", npy_bytes(np.arange(9, dtype=np.uint16)))) for n in "ab")
+    bad[124:136], bad[148:156] = size, b" " * 8
+    bad[148:156] = f"{sum(bad[:512]):06o}\0 ".encode()
+    (tmp_path / "a.tar").write_bytes(good + bad + TAR_END)
+    shard = reader(tmp_path / "a.tar")
+    assert shard.problem and shard.ids(0).tolist() == list(range(9))
+    with pytest.raises(DamagedError):
+        shard.ids(1)
+
+
+def test_a_key_that_appears_twice_in_raw_text(tmp_path: Path) -> None:
+    """The second is no document, as among ids; a .json beside a .txt is its metadata, on whichever side."""
+    one, two = b'{"text": "one"}', b'{"text": "two"}'
+    members = [("a.txt", b"1"), ("a.txt", b"2"), ("b.json", one), ("b.json", two), ("c.json", one), ("c.txt", b"3")]
+    members += [("d.txt", b"4"), ("d.json", two)]
+    (tmp_path / "a.tar").write_bytes(b"".join(tar_member(*member) for member in members) + TAR_END)
+    shard = reader(tmp_path / "a.tar")
+    assert [shard.text(number) for number in (0, 2, 4, 5)] == ["1", "one", "3", "4"] and len(shard) == 6
+    for number in (1, 3):
+        with pytest.raises(DamagedError, match="key appears twice"):
+            shard.text(number)
 
 
 class Hostile:
@@ -153,6 +183,8 @@ def test_pickles_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_commands_in_urls_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="shell command"):
         Data(sources=[{"name": "a", "shards": f"pipe:touch {tmp_path}/pwned"}])
+    with pytest.raises(ValueError, match="shell command"):
+        Data(sources=[{"name": "a", "shards": "b"}], evaluation={"shards": f"pipe:touch {tmp_path}/pwned"})
     data = Data(sources=[{"name": "a", "shards": "gopen+pipe://touch"}])
     with pytest.raises(InputError, match="local directories"):
         check_sources(data, tokenizer, tokenizer.vocab_size)
@@ -263,8 +295,6 @@ def test_skipping_is_counted_and_exact(directory: Path, tokenizer: Tokenizer, fa
 
 
 def test_a_flipped_bit_in_the_ids_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    from datapipe.prepare import prepare
-
     (tmp_path / "text.jsonl").write_text('{"text": "one two three four five six"}\n' * 9)
     prepare([str(tmp_path / "text.jsonl")], tokenizer, tmp_path / "shards")
     path = tmp_path / "shards" / "000000.tar"
@@ -295,11 +325,92 @@ def test_a_broken_manifest(directory: Path, tokenizer: Tokenizer, content: str) 
         check_sources(configured(directory), tokenizer, tokenizer.vocab_size)
 
 
-def test_a_manifest_that_points_elsewhere(directory: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..", "", "a/b.tar", ".tar", "passwd", 5, None])
+def test_a_manifest_that_points_elsewhere(directory: Path, tokenizer: Tokenizer, name: object) -> None:
     manifest = directory / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("000001.tar", "../../etc/passwd"))
-    with pytest.raises(InputError, match="plain file name"):
+    manifest.write_text(manifest.read_text().replace('"000001.tar"', json.dumps(name)))
+    with pytest.raises(InputError, match=r"manifest\.json: .*plain file name"):
         check_sources(configured(directory), tokenizer, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("value", ["3", -1, 1.5, True, None, "/../../../tmp/x"])
+@pytest.mark.parametrize("key", ["bytes", "documents", "tokens", "sha256"])
+def test_a_manifest_of_wrong_values(directory: Path, tokenizer: Tokenizer, key: str, value: object) -> None:
+    tree = json.loads((directory / "manifest.json").read_text())
+    tree["shards"][1][key] = value
+    (directory / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=rf"manifest\.json: {key} of shard 000001\.tar must be"):
+        check_sources(configured(directory), tokenizer, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_fault_of_the_machine_is_no_damage(
+    directory: Path, tokenizer: Tokenizer, on_error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Healthy shards would otherwise be skipped."""
+    data = configured(directory, on_error=on_error)
+    monkeypatch.setattr(os, "pread", failing(errno.EIO))
+    with pytest.raises(InputError, match=r"00000\d\.tar cannot be read: Input/output error"):
+        steps(data, tokenizer)
+    monkeypatch.undo()
+    (directory / "000002.tar").unlink()
+    (directory / "000002.tar").mkdir()  # any error that is not its absence
+    with pytest.raises(InputError, match=r"000002\.tar cannot be read: Is a directory"):
+        steps(data, tokenizer)
+
+
+def failing(code: int) -> Callable[..., bytes]:
+    def fail(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_a_shard_lost_after_the_checkpoint(directory: Path, tokenizer: Tokenizer) -> None:
+    """Its buffered documents are skipped and counted once, and what follows is the same at every resume."""
+    data = configured(directory, on_error="skip")
+    before = steps(data, tokenizer, 0, 1)[0]
+    (directory / "000002.tar").unlink()
+    after = steps(data, tokenizer, 1, 30, before.state)
+    assert after[0].drawn["corpus"].skipped > before.drawn["corpus"].skipped == 0
+    again = steps(data, tokenizer, 1, 9, before.state)
+    again += steps(data, tokenizer, 9, 30, json.loads(json.dumps(again[-1].state)))
+    for one, other in zip(after, again, strict=True):
+        assert one.drawn == other.drawn
+        np.testing.assert_array_equal(one.micro_batches[0].inputs, other.micro_batches[0].inputs)
+    with pytest.raises(InputError, match=r"000002\.tar is missing"):
+        steps(configured(directory), tokenizer, 1, 2, before.state)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_shard_that_was_changed_into_another_good_one(directory: Path, tokenizer: Tokenizer, on_error: str) -> None:
+    path = directory / "000002.tar"
+    path.write_bytes(path.read_bytes().replace(b"\xc8\0", b"\xc9\0", 1))
+    with pytest.raises(InputError, match=r"source corpus: .*000002\.tar was changed"):
+        check_sources(configured(directory, on_error=on_error), tokenizer, tokenizer.vocab_size)
+
+
+def test_an_index_that_points_to_other_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{word}"}}\n' for word in "abcdefg"))
+    prepare([str(tmp_path / "text.jsonl")], tokenizer, tmp_path / "shards")
+    index = tmp_path / "shards" / "000000.idx"
+    spans = np.load(index)
+    spans[3] = spans[4]
+    np.save(index.open("wb"), spans)
+    with pytest.raises(InputError, match=r"000000\.tar points to other documents; delete the \.idx"):
+        check_sources(configured(tmp_path / "shards"), tokenizer, tokenizer.vocab_size)
+    with pytest.raises(InputError, match=r"000000\.idx: not where the documents of 000000\.tar lie; delete it"):
+        inspect_shards(tmp_path / "shards")
+
+
+def test_one_good_document_among_empty_ones_is_enough(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A stream meets it only in some epochs: with few documents and many streams, by chance not for long."""
+    sources = [
+        {"name": str(n), "shards": str(write_shards(tmp_path / str(n), [[[n]], [[]]], tokenizer))} for n in range(9)
+    ]
+    for source in sources:
+        data = Data(sequence_length=16, streams=48, sources=[source])
+        assert list(Loader(data, 48, tokenizer, 0, 24).steps(NextToken(), 2, 0, 2, None))
 
 
 def test_ids_without_a_manifest(directory: Path, tokenizer: Tokenizer) -> None:
