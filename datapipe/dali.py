@@ -98,7 +98,13 @@ class DaliBatches:
             return np.array(output.as_tensor()).reshape(-1)
         import torch
 
-        return torch.from_dlpack(output.as_tensor()).reshape(-1).clone()
+        # On a stream of its own, which may be waited for: the training's own has steps of work queued.
+        copying = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(copying):
+            copied = torch.from_dlpack(output.as_tensor()).reshape(-1).clone()
+        copying.synchronize()
+        copied.record_stream(torch.cuda.default_stream(self._device))  # where it is used
+        return copied
 
 
 def _hashes(key: Any, positions: Any) -> Any:

@@ -54,7 +54,6 @@ def assert_same(ours: list[StepData], theirs: list[StepData]) -> None:
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_dali_makes_the_same_batches(data: Data, tokenizer: Tokenizer, objective: str) -> None:
-    pytest.importorskip("nvidia.dali")
     targets: Targets = NextToken() if objective == "clm" else masked(tokenizer)
     dali = data.model_copy(update={"backend": "dali"})
     ours = list(Loader(data, 8, tokenizer, 0, 2).steps(targets, 2, 0, 40, None))
