@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+TILE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """Largest block of fp32 logits held at once: enough rows for the matrix products to run at full speed, no more."""
+SAFE = 60.0
+"""Logits of at most this size need no shift before `exp`: neither it nor the sum over a vocabulary overflows."""
+EXTRA = 8
+"""Columns added to states and weight, of which the first carries the bias; so many keep rows aligned."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -26,42 +31,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         start, size = vocabulary
         used = max(0, min(weight.shape[0], size - start))  # the rows that pad the vocabulary take no part
-        kernel, offset = weight[:used], bias[:used].float()
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad else None
+        kernel = F.pad(torch.cat((weight[:used], bias[:used, None]), dim=1), (0, EXTRA - 1))
+        states = F.pad(torch.cat((hidden, torch.ones_like(hidden[:, :1])), dim=1), (0, EXTRA - 1))
+        local = labels - start
+        mine = ((local >= 0) & (local < used)).to(hidden.dtype)[:, None]
+        local = torch.where(mine[:, 0] > 0, local, 0)
+        shifted = not needs_grad or not _are_small(states, kernel, group)
         loss, found = hidden.new_zeros((2,), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
+        grad_kernel = torch.zeros_like(kernel, dtype=torch.float32) if needs_grad else None
         rows = max(1, TILE_BYTES[hidden.device.type] // (4 * weight.shape[0]))
         tile = hidden.new_empty(min(rows, hidden.shape[0]), used)  # once: fresh memory costs as much as a pass over it
         for first in range(0, hidden.shape[0], rows):
-            states = hidden[first : first + rows]
-            local = labels[first : first + rows] - start
-            mine = (local >= 0) & (local < used)
-            index = torch.where(mine, local, 0)[:, None]
-            logits = torch.mm(states, kernel.t(), out=tile[: len(states)]).float().add_(offset)
-            peak = logits.amax(dim=1) if used else logits.new_full((len(states),), -torch.inf)
+            part = slice(first, first + rows)
+            powers = torch.mm(states[part], kernel.t(), out=tile[: len(states[part])]).float()
+            target = powers.gather(1, local[part, None]) * mine[part] if used else powers.new_zeros(len(powers), 1)
+            if shifted:
+                peak = powers.amax(dim=1, keepdim=True) if used else torch.full_like(target, -torch.inf)
+                if group is not None:
+                    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+                powers.sub_(peak)
+                target -= peak * mine[part]
+            sums = torch.cat((powers.exp_().sum(dim=1, keepdim=True), target), dim=1)
             if group is not None:
-                dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-            target = logits.gather(1, index).squeeze(1) - peak if used else torch.zeros_like(peak)
-            parts = torch.stack([logits.sub_(peak[:, None]).exp_().sum(dim=1), torch.where(mine, target, 0.0)])
-            if group is not None:
-                dist.all_reduce(parts, group=group)
-            loss += (parts[0].log() - parts[1]).sum()
-            found += (parts[1] == 0).sum()  # the label's logit is the peak itself
-            if grad_hidden is None or grad_weight is None or grad_bias is None:
+                dist.all_reduce(sums, group=group)
+            total, target = sums.split(1, dim=1)
+            loss += (total.log() - target).sum()
+            if shifted:
+                found += (target == 0).sum()  # the label's logit is the peak itself
+            if grad_hidden is None or grad_kernel is None:
                 continue
-            logits.div_(parts[0][:, None])
+            powers = powers.to(hidden.dtype)
+            own = kernel[local[part]] * mine[part]
+            grad_hidden[part] = ((powers @ kernel) / total - own)[:, : hidden.shape[1]]
+            scaled = (states[part] / total).to(hidden.dtype)
+            if hidden.dtype == torch.float32:
+                grad_kernel.addmm_(powers.t(), scaled)
+            else:
+                grad_kernel += powers.t() @ scaled
+        if grad_hidden is not None and grad_kernel is not None:
             if used:
-                logits.scatter_add_(1, index, -mine.to(logits.dtype)[:, None])
-            grad_bias[:used] += logits.sum(dim=0)
-            error = logits.to(hidden.dtype)
-            grad_hidden[first : first + rows] = error @ kernel
-            grad_weight[:used].addmm_(error.t(), states) if error.dtype == torch.float32 else grad_weight[:used].add_(
-                error.t() @ states
-            )
-        if grad_hidden is not None and grad_weight is not None and grad_bias is not None:
+                grad_kernel.index_add_(0, local, -(states * mine).float())
             if group is not None:
                 dist.all_reduce(grad_hidden, group=group)
+            grad_kernel = F.pad(grad_kernel, (0, 0, 0, weight.shape[0] - used))
+            grad_weight, grad_bias = grad_kernel[:, : weight.shape[1]], grad_kernel[:, weight.shape[1]]
             ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
         return torch.stack((loss, found))
 
@@ -78,16 +92,32 @@ def linear_cross_entropy(
     vocabulary: tuple[int, int],
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """[2] fp32: summed cross-entropy of softmax(hidden @ weight.T + bias), and rows whose label is the likeliest.
+    """[2] fp32: summed cross-entropy of softmax(hidden @ weight.T + bias), and rows whose label is the likeliest, which
+    are counted under `torch.no_grad` alone.
 
     hidden [N, h] and weight [V, h], bias [V] of this rank's slice; labels [N] int64 over the whole vocabulary.
     `vocabulary` is (first entry of the slice, entries of the whole vocabulary without padding). `group` shares the
     vocabulary by tensor parallelism; hidden is then the same on all its ranks and its gradient is summed over them.
 
     The gradient is formed with the loss, tile by tile, and scaled in backward: three products of logit size where
-    recomputing takes four, and memory of one tile. (The idea is Liger-Kernel's fused linear cross-entropy.)
+    recomputing takes four, and memory of one tile. (The idea is Liger-Kernel's fused linear cross-entropy.) Between the
+    products a tile is touched twice, by `exp` and its sum: the bias is a column of the weight, what divides a row's
+    probabilities divides its states and its gradient instead, and the label's part is added outside.
     """
     # Inside the function autograd is off, and its inputs want gradients even under no_grad.
     needs_grad = torch.is_grad_enabled()
     sums: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary, group, needs_grad)
     return sums
+
+
+def _are_small(states: Tensor, kernel: Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Whether no logit can exceed SAFE, by the Cauchy-Schwarz bound over all rows; the same on every rank of a group.
+
+    On a GPU reading the answer would make the host wait for the device, which costs more than the shift.
+    """
+    if states.device.type != "cpu" or not len(states):
+        return False
+    bound = states.norm(dim=1).max() * (kernel.norm(dim=1).max() if len(kernel) else 0.0)
+    if group is not None:
+        dist.all_reduce(bound, op=dist.ReduceOp.MAX, group=group)
+    return bool(bound <= SAFE)
