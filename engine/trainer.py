@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from megatron.core import parallel_state
 from configs.errors import RunFailedError
 from configs.schema import RunConfig
 from datapipe.batch import IGNORE, StepData
+from datapipe.loader import end_of_data
 from engine import checkpoint as checkpoints
 from engine import device
 from engine.flops import training_flops
@@ -28,7 +30,7 @@ from engine.saver import SaveFailedError
 from engine.schedule import PhaseSpan
 from engine.setup import Trainer, open_trainer
 from engine.step import counts_here, evaluate, forward_backward
-from monitoring.log import append_event
+from monitoring.log import append_event, read_events
 from monitoring.recorder import StepRecord, WorkerRecord, due
 
 
@@ -78,10 +80,13 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
                     evaluation = evaluate(trainer) if trainer.evaluation_due(step) else (None, None)
                     _record(trainer, span, batch, totals, step, grad_norm, seconds, clock.waited, own, evaluation)
                     _complete_save(trainer, totals)
-                    if totals["save"] or totals["stop"] or step == span.last:
-                        _begin_save(trainer, span, step, stopping=bool(totals["stop"]))
+                    stopping = bool(totals["stop"] or totals["ended"])
+                    if totals["save"] or stopping or step == span.last:
+                        _begin_save(trainer, span, step, stopping)
                     if totals["stop"]:
                         return Outcome(step, finished=step == trainer.schedule.total, reason=reason)
+                    if totals["ended"]:  # for some ranks, but all have saved
+                        raise end_of_data(step)
     finally:
         trainer.close()
     return Outcome(step, finished=True)
@@ -116,6 +121,7 @@ def _sum_over_ranks(
         "flops": 0.0,
         "save": float(trainer.recorder is not None and _checkpoint_due(trainer, step)),
         "stop": float(reason is not None),
+        "ended": float(batch.ends),
         "writing": float(trainer.saver.writing),
         "write_failed": float(trainer.saver.failed),
     }
@@ -180,6 +186,8 @@ def _record(
         totals_drawn = table[:, 3 : 3 + len(taken)].sum(dim=0).view(-1, 3).tolist()
         drawn = {name: (int(t), int(d), int(s)) for name, (t, d, s) in zip(batch.drawn, totals_drawn, strict=True)}
         epochs = dict(zip(epochs, table[:, 3 + len(taken) :].amax(dim=0).int().tolist(), strict=True))
+        if trainer.recorder:
+            _report_skipped(trainer.directory, step, {name: skipped for name, (_, _, skipped) in drawn.items()})
     if trainer.recorder:
         trainer.recorder.step(
             StepRecord(
@@ -201,6 +209,17 @@ def _record(
                 drawn=drawn,
             )
         )
+
+
+def _report_skipped(directory: Path, step: int, skipped: dict[str, int]) -> None:
+    """Tell of skipped documents by source, each once: also in a run that went back to a checkpoint before them."""
+    told: Counter[str] = Counter()
+    for event in read_events(directory) if any(skipped.values()) else ():
+        if event["event"] == "documents_skipped":
+            told[event["source"]] += event["documents"]
+    for source, total in skipped.items():
+        if total > told[source]:
+            append_event(directory, "documents_skipped", step=step, source=source, documents=total - told[source])
 
 
 def _begin_save(trainer: Trainer, span: PhaseSpan, step: int, stopping: bool) -> None:

@@ -74,7 +74,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             ensure_prepared(config.data, tokenizer, status.update)
         with _importing("engine.parallel"):  # takes torch seconds, which Ray's processes need to start as well
             stack.enter_context(connect(local_workers=_workers(config, gpus=0)))
-        shapes = _check(config, tokenizer, console)
+        shapes = _check(config, tokenizer, directory, console)
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )
@@ -104,7 +104,7 @@ def _importing(module: str) -> Iterator[None]:
         thread.join()
 
 
-def _check(config: RunConfig, tokenizer: Tokenizer, console: Console) -> list[Shape]:
+def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Console) -> list[Shape]:
     """Everything that can be wrong is found here, before workers start.
 
     Returns the shapes the run may take, the largest first. Raises InputError.
@@ -129,6 +129,9 @@ def _check(config: RunConfig, tokenizer: Tokenizer, console: Console) -> list[Sh
     for source in sources:
         for damage in source.problems:
             console.print(f"[yellow]source {source.name}: will be skipped:[/] {escape(damage)}")
+        if source.problems:
+            what = {"source": source.name, "problems": len(source.problems), "first": source.problems[0]}
+            append_event(directory, "data_damaged", **what)
     _require_enough(config, sources)
     return shapes
 

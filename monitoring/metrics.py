@@ -37,6 +37,7 @@ EVENTS = (
         "worker_failed",
     ),
     *("preempted", "resumed", "stopped", "failed", "exported", "finished", "step_skipped", "loss_spike"),
+    *("data_damaged", "documents_skipped"),
 )
 """Kinds of events counted from zero, so that a first one shows as a rise; any other is counted too."""
 INTERRUPTIONS = ("worker_failed", "preempted")
@@ -64,6 +65,7 @@ def seen_after(events: Sequence[Event], now: Telemetry | None) -> Telemetry | No
 def run_metrics(now: Telemetry | None, events: Sequence[Event]) -> list[Metric]:
     """What is known of a run: without telemetry only its restarts and its name."""
     kinds = [event["event"] for event in events]
+    kinds += [kind for kind, count in (now.unwritten if now else {}).items() for _ in range(count)]
     return [_restarts(events), _count_events(kinds), _info(now), *(_training_metrics(now) if now else [])]
 
 
