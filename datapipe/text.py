@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from configs.errors import InputError
 from datapipe.samples import local_path
@@ -29,7 +29,7 @@ def find_files(reference: str) -> list[Path]:
     """The text files that a path, a directory or a `package://` sample names, in order. Raises InputError."""
     path = local_path(reference)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        files = list(_files_in(path))
         if not files:
             raise InputError(f"{path}: no text files in this directory; read are {', '.join(SUFFIXES)}")
         return files
@@ -40,6 +40,35 @@ def find_files(reference: str) -> list[Path]:
     return [path]
 
 
+def _files_in(directory: Path) -> Iterator[Path]:
+    """The text files in a directory, hidden ones not; of a Hugging Face dataset those that it names, since others
+    beside them are caches. Raises InputError for a dataset of several splits."""
+    splits = _listed(directory / "dataset_dict.json", "splits")
+    if len(splits) > 1:
+        raise InputError(
+            f"{directory} is a dataset of the splits {', '.join(splits)}; name those to read, such as "
+            f"{directory / splits[0]}"
+        )
+    named = [directory / file["filename"] for file in _listed(directory / "state.json", "_data_files")]
+    for entry in named or sorted(directory.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _files_in(entry)
+        elif entry.is_file() and entry.name.endswith(SUFFIXES):
+            yield entry
+        elif named:
+            raise InputError(f"{entry} is missing, and {directory / 'state.json'} names it; copy the dataset again")
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    """A list in a JSON file; empty where there is no such file or key."""
+    try:
+        return list(json.loads(path.read_bytes())[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def read_texts(path: Path) -> Iterator[Text]:
     """Documents of one file in order, in bounded memory. Raises InputError naming file and line."""
     try:
@@ -47,11 +76,22 @@ def read_texts(path: Path) -> Iterator[Text]:
             if path.suffix in (".parquet", ".arrow"):
                 yield from _table_rows(path, file)
             elif path.suffix == ".txt":
-                yield Text(path.stem, file.read(), file.tell())
+                yield _whole(path, file)
             else:
                 yield from _json_lines(path, file)
     except (OSError, EOFError) as error:  # gzip reports damage as both
         raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _whole(path: Path, file: IO[bytes]) -> Text:
+    content = file.read()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, byte {error.start}: not UTF-8; convert it, for instance with `iconv -f latin1 -t utf-8`"
+        ) from None
+    return Text(path.stem, content, file.tell())
 
 
 def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Text]:
@@ -109,7 +149,11 @@ def _table_rows(path: Path, file: IO[bytes]) -> Iterator[Text]:
             ids = batch.column("id") if "id" in schema.names else None
             for row, text in enumerate(batch.column("text")):
                 number += 1
-                if (value := text.as_py()) is None:
+                try:
+                    value = text.as_py()
+                except UnicodeDecodeError:
+                    raise InputError(f"{path}, row {number}: `text` is not UTF-8; write the file again") from None
+                if value is None:
                     continue
                 if not isinstance(value, str):
                     raise InputError(f"{path}, row {number}: `text` is {type(value).__name__}, not a string")
