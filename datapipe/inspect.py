@@ -65,15 +65,22 @@ class ShardReport:
             "  packing     "
             + ", ".join(f"{self.packing_ratio(row):.1%} of rows of {row:,} tokens filled" for row in ROWS),
         ]
-        for name, counts in manifest.sources.items():
-            left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why not in ("documents", "tokens"))
-            tokens = counts.get("tokens", 0)
-            share = tokens / max(1, manifest.tokens)
-            lines.append(
-                f"  source      {name}: {counts.get('documents', 0):,} documents, {format_count(tokens)} tokens "
-                f"({share:.1%})" + (f"; left out: {left_out}" if left_out else "")
-            )
+        lines += source_lines(manifest)
         return "\n".join([*lines, *(f"  {key}   {text!r}" for key, text in self.samples)])
+
+
+def source_lines(manifest: Manifest) -> list[str]:
+    """Of each source, for people: what it holds, and how many of its documents were left out, by reason."""
+    lines = []
+    for name, counts in manifest.sources.items():
+        left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why not in ("documents", "tokens"))
+        tokens = counts.get("tokens", 0)
+        share = tokens / max(1, manifest.tokens)
+        lines.append(
+            f"  source      {name}: {counts.get('documents', 0):,} documents, {format_count(tokens)} tokens "
+            f"({share:.1%})" + (f"; left out: {left_out}" if left_out else "")
+        )
+    return lines
 
 
 def inspect_shards(directory: Path) -> ShardReport:

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from configs.errors import InputError, RunFailedError
 from configs.schema import Data
 from configs.units import format_count
@@ -35,9 +37,11 @@ SHARD_TEXT = 32 * 2**20
 """Bytes of text in a shard. Small corpora make smaller ones, so that they too are prepared in parallel."""
 SMALL = 2**20
 """Bytes of input, compressed if it is, that one process prepares sooner than several."""
+PROCESS_MEMORY = 512 * 2**20
+"""Bytes that a process that tokenizes needs at worst."""
 HELD_OUT = "held-out"
 """Directory, inside the output, of the documents kept from training."""
-JOURNAL = "prepare.jsonl"
+JOURNAL = ".prepare.jsonl"
 """In an unfinished output: the settings, then a line for each finished shard."""
 
 Progress = Callable[[str], None]
@@ -85,13 +89,27 @@ def prepare(
 ) -> Manifest:
     """Tokenize text files, directories of them or `package://` samples into shards and a manifest in `output`.
 
-    processes: 0 takes every core there is. An interrupted preparation continues when it is run again, and ends with
-    the same bytes. Raises InputError for input that cannot be read or output that cannot be written.
+    processes: 0 takes as many as there are cores and memory for. An interrupted preparation continues when it is run
+    again, and ends with the same bytes; one by another process is waited for. Raises InputError for input that cannot
+    be read or output that cannot be written.
     """
-    files = [(local_path(name).name, file) for name in inputs for file in find_files(name)]
+    with _alone(output):
+        return _prepare(inputs, tokenizer, output, progress, selection, processes)
+
+
+def _prepare(
+    inputs: Sequence[str],
+    tokenizer: Tokenizer,
+    output: Path,
+    progress: Progress | None,
+    selection: Selection,
+    processes: int,
+) -> Manifest:
+    files = [(_name(reference), file) for reference in inputs for file in find_files(reference)]
     total = sum(file.stat().st_size for _, file in files)
     journal = _Journal(output, _identity(files, tokenizer, selection))
-    processes = processes or len(os.sched_getaffinity(0))
+    memory = psutil.virtual_memory().available // PROCESS_MEMORY
+    processes = processes or max(1, min(len(os.sched_getaffinity(0)), memory))
     duplicates: Counter[str] = Counter()
     written: list[tuple[str, _Written]] = []
     running: deque[tuple[_Block, Future[_Written] | _Written]] = deque()
@@ -126,21 +144,38 @@ def prepare(
         except BrokenProcessPool:
             raise RunFailedError(
                 f"{output}: a process that tokenizes died, most likely for lack of memory; "
-                "run the same command again with fewer processes: it continues"
+                "run the same command again with fewer --processes: it continues"
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     if not any(result.shard.tokens for _, result in written):
-        raise InputError(f"{', '.join(inputs)}: no text in there, so there is nothing to prepare")
+        raise InputError(f"{', '.join(inputs)}: {_nothing(written)}, so there is nothing to prepare")
     identity = TokenizerIdentity.of(tokenizer)
     held_out = [result for name, result in written if name.startswith(HELD_OUT)]
-    if held_out:
-        write_manifest(output / HELD_OUT, _manifest(identity, held_out, Counter()))
     manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], duplicates)
-    write_manifest(output, manifest)
+    with _writing(output / NAME):
+        if held_out:
+            write_manifest(output / HELD_OUT, _manifest(identity, held_out, Counter()))
+        write_manifest(output, manifest)
     journal.remove()
     return manifest
+
+
+def _name(reference: str) -> str:
+    """What the source is called: as its file or directory, also where that is given as `.`."""
+    path = local_path(reference)
+    return path.name if path.name.strip(".") else path.resolve().name
+
+
+def _nothing(written: list[tuple[str, _Written]]) -> str:
+    """Why no document is left."""
+    counts: Counter[str] = Counter()
+    for _, result in written:
+        for by_reason in result.sources.values():
+            counts.update(by_reason)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    return f"no text in there is kept ({reasons})" if counts.keys() - {"empty"} else "no text in there"
 
 
 def ensure_prepared(data: Data, tokenizer: Tokenizer, progress: Progress | None = None) -> None:
@@ -155,12 +190,13 @@ def ensure_prepared(data: Data, tokenizer: Tokenizer, progress: Progress | None 
             show = None if progress is None else _prefixed(progress, source.name)
             with _alone(output):
                 if not (output / NAME).exists():
-                    prepare(source.text, tokenizer, output, show)
+                    _prepare(source.text, tokenizer, output, show, Selection(), 0)
 
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Wait for whoever prepares the same directory."""
+    output = output.absolute()  # it may be given as `.`, which has no name
     path = output.with_name(f".{output.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +206,17 @@ def _alone(output: Path) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space and run the same command again: it continues" if full else "check its permissions"
+        raise InputError(f"{path} cannot be written: {error.strerror}; {remedy}") from None
 
 
 def _prefixed(progress: Progress, name: str) -> Progress:
@@ -198,13 +245,11 @@ class _Journal:
             raise InputError(f"{output} already holds prepared shards; give another directory, or delete it first")
         self._path = output / JOURNAL
         self.finished: dict[str, _Written] = {}
-        try:
+        with _writing(output):
             output.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
             if not lines:
                 self._path.write_text(identity + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{output} cannot be written: {error.strerror}") from None
         if lines and lines[0] != identity:
             raise InputError(
                 f"{output} holds an unfinished preparation of other text, or with other settings; "
@@ -220,7 +265,7 @@ class _Journal:
                 self.finished[name] = _Written(Shard(**shard), sources)
 
     def add(self, name: str, written: _Written) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with _writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps([name, asdict(written.shard), written.sources]) + "\n")
 
     def remove(self) -> None:
@@ -312,7 +357,8 @@ class _Seen:
     """The texts met so far, by digest: on disk, since there may be more of them than fit into memory."""
 
     def __enter__(self) -> _Seen:
-        self._file = tempfile.NamedTemporaryFile(prefix="detour-dedup-")
+        with _writing(Path(tempfile.gettempdir())):
+            self._file = tempfile.NamedTemporaryFile(prefix="detour-dedup-")
         self._table = sqlite3.connect(self._file.name, isolation_level=None)
         self._table.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-131072;"
@@ -325,7 +371,13 @@ class _Seen:
         self._file.close()
 
     def before(self, digest: bytes) -> bool:
-        return self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0
+        try:
+            return self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 0
+        except sqlite3.Error as error:
+            raise InputError(
+                f"{self._file.name} cannot be written: {error}; free some space there, or set TMPDIR to another "
+                "directory, and run the same command again: it continues"
+            ) from None
 
 
 _tokenizer: Tokenizer
@@ -352,7 +404,7 @@ def _write_shard(block: _Block, output: Path, selection: Selection) -> _Written:
     """Tokenize documents into one shard, which appears only when it is complete."""
     path = output / block.name
     sources: dict[str, Counter[str]] = {}
-    try:
+    with _writing(path):
         path.parent.mkdir(exist_ok=True)
         writer = ShardWriter(path)
         try:
@@ -362,10 +414,6 @@ def _write_shard(block: _Block, output: Path, selection: Selection) -> _Written:
         except BaseException:
             writer.discard()
             raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space and run the same command again: it continues" if full else "check its permissions"
-        raise InputError(f"{path} cannot be written: {error.strerror}; {remedy}") from None
     return _Written(shard, {name: dict(counts) for name, counts in sources.items()})
 
 

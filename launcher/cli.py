@@ -66,23 +66,28 @@ def prepare(
     min_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
     held_out: Annotated[float, typer.Option(min=0, max=1, help="Share that goes to OUTPUT/held-out.")] = 0.0,
+    processes: Annotated[int, typer.Option(min=0, help="0: as many as there are cores and memory for.")] = 0,
 ) -> None:
     """Tokenize text into shards and a manifest. Interrupted, it goes on where it was."""
     from rich.console import Console
 
     from configs.units import format_count
-    from datapipe.prepare import Selection
+    from datapipe.inspect import source_lines
+    from datapipe.manifest import NAME, read_manifest
+    from datapipe.prepare import HELD_OUT, Selection
     from datapipe.prepare import prepare as run
     from datapipe.tokenizer import load_tokenizer
+    from launcher.status import status_line
 
     loaded = load_tokenizer(tokenizer)
-    with Console().status("reading") as status:
+    with status_line(Console(), "reading") as show:
         chosen = Selection(dedup, min_tokens, max_tokens, held_out)
-        manifest = run(inputs, loaded, output, status.update, selection=chosen)
-    print(
-        f"{output}: {manifest.documents:,} documents, {format_count(manifest.tokens)} tokens in "
-        f"{len(manifest.shards)} shards"
-    )
+        run(inputs, loaded, output, show, selection=chosen, processes=processes)
+    for directory in (output, output / HELD_OUT):
+        if (directory / NAME).exists():
+            made = read_manifest(directory)
+            total = f"{made.documents:,} documents, {format_count(made.tokens)} tokens in {len(made.shards)} shards"
+            print("\n".join([f"{directory}: {total}", *source_lines(made)]))
 
 
 @app.command()

@@ -26,6 +26,7 @@ from launcher.cluster import Node, alive_nodes, connect, draining_nodes, is_join
 from launcher.directory import claim
 from launcher.failures import FailureBudget, HangWatch
 from launcher.group import NoRoomError, Shape, WorkerError, WorkerGroup
+from launcher.status import status_line
 from launcher.stop import PREEMPTED, RESIZED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
 from launcher.worker import Ending
@@ -70,8 +71,8 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             return _finish(config, directory, load_tokenizer(config.tokenizer), console)
         _nodes(config)
         tokenizer = load_tokenizer(config.tokenizer)
-        with console.status("preparing shards") as status:
-            ensure_prepared(config.data, tokenizer, status.update)
+        with status_line(console, "preparing shards") as show:
+            ensure_prepared(config.data, tokenizer, show)
         with _importing("engine.parallel"):  # takes torch seconds, which Ray's processes need to start as well
             stack.enter_context(connect(local_workers=_workers(config, gpus=0)))
         shapes = _check(config, tokenizer, directory, console)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,17 +22,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from typer.testing import CliRunner
 
 import datapipe.prepare
+import launcher.status
 from configs.errors import InputError
 from configs.schema import Data
 from datapipe.inspect import inspect_shards
 from datapipe.manifest import NAME, read_manifest, verify
-from datapipe.prepare import HELD_OUT, JOURNAL, Selection, ensure_prepared, prepare
+from datapipe.prepare import HELD_OUT, JOURNAL, Selection, _Seen, ensure_prepared, prepare
 from datapipe.samples import local_path
 from datapipe.shards import ShardReader
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer
+from launcher.cli import app
 
 TICO = "package://corpus/tico19_en.jsonl.gz"
 
@@ -175,6 +180,39 @@ def test_formats(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert documents(tmp_path / "out") == [ids.tolist() for ids in tokenizer.encode([r["text"] for r in expected])]
 
 
+def latin1_parquet() -> bytes:
+    texts = pyarrow.array([b"fine", "déjà vu".encode("latin1")]).cast(pyarrow.string(), safe=False)
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer)
+    return buffer.getvalue()
+
+
+def save_to_disk(folder: Path, texts: list[str]) -> None:
+    """As `datasets` does, with a cache beside the rows as its `map` leaves one."""
+    folder.mkdir(parents=True)
+    names = [f"data-{number:05d}-of-00002.arrow" for number in range(2)]
+    for name, part in zip([*names, "cache-b6c3f1.arrow"], [texts[:3], texts[3:], ["stale"]], strict=True):
+        table = pyarrow.table({"text": part})
+        with pyarrow.ipc.new_stream(str(folder / name), table.schema) as writer:
+            writer.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def test_a_hugging_face_dataset_on_disk(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = [f"row number {number}" for number in range(7)]
+    save_to_disk(tmp_path / "both" / "train", texts)
+    save_to_disk(tmp_path / "both" / "test", ["held", "out", "rows", "of", "another split"])
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(InputError, match=r"splits train, test; name those to read, such as .*/both/train"):
+        prepare([str(tmp_path / "both")], tokenizer, tmp_path / "out", processes=1)
+    prepare([str(tmp_path / "both" / "train")], tokenizer, tmp_path / "out", processes=1)
+    assert documents(tmp_path / "out") == [ids.tolist() for ids in tokenizer.encode(texts)]
+    (tmp_path / "both" / "train" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(InputError, match=r"data-00001-of-00002\.arrow is missing, and .*state\.json names it"):
+        prepare([str(tmp_path / "both" / "train")], tokenizer, tmp_path / "again", processes=1)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -190,6 +228,8 @@ def test_formats(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
         ("a.parquet", b"no parquet", "no readable parquet"),
         ("a.arrow", b"no arrow", "no readable arrow"),
         ("a.csv", b"text\none\n", "not a text format"),
+        ("a.txt", "déjà vu".encode("latin1"), "byte 1: not UTF-8; convert it"),
+        ("a.parquet", latin1_parquet(), "row 2: `text` is not UTF-8"),
     ],
 )
 def test_bad_input_is_named(name: str, content: bytes, says: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -256,6 +296,62 @@ def test_disk_full_is_told_and_can_be_continued(
     assert digests(output) == digests(prepared)
 
 
+def test_an_output_inside_the_input_and_a_source_called_dot(
+    corpus: Path, prepared: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an interruption leaves there is not taken for input when it goes on."""
+    (tmp_path / "shards").mkdir()
+    shutil.copy(corpus, tmp_path)
+    (tmp_path / "shards" / "000001.partial").symlink_to("/dev/full")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="No space left"):
+        prepare(["."], tokenizer, Path("shards"), processes=1)
+    manifest = prepare(["."], tokenizer, Path("shards"), processes=1)
+    assert documents(tmp_path / "shards") == documents(prepared)
+    assert list(manifest.sources) == [tmp_path.name]
+
+
+def test_disk_full_elsewhere(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    manifest = tmp_path / "shards" / f"{NAME}.partial"
+    manifest.parent.mkdir()
+    manifest.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"manifest\.json cannot be written: No space left on device; free some space"):
+        prepare([str(corpus)], tokenizer, tmp_path / "shards", processes=1)
+    with _Seen() as seen, pytest.raises(InputError, match=r"disk is full; free some space there, or set TMPDIR"):
+        seen._table.execute("PRAGMA max_page_count=9")
+        for number in range(100_000):
+            seen.before(hashlib.md5(b"%d" % number).digest())
+
+
+def test_all_documents_left_out(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tico\.jsonl: no text in there is kept \(3,071 too short\)"):
+        prepare([str(corpus)], tokenizer, tmp_path / "out", selection=Selection(min_tokens=10_000), processes=1)
+
+
+def test_text_with_shards_that_cannot_be_made(tmp_path: Path) -> None:
+    for shards in ("s3://bucket/corpus", "corpus/*.tar"):
+        with pytest.raises(ValueError, match="prepared into a local directory"):
+            Data(sources=[{"name": "a", "text": TICO, "shards": shards}])
+        with pytest.raises(ValueError, match="prepared into a local directory"):
+            Data(sources=[{"name": "a", "shards": "b"}], evaluation={"text": TICO, "shards": shards})
+
+
+def test_the_command_says_what_became_of_each_source(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And how far it is, in lines where no terminal can show a changing one."""
+    monkeypatch.setattr(launcher.status, "PLAIN_SECONDS", 0.0)
+    options = ["--tokenizer", "package://tokenizer/modernbert", "--output", str(tmp_path / "out")]
+    options += ["--processes", "1", "--min-tokens", "20", "--held-out", "0.1"]
+    result = CliRunner().invoke(app, ["prepare", str(corpus), *options])
+    assert result.exit_code == 0, result.output
+    for says in (r"prepared 100% of ", r"out: \d,\d+ documents, ", r"out/held-out: \d+ documents, "):
+        assert re.search(says, result.output)
+    assert (
+        len(re.findall(r"source +tico\.jsonl: .* documents, .* tokens .*; left out: \d+ too short", result.output)) == 2
+    )
+
+
 def test_sources_are_prepared_when_their_shards_are_missing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     data = Data(
         sources=[{"name": "tico", "text": TICO, "shards": str(tmp_path / "tico")}],
@@ -277,3 +373,11 @@ def test_runs_that_start_together_prepare_once(tokenizer: Tokenizer, tmp_path: P
         list(runs.map(lambda lines: ensure_prepared(data, tokenizer, lines.append), said))
     assert sum(bool(lines) for lines in said) == 1
     assert read_manifest(tmp_path / "tico").documents == 3071
+
+
+def test_commands_that_start_together(corpus: Path, prepared: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(prepare, [str(corpus)], tokenizer, tmp_path / "out", processes=1) for _ in range(2)]
+    assert [future.exception() is None for future in both].count(True) == 1
+    assert any("already holds prepared shards" in str(future.exception()) for future in both)
+    assert digests(tmp_path / "out") == digests(prepared)
