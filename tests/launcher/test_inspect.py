@@ -1,0 +1,27 @@
+"""`detour inspect` on what holds no shard set of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from datapipe.shards import TAR_END, tar_member
+from datapipe.tokenizer import load_tokenizer
+from launcher.inspect import describe
+from tests.datapipe.conftest import write_shards
+
+
+def test_what_cannot_be_inspected_says_why(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "a.tar").write_bytes(tar_member("0.txt", b"one") + TAR_END)
+    empty = write_shards(tmp_path / "empty", [[]], load_tokenizer("package://tokenizer/modernbert"))
+    for target, says in (
+        (Path("s3://bucket/corpus"), "not on this machine"),
+        (raw, r"holds tars and no manifest\.json"),
+        (empty, "holds no documents"),
+    ):
+        with pytest.raises(InputError, match=says):
+            describe(target)
