@@ -154,11 +154,14 @@ class BlockedAttention(_CoreAttention):
 
     @staticmethod
     def _by_document(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
-        outputs = []
-        for start, end, mask in packed.groups():
-            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            causal = packed.causal and mask is None
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        groups = packed.groups()
+        # Cut by one `split`: the gradients of slices would be added up in a whole tensor of zeros for each.
+        sizes = [end - start for start, end, _ in groups]
+        queries, keys, values = (x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in (query, key, value))
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=packed.causal and mask is None)
+            for q, k, v, (_, _, mask) in zip(queries, keys, values, groups, strict=True)
+        ]
         return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
 
     @staticmethod

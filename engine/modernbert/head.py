@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-TILE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+TILE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Largest block of fp32 logits held at once: enough rows for the matrix products to run at full speed, no more."""
 SAFE = 60.0
 """Logits of at most this size need no shift before `exp`: neither it nor the sum over a vocabulary overflows."""
@@ -31,15 +30,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         start, size = vocabulary
         used = max(0, min(weight.shape[0], size - start))  # the rows that pad the vocabulary take no part
-        kernel = F.pad(torch.cat((weight[:used], bias[:used, None]), dim=1), (0, EXTRA - 1))
-        states = F.pad(torch.cat((hidden, torch.ones_like(hidden[:, :1])), dim=1), (0, EXTRA - 1))
+        width = hidden.shape[1]
+        kernel = weight.new_zeros(used, width + EXTRA)
+        kernel[:, :width], kernel[:, width] = weight[:used], bias[:used]
+        states = hidden.new_zeros(len(hidden), width + EXTRA)
+        states[:, :width], states[:, width] = hidden, 1.0
         local = labels - start
         mine = ((local >= 0) & (local < used)).to(hidden.dtype)[:, None]
         local = torch.where(mine[:, 0] > 0, local, 0)
         shifted = not needs_grad or not _are_small(states, kernel, group)
         loss, found = hidden.new_zeros((2,), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
-        grad_kernel = torch.zeros_like(kernel, dtype=torch.float32) if needs_grad else None
+        whole = weight.new_zeros(len(weight), width + EXTRA, dtype=torch.float32) if needs_grad else None
         rows = max(1, TILE_BYTES[hidden.device.type] // (4 * weight.shape[0]))
         tile = hidden.new_empty(min(rows, hidden.shape[0]), used)  # once: fresh memory costs as much as a pass over it
         for first in range(0, hidden.shape[0], rows):
@@ -59,24 +61,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (total.log() - target).sum()
             if shifted:
                 found += (target == 0).sum()  # the label's logit is the peak itself
-            if grad_hidden is None or grad_kernel is None:
+            if grad_hidden is None or whole is None:
                 continue
             powers = powers.to(hidden.dtype)
             own = kernel[local[part]] * mine[part]
-            grad_hidden[part] = ((powers @ kernel) / total - own)[:, : hidden.shape[1]]
+            grad_hidden[part] = ((powers @ kernel) / total - own)[:, :width]
             scaled = (states[part] / total).to(hidden.dtype)
             if hidden.dtype == torch.float32:
-                grad_kernel.addmm_(powers.t(), scaled)
+                whole[:used].addmm_(powers.t(), scaled)
             else:
-                grad_kernel += powers.t() @ scaled
-        if grad_hidden is not None and grad_kernel is not None:
+                whole[:used] += powers.t() @ scaled
+        if grad_hidden is not None and whole is not None:
             if used:
-                grad_kernel.index_add_(0, local, -(states * mine).float())
+                whole.index_add_(0, local, -(states * mine).float())
             if group is not None:
                 dist.all_reduce(grad_hidden, group=group)
-            grad_kernel = F.pad(grad_kernel, (0, 0, 0, weight.shape[0] - used))
-            grad_weight, grad_bias = grad_kernel[:, : weight.shape[1]], grad_kernel[:, weight.shape[1]]
-            ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
+            grads = (grad_hidden, whole[:, :width], whole[:, width])
+            ctx.save_for_backward(*(grad.to(hidden.dtype) for grad in grads))
         return torch.stack((loss, found))
 
     @staticmethod
