@@ -19,7 +19,7 @@ from datapipe.mixture import MEMORY
 from datapipe.order import FORMAT
 from datapipe.packing import BUFFER
 from datapipe.source import Source, SourceSummary
-from datapipe.stream import Stream
+from datapipe.stream import Stream, StreamState
 from datapipe.targets import NumpyBatches, Targets
 from datapipe.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ class Loader:
         try:
             if state is not None:
                 for number, stream in streams.items():
-                    stream.restore(_checked(state, number, prints))
+                    stream.restore(StreamState.from_json(_checked(state, number, prints)))
             rows = None
             for step in range(first, last):
                 rows = rows or self._take(streams.values())
@@ -113,7 +113,9 @@ class Loader:
                 made = StepData(
                     step=step,
                     micro_batches=tuple(make([rows[i : i + micro] for i in range(0, len(rows), micro)])),
-                    state={str(number): {"data": prints, **stream.state()} for number, stream in streams.items()},
+                    state={
+                        str(number): {"data": prints, **stream.state().to_json()} for number, stream in streams.items()
+                    },
                     **_progress(sources, list(streams.values())),
                 )
                 # Ranks reach the end at different steps, so they are told of it while they all still have a batch.

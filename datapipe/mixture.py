@@ -6,8 +6,9 @@ import logging
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,18 @@ class Document(NamedTuple):
     epoch: int
     position: int
     """Among the stream's documents of the source in that epoch."""
+
+
+@dataclass(frozen=True)
+class CursorState:
+    """What a cursor needs to go on; its fields are the cursor's."""
+
+    epoch: int
+    position: int
+    tokens: int
+    documents: int
+    skipped: int
+    waiting: float
 
 
 class Cursor:
@@ -97,12 +110,11 @@ class Cursor:
         """Shard and document number."""
         return self._plan(epoch).locate(position)
 
-    def state(self) -> tuple[int, int, int, int, int, float]:
-        """JSON: epoch, position, tokens, documents, skipped, waiting."""
-        return self.epoch, self.position, self.tokens, self.documents, self.skipped, self.waiting
+    def state(self) -> CursorState:
+        return CursorState(self.epoch, self.position, self.tokens, self.documents, self.skipped, self.waiting)
 
-    def restore(self, state: tuple[int, int, int, int, int, float]) -> None:
-        self.epoch, self.position, self.tokens, self.documents, self.skipped, self.waiting = state
+    def restore(self, state: CursorState) -> None:
+        vars(self).update(vars(state))
 
     def _plan(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
@@ -188,9 +200,9 @@ class Mixture:
                 ids, epoch, position = drawn
                 return Document(ids, number, epoch, position)
 
-    def state(self) -> dict[str, tuple[int, int, int, int, int, float]]:
+    def state(self) -> dict[str, CursorState]:
         return {cursor.source.name: cursor.state() for cursor in self.cursors}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, CursorState]) -> None:
         for cursor in self.cursors:
             cursor.restore(state[cursor.source.name])

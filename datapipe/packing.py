@@ -18,12 +18,15 @@ here is missing from the mixture's shares until it is trained on.
 """
 
 
+Reference = tuple[int, int, int, int]
+"""Source, epoch, position in the epoch, part: enough to read a piece again."""
+
+
 class Piece(NamedTuple):
     """A document, or a part of one longer than a row."""
 
     ids: NDArray[np.int32]
-    reference: tuple[int, int, int, int]
-    """Source, epoch, position in the epoch, part: enough to read it again."""
+    reference: Reference
 
 
 class Buffer:

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from datapipe.batch import PackedSequence
-from datapipe.mixture import Document, Mixture
-from datapipe.packing import BUFFER, Buffer, Piece
+from datapipe.mixture import CursorState, Document, Mixture
+from datapipe.packing import BUFFER, Buffer, Piece, Reference
 from datapipe.shards import DamagedError
 from datapipe.source import Source
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands. Buffered documents are named, not stored."""
+
+    number: int
+    """Rows made so far."""
+    sources: dict[str, CursorState]
+    buffer: tuple[Reference, ...]
+    document: Reference | None
+    """The document that is being cut, and its next part."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "sources": {name: vars(state) for name, state in self.sources.items()}}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> StreamState:
+        return cls(
+            tree["number"],
+            {name: CursorState(**state) for name, state in tree["sources"].items()},
+            tuple(_reference(*reference) for reference in tree["buffer"]),
+            None if tree["document"] is None else _reference(*tree["document"]),
+        )
+
+
+def _reference(source: int, epoch: int, position: int, part: int) -> Reference:
+    return source, epoch, position, part
 
 
 class Stream:
@@ -54,31 +83,25 @@ class Stream:
         shard, number = cursor.locate(epoch, position)
         return f"{cursor.source.name}/{cursor.source.shards[shard].name}", number
 
-    def state(self) -> dict[str, Any]:
-        """JSON: where this stream stands. Buffered documents are named, not stored."""
-        document = self._document
-        return {
-            "number": self._number,
-            "sources": self.mixture.state(),
-            "buffer": [piece.reference for piece in self._buffer],
-            "document": None if document is None else [*document[1:], self._part],
-        }
+    def state(self) -> StreamState:
+        document = None if self._document is None else self._piece(self._document, self._part).reference
+        buffer = tuple(piece.reference for piece in self._buffer)
+        return StreamState(self._number, self.mixture.state(), buffer, document)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: StreamState) -> None:
         """Continue from a state of the same stream; reads the buffered documents again and nothing else.
 
         One that was lost since then is skipped, where that is wanted, like one that is met damaged.
         """
-        self._number = state["number"]
-        self.mixture.restore(state["sources"])
-        pieces = [*state["buffer"], *([state["document"]] if state["document"] else [])]
-        documents = {place: self._read(*place) for place in dict.fromkeys(tuple(piece[:3]) for piece in pieces)}
-        for *place, part in state["buffer"]:
-            if (document := documents[tuple(place)]) is not None:
-                self._add(self._piece(document, part))
-        if state["document"] is not None:
-            *place, self._part = state["document"]
-            self._document = documents[tuple(place)]
+        self._number = state.number
+        self.mixture.restore(state.sources)
+        pieces = [*state.buffer, *([state.document] if state.document else [])]
+        documents = {place: self._read(*place) for place in dict.fromkeys(piece[:3] for piece in pieces)}
+        for piece in state.buffer:
+            if (document := documents[piece[:3]]) is not None:
+                self._add(self._piece(document, piece[3]))
+        if state.document is not None:
+            self._document, self._part = documents[state.document[:3]], state.document[3]
 
     def _fill(self) -> None:
         while len(self._buffer) < BUFFER:

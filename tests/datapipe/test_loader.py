@@ -68,7 +68,7 @@ def undisturbed(data: Data, tokenizer: Tokenizer) -> tuple[list[np.ndarray], lis
 
 
 def test_covers_several_epochs(undisturbed: tuple[list[np.ndarray], list[dict[str, Any]]]) -> None:
-    epochs = [stream["sources"]["small"][0] for stream in undisturbed[1][-1].values()]
+    epochs = [stream["sources"]["small"]["epoch"] for stream in undisturbed[1][-1].values()]
     assert min(epochs) >= 3
 
 

@@ -17,7 +17,7 @@ from configs.schema import Data
 from datapipe.batch import PackedSequence, StepData
 from datapipe.loader import Loader, check_sources
 from datapipe.source import Source
-from datapipe.stream import Stream
+from datapipe.stream import Stream, StreamState
 from datapipe.targets import NextToken
 from datapipe.tokenizer import Tokenizer
 from tests.datapipe.conftest import write_shards
@@ -124,9 +124,9 @@ def test_state_is_small_and_restoring_reads_little(tmp_path: Path, tokenizer: To
     monkeypatch.setattr(Source, "wrapped", lambda self, *place: reads.append(place) or wrapped(self, *place))
     sources = [Source(source, data, tokenizer) for source in data.sources]
     stream = Stream(sources, 48, 7, data.seed, data.sequence_length, tokenizer.pad_id)
-    stream.restore(state["7"])
+    stream.restore(StreamState.from_json(state["7"]))
     assert 0 < len(reads) <= len(state["7"]["buffer"]) + 1
-    assert json.loads(json.dumps(stream.state())) == {k: v for k, v in state["7"].items() if k != "data"}
+    assert json.loads(json.dumps(stream.state().to_json())) == {k: v for k, v in state["7"].items() if k != "data"}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_any_stream_continues_from_any_row(
     (stream,), (other,) = streams(data, tokenizer), streams(data, tokenizer)
     for _ in range(stop):
         stream.next_row()
-    other.restore(json.loads(json.dumps(stream.state())))
+    other.restore(StreamState.from_json(json.loads(json.dumps(stream.state().to_json()))))
     for _ in range(20):
         one, two = stream.next_row(), other.next_row()
         assert one is not None and two is not None
