@@ -152,7 +152,6 @@ class RemoteStore:
             with path.with_suffix(".lock").open("a") as lock:
                 while not _taken(lock):  # one download for all the processes of this machine
                     self._pause(0.1)
-                lock.truncate(0)
                 while True:
                     try:
                         file = path.open("rb", buffering=0)
@@ -184,6 +183,7 @@ class RemoteStore:
         """Download the shard whose lock is held. Raises DamagedError, at once if it did so before."""
         if shard.name in self._damaged:
             raise DamagedError(self._damaged[shard.name])
+        lock.truncate(0)
         self._make_room(shard.bytes, lock)
         try:
             self._download(shard, path)

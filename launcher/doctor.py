@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from configs.errors import InputError
+from configs.errors import InputError, RunFailedError
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _shards() -> list[Finding]:
                 (summary,) = check_sources(alone, tokenizer, tokenizer.vocab_size)
                 found.append(Finding("shards", f"{source.name}: {summary.documents:,} documents, whole"))
         return found
-    except InputError as error:
+    except (InputError, RunFailedError) as error:  # the latter of a store that does not answer
         return [Finding("shards", "not usable", str(error))]
 
 

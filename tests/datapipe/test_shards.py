@@ -28,6 +28,7 @@ from datapipe.manifest import read_manifest
 from datapipe.prepare import prepare
 from datapipe.shards import TAR_END, DamagedError, ShardReader, ShardWriter, npy_bytes, read_index, tar_member
 from datapipe.source import Source
+from datapipe.store import LocalStore
 from datapipe.stream import Stream
 from datapipe.targets import NextToken
 from datapipe.tokenizer import Tokenizer
@@ -401,6 +402,18 @@ def test_an_index_that_points_to_other_documents(tmp_path: Path, tokenizer: Toke
         check_sources(configured(tmp_path / "shards"), tokenizer, tokenizer.vocab_size)
     with pytest.raises(InputError, match=r"000000\.idx: not where the documents of 000000\.tar lie; delete it"):
         inspect_shards(tmp_path / "shards")
+
+
+def test_shards_stay_open_however_many_streams_read(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_shards(tmp_path / "shards", [[[s] * 9] * 200 for s in range(90)], tokenizer)
+    data = Data(sequence_length=16, streams=90, sources=[{"name": "a", "shards": str(directory)}])
+    opened: list[str] = []
+    real = LocalStore.open
+    monkeypatch.setattr(LocalStore, "open", lambda self, shard: opened.append(shard.name) or real(self, shard))
+    assert list(Loader(data, 90, tokenizer, 0, 1).steps(NextToken(), 9, 0, 20, None))
+    assert len(opened) <= 2 * 90
 
 
 def test_one_good_document_among_empty_ones_is_enough(tmp_path: Path, tokenizer: Tokenizer) -> None:

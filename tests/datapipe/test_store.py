@@ -19,7 +19,7 @@ from moto.server import ThreadedMotoServer
 from configs.errors import InputError, RunFailedError
 from configs.schema import Data
 from datapipe.loader import Loader, check_sources
-from datapipe.manifest import read_manifest
+from datapipe.manifest import Shard, read_manifest
 from datapipe.store import RemoteStore
 from datapipe.targets import NextToken
 from datapipe.tokenizer import Tokenizer
@@ -201,6 +201,28 @@ def test_a_shard_in_use_is_the_last_to_make_room(shards: Path, server: Server, t
         assert cached(tmp_path / "cache") == ["000000.tar", "000002.tar"]
     store.open(entries[3]).close()
     assert cached(tmp_path / "cache") == ["000002.tar", "000003.tar"]
+
+
+def test_a_shard_that_goes_before_it_is_opened(
+    shards: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another process makes room at that moment: it is fetched again."""
+    store = RemoteStore(
+        f"{server.url}/corpus", configured(f"{server.url}/corpus", tmp_path / "cache"), threading.Event()
+    )
+    shard = read_manifest(shards).shards[0]
+    download, left = RemoteStore._download, [2]
+
+    def vanishing(self: RemoteStore, shard: Shard, path: Path) -> None:
+        download(self, shard, path)
+        if left[0]:
+            left[0] -= 1
+            path.unlink()
+
+    monkeypatch.setattr(RemoteStore, "_download", vanishing)
+    with store.open(shard) as file:
+        assert file.read() == (shards / shard.name).read_bytes()
+    assert server.requests.count("/corpus/000000.tar") == 3
 
 
 def test_what_no_patience_helps_is_told_at_once(
