@@ -120,5 +120,5 @@ def test_the_log_of_that_run_has_every_step_once(watched: Watched) -> None:
     wait_until((watched.directory / "report.html").exists, 300)  # the last thing that a run writes
     assert [line["step"] for line in read_metrics(watched.directory)] == list(range(1, 181))
     assert [event["event"] for event in read_events(watched.directory)].count("phase_started") == 2
-    assert DirectorySource(watched.directory).read().finished
+    assert DirectorySource(watched.directory).read().state == "finished"
     assert (watched.directory / "report.html").stat().st_size > 20_000
