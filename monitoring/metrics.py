@@ -36,7 +36,7 @@ EVENTS = (
         "checkpoint_damaged",
         "worker_failed",
     ),
-    *("preempted", "resumed", "stopped", "failed", "exported", "finished", "step_skipped", "loss_spike"),
+    *("preempted", "resized", "resumed", "stopped", "failed", "exported", "finished", "step_skipped", "loss_spike"),
     *("data_damaged", "documents_skipped"),
 )
 """Kinds of events counted from zero, so that a first one shows as a rise; any other is counted too."""
@@ -57,7 +57,8 @@ def state_of(events: Sequence[Event]) -> State:
 
 def seen_after(events: Sequence[Event], now: Telemetry | None) -> Telemetry | None:
     """The telemetry, with nobody at work where the events say that the workers have ended since it was written."""
-    ends = [event["time"] for event in events if event["event"] in (*INTERRUPTIONS, "stopped", "failed", "finished")]
+    kinds = (*INTERRUPTIONS, "resized", "stopped", "failed", "finished")
+    ends = [event["time"] for event in events if event["event"] in kinds]
     gone = bool(ends) and now is not None and datetime.fromisoformat(ends[-1]).timestamp() > now.time
     return now.stopped() if now is not None and gone else now
 

@@ -49,7 +49,7 @@ def test_what_has_ended_is_not_shown_at_work(tmp_path: Path) -> None:
     recorder.close()
     assert "8.0" not in shown(str(tmp_path))
     assert "slowest is" in shown(str(tmp_path))
-    append_event(tmp_path, "worker_failed", reason="died")
+    append_event(tmp_path, "resized")
     assert "none at work" in shown(str(tmp_path))
     for kind in ("stopped", "failed"):
         append_event(tmp_path, kind)
