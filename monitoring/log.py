@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+_held: dict[Path, bytes] = {}
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -62,18 +65,28 @@ class LineWriter:
 def append_event(directory: Path, kind: str, **fields: Any) -> None:
     """Append `{"time": ISO 8601 with zone, "event": kind, **fields}` to the run's events.jsonl.
 
-    One O_APPEND write, so several processes may do it at once. A full disk loses the event, never the run.
+    One O_APPEND write, so several processes may do it at once. What a full disk does not take is held, and written
+    with a later event of this process.
     """
     path = directory / EVENTS
     line = _encode({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **fields})
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(file).st_size
-        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+    with _lock:
+        _held[path] = lines = _held.get(path, b"") + line
         with surviving_full_disk(path):
-            os.write(file, b"\n" + line if torn else line)
-    finally:
-        os.close(file)
+            file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                size = os.fstat(file).st_size
+                torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+                written = os.write(file, b"\n" + lines if torn else lines) - torn
+                _held[path] = lines[lines.rfind(b"\n", 0, max(0, written)) + 1 :]
+            finally:
+                os.close(file)
+
+
+def held_events(directory: Path) -> Counter[str]:
+    """Events of this process that a full disk has not taken yet, by kind."""
+    with _lock:
+        return Counter(json.loads(line)["event"] for line in _held.get(directory / EVENTS, b"").splitlines())
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig
-from monitoring.log import METRICS, LineWriter, append_event, read_events, rewind_metrics
+from monitoring.log import METRICS, LineWriter, append_event, held_events, read_events, rewind_metrics
 from monitoring.telemetry import Counters, Telemetry, WorkerRecord, highest
 from monitoring.writers import Writers
 
@@ -259,6 +259,7 @@ class Recorder:
             self._config, steps.sum / steps.count if steps.count else math.nan
         )
         shown = Counters.model_validate(highest(self._counters.model_dump(mode="json"), self._floor))
-        now = telemetry.model_copy(update={"counters": shown, "time": time.time()})
+        held = dict(held_events(self._directory))
+        now = telemetry.model_copy(update={"counters": shown, "time": time.time(), "unwritten": held})
         self._written = time.monotonic()
         return self._disk.submit(Telemetry.write, self._directory, now.model_dump_json())

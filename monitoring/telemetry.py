@@ -7,6 +7,7 @@ outlive the workers.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -16,6 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from monitoring.log import surviving_full_disk
 
 TELEMETRY = "telemetry.json"
+BLOCK = 4096
+"""Of a disk: a document that ends within the last one of the old can replace it where there is no room for another."""
 
 STEP_SECONDS = tuple(float(f"{0.01 * 30_000 ** (index / 46):.3g}") for index in range(47))
 """From 0.01 to 300, each a quarter more than the one before: as fine as a quantile of any run's steps needs."""
@@ -107,6 +110,8 @@ class Telemetry(BaseModel):
     checkpoint_interval_seconds: Number = math.nan
     """As configured; an interval in steps or tokens at the run's mean step time."""
     counters: Counters = Counters()
+    unwritten: dict[str, int] = {}
+    """Events that a full disk has not taken yet, by kind."""
 
     @property
     def objective(self) -> str:
@@ -127,11 +132,22 @@ class Telemetry(BaseModel):
 
     @staticmethod
     def write(directory: Path, document: str) -> None:
-        """Replace telemetry.json by `model_dump_json()`; a reader sees the old one or the new one, never a part."""
-        new = directory / f".{TELEMETRY}.new"
+        """Replace telemetry.json by `model_dump_json()`; a reader sees the old one or the new one, never a part.
+
+        On a full disk it is written over the old one, which takes no more room, or else only touched: that it changes
+        is how the launcher knows that the workers do not hang.
+        """
+        path, new = directory / TELEMETRY, directory / f".{TELEMETRY}.new"
+        content = document.encode()
+        content = content.ljust((len(content) // BLOCK + 1) * BLOCK)
         with surviving_full_disk(new):
-            new.write_text(document, encoding="utf-8")
-            new.replace(directory / TELEMETRY)
+            new.write_bytes(content)
+            new.replace(path)
+            return
+        new.unlink(missing_ok=True)
+        with surviving_full_disk(path), path.open("r+b") as file:
+            file.write(content.ljust(path.stat().st_size))
+        os.utime(path)
 
 
 def highest(left: Any, right: Any) -> Any:
