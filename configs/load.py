@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -20,6 +21,14 @@ from configs.schema import RunConfig
 
 RECIPES = resources.files("configs") / "recipes"
 S = TypeVar("S", bound=BaseModel)
+MAY_CHANGE = re.compile(
+    r"(cluster|parallel|checkpoint|monitoring)\.|batch\.micro|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
+    r"|data\.(sources\.\d+|evaluation)\.(shards|text)"
+)
+"""Keys that say where and how a run is executed; everything else says what it computes.
+
+Shards may lie elsewhere: a checkpoint knows the data by its content, and refuses any other.
+"""
 
 
 def shipped(folder: Traversable) -> dict[str, str]:
@@ -105,6 +114,11 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for key in sorted(left.keys() | right.keys())
         if left.get(key) != right.get(key)
     ]
+
+
+def changes_of_run(old: RunConfig, new: RunConfig) -> list[str]:
+    """The `differences` that make another run of it; empty where `new` may go on with what `old` began."""
+    return [line for line in differences(old, new) if not MAY_CHANGE.match(line)]
 
 
 def _explain(schema: type[BaseModel], item: Any) -> str:

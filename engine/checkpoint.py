@@ -23,7 +23,6 @@ import torch
 
 from configs.errors import InputError
 from engine.modernbert.config import CONFIG_FILE
-from engine.moments import sharded_optimizer
 
 FORMAT = 1
 
@@ -35,6 +34,11 @@ def step_directory(checkpoints: Path, step: int) -> Path:
 def step_of(checkpoint: Path) -> int:
     """The inverse of `step_directory`."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def partial_directory(checkpoint: Path) -> Path:
+    """Where a checkpoint is written, or deleted, out of sight."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -61,7 +65,7 @@ def describe(checkpoint: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{checkpoint} is not a Detour checkpoint: it has no {CONFIG_FILE}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{checkpoint / CONFIG_FILE} is damaged ({error}); use an older checkpoint") from None
     if meta.get("format") != FORMAT:
         raise InputError(f"{checkpoint} has checkpoint format {meta.get('format')}; this version reads {FORMAT}")
@@ -73,11 +77,17 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     meta = describe(checkpoint)
     for name, (size, digest) in meta["files"].items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
-            raise InputError(f"{path} is damaged: {size} bytes were written, {found} found; use an older checkpoint")
-        if file_digest(path)[1] != digest:
-            raise InputError(f"{path} is damaged: its sha256 is not the one written; use an older checkpoint")
+        try:
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                there = "nothing" if found is None else f"{found} bytes"
+                raise InputError(
+                    f"{path} is damaged: {size} bytes were written, {there} found; use an older checkpoint"
+                )
+            if file_digest(path)[1] != digest:
+                raise InputError(f"{path} is damaged: its sha256 is not the one written; use an older checkpoint")
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); use an older checkpoint") from None
     _refuse_foreign_pickles(checkpoint)
     return meta
 
@@ -86,7 +96,9 @@ def load(checkpoint: Path, model: Any, optimizer: Any | None) -> None:
     """Fill model and optimizer from a verified checkpoint, whatever layout wrote it; weights only without optimizer."""
     from megatron.core import dist_checkpointing
 
-    wanted = sharded_state(model, optimizer, loading=True)
+    wanted: dict[str, Any] = {"model": sharded_weights(model)}
+    if optimizer is not None:
+        wanted["optimizer"] = optimizer.sharded_state_dict(wanted["model"], is_loading=True, metadata=_sharding())
     with _without_pickled_code():
         state = dist_checkpointing.load(wanted, str(checkpoint))
     missing, unexpected = model.load_state_dict(state["model"], strict=False)
@@ -120,28 +132,38 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
     for path in list_checkpoints(checkpoints)[keep:]:
         if keep_every and step_of(path) % keep_every == 0:
             continue
-        doomed = path.with_name(f".{path.name}.partial")
+        doomed = partial_directory(path)
         path.rename(doomed)  # a half-deleted checkpoint must not look like one
         shutil.rmtree(doomed, ignore_errors=True)
+    clear_partial(checkpoints)
+
+
+def clear_partial(checkpoints: Path) -> None:
+    """Delete what interrupted saves left behind."""
     for path in checkpoints.glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def sharded_state(model: Any, optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
-    """What a checkpoint stores, by place in the whole model; every rank its part."""
+def set_aside(checkpoint: Path) -> None:
+    """Take a damaged checkpoint out of sight, so that it counts as none and its step can be saved again."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+
+
+def sharded_weights(model: Any) -> dict[str, Any]:
+    """The model's parameters by place in the whole model; every rank its part."""
+    sharded = model.sharded_state_dict(metadata=_sharding())
+    return {name: entry for name, entry in sharded.items() if not name.endswith("_extra_state")}
+
+
+def _sharding() -> dict[str, Any]:
     from megatron.core import parallel_state
 
-    metadata = {
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    sharded = model.sharded_state_dict(metadata=metadata)
-    state: dict[str, Any] = {"model": {k: v for k, v in sharded.items() if not k.endswith("_extra_state")}}
-    if optimizer is not None and loading:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=metadata)
-    elif optimizer is not None:
-        state["optimizer"] = sharded_optimizer(optimizer, state["model"])
-    return state
 
 
 def file_digest(path: Path) -> tuple[int, str]:

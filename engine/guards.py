@@ -1,4 +1,4 @@
-"""Notices when the numbers of a run go wrong: steps without a finite gradient, loss spikes, replicas that differ."""
+"""Notices when the numbers of a run go wrong: steps that are not finite, loss spikes, replicas that differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from configs.errors import RunFailedError
 from monitoring.log import append_event
 
 MAX_SKIPPED = 5
-"""Steps in a row without a finite gradient before the run is given up."""
+"""Steps in a row without a finite loss and gradient before the run is given up."""
 SPIKE = 6.0
 """Standard deviations above its running mean at which a loss counts as a spike."""
 MEMORY = 0.98
@@ -26,15 +26,21 @@ SETTLED = 50
 class Guards:
     """Kept by every rank; only rank 0 writes events."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, state: dict[str, list[float]] | None = None) -> None:
+        """`state`: of the checkpoint resumed from."""
         self._directory = directory
         self._skipped = 0
-        self._losses: dict[str, tuple[int, float, float]] = {}
+        self._losses = {objective: (int(count), *rest) for objective, (count, *rest) in (state or {}).items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """JSON for the checkpoint: count, mean and variance of each objective's losses."""
+        return {objective: list(numbers) for objective, numbers in self._losses.items()}
 
     def check(self, step: int, objective: str, loss: float, grad_norm: float, suspects: list[str]) -> None:
         """Look at a finished step; `suspects` are the sequences whose loss was not finite on this rank.
 
-        Raises RunFailedError on every rank after MAX_SKIPPED steps in a row without a finite gradient.
+        A step whose loss is not finite has no finite norm either. Raises RunFailedError on every rank after MAX_SKIPPED
+        such steps in a row.
         """
         if math.isfinite(grad_norm):
             self._skipped = 0
@@ -49,8 +55,8 @@ class Guards:
             append_event(self._directory, "step_skipped", step=step, loss=loss, grad_norm=grad_norm, where=where)
         if self._skipped >= MAX_SKIPPED:
             raise RunFailedError(
-                f"step {step}: no finite gradient in {self._skipped} steps in a row ({where}); the last checkpoint is "
-                "good. Lower optimizer.lr, or look at the named sequences, and run again"
+                f"step {step}: no finite loss and gradient in {self._skipped} steps in a row ({where}); the weights "
+                "are those of the step before them. Lower optimizer.lr, or look at the named sequences, and run again"
             )
 
     def _watch_loss(self, step: int, objective: str, loss: float) -> None:
@@ -76,15 +82,28 @@ def require_equal_replicas(model: Any, step: int) -> None:
     sums = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sums, mine, group=group)
     ranks = dist.get_process_group_ranks(group)
-    differing = [rank for rank, other in zip(ranks, sums, strict=True) if other.item() != sums[0].item()]
-    verdicts: list[list[int]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(verdicts, differing)
+    sides: dict[int, list[int]] = {}
+    for rank, other in zip(ranks, sums, strict=True):
+        sides.setdefault(int(other.item()), []).append(rank)
+    verdicts = [""] * dist.get_world_size()
+    dist.all_gather_object(verdicts, _verdict(list(sides.values())))
     if any(verdicts):
-        wrong = sorted({rank for verdict in verdicts for rank in verdict})
         raise RunFailedError(
-            f"step {step}: the weights of ranks {wrong} differ from their data-parallel replicas'; suspect their "
-            "hardware. Nothing was saved since the last checkpoint, which is good; run again without these machines"
+            f"step {step}: data-parallel replicas have different weights: {'; '.join(sorted({*verdicts} - {''}))}. "
+            "Suspect their hardware and run again without it; checkpoints saved before the last comparison that found "
+            "them equal are not concerned"
         )
+
+
+def _verdict(sides: list[list[int]]) -> str:
+    """Who is to blame where ranks that should agree stand on different sides; empty where there is one."""
+    sides = sorted(sides, key=len, reverse=True)
+    others = sorted(rank for side in sides[1:] for rank in side)
+    if not others:
+        return ""
+    if len(sides[0]) > len(others):
+        return f"ranks {others} differ from the majority, ranks {sides[0]}"
+    return " and ".join(f"ranks {side}" for side in sides) + " differ, and no majority tells which are right"
 
 
 def _checksum(tensor: torch.Tensor) -> int:

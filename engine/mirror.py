@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
@@ -10,78 +11,147 @@ from pathlib import Path
 import fsspec
 
 from configs.errors import InputError
-from engine.checkpoint import CONFIG_FILE, verify
+from configs.load import changes_of_run, validate
+from configs.schema import RunConfig
+from engine.checkpoint import CONFIG_FILE, partial_directory, set_aside, step_of, verify
+from monitoring.log import EVENTS, METRICS, append_event
 
+FILES = ("config.yaml", EVENTS, METRICS)
+"""Of the run directory, copied after each checkpoint."""
 logger = logging.getLogger(__name__)
 
 
 class Mirror:
-    """Checkpoints under an fsspec URL (s3://, gs://, a shared path). Used by rank 0 alone.
+    """A run's checkpoints under an fsspec URL (s3://, gs://, a shared path), by the run's name. Used by rank 0 alone.
 
     Credentials come from the environment, as the store's own tools read them. A checkpoint counts as there when its
-    detour.json is, which is uploaded last.
+    detour.json is, which is uploaded last. A store that fails never fails the training: that is an event.
     """
 
-    def __init__(self, url: str, keep: int) -> None:
+    def __init__(self, url: str, config: RunConfig, directory: Path) -> None:
         try:
             self._store, root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise InputError(f"checkpoint.mirror: {url} cannot be used: {error}") from None
-        self._root, self._keep = root.rstrip("/"), keep
+        self._root = f"{root.rstrip('/')}/{config.name}"
+        self._config, self._directory = config, directory
+        self._lock = threading.Lock()
+        self._next: Path | None = None
         self._thread: threading.Thread | None = None
-        self.error: str | None = None
-        """Why the last upload failed; None where it did not."""
-
-    def names(self) -> list[str]:
-        """Complete checkpoints, newest first. InputError where the store does not answer."""
-        try:
-            self._store.invalidate_cache()
-            found = self._store.glob(f"{self._root}/step-*/{CONFIG_FILE}")
-        except Exception as error:  # each store raises its own
-            raise InputError(f"checkpoint.mirror: {self._root} does not answer: {error}") from None
-        return sorted((str(path).split("/")[-2] for path in found), reverse=True)
 
     def upload(self, checkpoint: Path) -> None:
-        """Start copying a checkpoint; one at a time, so this waits for the copy before."""
-        self.wait()
-        self._thread = threading.Thread(target=self._upload, args=(checkpoint,), name="detour-mirror")
-        self._thread.start()
+        """Have a checkpoint copied behind the training; after the one under way, in the place of one that waits."""
+        with self._lock:
+            self._next = checkpoint
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._upload_all, name="detour-mirror", daemon=True)
+                self._thread.start()
 
-    def wait(self) -> None:
-        """Until the upload under way has ended."""
-        if self._thread:
-            self._thread.join()
+    def close(self) -> None:
+        """Wait for what is under way, not so long that the worker seems to hang."""
+        if thread := self._thread:
+            patience = self._config.cluster.hang_timeout / 2
+            thread.join(patience)
+            if thread.is_alive():
+                self._failed(
+                    f"the last checkpoint was not copied within {patience:.0f} s (half of cluster.hang_timeout)"
+                )
 
-    def fetch(self, checkpoints: Path, newer_than: str) -> Path | None:
-        """Bring the newest whole checkpoint after `newer_than` (a name, or "") into a local folder."""
-        for name in self.names():
-            if name <= newer_than:
+    def fetch(self, checkpoints: Path, newer_than: Path | None) -> Path | None:
+        """Bring the newest whole checkpoint after a local one into the local folder, with the log up to it.
+
+        Raises InputError where the store holds another run, or, without a local checkpoint, does not answer.
+        """
+        try:
+            names = self._names()
+            for name in names[:1]:
+                self._require_same_run(name)
+        except InputError:
+            raise
+        except Exception as error:  # each store raises its own
+            if newer_than is None:
+                raise InputError(f"checkpoint.mirror: {self._root} does not answer: {error}") from None
+            self._failed(f"it does not answer ({error}), so the run goes on from the checkpoints here")
+            return None
+        for name in names:
+            if newer_than and name <= newer_than.name:
                 return None
-            hidden = checkpoints / f".{name}.partial"
+            target = checkpoints / name
+            hidden = partial_directory(target)
             shutil.rmtree(hidden, ignore_errors=True)
             hidden.mkdir(parents=True)
             try:
                 self._store.get(f"{self._root}/{name}/", f"{hidden}/", recursive=True)
                 verify(hidden)
-            except (OSError, InputError) as error:
+                self._fetch_log()
+            except Exception as error:
                 logger.warning("mirrored checkpoint %s is skipped: %s", name, error)
                 shutil.rmtree(hidden, ignore_errors=True)
                 continue
-            hidden.rename(checkpoints / name)
-            return checkpoints / name
+            if target.exists():  # or the newest whole one here would not be older
+                set_aside(target)
+            hidden.rename(target)
+            return target
         return None
+
+    def _names(self) -> list[str]:
+        """Complete checkpoints, newest first."""
+        self._store.invalidate_cache()
+        found = self._store.glob(f"{self._root}/step-*/{CONFIG_FILE}")
+        return sorted((str(path).split("/")[-2] for path in found), reverse=True)
+
+    def _require_same_run(self, name: str) -> None:
+        meta = json.loads(self._store.cat_file(f"{self._root}/{name}/{CONFIG_FILE}"))
+        changed = changes_of_run(validate(RunConfig, meta["config"], f"{self._root}/{name}"), self._config)
+        if changed:
+            raise InputError(
+                f"checkpoint.mirror: {self._root} holds a different run\n  "
+                + "\n  ".join(changed)
+                + "\nchoose another name or mirror for a new run, or restore these keys to continue that one"
+            )
+
+    def _fetch_log(self) -> None:
+        """Lines of metrics.jsonl that this disk never had; those after the checkpoint are cut off as ever."""
+        log, copy = self._directory / METRICS, self._directory / f".{METRICS}.partial"
+        if self._store.exists(f"{self._root}/{METRICS}"):
+            self._store.get_file(f"{self._root}/{METRICS}", str(copy))
+            if not log.exists() or copy.stat().st_size > log.stat().st_size:
+                copy.replace(log)
+            copy.unlink(missing_ok=True)
+
+    def _upload_all(self) -> None:
+        while True:
+            with self._lock:
+                checkpoint, self._next = self._next, None
+                if checkpoint is None:
+                    self._thread = None
+                    return
+            try:
+                self._upload(checkpoint)
+                self._prune()
+            except Exception as error:
+                if checkpoint.exists():  # else it was pruned here meanwhile, and a newer one waits
+                    self._failed(f"{checkpoint.name} was not copied: {error}")
 
     def _upload(self, checkpoint: Path) -> None:
         target = f"{self._root}/{checkpoint.name}"
-        try:
-            files = sorted(checkpoint.iterdir(), key=lambda path: path.name == CONFIG_FILE)
-            self._store.makedirs(target, exist_ok=True)
-            for path in files:
-                self._store.put_file(str(path), f"{target}/{path.name}")
-            for old in self.names()[self._keep :]:
-                self._store.rm_file(f"{self._root}/{old}/{CONFIG_FILE}")  # first, so that half of one counts as none
-                self._store.rm(f"{self._root}/{old}", recursive=True)
-            self.error = None
-        except Exception as error:  # a store that fails must not fail the training
-            logger.warning("checkpoint %s was not mirrored: %s", checkpoint.name, error)
-            self.error = str(error)
+        self._store.makedirs(target, exist_ok=True)
+        if self._store.exists(f"{target}/{CONFIG_FILE}"):  # of a copy that counts as whole, and is about to change
+            self._store.rm_file(f"{target}/{CONFIG_FILE}")
+        for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            self._store.put_file(str(path), f"{target}/{path.name}")
+        for name in FILES:
+            if (self._directory / name).exists():
+                self._store.put_file(str(self._directory / name), f"{self._root}/{name}")
+
+    def _prune(self) -> None:
+        keep, keep_every = self._config.checkpoint.keep, self._config.checkpoint.keep_every
+        for old in self._names()[keep:]:
+            if keep_every and step_of(Path(old)) % keep_every == 0:
+                continue
+            self._store.rm_file(f"{self._root}/{old}/{CONFIG_FILE}")  # first, so that half of one counts as none
+            self._store.rm(f"{self._root}/{old}", recursive=True)
+
+    def _failed(self, reason: str) -> None:
+        logger.warning("mirror: %s", reason)
+        append_event(self._directory, "checkpoint_failed", reason=f"mirror: {reason}")

@@ -52,13 +52,17 @@ def set_learning_rate(optimizer: Any, learning_rate: float, settings: Optimizer)
         group["weight_decay"] = decay * group["wd_mult"]  # Megatron's 0 on biases and norms
 
 
-def step(optimizer: Any) -> float:
+def step(optimizer: Any, finite: bool = True) -> float:
     """One optimizer step; the global gradient norm before clipping.
 
-    Where the norm is not finite (so is the loss or a gradient, on any rank: the norm is global), weights and moments
-    stay as they are.
+    finite: whether this rank's loss is. A gradient may be finite without it; then this rank makes its own not finite.
+    Where the norm is not finite (a gradient on any rank: the norm is global), weights and moments stay as they are.
     """
     optimizer.prepare_grads()
+    if not finite:
+        for part in _parts(optimizer):
+            for parameter in part.get_parameters():
+                parameter.grad.fill_(math.nan)
     norm = float(optimizer.get_grad_norm())
     if math.isfinite(norm):
         for part in _parts(optimizer):

@@ -1,39 +1,85 @@
 """Writes checkpoints behind the training steps.
 
-`begin` plans the save with all ranks and copies the tensors; a thread writes them; once every rank has written its
-part, `complete` makes the checkpoint visible. A rank learns of the others' threads through the all-reduce it makes
-every step, so no extra synchronisation is paid for.
+`begin` copies the tensors; all that follows happens in a thread of each rank. The threads meet in a process group of
+their own: rank 0's makes room, every one writes its part, and rank 0's makes the whole visible. What goes wrong on one
+rank, each of them knows at the end. That all have ended, a rank learns through the all-reduce it makes every step, so
+no synchronisation is paid for in training.
 """
 
 from __future__ import annotations
 
-import inspect
+import io
 import json
 import logging
+import math
 import os
-import queue
+import pickle
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from torch.distributed.checkpoint import metadata as index
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from engine.checkpoint import FORMAT, file_digest, prune, sharded_state
-from engine.device import device
+from engine.checkpoint import FORMAT, file_digest, partial_directory, prune, sharded_weights
 from engine.modernbert.config import CONFIG_FILE
+from engine.moments import common_state, own_parts
 
 MARGIN = 64 * 2**20
 """Bytes that stay free on the disk after a save."""
+LONGEST_SAVE = timedelta(days=1)
+"""For which ranks wait for the slowest, behind the training. One that does not write at all is noticed at the next."""
+
+logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(Exception):
     """A checkpoint could not be written, on this or another rank; older ones are untouched."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A box of one of the whole model's tensors, which this rank writes."""
+
+    key: str
+    offset: tuple[int, ...]
+    whole: tuple[int, ...]
+    """Shape of the whole tensor."""
+    live: torch.Tensor
+    """What training changes in place."""
+    copy: torch.Tensor
+    """How it was when the save began. Every save uses the same memory, pinned where a GPU copies to it."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a part lies."""
+
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one rank has done for a checkpoint."""
+
+    parts: list[_Stored]
+    files: dict[str, tuple[int, str]]
+    data: dict[str, Any]
 
 
 class Saver:
@@ -41,15 +87,15 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, keep_every: int | None = None) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
+        self._parts: list[_Part] | None = None
         self._target: Path | None = None
-        self._meta: dict[str, Any] = {}
-        self._request: Any = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._files: dict[str, tuple[int, str]] = {}
-        self._started = 0.0
-        self._validated = False
-        """Whether Megatron has checked that the parts of all ranks make wholes: once is enough, they do not change."""
+        """What ended this rank's thread before the ranks could agree."""
+        self._problem: str | None = None
+        """Why the checkpoint could not be saved, as all ranks know."""
+        self._started = self._ended = 0.0
         self.stall = 0.0
         """Seconds the training stood still for the save under way or last done."""
 
@@ -63,122 +109,152 @@ class Saver:
         """Whether this rank's thread is still at work."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, checkpoint: Path, model: Any, optimizer: Any | None, meta: dict[str, Any]) -> None:
-        """Copy everything and start writing. `meta` (rank 0's counts) is the JSON kept beside the tensors.
+    def begin(
+        self,
+        checkpoint: Path,
+        model: Any,
+        optimizer: Any | None,
+        meta: dict[str, Any],
+        data: dict[str, Any] | None = None,
+        started: float | None = None,
+    ) -> None:
+        """Copy everything and start writing.
 
-        Raises SaveFailedError on every rank where the disk has no room for it.
+        meta: the JSON kept beside the tensors; rank 0's counts.
+        data: this rank's share of the positions in the data, which are put together.
+        started: when training was interrupted for it, by `time.perf_counter`; default now.
         """
-        self._started = time.perf_counter()
-        state = sharded_state(model, optimizer, loading=False)
-        hidden = checkpoint.parent / f".{checkpoint.name}.partial"
-        self._make_room(hidden, model, optimizer)
-        # Megatron's own queue of results is made by a spawned process, which imports torch and Megatron again: seconds
-        # for a save of milliseconds. The results stay in this process, so a local queue will do.
-        filesystem_async._results_queue = queue.Queue()
-        named = inspect.signature(dist_checkpointing.save).parameters
-        local = {"async_strategy": "mcore"} if "async_strategy" in named else {}  # 0.19 prefers another package's
-        self._request = dist_checkpointing.save(
-            state, str(hidden), async_sharded_save=True, validate_access_integrity=not self._validated, **local
+        self._started = time.perf_counter() if started is None else started
+        if self._parts is None:  # parameters and moments stay where they are in memory, so one look is enough
+            self._parts = [_part(tensor) for tensor in own_parts(sharded_weights(model), optimizer)]
+        torch._foreach_copy_(
+            [part.copy for part in self._parts], [part.live for part in self._parts], non_blocking=True
         )
-        self._validated = True
-        self._target, self._meta = checkpoint, {**meta, "optimizer": optimizer is not None}
-        self._error, self._files = None, {}
-        buckets = self._copied_buckets()
-        self._thread = threading.Thread(target=self._write, args=(hidden, buckets), name="detour-checkpoint")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        common = io.BytesIO()
+        if dist.get_rank() == 0:
+            torch.save({"optimizer": common_state(optimizer)} if optimizer is not None else {}, common)
+        meta = {**meta, "optimizer": optimizer is not None}
+        self._target, self._error, self._problem = checkpoint, None, None
+        self._thread = threading.Thread(
+            target=self._save, args=(checkpoint, meta, common.getvalue(), data or {}), name="detour-checkpoint"
+        )
         self._thread.start()
         self.stall = time.perf_counter() - self._started
 
-    @property
-    def failed(self) -> bool:
-        """Whether this rank's thread has failed."""
-        return self._error is not None
-
-    def complete(self, failed: bool) -> tuple[Path, float]:
-        """Make the written checkpoint visible and drop old ones; its path and the seconds since `begin`.
-
-        Called when no rank is writing any more; `failed`: whether one of them failed. Raises SaveFailedError then.
-        """
-        started = time.perf_counter()
-        assert self._target is not None and self._thread is not None
-        target, self._target = self._target, None
-        self._thread.join()
-        hidden = target.parent / f".{target.name}.partial"
-        if failed:
-            if dist.get_rank() == 0:
-                shutil.rmtree(hidden, ignore_errors=True)
-            raise SaveFailedError(f"{target} was not saved: {self._error or 'another rank could not write its part'}")
-        for finalize in self._request.finalize_fns:
-            finalize()
-        gathered: list[dict[str, tuple[int, str]]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, self._files)
-        if dist.get_rank() == 0:
-            files = {name: entry for part in gathered for name, entry in part.items()}
-            files |= {path.name: file_digest(path) for path in hidden.iterdir() if path.name not in files}
-            _write_json(hidden / CONFIG_FILE, {"format": FORMAT, **self._meta, "files": dict(sorted(files.items()))})
-            shutil.rmtree(target, ignore_errors=True)  # only a damaged one can stand there
-            hidden.rename(target)
-            prune(self._folder, self._keep, self._keep_every)
-        dist.barrier()
-        self._request = None
-        self.stall += time.perf_counter() - started
-        return target, time.perf_counter() - self._started
-
     def wait(self) -> tuple[Path, float]:
-        """`complete` at once, waiting for the threads of all ranks."""
+        """`complete`, after waiting for the threads of all ranks."""
         assert self._thread is not None
+        started = time.perf_counter()
         self._thread.join()
-        flag = torch.tensor([float(self.failed)], device=device())
-        dist.all_reduce(flag)
-        return self.complete(failed=bool(flag.item()))
+        self.stall += time.perf_counter() - started
+        return self.complete()
 
-    def _make_room(self, hidden: Path, model: Any, optimizer: Any | None) -> None:
-        """Clear the hidden folder and see that the disk can take the checkpoint; one decision for all ranks."""
-        verdict: list[str | None] = [None]
-        size = torch.tensor([float(_state_bytes(model, optimizer))], device=device())
-        dist.all_reduce(size)
+    def complete(self) -> tuple[Path, float]:
+        """The checkpoint that was begun, visible by now, and the seconds it took.
+
+        Called when no rank is writing any more. Raises SaveFailedError on every rank where it could not be written.
+        """
+        assert self._target is not None and self._thread is not None
+        self._thread.join()
+        target, self._target = self._target, None
+        if self._error:
+            raise self._error
+        if self._problem:
+            raise SaveFailedError(f"{target} was not saved: {self._problem}")
+        return target, self._ended - self._started
+
+    def _save(self, target: Path, meta: dict[str, Any], common: bytes, data: dict[str, Any]) -> None:
+        try:
+            self._problem = self._try_to_save(target, meta, common, data)
+        except Exception as error:  # another rank has gone, or a fault of ours
+            self._error = error
+        self._ended = time.perf_counter()
+
+    def _try_to_save(self, target: Path, meta: dict[str, Any], common: bytes, data: dict[str, Any]) -> str | None:
+        hidden = partial_directory(target)
+        assert self._parts is not None
+        size = torch.tensor([float(sum(part.copy.nbytes for part in self._parts))], dtype=torch.float64)
+        dist.all_reduce(size, group=self._group)
+        if problem := self._on_rank_0(hidden, lambda: _make_room(hidden, size.item())):
+            return problem
+        mine: _Written | str
+        try:
+            mine = self._write(hidden, data)
+        except Exception as error:
+            mine = f"rank {dist.get_rank()}: {error}"
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, group=self._group)
+        return self._on_rank_0(hidden, lambda: self._publish(hidden, target, meta, common, gathered))
+
+    def _on_rank_0(self, hidden: Path, work: Callable[[], None]) -> str | None:
+        """Do it there alone; what went wrong, on every rank."""
+        problem: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
+                work()
+            except Exception as error:
+                logger.warning("checkpoint %s: %s", hidden, error)
+                problem = [str(error)]
                 shutil.rmtree(hidden, ignore_errors=True)
-                hidden.mkdir(parents=True)
-                free = shutil.disk_usage(hidden).free
-                if free < size.item() + MARGIN:
-                    verdict = [f"{hidden.parent}: {free / 1e9:.2f} GB are free, {size.item() / 1e9:.2f} GB are needed"]
-                    hidden.rmdir()
-            except OSError as error:
-                verdict = [f"{hidden}: {error.strerror}"]
-        dist.broadcast_object_list(verdict)
-        if verdict[0]:
-            raise SaveFailedError(verdict[0])
+        dist.broadcast_object_list(problem, group=self._group)
+        return problem[0]
 
-    def _copied_buckets(self) -> list[Any]:
-        """Megatron's write plan with its own copy of every tensor, so that training may go on changing them."""
-        if self._request.async_fn is None:
-            return []
-        return [
-            (name, key, (data, [(item, tensor.detach().to("cpu", copy=True)) for item, tensor in tensors]))
-            for name, key, (data, tensors) in self._request.async_fn_args[1]
-        ]
-
-    def _write(self, hidden: Path, buckets: list[Any]) -> None:
-        try:
-            results: dict[int, Any] = {}
-            for number, bucket in enumerate(buckets):
-                written: queue.Queue[tuple[int, Any]] = queue.Queue()
-                count: queue.Queue[int] = queue.Queue()
-                count.put(number)
-                # Megatron 0.16 would fork a process a file here, which a process with threads had better not.
-                filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                    self._request.async_fn.args[0], number, bucket, written, count, True
+    def _write(self, hidden: Path, data: dict[str, Any]) -> _Written:
+        """This rank's file, in the format of torch's own writer."""
+        assert self._parts is not None
+        if not self._parts:
+            return _Written([], {}, data)
+        path = hidden / f"__{dist.get_rank()}_0.distcp"
+        stored = []
+        with path.open("wb") as file:
+            for part in self._parts:
+                start = file.tell()
+                torch.save(part.copy, file)
+                where = (path.name, start, file.tell() - start)
+                stored.append(
+                    _Stored(part.key, part.offset, tuple(part.copy.shape), part.whole, part.copy.dtype, *where)
                 )
-                _, results[number] = written.get()
-                if isinstance(results[number], Exception):
-                    raise results[number]
-            if buckets:
-                self._request.async_fn_args[2].put(results)
-            self._files = {path.name: file_digest(path) for path in _written_here(hidden)}
-        except Exception as error:
-            logging.getLogger(__name__).warning("checkpoint %s: %s", hidden, error)
-            self._error = error
+            file.flush()
+            os.fsync(file.fileno())
+        return _Written(stored, {path.name: file_digest(path)}, data)
+
+    def _publish(
+        self, hidden: Path, target: Path, meta: dict[str, Any], common: bytes, gathered: list[_Written | str]
+    ) -> None:
+        """Add what is written once, see that everything is there, and make it visible."""
+        failures = [written for written in gathered if isinstance(written, str)]
+        if failures:
+            raise SaveFailedError("; ".join(failures))
+        ranks = [written for written in gathered if isinstance(written, _Written)]
+        whole = {
+            ".metadata": pickle.dumps(_index([part for rank in ranks for part in rank.parts])),
+            "metadata.json": json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode(),
+            "common.pt": common,
+        }
+        for name, content in whole.items():
+            _write_bytes(hidden / name, content)
+        files = {name: entry for rank in ranks for name, entry in rank.files.items()}
+        for name, (size, _) in files.items():
+            path = hidden / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise SaveFailedError(
+                    f"{path} is not what its rank has written; the run directory must lie on storage that all nodes "
+                    "share"
+                )
+        files |= {name: file_digest(hidden / name) for name in whole}
+        if data := {stream: state for rank in ranks for stream, state in rank.data.items()}:
+            meta = {**meta, "data": data}
+        meta = {"format": FORMAT, **meta, "files": dict(sorted(files.items()))}
+        _write_bytes(hidden / CONFIG_FILE, json.dumps(meta, indent=1).encode())
+        _sync_directory(hidden)
+        hidden.rename(target)
+        _sync_directory(target.parent)  # on the disk before older ones are taken off it
+        try:
+            prune(self._folder, self._keep, self._keep_every)
+        except OSError as error:
+            logger.warning("old checkpoints in %s were not deleted: %s", self._folder, error)
 
 
 def save_now(checkpoint: Path, model: Any, optimizer: Any | None, meta: dict[str, Any]) -> None:
@@ -188,22 +264,47 @@ def save_now(checkpoint: Path, model: Any, optimizer: Any | None, meta: dict[str
     saver.wait()
 
 
-def _state_bytes(model: Any, optimizer: Any | None) -> int:
-    """An upper bound of what this rank writes."""
-    tensors = list(model.parameters())
-    for part in getattr(optimizer, "chained_optimizers", []):
-        for state in part.optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)] * 2
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _part(tensor: Any) -> _Part:
+    live = tensor.data
+    copy = torch.empty(live.shape, dtype=live.dtype, pin_memory=live.is_cuda)
+    return _Part(tensor.key, tuple(tensor.global_offset), tuple(tensor.global_shape), live, copy)
 
 
-def _written_here(folder: Path) -> Iterator[Path]:
-    """The tensor files of this rank."""
-    yield from folder.glob(f"__{dist.get_rank()}_*")
+def _make_room(hidden: Path, size: float) -> None:
+    """Clear the hidden folder and see that the disk can take the checkpoint."""
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    free = shutil.disk_usage(hidden).free
+    if free < size + MARGIN:
+        raise SaveFailedError(f"{free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+def _index(parts: list[_Stored]) -> index.Metadata:
+    """What torch's checkpoints keep in `.metadata`. Raises SaveFailedError where the parts make no wholes."""
+    tensors: dict[str, index.TensorStorageMetadata] = {}
+    places: dict[index.MetadataIndex, _StorageInfo] = {}
+    for part in parts:
+        properties = index.TensorProperties(dtype=part.dtype)
+        entry = tensors.setdefault(part.key, index.TensorStorageMetadata(properties, torch.Size(part.whole), []))
+        offset, shape = torch.Size(part.offset), torch.Size(part.shape)
+        entry.chunks.append(index.ChunkStorageMetadata(offset, shape))
+        places[index.MetadataIndex(part.key, offset)] = _StorageInfo(part.file, part.start, part.length)
+    for name, entry in tensors.items():
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            raise SaveFailedError(f"the parts of {name} that the ranks wrote do not make the whole")
+    return index.Metadata(tensors, storage_data=places)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +38,7 @@ from engine.schedule import PhaseSchedule
 from monitoring.log import append_event, read_events
 from monitoring.recorder import Recorder
 
+logger = logging.getLogger(__name__)
 SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -88,7 +91,7 @@ class Trainer:
 
     def close(self) -> None:
         if self.mirror:
-            self.mirror.wait()
+            self.mirror.close()
         if self.recorder:
             self.recorder.close()
         parallel_state.destroy_model_parallel()
@@ -101,11 +104,12 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
     architecture = resolve_architecture(config.model, tokenizer)
     layout = plan(config, architecture, dist.get_world_size())
     initialise(layout, config.seed)
+    _log_groups()
     model, wrapped = build_model(architecture, layout, precision, config)
     optimizer = build_optimizer([wrapped], config.optimizer, DTYPE[precision])
     model.config.grad_scale_func = optimizer.scale_loss
 
-    mirror = _mirror(config)
+    mirror = _mirror(config, directory)
     meta = _restore(config, directory, mirror, model, optimizer, architecture)
     step = int(meta.get("step", 0))
     recorder = None
@@ -124,7 +128,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         peak = device.peak_flops(precision)
         recorder = Recorder(directory, config, info, layout.workers, peak, meta.get("recorder"), step)
     gc.collect()
-    gc.freeze()  # Megatron collects garbage at every save: 0.3 s over what importing it leaves behind, which stays
+    gc.freeze()  # what importing Megatron leaves behind stays, and takes 0.3 s to look through at a collection
     return Trainer(
         config=config,
         directory=directory,
@@ -147,10 +151,22 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         evaluation=_held_out(config, tokenizer, layout),
         saver=Saver(directory / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every),
         mirror=mirror,
-        guards=Guards(directory),
+        guards=Guards(directory, meta.get("guards")),
         recorder=recorder,
         step=step,
         data_state=meta.get("data"),
+    )
+
+
+def _log_groups() -> None:
+    groups = {
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(),
+    }
+    ranks = ", ".join(f"{name} {dist.get_process_group_ranks(group)}" for name, group in groups.items())
+    logger.info(
+        "rank %d of %d on %s; its groups: %s", dist.get_rank(), dist.get_world_size(), socket.gethostname(), ranks
     )
 
 
@@ -195,10 +211,10 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[O
     }
 
 
-def _mirror(config: RunConfig) -> Mirror | None:
+def _mirror(config: RunConfig, directory: Path) -> Mirror | None:
     if config.checkpoint.mirror is None or dist.get_rank() != 0:
         return None
-    return Mirror(config.checkpoint.mirror, config.checkpoint.keep)
+    return Mirror(config.checkpoint.mirror, config, directory)
 
 
 def _restore(
@@ -214,13 +230,17 @@ def _restore(
     folder = directory / "checkpoints"
     choice: list[Any] = [None, []]
     if dist.get_rank() == 0:
-        choice = list(checkpoints.latest_valid(folder))
-        if mirror:
-            choice[0] = mirror.fetch(folder, newer_than=choice[0].name if choice[0] else "") or choice[0]
-        for complaint in choice[1]:
+        checkpoints.clear_partial(folder)
+        valid, complaints = checkpoints.latest_valid(folder)
+        broken = checkpoints.list_checkpoints(folder)[: len(complaints)]
+        newest = (mirror.fetch(folder, newer_than=valid) if mirror else None) or valid
+        for path, complaint in zip(broken, complaints, strict=True):
             append_event(directory, "checkpoint_damaged", reason=complaint)
-        if choice[1] and choice[0] is None:
-            choice[1] = [*choice[1], "no older checkpoint is left"]
+            if newest and newest != path:  # else it would come before the next ones, and push them out
+                checkpoints.set_aside(path)
+        if complaints and newest is None:
+            complaints = [*complaints, "no older checkpoint is left"]
+        choice = [newest, complaints]
     dist.broadcast_object_list(choice)
     newest, damaged = choice
     if newest is None and damaged:
@@ -229,6 +249,8 @@ def _restore(
         meta = checkpoints.describe(newest)
         _require_same_shape(newest, meta, architecture)
         checkpoints.load(newest, model, optimizer if meta["optimizer"] else None)
+        if not meta["optimizer"]:
+            optimizer.reload_model_params()
         return meta
     init = config.model.init
     if init != "scratch" and (Path(init) / CONFIG_FILE).is_file():

@@ -69,7 +69,7 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
                     if trainer.replicas_due(step + 1):
                         require_equal_replicas(trainer.model, step + 1)
                     trainer.frozen.clear_gradients()
-                    grad_norm = optimizer_step(trainer.optimizer)
+                    grad_norm = optimizer_step(trainer.optimizer, finite=all(map(math.isfinite, losses)))
                     step, trainer.data_state = step + 1, batch.state
                     reason = stop() if trainer.recorder else None
                     totals = _sum_over_ranks(trainer, batch, objective.causal, losses, step, reason)
@@ -123,7 +123,6 @@ def _sum_over_ranks(
         "stop": float(reason is not None),
         "ended": float(batch.ends),
         "writing": float(trainer.saver.writing),
-        "write_failed": float(trainer.saver.failed),
     }
     if counts_here():
         for micro in batch.micro_batches:
@@ -225,36 +224,35 @@ def _report_skipped(directory: Path, step: int, skipped: dict[str, int]) -> None
 def _begin_save(trainer: Trainer, span: PhaseSpan, step: int, stopping: bool) -> None:
     """Start saving what training has reached. At the end of a phase, and before stopping, it is waited for."""
     last = stopping or step == trainer.schedule.total
-    trainer.wrapped.start_param_sync(force_sync=True)  # else the next forward pass gathers what the step has changed
-    group = parallel_state.get_data_parallel_group()
-    parts: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(parts, trainer.data_state, group=group)
-    trainer.data_state = {stream: state for part in parts for stream, state in part.items()}
-    meta = {
-        "step": step,
-        "phase": span.index,
-        "architecture": trainer.architecture.to_dict(),
-        "config": trainer.config.model_dump(mode="json", exclude_none=True),
-        "data": trainer.data_state,
-        "recorder": trainer.recorder.state() if trainer.recorder else None,
-    }
-    trainer.saved_at = time.monotonic()
     if trainer.saver.pending:
         _finish(trainer, trainer.saver.wait)
-    try:
-        path = checkpoints.step_directory(trainer.checkpoints, step)
-        trainer.saver.begin(path, trainer.model, trainer.optimizer, meta)
-    except SaveFailedError as error:
-        _save_failed(trainer, error, last)
-    else:
-        if last or step == span.last:
-            _finish(trainer, trainer.saver.wait, last)
+    started = time.perf_counter()
+    if step == span.last:  # the next phase starts from the positions of all streams
+        group = parallel_state.get_data_parallel_group()
+        parts: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(parts, trainer.data_state, group=group)
+        trainer.data_state = {stream: state for part in parts for stream, state in part.items()}
+    meta: dict[str, Any] = {}
+    if trainer.recorder:
+        meta = {
+            "step": step,
+            "phase": span.index,
+            "architecture": trainer.architecture.to_dict(),
+            "config": trainer.config.model_dump(mode="json", exclude_none=True),
+            "recorder": trainer.recorder.state(),
+            "guards": trainer.guards.state(),
+        }
+    trainer.saved_at = time.monotonic()
+    path = checkpoints.step_directory(trainer.checkpoints, step)
+    trainer.saver.begin(path, trainer.model, trainer.optimizer, meta, trainer.data_state, started)
+    if last or step == span.last:
+        _finish(trainer, trainer.saver.wait, last)
 
 
 def _complete_save(trainer: Trainer, totals: dict[str, float]) -> None:
-    """Make a save visible once no rank is writing any more."""
+    """Take note of a save once no rank is writing any more."""
     if trainer.saver.pending and not totals["writing"]:
-        _finish(trainer, lambda: trainer.saver.complete(failed=bool(totals["write_failed"])))
+        _finish(trainer, trainer.saver.complete)
 
 
 def _finish(trainer: Trainer, complete: Callable[[], tuple[Path, float]], last: bool = False) -> None:
@@ -267,8 +265,6 @@ def _finish(trainer: Trainer, complete: Callable[[], tuple[Path, float]], last: 
             trainer.recorder.checkpoint_saved(checkpoints.step_of(path), seconds, path, trainer.saver.stall)
         if trainer.mirror:
             trainer.mirror.upload(path)
-            if trainer.mirror.error:
-                append_event(trainer.directory, "checkpoint_failed", reason=f"mirror: {trainer.mirror.error}")
 
 
 def _save_failed(trainer: Trainer, error: SaveFailedError, last: bool) -> None:

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import InputError
-from configs.load import differences, dump_config, load_config
+from configs.load import changes_of_run, dump_config, load_config
 from configs.schema import RunConfig
 
 CONFIG = "config.yaml"
-MAY_CHANGE = re.compile(
-    r"(cluster|parallel|checkpoint|monitoring)\.|batch\.micro|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
-    r"|data\.(sources\.\d+|evaluation)\.(shards|text)"
-)
-"""Keys that say where and how a run is executed; everything else says what it computes.
-
-Shards may lie elsewhere: a checkpoint knows the data by its content, and refuses any other.
-"""
+LOCK = ".lock"
 
 
 @contextmanager
@@ -32,7 +25,7 @@ def claim(directory: Path, config: RunConfig) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"--output {directory} cannot be written: {error.strerror}; choose another") from None
     try:
@@ -42,24 +35,46 @@ def claim(directory: Path, config: RunConfig) -> Iterator[None]:
             raise InputError(
                 f"--output {directory} is in use by another detour-train; wait for it or choose another"
             ) from None
+        except OSError as error:
+            raise InputError(
+                f"--output {directory}: its file system locks no files ({error.strerror}), so two jobs could write "
+                "there at once; choose one that does (NFS 4, or Lustre mounted with -o flock)"
+            ) from None
         _require_same_run(directory, config)
+        _write_token(lock, directory)
         _replace(directory / CONFIG, dump_config(config))
         yield
     finally:
         os.close(lock)
 
 
+def token_of(directory: Path) -> str | None:
+    """What the job that has the directory wrote into it: the same seen from every node, where the directory is."""
+    try:
+        return (directory / LOCK).read_text(encoding="ascii")
+    except OSError:
+        return None
+
+
+def _write_token(lock: int, directory: Path) -> None:
+    try:
+        os.ftruncate(lock, 0)
+        os.write(lock, secrets.token_hex(16).encode())
+        os.fsync(lock)
+    except OSError as error:
+        raise InputError(f"--output {directory} cannot be written: {error.strerror}; choose another") from None
+
+
 def _require_same_run(directory: Path, config: RunConfig) -> None:
     path = directory / CONFIG
     if not path.exists():
-        others = sorted(entry.name for entry in directory.iterdir() if entry.name != ".lock")
+        others = sorted(entry.name for entry in directory.iterdir() if entry.name != LOCK)
         if others:
             raise InputError(
                 f"--output {directory} holds {', '.join(others[:3])} but no {CONFIG}, so it is no run; choose another"
             )
         return
-    changed = [line for line in differences(load_config(str(path)), config) if not MAY_CHANGE.match(line)]
-    if changed:
+    if changed := changes_of_run(load_config(str(path)), config):
         raise InputError(
             f"--output {directory} holds a different run\n  "
             + "\n  ".join(changed)
