@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -36,6 +38,19 @@ def moved(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(where, non_blocking=True)
 
 
+def fused(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """On a GPU torch.compile makes one kernel of the function's elementwise operations; a CPU runs it as it is.
+
+    So does a GPU machine without a C compiler, which torch.compile needs (`detour doctor` says so).
+    """
+    return torch.compile(function, dynamic=True) if torch.cuda.is_available() and c_compiler() else function
+
+
+def c_compiler() -> str | None:
+    """Where torch.compile finds the compiler of its kernels' launchers."""
+    return shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
+
+
 def name() -> str:
     """Model of the device, for people."""
     if torch.cuda.is_available():
@@ -48,6 +63,13 @@ def memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)
+
+
+def total_memory_bytes() -> int:
+    """Of the device, in use or not."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(device()).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def utilization() -> float:

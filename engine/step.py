@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
 from engine.modernbert.attention import PackedDocuments
-from engine.setup import Trainer
+
+if TYPE_CHECKING:
+    from engine.setup import Trainer
 
 
 def forward_backward(

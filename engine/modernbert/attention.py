@@ -7,6 +7,7 @@ The documents of a micro-batch lie end to end in one row of T tokens. No token s
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from engine.device import moved
+from engine.device import fused, moved
 
 BAND = 64
 """Queries that share one gathered window of keys in a local layer on the CPU."""
@@ -128,6 +130,7 @@ class ModernBertSelfAttention(SelfAttention):
         return output
 
 
+@fused
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on [T, heads, d] by the half-split rotation Hugging Face uses; cos and sin are [T, 1, d]."""
     first, second = states.chunk(2, dim=-1)
@@ -184,6 +187,10 @@ class BlockedAttention(_CoreAttention):
 class FlashAttention(_CoreAttention):
     """torch's variable-length FlashAttention: CUDA, fp16 or bf16."""
 
+    def __init__(self, config: Any, layer_number: int, **more: Any) -> None:
+        super().__init__(config, layer_number, **more)
+        _take_newest_flash_attention()
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
         """[T, heads, d] each -> [T, heads, d]."""
         from torch.nn.attention.varlen import varlen_attn
@@ -194,3 +201,34 @@ class FlashAttention(_CoreAttention):
             query, key, value, ends, ends, longest, longest, window_size=(reach, 0 if packed.causal else reach)
         )
         return output
+
+
+@functools.cache
+def _take_newest_flash_attention() -> None:
+    """FlashAttention-3 in place of the 2 in torch, on a Hopper GPU where its package is installed."""
+    implementations: tuple[str, ...] = getattr(
+        torch.nn.attention, "list_flash_attention_impls", tuple
+    )()  # not in every torch 2.11
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if hopper and "FA3" in implementations and importlib.util.find_spec("flash_attn_interface"):
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
+class TransformerEngineAttention(_CoreAttention):
+    """Transformer Engine's attention: CUDA, fp16 or bf16.
+
+    It picks a backend a call. cuDNN's takes packed documents with windows to the left alone (TE 2.x, `dot_product_
+    attention/utils.py`), so local layers need its other one, the flash-attn package, unless they are causal.
+    """
+
+    def __init__(self, config: Any, layer_number: int, **more: Any) -> None:
+        super().__init__(config, layer_number)
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        self.inner = TEDotProductAttention(config, layer_number, **more)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """[T, heads, d] each -> [T, heads, d]."""
+        mask = AttnMaskType.padding_causal if packed.causal else AttnMaskType.padding
+        context: Tensor = self.inner(query, key, value, None, attn_mask_type=mask, packed_seq_params=packed)
+        return context.view(query.shape)

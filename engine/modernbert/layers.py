@@ -6,10 +6,12 @@ not, and other keys, so that a checkpoint could not move between a CPU and a GPU
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -26,7 +28,16 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from engine.modernbert.attention import BlockedAttention, FlashAttention, ModernBertSelfAttention
+from engine.device import fused
+from engine.modernbert.attention import (
+    BlockedAttention,
+    FlashAttention,
+    ModernBertSelfAttention,
+    TransformerEngineAttention,
+)
+
+AttentionKernel = Literal["torch", "transformer_engine"]
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # warns of any MLP but its own
 
 
 class LayerNorm(torch.nn.Module):
@@ -43,19 +54,40 @@ class LayerNorm(torch.nn.Module):
         return F.layer_norm(states, self.weight.shape, self.weight, None, self.eps)
 
 
-def block_spec(config: TransformerConfig, *, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm."""
+class GatedMLP(MLP):
+    """Megatron's projections around the exact-GELU gate of ModernBERT; Megatron's own fused gate is the tanh GELU."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(geglu(self.linear_fc1(hidden_states)[0]))
+        return output
+
+
+@fused
+def geglu(states: Tensor) -> Tensor:
+    """[..., 2 n] -> [..., n]: GELU of the first half times the second."""
+    first, second = states.chunk(2, dim=-1)
+    return F.gelu(first) * second
+
+
+def block_spec(
+    config: TransformerConfig, *, transformer_engine: bool, attention: AttentionKernel = "torch"
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm; `attention` is the kernel of GPUs in half precision."""
     first = get_transformer_layer_offset(config)
     count = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(first + i == 0, config, transformer_engine) for i in range(count)],
+        layer_specs=[_layer_spec(first + i == 0, config, transformer_engine, attention) for i in range(count)],
         layer_norm=LayerNorm,
     )
 
 
-def _layer_spec(is_first: bool, config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
+def _layer_spec(
+    is_first: bool, config: TransformerConfig, transformer_engine: bool, attention: AttentionKernel
+) -> ModuleSpec:
     column, row = _te_linears() if transformer_engine else (ColumnParallelLinear, RowParallelLinear)
-    flash = transformer_engine and config.params_dtype != torch.float32
+    core: type = BlockedAttention
+    if transformer_engine and config.params_dtype != torch.float32:
+        core = {"torch": FlashAttention, "transformer_engine": TransformerEngineAttention}[attention]
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -65,13 +97,17 @@ def _layer_spec(is_first: bool, config: TransformerConfig, transformer_engine: b
                 params={"attn_mask_type": AttnMaskType.padding},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column,
-                    core_attention=FlashAttention if flash else BlockedAttention,
+                    core_attention=core,
                     linear_proj=row,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=LayerNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=GatedMLP,
+                params={"tp_group": parallel_state.get_tensor_model_parallel_group()},
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

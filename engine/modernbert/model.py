@@ -22,7 +22,7 @@ from transformers import ModernBertConfig
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.config import padded_vocabulary
 from engine.modernbert.head import linear_cross_entropy
-from engine.modernbert.layers import LayerNorm, block_spec
+from engine.modernbert.layers import AttentionKernel, LayerNorm, block_spec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
 """Of the prediction head, by Hugging Face's names."""
@@ -66,7 +66,12 @@ class ModernBert(LanguageModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, architecture: ModernBertConfig, *, transformer_engine: bool = False
+        self,
+        config: TransformerConfig,
+        architecture: ModernBertConfig,
+        *,
+        transformer_engine: bool = False,
+        attention: AttentionKernel = "torch",
     ) -> None:
         super().__init__(config=config)
         self.config = config
@@ -86,7 +91,7 @@ class ModernBert(LanguageModule):
             self.embedding_norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.decoder = TransformerBlock(
             config,
-            block_spec(config, transformer_engine=transformer_engine),
+            block_spec(config, transformer_engine=transformer_engine, attention=attention),
             pre_process=self.pre_process,
             post_process=self.post_process,
         )
