@@ -17,11 +17,13 @@ nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${nodes[0]}
 port=$((20000 + SLURM_JOB_ID % 20000))
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"   # srun no longer takes it from sbatch
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')   # other users of the nodes cannot join or submit
 export RAY_AUTH_TOKEN
 resources=(--num-cpus "${SLURM_CPUS_PER_TASK:-1}" ${SLURM_GPUS_ON_NODE:+--num-gpus "$SLURM_GPUS_ON_NODE"})
 
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+# As Ray finds the other nodes' addresses; a host's name may stand for a loopback address, or for several.
+address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" python -c 'import ray; print(ray.util.get_node_ip_address())')
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \
     ray start --head --node-ip-address="$address" --port="$port" --include-dashboard=false "${resources[@]}" --block &
 if ((${#nodes[@]} > 1)); then

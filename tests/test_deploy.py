@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import click
 import psutil
+import pytest
 import yaml
+from ray.scripts.scripts import cli as ray_cli
 
 from configs.load import load_config
 from tests.launcher.toy import environment, events, started, steps, wait_for
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
 
 
 def check_command(command: str) -> None:
@@ -22,15 +29,34 @@ def check_command(command: str) -> None:
     words = shlex.split(command)
     assert words[0] == "detour-train"
     load_config(words[1], [word for word in words[2:] if "=" in word])
+    assert words[words.index("--output") + 1].startswith("/"), (
+        "where all nodes see it, and not in Ray's copy of the job"
+    )
 
 
-def test_ray_cluster_file_is_what_ray_expects() -> None:
-    from ray.autoscaler._private.util import fillout_defaults, validate_config
+def test_ray_cluster_starts_with_a_token_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.authentication.authentication_token_setup import _get_default_token_path
+    from ray.autoscaler._private.util import fillout_defaults, hash_runtime_conf, validate_config
 
-    config = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())
-    validate_config(fillout_defaults(config))
-    head = config["available_node_types"][config["head_node_type"]]
-    assert head["resources"]["CPU"] == 0
+    text = (DEPLOY / "ray-cluster.yaml").read_text()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (generate,) = re.findall(r"^#   (ray get-auth-token --generate)", text, re.MULTILINE)
+    ray = [sys.executable, "-m", "ray.scripts.scripts", *generate.split()[1:]]
+    subprocess.run(ray, env=environment() | {"HOME": str(tmp_path)}, check=True, timeout=120)
+    config = fillout_defaults(yaml.safe_load(text))
+    validate_config(config)
+    ((there, here),) = config["file_mounts"].items()
+    assert Path(there).expanduser() == Path(here).expanduser() == _get_default_token_path()
+    hash_runtime_conf(config["file_mounts"], [], [])  # reads what it mounts
+    for start in config["head_start_ray_commands"][1:] + config["worker_start_ray_commands"][1:]:
+        assert start.startswith("RAY_AUTH_MODE=token ")
+    head, gpu = (config["available_node_types"][name]["resources"] for name in (config["head_node_type"], "gpu"))
+    assert head["CPU"] == 0
+    command = re.findall(r"ray job submit .* -- ((?:.*\n)*?.*)$", text.replace("\\\n# ", ""), re.MULTILINE)[0].split(
+        "#"
+    )[0]
+    check_command(command)
+    assert f"cluster.gpus_per_node={gpu['GPU']}" in command
 
 
 def test_rayjob_runs_a_recipe_on_the_nodes_it_asks_for() -> None:
@@ -44,7 +70,25 @@ def test_rayjob_runs_a_recipe_on_the_nodes_it_asks_for() -> None:
         pod = spec["template"]["spec"]
         (container,) = pod["containers"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-        assert any(entry["name"] == "RAY_AUTH_TOKEN" for entry in container["env"])
+    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    pod = group["template"]["spec"]
+    notice = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    deadline, pause = (int(re.findall(pattern, notice)[0]) for pattern in (r"seconds=(\d+)", r"sleep (\d+)"))
+    assert pause < deadline < pod["terminationGracePeriodSeconds"]
+    drain = shlex.split(notice.split("&&")[0])[1:]
+    (name, *options) = drain
+    ray_command = ray_cli.commands[name]
+    assert not ray_command.make_parser(click.Context(ray_command)).parse_args(options)[1], "Ray knows every option"
+
+
+def test_docker_copies_no_more_than_an_image_needs() -> None:
+    """And the image can read the shards of the other files: from object stores too."""
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {".git", ".venv", "runs", "shards"} < set(left_out)
+    sources = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert not {source.rstrip("*") for source in sources} & set(left_out)
+    extras = re.findall(r"EXTRA=\[(.*?)\]", (DEPLOY / "Dockerfile").read_text())
+    assert len(extras) == 2 and all("remote" in extra.split(",") for extra in extras)
 
 
 def test_slurm_script_trains_and_requeues_itself_when_stopped(undisturbed: Path, tmp_path: Path) -> None:
@@ -53,9 +97,9 @@ def test_slurm_script_trains_and_requeues_itself_when_stopped(undisturbed: Path,
     commands.mkdir()
     skip_options = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
     for name, body in {
-        "srun": skip_options,
+        "srun": f"[[ $SRUN_CPUS_PER_TASK == 2 ]] || exit 1; {skip_options}",
         "scontrol": f'if [[ $1 == show ]]; then echo localhost; else echo "$@" > {tmp_path}/requeued; fi',
-        "hostname": "echo 127.0.0.11",
+        "python": "echo 127.0.0.11",  # asked for this node's address
     }.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (commands / name).chmod(0o755)
