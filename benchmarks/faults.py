@@ -8,8 +8,11 @@ the same run without any. The peers are bars in seconds or steps; the rows named
 
 from __future__ import annotations
 
+import contextlib
 import random
+import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +24,13 @@ import psutil
 
 from benchmarks.cpu_vs_transformers import MODEL
 from benchmarks.table import Row, arguments, report
+from monitoring.telemetry import Telemetry
 from tests.chaos.loopback import LoopbackCluster, LoopbackNode
 from tests.launcher.toy import (
     DETOUR,
     TRAIN,
     assert_same_run,
+    events,
     lines,
     recipe,
     run,
@@ -37,6 +42,8 @@ from tests.launcher.toy import (
 )
 
 SAMPLE = "package://corpus/tico19_en.jsonl.gz"
+POISON = Path(__file__).parents[1] / "tests/chaos/poison"
+"""On Python's path, it spoils one batch."""
 INTERVAL = 5
 """Steps between two checkpoints of the run that faults happen to."""
 
@@ -107,8 +114,24 @@ def _stall(name: str, directory: Path) -> Row:
 
 
 def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:
-    """On a cluster of raylets: one fault after another at random steps; then the same run without any."""
+    """On a cluster of raylets: one fault after another at random steps; then the same run without any.
+
+    In both, a batch early on has no finite loss. The run with faults lies on a disk of its own, if one may be mounted.
+    """
     home.mkdir()
+    disk = home / "disk"
+    disk.mkdir()
+    small = not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m", "none", disk], check=False).returncode
+    try:
+        return _random_faults(
+            home, disk, shards, faults, FAULTS if small else [f for f in FAULTS if f is not fill_disk]
+        )
+    finally:
+        if small:
+            subprocess.run(["umount", disk], check=True)
+
+
+def _random_faults(home: Path, disk: Path, shards: Path, faults: int, kinds: list[Fault]) -> list[Row]:
     seed = random.randrange(2**32)
     print(f"faults drawn from seed {seed}", flush=True)
     draw = random.Random(seed)
@@ -119,24 +142,27 @@ def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:
     )
     tree["phases"][0]["steps"], tree["phases"][1]["steps"] = 15 * faults, 6
     toy = write(home / "toy.yaml", tree)
-    recomputed, recovery, lost = [0], [], 0
-    with LoopbackCluster(3) as cluster:
-        job = _Job(cluster, toy, home / "run")
+    recomputed, recovery, lost, each = [0], [], 0, []
+    with LoopbackCluster(3, path=POISON) as cluster:
+        job = _Job(cluster, toy, disk / "run")
         for number in range(faults):
-            fault = draw.choice(FAULTS)
+            fault = draw.choice(kinds)
             at = max([0, *steps(job.directory)]) + draw.randint(2, 8)
             job.wait_for_step(at)
             reached, began = max(steps(job.directory)), time.time()
             print(f"{number + 1:>3}/{faults} step {reached:>4}  {fault.__name__:<28}", end="", flush=True)
             noticed = fault(job)
-            resumed = job.wait_for_event("resumed", since=began)
+            # A full disk ends no worker: the training goes on without checkpoints.
+            again = 0 if fault is fill_disk else max(0, reached - job.wait_for_event("resumed", since=began)["step"])
             job.wait_for_step(reached + 1)
             back = time.time() - began
-            again = max(0, reached - resumed["step"])
             recomputed.append(again)
             recovery.append(back)
+            name = f"fault {number + 1}: {fault.__name__} at step {reached}"
+            each += [_part(f"{name}, noticed", noticed - began), _part(f"{name}, going on", back)]
             print(f"noticed {noticed - began:5.1f} s  going on {back:5.1f} s  {again} steps recomputed", flush=True)
         job.finish()
+        assert "step_skipped" in events(job.directory), "no batch was poisoned"
         clean = _Job(cluster, toy, home / "clean")
         clean.finish()
     try:
@@ -150,6 +176,7 @@ def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:
         Row.at_most("steps recomputed after a fault, most", max(recomputed), INTERVAL, 1, "steps"),
         _part("fault to the first new step, median", recovery[len(recovery) // 2]),
         _part("fault to the first new step, longest", recovery[-1]),
+        *each,
     ]
 
 
@@ -181,8 +208,8 @@ class _Job:
 
     def wait_for_event(self, kind: str, since: float) -> dict[str, Any]:
         def found() -> dict[str, Any] | None:
-            events = [event for event in lines(self.directory / "events.jsonl") if event["event"] == kind]
-            return events[-1] if events and _time(events[-1]) > since else None
+            those = [event for event in lines(self.directory / "events.jsonl") if event["event"] == kind]
+            return those[-1] if those and _time(those[-1]) > since else None
 
         event: dict[str, Any] = wait_for(found, self.process, timeout=600)
         return event
@@ -250,7 +277,45 @@ def truncate_newest_checkpoint(job: _Job) -> float:
     return time.time()
 
 
-FAULTS: list[Callable[[_Job], float]] = [
+def delete_newest_checkpoint(job: _Job) -> float:
+    """And kill the driver, so that it is needed."""
+    job.process.kill()
+    job.process.wait()
+    saved = sorted((job.directory / "checkpoints").glob("step-*"))
+    if len(saved) > 1:
+        shutil.rmtree(saved[-1])
+    job.submit_again()
+    return time.time()
+
+
+def kill_worker_in_save(job: _Job) -> float:
+    """Rank 0, which ends the save; on a toy the kill may come a blink too late."""
+    saving = job.directory / "checkpoints"
+    wait_for(lambda: list(saving.glob(".step-*.partial")), job.process, pause=0.001)
+    began = time.time()
+    job.member(0)[0].kill()
+    return _time(job.wait_for_event("worker_failed", began))
+
+
+def fill_disk(job: _Job) -> float:
+    """Until a checkpoint has failed."""
+    filler = job.directory.parent / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**12))
+
+    def failed() -> bool:
+        now = Telemetry.read(job.directory)
+        return now is not None and "checkpoint_failed" in now.unwritten
+
+    wait_for(failed, job.process)
+    filler.unlink()
+    return time.time()
+
+
+Fault = Callable[[_Job], float]
+"""Does it, and says when it was noticed."""
+FAULTS: list[Fault] = [
     kill_worker,
     stop_worker,
     kill_node,
@@ -258,6 +323,9 @@ FAULTS: list[Callable[[_Job], float]] = [
     kill_driver,
     terminate_driver,
     truncate_newest_checkpoint,
+    delete_newest_checkpoint,
+    kill_worker_in_save,
+    fill_disk,
 ]
 
 
