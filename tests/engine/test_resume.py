@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from configs.errors import InputError
+from configs.schema import RunConfig
 from engine.checkpoint import describe, latest_valid, prune, step_directory, verify
 from monitoring.log import read_events, read_metrics
 from tests.engine.world import run_world, stored, toy_config, train
@@ -134,6 +135,27 @@ def test_an_index_that_calls_a_weight_a_pickle_is_not_loaded(alone_run: Path, tm
     checkpoint = with_index(alone_run, tmp_path, pickle.dumps(index))
     with pytest.raises(InputError, match=r"decoder\.final_layernorm\.weight is no tensor: it is not trusted"):
         verify(checkpoint)
+
+
+def train_with_a_fast_clock(config: RunConfig, directory: Path) -> Any:
+    """Train; the clock is 25 seconds ahead for every time it was looked at."""
+    import time
+    from types import SimpleNamespace
+
+    from engine import trainer
+
+    looks = iter(range(1, 10**9))
+    clock = {"monotonic": lambda: time.monotonic() + 25 * next(looks), "perf_counter": time.perf_counter}
+    trainer.time = SimpleNamespace(**clock)  # type: ignore[attr-defined]
+    return train(config, directory)
+
+
+def test_checkpoints_by_the_minute(shards: Path, tmp_path: Path) -> None:
+    """The rank that decides looks once a step, and once as a save begins."""
+    config = toy_config(shards, phases=[{"objective": "clm", "steps": 8}], checkpoint={"every": "1 minutes"})
+    run_world(2, train_with_a_fast_clock, config, tmp_path)
+    saved = [event["step"] for event in read_events(tmp_path) if event["event"] == "checkpoint_saved"]
+    assert saved == [3, 6, 8]
 
 
 def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
