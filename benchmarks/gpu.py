@@ -135,6 +135,24 @@ def transformers_row(folder: Path, objective: str, repeats: int) -> Row:
     return Row.at_least(name, found, theirs_best, 2.0, "real tokens/s")
 
 
+def attention_rows(folder: Path, steps: int) -> list[Row]:
+    """Transformer Engine's attention against torch's, which is the default."""
+    rows = []
+    for objective in ("clm", "mlm"):
+        torchs, engines = (
+            run_config(folder, BASE, objective, precision="bf16", attention=kernel)
+            for kernel in ("torch", "transformer_engine")
+        )
+        name = f"base, {objective.upper()}: Transformer Engine's attention against torch's"
+        try:
+            found = speed(engines, steps)
+        except Exception as error:  # it has no kernel for some of the layers without other packages
+            print(f"{name}: not measured: {str(error).splitlines()[0]}")
+            continue
+        rows.append(Row.at_least(name, found, speed(torchs, steps), None, "real tokens/s"))
+    return rows
+
+
 def fp8_rows(folder: Path, recipe: str, steps: int) -> list[Row]:
     """Training in FP8: how far its loss is from BF16's after so many steps, and from its own after a restart."""
     from engine.trainer import train
@@ -185,6 +203,7 @@ def measure(folder: Path, quick: bool) -> list[Row]:
             rows.append(Row.at_least(name, found, plain, wanted, "real tokens/s"))
             if size == "150M":
                 rows += fp8_rows(folder, recipe, 20 if quick else 200)
+    rows += attention_rows(folder, steps)
     rows.append(idle_row(run_config(folder, BASE, "clm", precision="bf16")))
     return rows + [transformers_row(folder, objective, 1 if quick else 3) for objective in ("clm", "mlm")]
 
@@ -196,6 +215,7 @@ def main() -> None:
             f"{size}, FP8 {recipe} against BF16" for size in MODELS for recipe in RECIPES
         ]
         names += [f"FP8 {recipe}: loss against BF16's, and after a restart" for recipe in RECIPES]
+        names += ["base, CLM and MLM: Transformer Engine's attention against torch's"]
         names += ["base, CLM: device time not in kernels", "base, CLM and MLM against transformers"]
         print("\n".join(f"{name}: not measured, there is no NVIDIA GPU here" for name in names))
         if options.json:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +22,17 @@ pytestmark = [
 LENGTHS = (300, 40, 5, 5, 34)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_logits_equal_hugging_face(dtype: torch.dtype, bar: float, causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bar", "attention", "causal"),
+    [
+        (torch.float32, 1e-4, "torch", False),
+        (torch.float32, 1e-4, "torch", True),
+        (torch.bfloat16, 2e-2, "torch", False),
+        (torch.bfloat16, 2e-2, "torch", True),
+        (torch.bfloat16, 2e-2, "transformer_engine", True),
+    ],
+)
+def test_logits_equal_hugging_face(dtype: torch.dtype, bar: float, attention: Any, causal: bool) -> None:
     """Relative to the largest logit; in bf16 the format itself has 8 bits of mantissa."""
     from engine.modernbert.attention import PackedDocuments
     from engine.modernbert.convert import load_weights
@@ -29,7 +42,8 @@ def test_logits_equal_hugging_face(dtype: torch.dtype, bar: float, causal: bool)
     torch.backends.cuda.matmul.allow_tf32 = False
     theirs, _, architecture = build()
     state = theirs.state_dict()
-    model = ModernBert(transformer_config(architecture, dtype=dtype), architecture, transformer_engine=True)
+    config = transformer_config(architecture, dtype=dtype)
+    model = ModernBert(config, architecture, transformer_engine=True, attention=attention)
     load_weights(model, lambda name: state[name])
     model = model.cuda().eval()
     ids = torch.randint(0, architecture.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
@@ -61,3 +75,37 @@ def test_fp8_follows_bf16(recipe: str, tmp_path: Path) -> None:
         run_world(1, train, config, tmp_path / precision)
         losses.append(read_metrics(tmp_path / precision)[-1]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def _train_in_a_process(config: Any, directory: Path, stop_after: int | None, *, gpu: bool) -> None:
+    """In a process of its own, since one that has seen a GPU cannot be made to forget it."""
+    code = (
+        "import pickle, sys; from tests.engine.conftest import cpu; from tests.engine.world import run_world, train\n"
+        "if __name__ == '__main__': run_world(1, train, *pickle.load(sys.stdin.buffer))"
+    )
+    script = directory.parent / "train.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    subprocess.run(
+        [sys.executable, script], input=pickle.dumps((config, directory, stop_after)), env=environment, check=True
+    )
+
+
+def test_a_cpu_checkpoint_goes_on_on_a_gpu_and_back(tmp_path: Path) -> None:
+    from datapipe.prepare import ensure_prepared
+    from datapipe.tokenizer import load_tokenizer
+    from monitoring.log import read_metrics
+    from tests.engine.world import toy_config
+
+    config = toy_config(tmp_path)
+    ensure_prepared(config.data, load_tokenizer(config.tokenizer))
+    travelled, stayed = tmp_path / "travelled", tmp_path / "stayed"
+    travelled.mkdir(), stayed.mkdir()
+    _train_in_a_process(config, stayed, None, gpu=False)
+    _train_in_a_process(config, travelled, 2, gpu=False)
+    _train_in_a_process(config, travelled, 2, gpu=True)
+    _train_in_a_process(config, travelled, None, gpu=False)
+    losses, expected = ([line["loss"] for line in read_metrics(place)] for place in (travelled, stayed))
+    assert losses == pytest.approx(expected, rel=1e-3)
