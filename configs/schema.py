@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
@@ -306,6 +307,9 @@ class Cluster(Section):
     nodes, and grows when more come."""
     workers_per_node: PositiveInt | Literal["auto"] = "auto"
     """auto: one worker a GPU; without GPUs, the tensor x pipeline size."""
+    gpus_per_node: NonNegativeInt | Literal["auto"] = "auto"
+    """auto: what the largest node has, or this machine. A cluster that starts its GPU nodes on demand has none when the
+    run begins: say how many each will have, and let start_timeout cover their start."""
     start_timeout: PositiveInt = 120
     """Seconds to wait for the nodes before giving up."""
     hang_timeout: PositiveInt = 600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,35 +13,37 @@ from monitoring.telemetry import TELEMETRY
 
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, at most."""
+ADDRESS = re.compile(r"\[?[0-9a-f.:]*[.:][0-9a-f.:]*\]?:\d+|\b(\d+\.){3}\d+\b|0x[0-9a-f]+", re.I)
+"""What differs between two messages of one failure: hosts with ports, and places in memory."""
 
 
 @dataclass
 class FailureBudget:
-    """Counts failures of one job. An error the program raises twice at the same step will come a third time too."""
+    """Counts failures of one job. One that comes again before a checkpoint was saved will come a third time too."""
 
     allowed: int
     used: int = 0
     _last: tuple[int, str, str] | None = None
     _repeats: int = field(default=0)
 
-    def spend(self, failure: WorkerError, step: int) -> float:
-        """Take in a failure after `step` completed steps; seconds to wait before the next attempt.
+    def spend(self, failure: WorkerError, saved: int) -> float:
+        """Take in a failure, with the step of the newest checkpoint; seconds to wait before the next attempt.
 
         Raises RunFailedError with a diagnosis where another attempt is pointless, or none is left.
         """
         self.used += 1
-        this = (step, failure.reason, failure.detail)
+        this = (saved, failure.reason, ADDRESS.sub("", failure.detail))
         self._repeats = self._repeats + 1 if this == self._last else 1
         self._last = this
         if self._repeats >= (2 if failure.reason == "exception" else 3):
             raise RunFailedError(
-                f"the same failure {self._repeats} times in a row at step {step + 1}, so another attempt would fail "
-                f"too: {failure}"
+                f"the same failure {self._repeats} times in a row and no checkpoint saved in between (the newest is of "
+                f"step {saved}), so another attempt would fail too: {failure}"
             )
         if self.used > self.allowed:
             raise RunFailedError(
-                f"{failure}, after step {step}; that is failure {self.used} and cluster.max_failures allows "
-                f"{self.allowed}"
+                f"{failure}; that is failure {self.used} and cluster.max_failures allows {self.allowed}. The newest "
+                f"checkpoint is of step {saved}"
             )
         return min(LONGEST_PAUSE, 2.0 ** (self._repeats - 1) - 1)
 

@@ -6,9 +6,12 @@ import in sequence, which doubles the cold start, and its resize ends the worker
 
 from __future__ import annotations
 
+import contextlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,11 +23,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
 from launcher.cluster import Node, alive_nodes, is_reachable
-from launcher.worker import Ending, Place, Seat, Worker
+from launcher.directory import token_of
+from launcher.worker import STOP, Ending, Place, Seat, Worker
 
 POLL_SECONDS = 0.5
 GATHER_SECONDS = 3.0
 """After the first failure: how long the others' are waited for, to find the one that caused them."""
+QUICK_SECONDS = 15.0
+"""How long a shape that is not the last resort is waited for: nodes that have come free are given at once."""
+CONNECT_SECONDS = 10.0
+PEER_LEFT = re.compile(r"(connection|socket).*(closed|reset|refused|aborted)|broken pipe|peer|timed? ?out", re.I)
+"""What an exception says where another rank's end has caused it."""
 VERDICTS = (InputError, RunFailedError)
 """Another attempt would come to the same one."""
 
@@ -78,78 +87,114 @@ class WorkerGroup:
     """Context manager over the processes of one attempt; leaving it ends them."""
 
     def __init__(
-        self, shape: Shape, directory: Path, home: Path, tensor: int, timeout: float, patient: bool = True
+        self,
+        shape: Shape,
+        config: RunConfig,
+        directory: Path,
+        home: Path,
+        watch: Callable[[], None],
+        patient: bool = True,
     ) -> None:
-        """Place the workers within `timeout` seconds and start them. Raises NoRoomError where the cluster lacks it.
+        """Place the workers and start them. Raises NoRoomError where the cluster lacks it, WorkerError where they hang.
 
         home: What relative paths of the configuration are relative to.
-        patient: False gives up as soon as there are too few nodes; True waits for some to join.
+        watch: Called about twice a second, also while waiting.
+        patient: False gives up soon, and at once if there are too few nodes; True waits for some to join.
         """
-        self.shape = shape
+        self.shape, self._config, self._directory, self._watch = shape, config, directory, watch
+        self._patience = max(config.cluster.start_timeout, config.cluster.hang_timeout)
+        timeout = config.cluster.start_timeout if patient else min(config.cluster.start_timeout, QUICK_SECONDS)
         strategy = "STRICT_SPREAD" if shape.nodes > 1 else "STRICT_PACK"
         self._reserved = placement_group([shape.bundle] * shape.nodes, strategy=strategy)
         try:
             deadline = time.monotonic() + timeout
             while not self._reserved.wait(POLL_SECONDS):
+                watch()
                 if time.monotonic() > deadline or not (patient or shape.fits_on(alive_nodes())):
                     raise NoRoomError(_no_room(shape, timeout))
-            self._start(shape, directory, home, tensor)
+            self._start(shape, home)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, shape: Shape, directory: Path, home: Path, tensor: int) -> None:
+    def _start(self, shape: Shape, home: Path) -> None:
         actors = []
         for bundle in range(shape.nodes):
             where = PlacementGroupSchedulingStrategy(self._reserved, bundle)
             kind = ray.remote(num_cpus=1, num_gpus=int(shape.gpu), scheduling_strategy=where)(Worker)
             actors += [kind.remote() for _ in range(shape.per_node)]
-        places: list[Place] = self._all([actor.place.remote(str(home)) for actor in actors])
+        places: list[Place] = self._all([actor.place.remote(str(home)) for actor in actors], self._patience)
         cpus = {node.id: node.cpus for node in alive_nodes()}
         here = ray.get_runtime_context().get_node_id()
         # Rank 0 writes the log that this process reads, so it sits on this node if any of them does.
         order = sorted(range(len(actors)), key=lambda i: (places[i].node != here, i // shape.per_node, i))
         self._actors, self.places = [actors[i] for i in order], [places[i] for i in order]
-        check_tensor_groups(self.places, tensor)
+        check_tensor_groups(self.places, self._config.parallel.tensor)
         seats = [
             Seat(
                 rank=rank,
                 size=shape.workers,
                 local_rank=rank % shape.per_node,
                 local_size=shape.per_node,
-                gpus=tuple(sorted(gpu for other in self.places if other.node == place.node for gpu in other.gpus)),
+                gpus=tuple(gpu for other in self.places if other.node == place.node for gpu in other.gpus),
                 threads=max(1, cpus.get(place.node, shape.per_node) // shape.per_node),
             )
             for rank, place in enumerate(self.places)
         ]
-        self._all([actor.sit.remote(seat, directory) for actor, seat in zip(self._actors, seats, strict=True)])
+        token = token_of(self._directory) or ""
+        self._all(
+            [actor.sit.remote(seat, self._directory, token) for actor, seat in zip(self._actors, seats, strict=True)],
+            self._patience,
+        )
 
-    def train(self, config: RunConfig, directory: Path, watch: Callable[[], None]) -> Ending:
-        """Train on every worker; how it ended, as rank 0 saw it. `watch` is called about twice a second.
+    def train(self, watch: Callable[[], str | None]) -> Ending:
+        """Train on every worker; how it ended, as rank 0 saw it.
 
+        watch: Called about twice a second; a reason makes the workers save and return.
         Raises InputError or RunFailedError where a worker did, WorkerError where one failed otherwise.
         """
+        from torch.distributed import TCPStore
+
         address = self.places[0].address
-        port = ray.get(self._actors[0].open_store.remote(address))
+        (port,) = self._all([self._actors[0].open_store.remote(address)], self._patience)
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+        said: str | None = None
+
+        def pass_on() -> None:
+            nonlocal said
+            if (reason := watch()) and reason != said:
+                said = reason
+                with contextlib.suppress(RuntimeError):  # rank 0 has gone, as will be noticed
+                    store.set(STOP, reason)
+
+        self._watch = pass_on
         endings: list[Ending] = self._all(
-            [actor.train.remote(config, directory, address, port) for actor in self._actors], watch
+            [actor.train.remote(self._config, self._directory, address, port) for actor in self._actors]
         )
         return endings[0]
 
-    def _all(self, refs: Sequence[Any], watch: Callable[[], None] = lambda: None) -> list[Any]:
-        """Results of one call on every worker. Never waits for a survivor: the first failure ends the waiting."""
-        pending = list(refs)
+    def _all(self, refs: Sequence[Any], patience: float | None = None) -> list[Any]:
+        """Results of one call on every worker. Never waits for a survivor: the first failure ends the waiting.
+
+        Raises WorkerError where it takes longer than `patience` seconds.
+        """
+        pending, began = list(refs), time.monotonic()
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
             try:
                 ray.get(done)
             except (ray.exceptions.RayError, *VERDICTS) as error:
-                raise self._cause(refs, error) from None
-            watch()
+                raise self._cause(refs, refs.index(done[0]), error) from None
+            self._watch()
+            if pending and patience and time.monotonic() - began > patience:
+                raise WorkerError("hung", None, f"no answer while it started, in {patience:.0f} s")
         return ray.get(list(refs))
 
-    def _cause(self, refs: Sequence[Any], first: Exception) -> Exception:
-        """Of all failures the one that brought the others about: a verdict of ours, then a death, then an exception."""
+    def _cause(self, refs: Sequence[Any], first_rank: int, first: Exception) -> Exception:
+        """Of all failures the one that brought the others about: a verdict of ours, then a death, then an exception.
+
+        Among equals it is one that does not speak of another rank's end, and the one that was seen first.
+        """
         if not isinstance(first, VERDICTS):
             ray.wait(list(refs), num_returns=len(refs), timeout=GATHER_SECONDS)
         errors: dict[int, Exception] = {}
@@ -166,8 +211,7 @@ class WorkerGroup:
         mine = {place.node for place in getattr(self, "places", ())}
         alive = {node.id for node in alive_nodes() if node.id not in mine or is_reachable(node)}
         failures = [self._explain(rank, found, alive) for rank, found in errors.items()]
-        order = ("node_lost", "out_of_memory", "died", "exception")
-        return min(failures, key=lambda failure: order.index(failure.reason))
+        return min(failures, key=lambda failure: _guilt(failure, first_rank))
 
     def _explain(self, rank: int, error: Exception, alive: set[str]) -> WorkerError:
         if isinstance(error, ray.exceptions.RayTaskError):
@@ -192,6 +236,12 @@ class WorkerGroup:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _guilt(failure: WorkerError, first_rank: int) -> tuple[int, bool, bool]:
+    """The smaller, the likelier is it the cause of the others."""
+    order = ("node_lost", "out_of_memory", "died", "exception")
+    return order.index(failure.reason), bool(PEER_LEFT.search(failure.detail)), failure.rank != first_rank
 
 
 def check_tensor_groups(places: Sequence[Place], tensor: int) -> None:

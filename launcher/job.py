@@ -39,6 +39,8 @@ from monitoring.telemetry import Telemetry
 
 EXPORT = "hf"
 CHECKPOINTS = "checkpoints"
+WORKING_COPIES = "working_dir_files"
+"""Ray's folder for them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
     """
     console = console or Console()
     directory, home = directory.absolute(), Path.cwd()
+    _require_lasting(directory)
     with claim(directory, config), ExitStack() as stack:
         if (directory / EXPORT).exists() or _trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
@@ -82,7 +85,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         stack.enter_context(announced(Path(config.monitoring.targets), exporter.target))
         print_header(console, config, directory, shapes[0], exporter.url)
         try:
-            with StopRequest(directory) as stop, Progress(directory, console) as progress:
+            with StopRequest() as stop, Progress(directory, console) as progress:
                 result = _attempts(_Run(config, directory, home, shapes), stop, progress)
         except (RunFailedError, InputError) as error:
             _report_failure(directory, error)
@@ -92,6 +95,15 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         append_event(directory, "stopped", reason=result.reason, step=result.step)
         write_report(directory)
         return result
+
+
+def _require_lasting(directory: Path) -> None:
+    """InputError for a run directory in the copy of `--working-dir` that Ray keeps on each node, and deletes."""
+    if is_joined() and WORKING_COPIES in directory.parts:
+        raise InputError(
+            f"--output {directory} lies in Ray's copy of the job's working directory, which is another one on each node "
+            "and is deleted with the job; give an absolute --output on storage that all nodes share"
+        )
 
 
 @contextmanager
@@ -115,15 +127,17 @@ def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Co
     from engine.precision import resolve_precision
 
     architecture = resolve_architecture(config.model, tokenizer)
-    shapes, problem = [], InputError("cluster.nodes: no number of nodes fits")
+    shapes, problems = [], {}
     for shape in possible_shapes(config):
         try:
             plan(config, architecture, shape.workers)
             shapes.append(shape)
         except InputError as error:
-            problem = error
+            problems[shape] = error
     if not shapes:
-        raise problem
+        raise list(problems.values())[-1]
+    for shape, problem in problems.items():
+        console.print(f"[yellow]{shape}: will not be used:[/] {escape(str(problem))}")
     if not is_joined():  # the head of a cluster may have another device than its workers, which check for themselves
         resolve_precision(config)
     sources = check_sources(config.data, tokenizer, architecture.vocab_size)
@@ -157,7 +171,9 @@ def _require_enough(config: RunConfig, sources: list[SourceSummary]) -> None:
 def possible_shapes(config: RunConfig) -> list[Shape]:
     """Nodes and workers by the configuration and the devices of the cluster or this machine, the most nodes first."""
     fewest, most = _nodes(config)
-    if is_joined():
+    if config.cluster.gpus_per_node != "auto":
+        gpus = config.cluster.gpus_per_node
+    elif is_joined():
         gpus = max((node.gpus for node in alive_nodes()), default=0)
     else:
         import torch
@@ -203,18 +219,22 @@ def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
             step = _last_step(run.directory)
             why = {"reason": failure.reason, "rank": failure.rank, "detail": failure.detail}
             append_event(run.directory, "worker_failed", step=step, **why)
-            pause = budget.spend(failure, step)
+            pause = budget.spend(failure, _saved_step(run.directory))
             progress.note(f"{failure}; starting again")
-            time.sleep(pause)
+            _rest(pause, stop)
+        except _StopWhileStartingError:
+            break
         except NoRoomError:
             if not attempted:
                 raise
             reason = "the nodes it lost were not replaced in time"
             return Ending(_saved_step(run.directory), finished=False, reason=reason)
         else:
-            if ending.reason not in (PREEMPTED, RESIZED):
+            if ending.finished or ending.reason not in (PREEMPTED, RESIZED):
                 return ending
-            if ending.reason == PREEMPTED:
+            if ending.reason == RESIZED:
+                append_event(run.directory, "resized", step=ending.step)
+            else:
                 append_event(run.directory, "preempted", reason=PREEMPTED, step=ending.step)
                 preemptions += 1
                 if preemptions > run.config.cluster.max_preemptions:
@@ -224,11 +244,22 @@ def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
     return Ending(_saved_step(run.directory), finished=False, reason=SIGNAL)
 
 
+class _StopWhileStartingError(Exception):
+    """A signal came while no worker was there to save anything."""
+
+
+def _rest(seconds: float, stop: StopRequest) -> None:
+    """Sleep, unless the job is to end."""
+    until = time.monotonic() + seconds
+    while stop.reason != SIGNAL and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, 0.5))
+
+
 def _attempt(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
     """Start workers and train until they finish or are stopped. Raises InputError and WorkerError."""
     known = alive_nodes()
     began = time.monotonic()
-    with _open_group(run, known, progress) as group:
+    with _open_group(run, known, stop, progress) as group:
         seconds = round(time.monotonic() - began, 2)
         append_event(
             run.directory, "workers_started", workers=[place.address for place in group.places], seconds=seconds
@@ -237,26 +268,31 @@ def _attempt(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
         mine = {place.node for place in group.places}
         hang = HangWatch(run.directory, run.config.cluster.hang_timeout)
 
-        def watch() -> None:
+        def watch() -> str | None:
             hang.check()
             if mine & draining_nodes().keys():  # about to be taken away: save now, and go on elsewhere
                 stop.ask(PREEMPTED)
             elif len(run.shapes) > 1 and (nodes := alive_nodes()) != known and run.grows(group.shape, nodes):
                 stop.ask(RESIZED)
+            return stop.reason
 
-        return group.train(run.config, run.directory, watch)
+        return group.train(watch)
 
 
-def _open_group(run: _Run, nodes: list[Node], progress: Progress) -> WorkerGroup:
+def _open_group(run: _Run, nodes: list[Node], stop: StopRequest, progress: Progress) -> WorkerGroup:
     """Workers in the largest shape that finds room. Raises NoRoomError where even the smallest does not."""
-    timeout = run.config.cluster.start_timeout
+
+    def watch() -> None:
+        if stop.reason == SIGNAL:
+            raise _StopWhileStartingError
+
     for shape in run.shapes:
         last = shape is run.shapes[-1]
         if not last and not shape.fits_on(nodes):
             continue
         progress.note(f"starting {shape.workers} worker{'s' * (shape.workers > 1)}")
         try:
-            return WorkerGroup(shape, run.directory, run.home, run.config.parallel.tensor, timeout, patient=last)
+            return WorkerGroup(shape, run.config, run.directory, run.home, watch, patient=last)
         except NoRoomError:
             if last:
                 raise

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from configs.errors import RunFailedError
-from launcher.worker import STOP_FILE, stop_reason
 
 SIGNAL = "signal"
 PREEMPTED = "preempted"
@@ -22,23 +20,24 @@ class StopRequest:
     Open it after `ray.init`, which installs a handler of its own. Main thread only.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self) -> None:
+        self._signalled = False
+        self._asked: str | None = None
         self._before: dict[int, Any] = {}
 
     def ask(self, reason: str) -> None:
-        if self.reason is None:
-            (self._directory / STOP_FILE).write_text(reason, encoding="utf-8")
+        self._asked = self._asked or reason
 
     @property
     def reason(self) -> str | None:
-        return stop_reason(self._directory)
+        """Why the workers are to stop. A signal outlasts every attempt, and comes before any other reason."""
+        return SIGNAL if self._signalled else self._asked
 
     def clear(self) -> None:
-        (self._directory / STOP_FILE).unlink(missing_ok=True)
+        """For the next attempt."""
+        self._asked = None
 
     def __enter__(self) -> Self:
-        self.clear()
         self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         return self
 
@@ -47,10 +46,8 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.reason == SIGNAL:
+        if self._signalled:
             raise RunFailedError("ended at once by a second signal; steps after the newest checkpoint are lost")
-        self.clear()
-        self.ask(SIGNAL)
+        self._signalled = True

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
+from configs.errors import InputError
 from configs.schema import RunConfig
+from launcher.directory import token_of
 
-STOP_FILE = "stop"
-"""In the run directory: asks the workers to save and return; it holds the reason."""
+STOP = "detour-stop"
+"""In the store that the process group meets at: asks rank 0 to stop, and says why."""
 LOGS = "logs"
+GRACE_SECONDS = 60
+"""How much longer than the launcher, which can name it, the process group waits for a rank that hangs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class Place:
 
     node: str
     address: str
-    gpus: tuple[int, ...]
+    gpus: tuple[str, ...]
+    """Numbers, or names of MIG slices."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Seat:
     size: int
     local_rank: int
     local_size: int
-    gpus: tuple[int, ...]
+    gpus: tuple[str, ...]
     """All that the run has on this node: NCCL reaches a neighbour's memory only where both see both devices."""
     threads: int
 
@@ -58,12 +67,22 @@ class Worker:
         if Path(working_directory).is_dir():
             os.chdir(working_directory)
         context = ray.get_runtime_context()
-        gpus = tuple(int(gpu) for gpu in context.get_accelerator_ids().get("GPU", ()))
+        gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
         return Place(context.get_node_id(), ray.util.get_node_ip_address(), gpus)
 
-    def sit(self, seat: Seat, directory: Path) -> None:
-        """Take a rank: output to its own log, threads and devices set, everything that training needs imported."""
+    def sit(self, seat: Seat, directory: Path, token: str) -> None:
+        """Take a rank: output to its own log, threads and devices set, everything that training needs imported.
+
+        `token`: that of the run directory, as the launcher sees it.
+        """
+        address = ray.util.get_node_ip_address()
+        if token_of(directory) != token:
+            raise InputError(
+                f"--output {directory} is not the same directory on node {address}; put it on storage all nodes share"
+            )
         _redirect_output(directory / LOGS / f"worker-{seat.rank}.log")
+        logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+        logging.getLogger("engine").setLevel(logging.INFO)
         self._seat = seat
         os.environ.update(
             RANK=str(seat.rank),
@@ -74,7 +93,10 @@ class Worker:
             CUDA_DEVICE_MAX_CONNECTIONS="1",  # Megatron's overlap of tensor-parallel work relies on the order it gives
         )
         if seat.gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, seat.gpus))
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seat.gpus)
+        if interface := _interface(address):  # the one that Ray found the other nodes by
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # theirs, about themselves; they drown ours
         import torch
 
@@ -103,19 +125,20 @@ class Worker:
         seat = self._seat
         store: Any = self._store if seat.rank == 0 else dist.TCPStore(address, port, is_master=False)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size)
-        outcome = train(config, directory, lambda: stop_reason(directory))
+        patience = timedelta(seconds=config.cluster.hang_timeout + GRACE_SECONDS)
+        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience)
+        outcome = train(config, directory, lambda: store.get(STOP).decode() if store.check([STOP]) else None)
         dist.barrier()  # no rank leaves while another still waits for it
         dist.destroy_process_group()
         return Ending(outcome.step, outcome.finished, outcome.reason)
 
 
-def stop_reason(directory: Path) -> str | None:
-    """Why the run is to stop, or None."""
-    try:
-        return (directory / STOP_FILE).read_text(encoding="utf-8").strip() or None
-    except FileNotFoundError:
-        return None
+def _interface(address: str) -> str | None:
+    """The network interface of this node that has an address."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.family in (socket.AF_INET, socket.AF_INET6) and entry.address == address for entry in entries):
+            return name
+    return None
 
 
 def _redirect_output(path: Path) -> None:
