@@ -101,8 +101,8 @@ def _require_lasting(directory: Path) -> None:
     """InputError for a run directory in the copy of `--working-dir` that Ray keeps on each node, and deletes."""
     if is_joined() and WORKING_COPIES in directory.parts:
         raise InputError(
-            f"--output {directory} lies in Ray's copy of the job's working directory, which is another one on each node "
-            "and is deleted with the job; give an absolute --output on storage that all nodes share"
+            f"--output {directory} lies in Ray's copy of the job's working directory, which is another one on each "
+            "node and is deleted with the job; give an absolute --output on storage that all nodes share"
         )
 
 
