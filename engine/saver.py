@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from engine.checkpoint import FORMAT, file_digest, partial_directory, prune, sharded_weights
 from engine.modernbert.config import CONFIG_FILE
 from engine.moments import common_state, own_parts
+from engine.scaling import sharded_scaling
 
 MARGIN = 64 * 2**20
 """Bytes that stay free on the disk after a save."""
@@ -126,7 +127,8 @@ class Saver:
         """
         self._started = time.perf_counter() if started is None else started
         if self._parts is None:  # parameters and moments stay where they are in memory, so one look is enough
-            self._parts = [_part(tensor) for tensor in own_parts(sharded_weights(model), optimizer)]
+            tensors = {**sharded_weights(model), **sharded_scaling(model)}
+            self._parts = [_part(tensor) for tensor in own_parts(tensors, optimizer)]
         torch._foreach_copy_(
             [part.copy for part in self._parts], [part.live for part in self._parts], non_blocking=True
         )

@@ -6,7 +6,7 @@ import gc
 import logging
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine import device
 from engine.guards import Guards
+from engine.micro import fit_micro_batch
 from engine.mirror import Mirror
 from engine.modernbert.config import CONFIG_FILE, parameter_count, resolve_architecture
 from engine.modernbert.convert import huggingface_weights, load_weights, random_weights
@@ -34,6 +35,7 @@ from engine.optimizer import FrozenLayers, build_optimizer
 from engine.parallel import Layout, initialise, plan
 from engine.precision import DTYPE, Precision, resolve_precision
 from engine.saver import Saver
+from engine.scaling import load_scaling
 from engine.schedule import PhaseSchedule
 from monitoring.log import append_event, read_events
 from monitoring.recorder import Recorder
@@ -58,8 +60,6 @@ class Trainer:
     optimizer: Any
     frozen: FrozenLayers
     loader: Loader
-    evaluation: dict[Objective, list[MicroBatch]]
-    """This rank's share of the held-out set for each objective; empty without one."""
     saver: Saver
     mirror: Mirror | None
     """On global rank 0 only, where one is configured."""
@@ -71,6 +71,10 @@ class Trainer:
     data_state: dict[str, Any] | None
     """Where the streams stand: whole after loading or saving, as a phase needs to start; else this rank's share."""
     saved_at: float = field(default_factory=time.monotonic)
+    evaluation: dict[Objective, list[MicroBatch]] = field(default_factory=dict)
+    """This rank's share of the held-out set for each objective; empty without one."""
+    micro_batch: tuple[str, int] | None = None
+    """What `fit_micro_batch` gave, where it was asked."""
 
     @property
     def checkpoints(self) -> Path:
@@ -129,7 +133,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         recorder = Recorder(directory, config, info, layout.workers, peak, meta.get("recorder"), step)
     gc.collect()
     gc.freeze()  # what importing Megatron leaves behind stays, and takes 0.3 s to look through at a collection
-    return Trainer(
+    trainer = Trainer(
         config=config,
         directory=directory,
         tokenizer=tokenizer,
@@ -148,7 +152,6 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
             parallel_state.get_data_parallel_world_size(),
             device.device().index,
         ),
-        evaluation=_held_out(config, tokenizer, layout),
         saver=Saver(directory / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every),
         mirror=mirror,
         guards=Guards(directory, meta.get("guards")),
@@ -156,6 +159,13 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         step=step,
         data_state=meta.get("data"),
     )
+    if config.batch.micro == "auto" and device.device().type == "cuda":
+        rows = layout.micro * layout.micro_batches
+        key, micro = fit_micro_batch(trainer, meta.get("micro_batch"))
+        trainer.micro_batch = (key, micro)
+        trainer.layout = replace(layout, micro=micro, micro_batches=rows // micro)
+    trainer.evaluation = _held_out(config, tokenizer, trainer.layout)
+    return trainer
 
 
 def _log_groups() -> None:
@@ -185,7 +195,7 @@ def build_model(
         dtype=DTYPE[precision],
         **(fp8 if precision == "fp8" else {}),
     )
-    model = ModernBert(config, architecture, transformer_engine=on_gpu).to(device.device())
+    model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=run.attention).to(device.device())
     inner = Float16Module(config, model) if precision != "fp32" else model
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -251,6 +261,8 @@ def _restore(
         checkpoints.load(newest, model, optimizer if meta["optimizer"] else None)
         if not meta["optimizer"]:
             optimizer.reload_model_params()
+        if config.precision == "fp8":
+            load_scaling(newest, model)
         return meta
     init = config.model.init
     if init != "scratch" and (Path(init) / CONFIG_FILE).is_file():

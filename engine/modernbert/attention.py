@@ -217,8 +217,8 @@ def _take_newest_flash_attention() -> None:
 class TransformerEngineAttention(_CoreAttention):
     """Transformer Engine's attention: CUDA, fp16 or bf16.
 
-    It picks a backend a call. cuDNN's takes packed documents with windows to the left alone (TE 2.x, `dot_product_
-    attention/utils.py`), so local layers need its other one, the flash-attn package, unless they are causal.
+    It picks a backend a call, cuDNN's or the flash-attn package's, and raises where none of their versions takes packed
+    documents with a window to both sides, as the local layers of MLM have it.
     """
 
     def __init__(self, config: Any, layer_number: int, **more: Any) -> None:

@@ -1,0 +1,69 @@
+"""Delayed scaling's history goes through a checkpoint. Its modules need a GPU: theirs is put on plain ones here."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tests.engine.world import run_world, toy_config
+
+
+def _equip(model: Any, fill: bool) -> dict[str, Any]:
+    """Give every linear layer what Transformer Engine's have; a fresh history is zeros. Layer -> its `fp8_meta`."""
+    from engine.modernbert.convert import global_name
+
+    equipped = {}
+    for name, module in model.named_modules():
+        if name.split(".")[-1] not in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+            continue
+        place = global_name(model, name + ".")
+        module.fp8_meta = {}
+
+        def start(recipe: Any, meta: dict[str, Any] = module.fp8_meta) -> None:
+            for direction, tensors in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+                meta[direction] = SimpleNamespace(scale=torch.ones(tensors), amax_history=torch.zeros(4, tensors))
+
+        module.init_fp8_meta_tensors = start
+        if fill:
+            start(None)
+            for number, state in enumerate(module.fp8_meta.values()):
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{place}{number}".encode()))
+                state.scale.uniform_(generator=generator)
+                state.amax_history.uniform_(generator=generator)
+        equipped[place] = module.fp8_meta
+    return equipped
+
+
+def _save_and_load(
+    shards: Path, scratch: Path, checkpoint: Path, save: bool, parallel: dict[str, int]
+) -> dict[str, Any]:
+    from engine.saver import save_now
+    from engine.scaling import load_scaling
+    from engine.setup import open_trainer
+
+    scratch.mkdir(exist_ok=True)
+    trainer = open_trainer(toy_config(shards, parallel=parallel), scratch)
+    equipped = _equip(trainer.model, fill=save)
+    if save:
+        meta = {"step": 1, "architecture": trainer.architecture.to_dict()}
+        save_now(checkpoint, trainer.model, trainer.optimizer, meta)
+    else:
+        load_scaling(checkpoint, trainer.model)
+    trainer.close()
+    return {
+        layer: [tensor.tolist() for state in meta.values() for tensor in (state.scale, state.amax_history)]
+        for layer, meta in equipped.items()
+    }
+
+
+def test_history_of_every_layout_is_found_again(shards: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    checkpoint.parent.mkdir()
+    parts = run_world(4, _save_and_load, shards, tmp_path / "a", checkpoint, True, {"tensor": 2, "pipeline": 2})
+    (found,) = run_world(1, _save_and_load, shards, tmp_path / "b", checkpoint, False, {})
+    saved = {layer: tensors for part in parts for layer, tensors in part.items()}
+    assert found == saved and len(found) == 4 * 4
