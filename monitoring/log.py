@@ -77,8 +77,11 @@ def append_event(directory: Path, kind: str, **fields: Any) -> None:
             try:
                 size = os.fstat(file).st_size
                 torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-                written = os.write(file, b"\n" + lines if torn else lines) - torn
-                _held[path] = lines[lines.rfind(b"\n", 0, max(0, written)) + 1 :]
+                written = os.write(file, b"\n" + lines if torn else lines)
+                whole = lines.rfind(b"\n", 0, max(0, written - torn)) + 1
+                _held[path] = lines[whole:]
+                if _held[path] and os.fstat(file).st_size == size + written:  # nobody has written behind it
+                    os.ftruncate(file, size + torn + whole)
             finally:
                 os.close(file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_a_full_disk_is_no_hang_and_loses_no_event(tmp_path: Path) -> None:
         written = len(read_events(disk))
         append_event(disk, "checkpoint_saved")
         assert [event["event"] for event in read_events(disk)[written:]] == ["checkpoint_failed", "checkpoint_saved"]
+        assert all(json.loads(line) for line in (disk / "events.jsonl").read_text().splitlines()), "no line is torn"
         assert not held_events(disk)
     finally:
         subprocess.run(["umount", disk], check=True)
