@@ -78,12 +78,19 @@ def _precision() -> list[Finding]:
 def _attention() -> list[Finding]:
     import torch
 
+    from engine import device
+
     if not torch.cuda.is_available():
         return [Finding("attention", "CPU: by window in local layers, by document in global ones")]
+    found = []
+    if device.c_compiler() is None:
+        remedy = "apt-get install gcc, or set CC: torch.compile needs a C compiler"
+        found = [Finding("kernels", "RoPE and the GELU gate run unfused", remedy)]
     kernels = ["torch varlen (FlashAttention-2)"] if importlib.util.find_spec("torch.nn.attention.varlen") else []
     kernels += ["Transformer Engine"] if importlib.util.find_spec("transformer_engine") else []
     kernels += ["FlashAttention-3"] if importlib.util.find_spec("flash_attn_interface") else []
-    return [Finding("attention", ", ".join(kernels) or "none for packed sequences", None if kernels else _gpu_extra())]
+    text = ", ".join(kernels) or "none for packed sequences"
+    return [Finding("attention", text, None if kernels else _gpu_extra()), *found]
 
 
 def _gpu_packages() -> list[Finding]:
@@ -155,7 +162,7 @@ def _shards() -> list[Finding]:
 
 
 def _gpu_extra() -> str:
-    return f"{Path(sys.executable).name} -m pip install 'detour-train[gpu]' --no-build-isolation (see README, GPU)"
+    return f"{Path(sys.executable).name} -m pip install --no-build-isolation 'detour-train[gpu]' (README: On GPUs)"
 
 
 def _version(package: str) -> str:
