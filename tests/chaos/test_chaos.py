@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import shutil
 import signal
@@ -15,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from monitoring.telemetry import Telemetry
 from tests.chaos.loopback import LoopbackCluster, LoopbackNode
 from tests.launcher.toy import TRAIN, assert_same_run, events, lines, recipe, started, steps, until, wait_for, write
 
@@ -57,37 +60,42 @@ def test_everything_happens_to_one_run(cluster: LoopbackCluster, undisturbed_on_
         """A worker and its node; the last is never on the head."""
         return sorted(cluster.workers().items(), key=lambda item: item[1].address)[index]
 
-    def advance(count: int) -> None:
-        """Wait for so many steps more than there are now."""
-        reached = max([0, *steps(directory)])
-        wait_for(lambda: max([0, *steps(directory)]) >= reached + count, job)
+    seed = random.randrange(2**32)
+    print(f"steps of the faults drawn from seed {seed}")
+    draw = random.Random(seed)
+
+    def advance() -> None:
+        """Wait for some steps more than there are now."""
+        step = max([0, *steps(directory)]) + draw.randint(1, 8)
+        wait_for(lambda: max([0, *steps(directory)]) >= step, job)
 
     with started(*command, cwd=tmp_path, env=cluster.environment) as job:
-        advance(3)
+        advance()
         member(0)[0].kill()
         wait_for(lambda: "died" in failures(), job)
 
-        advance(2)
+        advance()
         member(-1)[0].suspend()
         wait_for(lambda: "hung" in failures(), job)
 
-        advance(2)
+        advance()
         before = len(failures())
         cluster.kill_node(member(-1)[1])
         wait_for(lambda: len(failures()) > before, job)
         assert failures()[before] in ("node_lost", "died")
 
-        advance(2)
+        advance()
         cluster.drain_node(member(-1)[1], seconds=600)
         preempted = wait_for(lambda: [e for e in lines(directory / "events.jsonl") if e["event"] == "preempted"], job)
         assert preempted[0]["step"] == steps(directory)[-1], "saved before it left"
 
-        advance(2)
+        advance()
         job.kill()
         job.wait()
+    shutil.rmtree(max((directory / "checkpoints").glob("step-*")))
 
     with started(*command, cwd=tmp_path, env=cluster.environment) as job:
-        advance(2)
+        advance()
         job.send_signal(signal.SIGTERM)
         assert job.wait(200) == 75
     assert steps(directory)[-1] < sum(STEPS), "it was stopped on its way"
@@ -191,17 +199,22 @@ def test_disk_full_for_a_while(cluster: LoopbackCluster, undisturbed_on_nodes: P
         with started(*command, cwd=tmp_path, env=cluster.environment) as job:
             wait_for(lambda: "checkpoint_saved" in events(directory), job)
             filler = disk / "filler"
-            with filler.open("wb") as file:
-                while shutil.disk_usage(disk).free > 8 * 2**20:  # enough for the logs, which are on it too
-                    file.write(bytes(2**20))
-                    file.flush()
-            wait_for(lambda: events(directory).count("checkpoint_failed") >= 2, job)
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:  # nothing is left for the logs either
+                    file.write(bytes(2**12))
+
+            def failed() -> int:
+                now = Telemetry.read(directory)
+                return now.unwritten.get("checkpoint_failed", 0) if now else 0
+
+            wait_for(lambda: failed() >= 2, job)
             kept = list(checkpoints.glob("step-*"))
             assert kept, "the newest good one stays"
             filler.unlink()
             saved = events(directory).count("checkpoint_saved")
             wait_for(lambda: events(directory).count("checkpoint_saved") > saved, job)
             assert job.wait(900) == 0
+        assert events(directory).count("checkpoint_failed") >= 2, "written once there was room"
         assert "worker_failed" not in events(directory), "training goes on"
         assert_same_run(directory, undisturbed_on_nodes)
     finally:
