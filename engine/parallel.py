@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,11 +91,16 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
     return Layout(tensor, pipeline, data, config.parallel.sequence, micro, rows // micro)
 
 
-def initialise(layout: Layout, seed: int) -> None:
-    """Build Megatron's process groups over the initialised torch.distributed world."""
+def initialise(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> None:
+    """Build Megatron's process groups over the initialised torch.distributed world.
+
+    timeout_seconds: of their collectives, in whole minutes.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    parallel_state.initialize_model_parallel(
+        layout.tensor, layout.pipeline, distributed_timeout_minutes=math.ceil(timeout_seconds / 60)
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -107,7 +107,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
     tokenizer = load_tokenizer(config.tokenizer)
     architecture = resolve_architecture(config.model, tokenizer)
     layout = plan(config, architecture, dist.get_world_size())
-    initialise(layout, config.seed)
+    initialise(layout, config.seed, config.cluster.hang_timeout + 60)  # the launcher is to notice a hang first
     _log_groups()
     model, wrapped = build_model(architecture, layout, precision, config)
     optimizer = build_optimizer([wrapped], config.optimizer, DTYPE[precision])

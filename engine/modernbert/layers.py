@@ -57,6 +57,10 @@ class LayerNorm(torch.nn.Module):
 class GatedMLP(MLP):
     """Megatron's projections around the exact-GELU gate of ModernBERT; Megatron's own fused gate is the tanh GELU."""
 
+    def __init__(self, *args: Any, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any) -> None:
+        """The two named ones Megatron 0.19 gives to any MLP; the group it needs of the first is in the spec."""
+        super().__init__(*args, **kwargs)
+
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(geglu(self.linear_fc1(hidden_states)[0]))
         return output
