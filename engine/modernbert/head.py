@@ -82,7 +82,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(saved * grads[0][0].to(saved.dtype) for saved in ctx.saved_tensors), None, None, None, None)
+        scale, saved = grads[0][0], ctx.saved_tensors
+        if scale.device.type != "cpu" or scale != 1:  # on a GPU the host would wait for the answer
+            saved = [grad * scale.to(grad.dtype) for grad in saved]
+        return (*saved, None, None, None, None)
 
 
 def linear_cross_entropy(
