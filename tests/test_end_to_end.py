@@ -27,7 +27,6 @@ def test_run_leaves_what_it_promises(undisturbed: Path) -> None:
     ]
     for name in ("config.yaml", "report.html", "checkpoints/step-00000009/detour.json", "hf/config.json"):
         assert (undisturbed / name).is_file(), name
-    assert not (undisturbed / "stop").exists()
     said = (undisturbed.parent / "stdout.txt").read_text()
     assert re.search(r"phase 1 clm +loss [\d.]+ -> [\d.]+", said)
     assert re.search(r"phase 2 mlm +loss [\d.]+ -> [\d.]+", said)
