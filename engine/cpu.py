@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import pkgutil
@@ -22,6 +23,8 @@ import torch
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "as_tensor")
 _installed = False
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt."""
 NORM_BLOCK = 4096
 """Gradients whose squares are added up in fp32; the sums of such blocks are added up in fp64."""
 
@@ -43,6 +46,7 @@ def install() -> None:
     _patch_random_state()
     _patch_adam()
     _patch_gradient_norm()
+    _keep_freed_memory()
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -250,3 +254,12 @@ def _in_blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     flat = tensor.reshape(-1)
     whole = len(flat) // NORM_BLOCK * NORM_BLOCK
     return flat[:whole].view(-1, NORM_BLOCK), flat[whole:].view(1, -1)
+
+
+def _keep_freed_memory() -> None:
+    """A step frees and asks for the same memory again; glibc would give it back to the system in between, and the
+    system clear it. Blocks above 32 MB, its largest threshold, go back all the same."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)

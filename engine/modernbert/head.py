@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TILE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+TILE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """Largest block of fp32 logits held at once: enough rows for the matrix products to run at full speed, no more."""
 SAFE = 60.0
 """Logits of at most this size need no shift before `exp`: neither it nor the sum over a vocabulary overflows."""
@@ -31,8 +31,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         start, size = vocabulary
         used = max(0, min(weight.shape[0], size - start))  # the rows that pad the vocabulary take no part
         width = hidden.shape[1]
-        kernel = weight.new_zeros(used, width + EXTRA)
-        kernel[:, :width], kernel[:, width] = weight[:used], bias[:used]
+        kernel = _scratch("kernel", used, width + EXTRA, weight)
+        kernel[:, :width], kernel[:, width], kernel[:, width + 1 :] = weight[:used], bias[:used], 0.0
         states = hidden.new_zeros(len(hidden), width + EXTRA)
         states[:, :width], states[:, width] = hidden, 1.0
         local = labels - start
@@ -43,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
         whole = weight.new_zeros(len(weight), width + EXTRA, dtype=torch.float32) if needs_grad else None
         rows = max(1, TILE_BYTES[hidden.device.type] // (4 * weight.shape[0]))
-        tile = hidden.new_empty(min(rows, hidden.shape[0]), used)  # once: fresh memory costs as much as a pass over it
+        tile = _scratch("tile", min(rows, hidden.shape[0]), used, hidden)
         for first in range(0, hidden.shape[0], rows):
             part = slice(first, first + rows)
             powers = torch.mm(states[part], kernel.t(), out=tile[: len(states[part])]).float()
@@ -125,3 +125,19 @@ def _are_small(states: Tensor, kernel: Tensor, group: dist.ProcessGroup | None) 
     if group is not None:
         dist.all_reduce(bound, op=dist.ReduceOp.MAX, group=group)
     return bool(bound <= SAFE)
+
+
+_kept: dict[str, Tensor] = {}
+
+
+def _scratch(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Uninitialised memory [rows, columns] that the next call with this name takes again.
+
+    A CPU's fresh memory costs as much as a pass over it; a GPU's allocator keeps its own.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(rows, columns)
+    kept = _kept.get(name)
+    if kept is None or kept.dtype != like.dtype or kept.numel() < rows * columns:
+        kept = _kept[name] = like.new_empty(rows * columns)
+    return kept[: rows * columns].view(rows, columns)
