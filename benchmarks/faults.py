@@ -128,7 +128,7 @@ def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:
         )
     finally:
         if small:
-            subprocess.run(["umount", disk], check=True)
+            subprocess.run(["umount", "--lazy", disk], check=True)  # a killed worker may not have left it yet
 
 
 def _random_faults(home: Path, disk: Path, shards: Path, faults: int, kinds: list[Fault]) -> list[Row]:

@@ -87,7 +87,9 @@ def started(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) 
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Those that are whole: a run that goes on may be in the middle of the last one."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def steps(directory: Path) -> list[int]:
