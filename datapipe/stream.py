@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class Stream:
 
     def state(self) -> StreamState:
         document = None if self._document is None else self._piece(self._document, self._part).reference
-        buffer = tuple(piece.reference for piece in self._buffer)
+        buffer = tuple(map(attrgetter("reference"), self._buffer))  # of every stream, at every step
         return StreamState(self._number, self.mixture.state(), buffer, document)
 
     def restore(self, state: StreamState) -> None:
