@@ -14,7 +14,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,16 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
 
     Those at a multiple of `keep_every` steps stay.
     """
-    for path in list_checkpoints(checkpoints)[keep:]:
-        if keep_every and step_of(path) % keep_every == 0:
-            continue
+    for path in beyond(list_checkpoints(checkpoints), keep, keep_every):
         doomed = partial_directory(path)
         path.rename(doomed)  # a half-deleted checkpoint must not look like one
         shutil.rmtree(doomed, ignore_errors=True)
     clear_partial(checkpoints)
+
+
+def beyond(newest_first: Sequence[Path], keep: int, keep_every: int | None) -> list[Path]:
+    """Checkpoints that need not be kept: not of the newest `keep`, nor at a multiple of `keep_every` steps."""
+    return [path for path in newest_first[keep:] if not keep_every or step_of(path) % keep_every]
 
 
 def clear_partial(checkpoints: Path) -> None:

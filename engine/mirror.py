@@ -13,7 +13,7 @@ import fsspec
 from configs.errors import InputError
 from configs.load import changes_of_run, validate
 from configs.schema import RunConfig
-from engine.checkpoint import CONFIG_FILE, partial_directory, set_aside, step_of, verify
+from engine.checkpoint import CONFIG_FILE, beyond, partial_directory, set_aside, verify
 from monitoring.log import EVENTS, METRICS, append_event
 
 FILES = ("config.yaml", EVENTS, METRICS)
@@ -145,10 +145,8 @@ class Mirror:
                 self._store.put_file(str(self._directory / name), f"{self._root}/{name}")
 
     def _prune(self) -> None:
-        keep, keep_every = self._config.checkpoint.keep, self._config.checkpoint.keep_every
-        for old in self._names()[keep:]:
-            if keep_every and step_of(Path(old)) % keep_every == 0:
-                continue
+        settings = self._config.checkpoint
+        for old in beyond([Path(name) for name in self._names()], settings.keep, settings.keep_every):
             self._store.rm_file(f"{self._root}/{old}/{CONFIG_FILE}")  # first, so that half of one counts as none
             self._store.rm(f"{self._root}/{old}", recursive=True)
 
