@@ -37,7 +37,7 @@ from engine.precision import DTYPE, Precision, resolve_precision
 from engine.saver import Saver
 from engine.scaling import load_scaling
 from engine.schedule import PhaseSchedule
-from monitoring.log import append_event, read_events
+from monitoring.log import EVENTS, Follower, append_event, read_events
 from monitoring.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ class Trainer:
     """Completed steps at the start of this call."""
     data_state: dict[str, Any] | None
     """Where the streams stand: whole after loading or saving, as a phase needs to start; else this rank's share."""
+    events: Follower
+    """Of the run, read by global rank 0: only what is new is read again."""
     saved_at: float = field(default_factory=time.monotonic)
     evaluation: dict[Objective, list[MicroBatch]] = field(default_factory=dict)
     """This rank's share of the held-out set for each objective; empty without one."""
@@ -158,6 +160,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         recorder=recorder,
         step=step,
         data_state=meta.get("data"),
+        events=Follower(directory / EVENTS),
     )
     if config.batch.micro == "auto" and device.device().type == "cuda":
         rows = layout.micro * layout.micro_batches

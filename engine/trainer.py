@@ -30,7 +30,7 @@ from engine.saver import SaveFailedError
 from engine.schedule import PhaseSpan
 from engine.setup import Trainer, open_trainer
 from engine.step import counts_here, evaluate, forward_backward
-from monitoring.log import append_event, read_events
+from monitoring.log import append_event
 from monitoring.recorder import StepRecord, WorkerRecord, due
 
 
@@ -186,7 +186,7 @@ def _record(
         drawn = {name: (int(t), int(d), int(s)) for name, (t, d, s) in zip(batch.drawn, totals_drawn, strict=True)}
         epochs = dict(zip(epochs, table[:, 3 + len(taken) :].amax(dim=0).int().tolist(), strict=True))
         if trainer.recorder:
-            _report_skipped(trainer.directory, step, {name: skipped for name, (_, _, skipped) in drawn.items()})
+            _report_skipped(trainer, step, {name: skipped for name, (_, _, skipped) in drawn.items()})
     if trainer.recorder:
         trainer.recorder.step(
             StepRecord(
@@ -210,15 +210,16 @@ def _record(
         )
 
 
-def _report_skipped(directory: Path, step: int, skipped: dict[str, int]) -> None:
+def _report_skipped(trainer: Trainer, step: int, skipped: dict[str, int]) -> None:
     """Tell of skipped documents by source, each once: also in a run that went back to a checkpoint before them."""
     told: Counter[str] = Counter()
-    for event in read_events(directory) if any(skipped.values()) else ():
+    for event in trainer.events.read() if any(skipped.values()) else ():
         if event["event"] == "documents_skipped":
             told[event["source"]] += event["documents"]
     for source, total in skipped.items():
         if total > told[source]:
-            append_event(directory, "documents_skipped", step=step, source=source, documents=total - told[source])
+            more = {"source": source, "documents": total - told[source]}
+            append_event(trainer.directory, "documents_skipped", step=step, **more)
 
 
 def _begin_save(trainer: Trainer, span: PhaseSpan, step: int, stopping: bool) -> None:
