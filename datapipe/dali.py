@@ -71,7 +71,7 @@ class DaliBatches:
                 self._pipeline.feed_input(name, [row_key[number : number + 1] for row_key in row_keys])
             self._pipeline.feed_input("positions", [self._positions] * len(rows))
         else:
-            for name, made in zip(("ids", "labels"), zip(*map(self._targets, rows), strict=True), strict=True):
+            for name, made in zip(("ids", "labels"), self._targets(rows), strict=True):
                 self._pipeline.feed_input(name, [ids[: sum(row.lengths)] for row, ids in zip(rows, made, strict=True)])
 
     def _masked(self, ids: Any, targets: Masked) -> tuple[Any, Any]:

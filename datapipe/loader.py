@@ -188,6 +188,8 @@ def evaluation_batches(
     with closing(Source(data.evaluation.source, data, tokenizer)) as source:
         stream = Stream([source], 1, 0, data.seed, data.sequence_length, tokenizer.pad_id)
         rows = [row for row, _ in zip(iter(stream.next_row, None), range(data.evaluation.sequences), strict=False)]
+    if not rows:
+        raise InputError("data.evaluation: none of its documents can be read; `detour inspect` names what is damaged")
     padding = np.full(data.sequence_length, tokenizer.pad_id, np.int32)
     while len(rows) % (micro * size):
         rows.append(PackedSequence(padding, (), 0, len(rows)))

@@ -1,10 +1,11 @@
-"""What the model sees and what it must predict, from packed tokens: pure functions of a row."""
+"""What the model sees and what it must predict, from packed tokens: pure functions of each row."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +15,11 @@ from datapipe.batch import IGNORE, Ids, MicroBatch, PackedSequence, frame
 
 
 class Targets(Protocol):
-    def __call__(self, row: PackedSequence) -> tuple[Ids, Ids]:
-        """Inputs and labels, int64 [sequence_length]; labels are IGNORE where no loss is paid."""
+    def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+        """Inputs and labels, int64 [rows, sequence_length]; labels are IGNORE where no loss is paid.
+
+        A row's are the same whatever rows come with it: together they take fewer calls of NumPy.
+        """
         ...
 
 
@@ -23,13 +27,13 @@ class Targets(Protocol):
 class NextToken:
     """Causal language modelling: every token of a document but the last predicts the one after it."""
 
-    def __call__(self, row: PackedSequence) -> tuple[Ids, Ids]:
-        inputs = row.ids.astype(np.int64)
+    def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+        inputs = _ids(rows).astype(np.int64)
         labels = np.full_like(inputs, IGNORE)
-        ends = np.cumsum(row.lengths, dtype=np.int64)
-        labels[:-1] = inputs[1:]
-        labels[ends - 1] = IGNORE
-        labels[sum(row.lengths) :] = IGNORE
+        labels[:, :-1] = inputs[:, 1:]
+        for row, paid in zip(rows, labels, strict=True):
+            paid[np.cumsum(row.lengths, dtype=np.int64) - 1] = IGNORE
+            paid[sum(row.lengths) :] = IGNORE
         return inputs, labels
 
 
@@ -59,20 +63,25 @@ class Masked:
         object.__setattr__(self, "_maskable", maskable)
         object.__setattr__(self, "_ordinary", np.flatnonzero(maskable))
 
-    def __call__(self, row: PackedSequence) -> tuple[Ids, Ids]:
-        inputs = row.ids.astype(np.int64)
+    def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+        ids = _ids(rows)
+        inputs = ids.astype(np.int64)
         labels = np.full_like(inputs, IGNORE)
-        choice, action, draw = keys(self.seed, row)
-        chosen = hashes(choice, np.arange(sum(row.lengths), dtype=np.uint32)) < threshold(self.rate)
-        chosen &= self._maskable[row.ids[: len(chosen)]]
-        places = np.flatnonzero(chosen)
-        labels[places] = inputs[places]
-        actions = hashes(action, places.astype(np.uint32))
-        inputs[places[actions < threshold(self.split[0])]] = self.mask_id
-        randomised = places[(actions >= threshold(self.split[0])) & (actions < threshold(sum(self.split[:2])))]
+        choice, action, draw = np.stack([keys(self.seed, row) for row in rows], axis=1)
+        ends = np.array([sum(row.lengths) for row in rows])
+        chosen = hashes(choice[:, None], np.arange(ids.shape[1], dtype=np.uint32)) < threshold(self.rate)
+        row, place = np.nonzero(chosen)
+        maskable = self._maskable[ids[row, place]] & (place < ends[row])
+        row, place = row[maskable], place[maskable]
+        labels[row, place] = inputs[row, place]
+        actions = hashes(action[row], place.astype(np.uint32))
+        hidden = actions < threshold(self.split[0])
+        inputs[row[hidden], place[hidden]] = self.mask_id
+        randomised = ~hidden & (actions < threshold(sum(self.split[:2])))
+        row, place = row[randomised], place[randomised]
         # The high half of a 64-bit product maps a uint32 to 0..n-1 evenly.
-        ranks = hashes(draw, randomised.astype(np.uint32)).astype(np.uint64) * np.uint64(len(self._ordinary))
-        inputs[randomised] = self._ordinary[ranks >> np.uint64(32)]
+        ranks = hashes(draw[row], place.astype(np.uint32)).astype(np.uint64) * np.uint64(len(self._ordinary))
+        inputs[row, place] = self._ordinary[ranks >> np.uint64(32)]
         return inputs, labels
 
 
@@ -84,11 +93,17 @@ class NumpyBatches:
 
     def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
         """Rows of each micro-batch -> the micro-batches."""
-        made = []
+        inputs, labels = self.targets(list(chain.from_iterable(batches)))
+        made, first = [], 0
         for rows in batches:
-            inputs, labels = zip(*(self.targets(row) for row in rows), strict=True)
-            made.append(frame(rows, np.concatenate(inputs), np.concatenate(labels)))
+            here = slice(first, first + len(rows))
+            made.append(frame(rows, inputs[here].reshape(-1), labels[here].reshape(-1)))
+            first = here.stop
         return made
+
+
+def _ids(rows: Sequence[PackedSequence]) -> NDArray[np.int32]:
+    return np.stack([row.ids for row in rows])
 
 
 def threshold(share: float) -> np.uint32:
@@ -102,8 +117,8 @@ def keys(seed: int, row: PackedSequence) -> NDArray[np.uint32]:
     return np.frombuffer(hashlib.blake2b(words, digest_size=12).digest(), "<u4")
 
 
-def hashes(key: np.uint32, positions: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """A uniform uint32 for each position.
+def hashes(key: NDArray[np.uint32], positions: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """A uniform uint32 for each position; the two are broadcast.
 
     Only uint32 additions, multiplications, exclusive ors and shifts, which every backend computes to the same bits.
     """
@@ -112,6 +127,9 @@ def hashes(key: np.uint32, positions: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """The `lowbias32` integer hash (C. Wellons, "Prospecting for Hash Functions", 2018): a bijection of uint32."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
+    x = x ^ (x >> np.uint32(16))
+    x *= np.uint32(0x7FEB352D)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(0x846CA68B)
+    x ^= x >> np.uint32(16)
+    return x

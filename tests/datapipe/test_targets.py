@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datapipe.batch import IGNORE, PackedSequence, frame
-from datapipe.targets import Masked, NextToken
+from datapipe.batch import IGNORE, Ids, PackedSequence, frame
+from datapipe.targets import Masked, NextToken, Targets
 
 VOCABULARY, SPECIAL, MASK = 1000, (1, 500, 998, 999), 998
 seeds = st.integers(0, 2**63)
@@ -18,6 +18,11 @@ def row(ids: np.ndarray, lengths: tuple[int, ...] | None = None, stream: int = 0
     return PackedSequence(ids.astype(np.int32), lengths or (len(ids),), stream, number)
 
 
+def only(targets: Targets, one: PackedSequence) -> tuple[Ids, Ids]:
+    inputs, labels = targets([one])
+    return inputs[0], labels[0]
+
+
 def masked(rate: float = 0.3, split: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0) -> Masked:
     return Masked(rate, split, seed, MASK, VOCABULARY, SPECIAL)
 
@@ -25,7 +30,7 @@ def masked(rate: float = 0.3, split: tuple[float, float, float] = (0.8, 0.1, 0.1
 @given(ids=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=200), seed=seeds, stream=st.integers(0, 2**31))
 def test_labels_are_the_originals_and_special_tokens_stay(ids: list[int], seed: int, stream: int) -> None:
     original = np.array(ids)
-    inputs, labels = masked(0.5, seed=seed)(row(original, stream=stream))
+    inputs, labels = only(masked(0.5, seed=seed), row(original, stream=stream))
     paying = labels != IGNORE
     np.testing.assert_array_equal(labels[paying], original[paying])
     np.testing.assert_array_equal(inputs[~paying], original[~paying])
@@ -39,11 +44,27 @@ def test_labels_are_the_originals_and_special_tokens_stay(ids: list[int], seed: 
 def test_a_mask_depends_on_its_place_and_not_on_the_tokens(seed: int, stream: int, number: int) -> None:
     one, other = np.full(512, 7), np.full(512, 8)
     place = {"stream": stream, "number": number}
-    positions = [masked(seed=seed)(row(ids, **place))[1] != IGNORE for ids in (one, other)]
+    positions = [only(masked(seed=seed), row(ids, **place))[1] != IGNORE for ids in (one, other)]
     np.testing.assert_array_equal(*positions)
     for change in ({"stream": stream + 1, "number": number}, {"stream": stream, "number": number + 1}):
-        assert (positions[0] != (masked(seed=seed)(row(one, **change))[1] != IGNORE)).any()
-    assert (positions[0] != (masked(seed=seed + 1)(row(one, **place))[1] != IGNORE)).any()
+        assert (positions[0] != (only(masked(seed=seed), row(one, **change))[1] != IGNORE)).any()
+    assert (positions[0] != (only(masked(seed=seed + 1), row(one, **place))[1] != IGNORE)).any()
+
+
+@given(data=st.data(), seed=seeds, length=st.integers(1, 100))
+def test_a_row_is_the_same_alone_and_among_others(data: st.DataObject, seed: int, length: int) -> None:
+    def one(number: int) -> PackedSequence:
+        ends = data.draw(st.sets(st.integers(1, length)))
+        ids = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=length, max_size=length))
+        lengths = np.diff([0, *sorted(ends)]).tolist()
+        return PackedSequence(np.array(ids, np.int32), tuple(lengths), data.draw(st.integers(0, 50)), number)
+
+    rows = [one(number) for number in range(data.draw(st.integers(1, 4)))]
+    for targets in (NextToken(), masked(0.5, seed=seed)):
+        together = zip(*targets(rows), strict=True)
+        for (inputs, labels), (ids, paid) in zip(together, (only(targets, row) for row in rows), strict=True):
+            np.testing.assert_array_equal(inputs, ids)
+            np.testing.assert_array_equal(labels, paid)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.15, 0.3, 0.8])
@@ -52,7 +73,7 @@ def test_rates(rate: float, split: tuple[float, float, float]) -> None:
     """Over a million positions every share lies within five standard deviations."""
     count, rows = 8192, 128
     ids = np.full(count, 7)
-    drawn = [masked(rate, split)(row(ids, number=number)) for number in range(rows)]
+    drawn = [only(masked(rate, split), row(ids, number=number)) for number in range(rows)]
     inputs, labels = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     paying = labels != IGNORE
 
@@ -67,7 +88,7 @@ def test_rates(rate: float, split: tuple[float, float, float]) -> None:
 
 def test_random_replacements_are_uniform() -> None:
     ids = np.full(8192, 7)
-    inputs = np.concatenate([masked(0.9, (0.0, 1.0, 0.0))(row(ids, number=n))[0] for n in range(128)])
+    inputs = np.concatenate([only(masked(0.9, (0.0, 1.0, 0.0)), row(ids, number=n))[0] for n in range(128)])
     counts = np.bincount(inputs[inputs != 7], minlength=VOCABULARY)
     assert not counts[list(SPECIAL)].any()
     drawn = np.delete(counts, [7, *SPECIAL])
@@ -77,7 +98,7 @@ def test_random_replacements_are_uniform() -> None:
 
 def test_the_masks_are_the_same_for_ever() -> None:
     """A resumed run may meet another version of Detour or of NumPy: these bits may never change."""
-    inputs, labels = masked(0.4, seed=42)(row(np.arange(20) + 100, stream=3, number=7))
+    inputs, labels = only(masked(0.4, seed=42), row(np.arange(20) + 100, stream=3, number=7))
     assert inputs.tolist() == [
         998,
         101,
@@ -106,14 +127,14 @@ def test_the_masks_are_the_same_for_ever() -> None:
 def test_padding_is_a_document_that_pays_nothing() -> None:
     ids = np.array([5, 6, 7, 8, 9, 0, 0, 0])
     for targets in (NextToken(), masked(0.9)):
-        inputs, labels = targets(row(ids, (3, 2)))
+        inputs, labels = only(targets, row(ids, (3, 2)))
         assert (labels[5:] == IGNORE).all() and (inputs[5:] == 0).all()
         batch = frame([row(ids, (3, 2)), row(ids, (8,))], inputs, labels)
         assert batch.cu_seqlens.tolist() == [0, 3, 5, 8, 16]
         assert batch.tokens == 13
-    assert NextToken()(row(ids, (3, 2)))[1].tolist() == [6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE, IGNORE]
+    assert only(NextToken(), row(ids, (3, 2)))[1].tolist() == [6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE, IGNORE]
 
 
 def test_an_empty_row_pays_nothing() -> None:
     for targets in (NextToken(), masked(0.9)):
-        assert (targets(PackedSequence(np.full(8, 2, np.int32), (), 0, 0))[1] == IGNORE).all()
+        assert (only(targets, PackedSequence(np.full(8, 2, np.int32), (), 0, 0))[1] == IGNORE).all()
