@@ -86,18 +86,30 @@ def utilization() -> float:
 
 
 class Stopwatch:
-    """Time from its making to `stop`, in seconds: on a GPU the device's own time, not that of launching the kernels."""
+    """Runs from its making, in seconds: on a GPU the device's own time, not that of launching the kernels."""
 
     def __init__(self) -> None:
         self._marks = [self._mark()]
 
+    @property
+    def runs(self) -> bool:
+        return len(self._marks) % 2 == 1
+
     def stop(self) -> None:
+        assert self.runs
+        self._marks.append(self._mark())
+
+    def start(self) -> None:
+        assert not self.runs
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        begin, end = self._marks
+        """While it ran; it is stopped."""
+        return sum(map(self._between, self._marks[::2], self._marks[1::2]))
+
+    def _between(self, begin: Any, end: Any) -> float:
         if isinstance(begin, float):
-            return end - begin
+            return float(end - begin)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from datapipe.batch import IGNORE, MicroBatch
@@ -23,7 +23,7 @@ def forward_backward(
     trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool
 ) -> tuple[list[float], device.Stopwatch]:
     """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses, and the time
-    it took until the data-parallel ranks first met.
+    of its own work, in which it did not wait for other data-parallel ranks.
 
     One loss a micro-batch on the last pipeline stage, none before it.
 
@@ -38,9 +38,31 @@ def forward_backward(
         watch.stop()  # from here on a rank waits for the slowest, so a later time would tell nobody who that is
         finalize_model_grads(*args, **more)
 
+    _leave_out_waiting(trainer.wrapped, watch)
     trainer.model.config.finalize_model_grads_func = reduce_gradients
     losses = [loss for loss, _ in _run(trainer, micro_batches, causal, forward_only=False)]
     return losses, watch
+
+
+def _leave_out_waiting(wrapped: DistributedDataParallel, watch: device.Stopwatch) -> None:
+    """Stop the watch where the forward pass waits for parameters that other ranks have updated
+    (overlap_param_gather)."""
+
+    def timed(group: Any) -> Callable[..., None]:
+        wait = type(group).finish_param_sync
+
+        def finish_param_sync(*args: Any, **more: Any) -> None:
+            waits = watch.runs and not (group.param_gather_dispatched and group.param_gather_handle is None)
+            if waits:
+                watch.stop()
+            wait(group, *args, **more)
+            if waits:
+                watch.start()
+
+        return finish_param_sync
+
+    for group in wrapped.bucket_groups:
+        group.finish_param_sync = timed(group)
 
 
 def evaluate(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:

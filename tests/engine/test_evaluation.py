@@ -70,13 +70,13 @@ def test_evaluation_changes_nothing(
 
 
 def train_with_a_slow_rank(config: RunConfig, directory: Path) -> None:
-    """Rank 1 sleeps in each forward pass, of which a step of this configuration has two."""
-    original = setup.build_model
+    """Rank 1 sleeps in both forward passes of the last of five steps."""
+    original, passes = setup.build_model, itertools.count(1)
 
     def build(*args: Any, **more: Any) -> Any:
         model, wrapped = original(*args, **more)
         if dist.get_rank() == 1:
-            model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+            model.register_forward_pre_hook(lambda *_: time.sleep(2) if next(passes) > 8 else None)
         return model, wrapped
 
     setup.build_model = build  # type: ignore[assignment]
@@ -89,5 +89,5 @@ def test_a_straggler_is_seen(shards: Path, tmp_path: Path) -> None:
     telemetry = Telemetry.read(tmp_path)
     assert telemetry is not None
     quick, slow = (worker.step_seconds for worker in telemetry.workers)
-    assert slow > 1 and quick < slow - 0.5
-    assert telemetry.step_seconds > 1
+    assert slow > 4 and quick < 2  # what a busy machine takes for a step of a toy is not seconds
+    assert telemetry.step_seconds > 4 / 5  # the mean of the last

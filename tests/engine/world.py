@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,24 +21,21 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.engine.preload"])
     results = context.SimpleQueue()
-    store = Path(os.environ.get("TMPDIR", "/tmp")) / f"detour-store-{os.getpid()}-{os.urandom(4).hex()}"
-    processes = [
-        context.Process(target=_rank, args=(rank, size, store, results, dict(os.environ), function, args))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    found: dict[int, Any] = {}
-    while len(found) < size:
-        rank, error, result = results.get()
-        if error:
-            for process in processes:
-                process.kill()
-            raise AssertionError(f"rank {rank}:\n{error}")
-        found[rank] = result
-    for process in processes:
-        process.join()
-    store.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = size, Path(folder) / "store", results, dict(os.environ), function, args
+        processes = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        found: dict[int, Any] = {}
+        while len(found) < size:
+            rank, error, result = results.get()
+            if error:
+                for process in processes:
+                    process.kill()
+                raise AssertionError(f"rank {rank}:\n{error}")
+            found[rank] = result
+        for process in processes:
+            process.join()
     return [found[rank] for rank in range(size)]
 
 
