@@ -150,8 +150,9 @@ def documents_of(config: RunConfig) -> list[list[int]]:
     """The documents of the run's batches; those longer than a row come in parts, on both sides."""
     from datapipe.loader import Loader
 
-    def unchanged(row: PackedSequence) -> tuple[Ids, Ids]:
-        return row.ids.astype(np.int64), np.full(len(row.ids), IGNORE)
+    def unchanged(rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+        inputs = np.stack([row.ids for row in rows]).astype(np.int64)
+        return inputs, np.full_like(inputs, IGNORE)
 
     tokenizer = load_tokenizer(config.tokenizer)
     loader = Loader(config.data, config.batch.sequences, tokenizer, 0, 1)
