@@ -74,8 +74,8 @@ def prepare(
     from configs.units import format_count
     from datapipe.inspect import source_lines
     from datapipe.manifest import NAME, read_manifest
-    from datapipe.prepare import HELD_OUT, Selection
     from datapipe.prepare import prepare as run
+    from datapipe.selection import HELD_OUT, Selection
     from datapipe.tokenizer import load_tokenizer
     from launcher.status import status_line
 

@@ -30,8 +30,9 @@ from configs.errors import InputError
 from configs.schema import Data
 from datapipe.inspect import inspect_shards
 from datapipe.manifest import NAME, read_manifest, verify
-from datapipe.prepare import HELD_OUT, JOURNAL, Selection, _Seen, ensure_prepared, prepare
+from datapipe.prepare import JOURNAL, ensure_prepared, prepare
 from datapipe.samples import local_path
+from datapipe.selection import HELD_OUT, Seen, Selection
 from datapipe.shards import ShardReader
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer
@@ -317,7 +318,7 @@ def test_disk_full_elsewhere(corpus: Path, tokenizer: Tokenizer, tmp_path: Path)
     manifest.symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"manifest\.json cannot be written: No space left on device; free some space"):
         prepare([str(corpus)], tokenizer, tmp_path / "shards", processes=1)
-    with _Seen() as seen, pytest.raises(InputError, match=r"disk is full; free some space there, or set TMPDIR"):
+    with Seen() as seen, pytest.raises(InputError, match=r"disk is full; free some space there, or set TMPDIR"):
         seen._table.execute("PRAGMA max_page_count=9")
         for number in range(100_000):
             seen.before(hashlib.md5(b"%d" % number).digest())
