@@ -187,7 +187,7 @@ def race(runners: dict[str, Runner], repeats: int) -> dict[str, float]:
 
 
 def fastest(documents: Sequence[list[int]], objective: str, config: RunConfig) -> tuple[torch.dtype, str]:
-    """The number format and attention with which transformers is fastest here, by the second step of each on four documents.
+    """The number format and attention with which transformers is fastest here, by the second step on four documents.
 
     bf16 only where the processor multiplies it: elsewhere it is emulated, for either side.
     """
