@@ -24,7 +24,6 @@ import psutil
 
 from benchmarks.cpu_vs_transformers import MODEL
 from benchmarks.table import Row, arguments, report
-from monitoring.telemetry import Telemetry
 from tests.chaos.loopback import LoopbackCluster, LoopbackNode
 from tests.launcher.toy import (
     DETOUR,
@@ -155,7 +154,7 @@ def _random_faults(home: Path, disk: Path, shards: Path, faults: int, kinds: lis
             noticed = fault(job)
             if fault is fill_disk:  # it ends no worker: the training goes on without checkpoints, until there is room
                 again = 0
-                job.wait_for_event("checkpoint_saved", since=noticed)
+                job.wait_for_event("checkpoint_saved", since=noticed, count=2)  # the next fault may damage one
             else:
                 again = max(0, reached - job.wait_for_event("resumed", since=began)["step"])
             job.wait_for_step(reached + 1)
@@ -215,10 +214,12 @@ class _Job:
     def wait_for_step(self, step: int) -> None:
         wait_for(lambda: max([0, *steps(self.directory)]) >= step, self.process, timeout=600)
 
-    def wait_for_event(self, kind: str, since: float) -> dict[str, Any]:
+    def wait_for_event(self, kind: str, since: float, count: int = 1) -> dict[str, Any]:
+        """The last of at least `count` of them."""
+
         def found() -> dict[str, Any] | None:
             those = [event for event in lines(self.directory / "events.jsonl") if event["event"] == kind]
-            return those[-1] if those and _time(those[-1]) > since else None
+            return those[-1] if len(those) >= count and _time(those[-count]) > since else None
 
         event: dict[str, Any] = wait_for(found, self.process, timeout=600)
         return event
@@ -307,19 +308,17 @@ def kill_worker_in_save(job: _Job) -> float:
 
 
 def fill_disk(job: _Job) -> float:
-    """Until a checkpoint has failed."""
+    """Until a checkpoint has failed; there is room left for the logs (tests/chaos fills a disk to the last byte)."""
+    began = time.time()
     filler = job.directory.parent / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(2**12))
-
-    def failed() -> bool:
-        now = Telemetry.read(job.directory)
-        return now is not None and "checkpoint_failed" in now.unwritten
-
-    wait_for(failed, job.process)
+    with filler.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(2**12))
+        file.truncate(file.tell() - 2**18)
+    noticed = _time(job.wait_for_event("checkpoint_failed", began))
     filler.unlink()
-    return time.time()
+    return noticed
 
 
 Fault = Callable[[_Job], float]
