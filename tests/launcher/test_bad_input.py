@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,29 @@ CASES: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def answers(
+    request: pytest.FixtureRequest, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Any]]]:
+    """What the command says in each of the cases asked for; two run at a time, since most of each is importing."""
+
+    def answer(case: str) -> Any:
+        home = tmp_path_factory.mktemp("bad")
+        private = Path(shutil.copytree(toy_shards, home / "shards"))
+        tree = recipe(private)
+        CASES[case][0](tree, private)
+        return run(*TRAIN, write(home / "toy.yaml", tree), cwd=home)
+
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    cases = [item.callspec.params["case"] for item in items if item.originalname == "test_bad_recipe"]
+    with ThreadPoolExecutor(2) as pool:
+        yield {case: pool.submit(answer, case) for case in cases}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_bad_recipe(case: str, toy_shards: Path, tmp_path: Path) -> None:
-    change, message = CASES[case]
-    private = Path(shutil.copytree(toy_shards, tmp_path / "shards"))
-    tree = recipe(private)
-    change(tree, private)
-    refused(run(*TRAIN, write(tmp_path / "toy.yaml", tree), cwd=tmp_path), message)
+def test_bad_recipe(case: str, answers: dict[str, Future[Any]]) -> None:
+    refused(answers[case].result(), CASES[case][1])
 
 
 def refused(result: Any, message: str) -> None:
