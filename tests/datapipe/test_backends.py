@@ -120,6 +120,15 @@ def test_the_evaluation_set_is_the_same_at_every_size(data: Data, tokenizer: Tok
     assert paying(size, 4) == whole
 
 
+def test_an_evaluation_set_that_cannot_be_read(data: Data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(tar_member("0.txt", b"\xff") + TAR_END)
+    assert data.evaluation is not None
+    evaluation = data.evaluation.model_copy(update={"shards": str(tmp_path)})
+    skipping = data.model_copy(update={"evaluation": evaluation, "on_error": "skip"})
+    with pytest.raises(InputError, match=r"data\.evaluation: none of its documents can be read"):
+        evaluation_batches(skipping, NextToken(), 4, tokenizer, 0, 1)
+
+
 def test_a_small_evaluation_set_is_read_once(data: Data, tokenizer: Tokenizer) -> None:
     assert data.evaluation is not None
     many = data.model_copy(update={"evaluation": data.evaluation.model_copy(update={"sequences": 100_000})})
