@@ -2,6 +2,8 @@
 
 The memory of a step is a line in the rows of its micro-batch: weights, moments and gradients, and so much a row. Two
 small micro-batches give the line. On a CPU `engine.parallel.plan` decides: there larger ones are no faster.
+
+What is tried trains nothing: its gradients are dropped, and delayed FP8 scaling forgets what it saw.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.distributed as dist
 
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
+from engine.scaling import kept_scaling
 from engine.step import forward_backward
 
 if TYPE_CHECKING:
@@ -44,26 +47,45 @@ def fit_micro_batch(trainer: Trainer, before: Sequence[Any] | None, memory: Path
     if known[0] is not None:
         return key, known[0]
     rows = trainer.layout.micro * trainer.layout.micro_batches
-    found = largest_that_fits(rows, lambda micro: _peak_bytes(trainer, micro), SHARE * device.total_memory_bytes())
-    agreed = torch.tensor([found], device=device.device())
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    found = int(agreed.item())
+    room = SHARE * device.total_memory_bytes()
+    with kept_scaling(trainer.model):
+        found = _smallest(
+            largest_that_fits(rows, _held_bytes(), lambda size: _peak_bytes(trainer, size), room, _smallest)
+        )
     if dist.get_rank() == 0:
         _remember(path, key, found)
     return key, found
 
 
-def largest_that_fits(rows: int, peak: Callable[[int], float], room: float) -> int:
+def largest_that_fits(
+    rows: int, held: float, peak: Callable[[int], float], room: float, agreed: Callable[[int], int]
+) -> int:
     """The largest divisor of `rows` whose peak bytes stay within `room`, by the line through the two smallest ones.
 
-    At least 1, which has been tried.
+    At least 1, which has been tried. `held`: bytes in use before any. `agreed`: the smallest of all ranks' answers,
+    since a size is tried by all of them or by none.
     """
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
     if len(sizes) == 1:
         return 1
-    first, second = peak(sizes[0]), peak(sizes[1])
-    slope = max(1.0, (second - first) / (sizes[1] - sizes[0]))
+    first = peak(1)
+    # No row takes more than the first did, whose share has the scratch memory of all of them in it.
+    if not agreed(int(held + sizes[1] * (first - held) <= room)):
+        return 1
+    slope = max(1.0, (peak(sizes[1]) - first) / (sizes[1] - 1))
     return max(size for size in sizes if size == 1 or first + slope * (size - 1) <= room)
+
+
+def _smallest(value: int) -> int:
+    """Of all ranks' values."""
+    agreed = torch.tensor([value], device=device.device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return int(agreed.item())
+
+
+def _held_bytes() -> float:
+    """Weights, gradients and moments: Megatron makes room for all of them before the first step."""
+    return float(torch.cuda.memory_allocated())
 
 
 def _peak_bytes(trainer: Trainer, micro: int) -> float:

@@ -59,7 +59,7 @@ def _kept(weights: dict[str, Any], optimizer: Any) -> Iterator[ShardedTensor]:
 
 def _boxes_of(whole: Any, prefix: str, kept: torch.Tensor, start: int, stop: int) -> Iterator[ShardedTensor]:
     """Elements start..stop-1 of a parameter, `kept`, as boxes of the whole model's tensors."""
-    blank = torch.empty(whole.data.shape, device="meta")
+    blank = torch.empty_like(whole.data, device="meta")
     for part in _tensors_of(replace(whole, key=prefix + whole.key, data=blank)):
         begin = part.data.storage_offset()
         low, high = max(start, begin), min(stop, begin + part.data.numel())

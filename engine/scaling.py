@@ -6,6 +6,7 @@ Transformer Engine keeps it in its modules' extra state, a pickle, which no chec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,24 @@ def restore_scaling(model: Any, recipe: Any, stored: dict[str, Tensor]) -> None:
     """`stored`: a checkpoint's scaling tensors by name; recipe: Transformer Engine's, of the coming steps."""
     for name, module in model.named_modules():
         if hasattr(module, "init_fp8_meta_tensors") and f"{_key(model, name)}scaling_fwd.scale" in stored:
+            module.fp8_meta["num_gemms"] = 1  # what a first forward would set
             module.init_fp8_meta_tensors(recipe)
     for key, tensor in _scaling_of(model):
         if key in stored:
             tensor.copy_(stored[key])
+
+
+@contextmanager
+@torch.no_grad()
+def kept_scaling(model: Any) -> Iterator[None]:
+    """What is computed meanwhile leaves no trace in the history, which may not exist before."""
+    before = {key: tensor.clone() for key, tensor in _scaling_of(model)}
+    yield
+    for key, tensor in _scaling_of(model):
+        if key in before:
+            tensor.copy_(before[key])
+        else:
+            tensor.fill_(1.0 if key.endswith(".scale") else 0.0)
 
 
 def _scaling_of(model: Any) -> Iterator[tuple[str, Tensor]]:

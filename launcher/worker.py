@@ -127,7 +127,14 @@ class Worker:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         patience = timedelta(seconds=config.cluster.hang_timeout + GRACE_SECONDS)
         dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience)
-        outcome = train(config, directory, lambda: store.get(STOP).decode() if store.check([STOP]) else None)
+        try:
+            outcome = train(config, directory, lambda: store.get(STOP).decode() if store.check([STOP]) else None)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"batch.micro: {config.batch.micro} does not fit the GPU of rank {seat.rank} at data.sequence_length "
+                f"{config.data.sequence_length}; give a smaller batch.micro or data.sequence_length, or raise "
+                f"parallel.tensor or parallel.pipeline ({error})"
+            ) from error
         dist.barrier()  # no rank leaves while another still waits for it
         dist.destroy_process_group()
         return Ending(outcome.step, outcome.finished, outcome.reason)

@@ -15,21 +15,29 @@ from tests.engine.world import run_world, toy_config
 
 @given(
     rows=st.integers(1, 96),
-    fixed=st.integers(0, 1000),
+    held=st.integers(0, 1000),
+    scratch=st.integers(0, 200),
     each=st.integers(1, 100),
     room=st.integers(0, 5000),
 )
-def test_largest_divisor_within_the_room(rows: int, fixed: int, each: int, room: int) -> None:
+def test_largest_divisor_within_the_room(rows: int, held: int, scratch: int, each: int, room: int) -> None:
     tried: list[int] = []
 
-    def peak(size: int) -> float:
-        tried.append(size)
-        return fixed + each * size
+    def needed(size: int) -> int:
+        return held + scratch + each * size
 
-    found = largest_that_fits(rows, peak, room)
+    def peak(size: int) -> float:
+        assert size == 1 or needed(size) <= room, "what does not fit is never tried"
+        tried.append(size)
+        return needed(size)
+
+    found = largest_that_fits(rows, held, peak, room, lambda fits: fits)
     divisors = [size for size in range(1, rows + 1) if rows % size == 0]
-    assert found == max((size for size in divisors if fixed + each * size <= room), default=1)
-    assert tried == (divisors[:2] if rows > 1 else []), "none that might not fit is tried"
+    best = max((size for size in divisors if needed(size) <= room), default=1)
+    if rows == 1 or held + divisors[1] * (scratch + each) <= room:
+        assert (found, tried) == (best, divisors[:2] if rows > 1 else [])
+    else:
+        assert (found, tried) == (1, [1])
 
 
 def _fit(shards: Path, scratch: Path, memory: Path) -> tuple[list[int], list[int]]:
@@ -46,6 +54,7 @@ def _fit(shards: Path, scratch: Path, memory: Path) -> tuple[list[int], list[int
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(micro, "_peak_bytes", peak)
+        patch.setattr(micro, "_held_bytes", lambda: 50.0)
         patch.setattr(micro.device, "total_memory_bytes", lambda: 350 / micro.SHARE)
         trainer = open_trainer(toy_config(shards), scratch)
         key, first = micro.fit_micro_batch(trainer, None, memory)

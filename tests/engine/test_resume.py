@@ -39,6 +39,22 @@ def test_stopped_and_run_again_is_bit_identical(stop_after: int, shards: Path, a
     assert all(torch.equal(tensor, expected[name]) for name, tensor in final.items())
 
 
+def test_bf16_goes_on_bit_identical(shards: Path, tmp_path: Path) -> None:
+    """The computing weights are rounded from the fp32 ones that the optimizer keeps; a checkpoint has both."""
+    # A small one: without AMX a CPU multiplies in bf16 very slowly.
+    config = toy_config(shards, precision="bf16", data={"sequence_length": 64}, batch={"sequences": 4})
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for directory, stops in ((whole, (None,)), (stopped, (3, None))):
+        directory.mkdir()
+        for stop_after in stops:
+            run_world(1, train, config, directory, stop_after)
+    assert trained(stopped) == trained(whole)
+    final, expected = stored(stopped, 5), stored(whole, 5)
+    assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16, torch.float32}
+    assert final.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final.items())
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2)])
 def test_resumed_at_another_data_parallel_size(
     before: int, after: int, shards: Path, alone_run: Path, tmp_path: Path

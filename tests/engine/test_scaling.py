@@ -25,17 +25,23 @@ def _equip(model: Any, fill: bool) -> dict[str, Any]:
 
         def start(recipe: Any, meta: dict[str, Any] = module.fp8_meta) -> None:
             for direction, tensors in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-                meta[direction] = SimpleNamespace(scale=torch.ones(tensors), amax_history=torch.zeros(4, tensors))
+                wide = meta["num_gemms"] * tensors
+                meta[direction] = SimpleNamespace(scale=torch.ones(wide), amax_history=torch.zeros(4, wide))
 
         module.init_fp8_meta_tensors = start
         if fill:
+            module.fp8_meta["num_gemms"] = 1
             start(None)
-            for number, state in enumerate(module.fp8_meta.values()):
+            for number, state in enumerate(_states(module.fp8_meta)):
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{place}{number}".encode()))
                 state.scale.uniform_(generator=generator)
                 state.amax_history.uniform_(generator=generator)
         equipped[place] = module.fp8_meta
     return equipped
+
+
+def _states(meta: dict[str, Any]) -> list[Any]:
+    return [meta["scaling_fwd"], meta["scaling_bwd"]]
 
 
 def _save_and_load(
@@ -55,7 +61,7 @@ def _save_and_load(
         load_scaling(checkpoint, trainer.model)
     trainer.close()
     return {
-        layer: [tensor.tolist() for state in meta.values() for tensor in (state.scale, state.amax_history)]
+        layer: [tensor.tolist() for state in _states(meta) for tensor in (state.scale, state.amax_history)]
         for layer, meta in equipped.items()
     }
 
@@ -67,3 +73,29 @@ def test_history_of_every_layout_is_found_again(shards: Path, tmp_path: Path) ->
     (found,) = run_world(1, _save_and_load, shards, tmp_path / "b", checkpoint, False, {})
     saved = {layer: tensors for part in parts for layer, tensors in part.items()}
     assert found == saved and len(found) == 4 * 4
+
+
+def test_what_is_tried_for_a_micro_batch_leaves_no_trace() -> None:
+    from engine.scaling import kept_scaling
+
+    layer = torch.nn.Linear(1, 1)
+    meta: dict[str, Any] = {}
+    layer.fp8_meta = meta  # type: ignore[assignment]
+    model = torch.nn.ModuleDict({"layer": layer})
+
+    def values() -> set[tuple[float, float]]:
+        return {
+            (float(s), float(h)) for state in _states(meta) for s in state.scale for h in state.amax_history.view(-1)
+        }
+
+    with kept_scaling(model):
+        for direction in ("scaling_fwd", "scaling_bwd"):
+            meta[direction] = SimpleNamespace(scale=torch.full((2,), 5.0), amax_history=torch.full((4, 2), 6.0))
+    assert values() == {(1.0, 0.0)}, "as a first forward finds it"
+    for state in _states(meta):
+        state.scale.fill_(3.0), state.amax_history.fill_(4.0)
+    with kept_scaling(model):
+        for state in _states(meta):
+            state.scale += 1
+            state.amax_history += 1
+    assert values() == {(3.0, 4.0)}

@@ -147,6 +147,26 @@ def test_a_worker_that_sees_another_directory_is_refused(tmp_path: Path) -> None
                 Worker().sit(Seat(0, 1, 0, 1, (), 1), elsewhere, token)
 
 
+def test_a_gpu_too_small_is_no_failure_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    import torch.distributed as dist
+
+    def train(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("engine.trainer.train", train)
+    worker = Worker()
+    worker._seat = Seat(0, 1, 0, 1, (), 1)
+    port = worker.open_store("127.0.0.1")
+    try:
+        with pytest.raises(
+            InputError, match=r"batch\.micro: .*rank 0 .*smaller batch\.micro .*Tried to allocate 2.00 GiB"
+        ):
+            worker.train(load_config("demo"), tmp_path, "127.0.0.1", port)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_run_directory_in_rays_copy_of_the_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private.runtime_env.packaging import RAY_PKG_PREFIX
     from ray._private.runtime_env.working_dir import WorkingDirPlugin
