@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 TESTS :=
+# The tests wait more than they work. The tests of a file share what is prepared for them, so one process runs them all.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test chaos lint
 
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/detour-train demo
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
 chaos: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m chaos

@@ -4,18 +4,25 @@ figures, against BF16, and against transformers in the same call; what FP8 learn
 Packed rows of MedQuAD's documents. Without a GPU every row says that it was not measured. What the bars of base and
 large are: real tokens per second of one H100.
 
-    python -m benchmarks.gpu [--quick] [--json FILE]
+    python -m benchmarks.gpu [--quick] [--json FILE] [PART ...]
+
+Parts: speed, fp8, fp8-loss, attention, idle, transformers; all of them take about half an hour on an H100 (estimated).
+FILE has every row as soon as it is measured.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import importlib.util
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +31,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cpu_vs_transformers import documents_of, ours, race, theirs
-from benchmarks.table import Row, arguments, report
-from configs.errors import InputError
+from benchmarks.table import Row, report, write
 from configs.load import validate
 from configs.schema import Monitoring, Phase, RunConfig
 from datapipe.prepare import ensure_prepared
@@ -46,6 +52,8 @@ SPEEDS = (  # name, model, objective, published tokens/s of an H100, bar in toke
     ("large, CLM, bf16", LARGE, "clm", 116e3, 150e3),
 )
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+SECONDS = 10
+"""For which a speed is measured, after the warm-up; at least 3 steps."""
 
 
 def run_config(folder: Path, model: dict[str, Any], objective: str, **precision: str) -> RunConfig:
@@ -66,7 +74,7 @@ def run_config(folder: Path, model: dict[str, Any], objective: str, **precision:
 
 
 @contextmanager
-def training(config: RunConfig, steps: int) -> Iterator[Callable[[int], int]]:
+def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
     """A function that trains so many steps more, waits for the device, and gives back their real tokens.
 
     Everything but logging and checkpoints is included. Three steps have been made to warm up.
@@ -79,7 +87,7 @@ def training(config: RunConfig, steps: int) -> Iterator[Callable[[int], int]]:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = open_trainer(config, Path(scratch))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-        batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, 3 + steps, None)
+        batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, 10**6, None)
 
         def run(count: int) -> int:
             tokens = 0
@@ -95,67 +103,67 @@ def training(config: RunConfig, steps: int) -> Iterator[Callable[[int], int]]:
             yield run
 
 
-def speed(config: RunConfig, steps: int) -> float:
+def speed(config: RunConfig, quick: bool) -> float:
     """Real tokens per second."""
-    with training(config, steps) as run:
+    with training(config) as run:
+        started = time.perf_counter()
+        run(1)
+        steps = max(3, int((3 if quick else SECONDS) / (time.perf_counter() - started)))
         started = time.perf_counter()
         tokens = run(steps)
         return tokens / (time.perf_counter() - started)
 
 
-def idle_row(config: RunConfig) -> Row:
-    """What of the steps' time the device runs no kernel in: copies, launches, the step's boundary."""
-    steps = 5
-    with training(config, steps) as run:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            run(steps)
-        ranges = [e.time_range for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy, reached = 0.0, min(span.start for span in ranges)
-    whole = max(span.end for span in ranges) - reached
-    for span in sorted(ranges, key=lambda span: span.start):  # kernels of several streams overlap
-        busy += max(0.0, span.end - max(span.start, reached))
-        reached = max(reached, span.end)
-    return Row.at_most("base, CLM: device time not in kernels", (whole - busy) / 1e6, whole / 1e6, 0.05, "s")
+def measured(name: str, function: Callable[[], Any]) -> Any:
+    """What the function gives; None where it fails, said on stderr. Either way its memory is free afterwards."""
+    try:
+        return function()
+    except Exception as error:
+        print(f"{name}: not measured: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    finally:
+        gc.unfreeze()  # a trainer freezes what lives at its start, as there is one in a process elsewhere
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def transformers_row(folder: Path, objective: str, repeats: int) -> Row:
-    """The same documents: ours packed, theirs by eight, the Trainer's default, padded as its collator does, with its
-    fastest attention here."""
-    config = run_config(folder, BASE, objective, precision="bf16")
-    documents = documents_of(config)
-    attentions = ["sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None)
-    theirs_best = 0.0
-    for attention in attentions:
-        batches = -(-len(documents) // 8)
-        runner = theirs(documents, objective, torch.bfloat16, attention, model={}, device="cuda", batches=batches)
-        theirs_best = max(theirs_best, race({"": runner}, repeats)[""])
-    with ours(config) as mine:
-        found = race({"": mine}, repeats)[""]
-    name = f"base, {objective.upper()} against transformers ({' or '.join(attentions)})"
-    return Row.at_least(name, found, theirs_best, 2.0, "real tokens/s")
+def speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    for name, model, objective, published, bar in SPEEDS:
+        config = run_config(folder, model, objective, precision="bf16")
+        if found := measured(name, partial(speed, config, quick)):
+            yield Row.at_least(name, found, published, bar / published, "real tokens/s")
 
 
-def attention_rows(folder: Path, steps: int) -> list[Row]:
-    """Transformer Engine's attention against torch's, which is the default."""
-    rows = []
-    for objective in ("clm", "mlm"):
-        torchs, engines = (
-            run_config(folder, BASE, objective, precision="bf16", attention=kernel)
-            for kernel in ("torch", "transformer_engine")
+def fp8_speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    for size in ["150M"] if quick else MODELS:
+        plain = measured(
+            f"{size}, BF16", partial(speed, run_config(folder, MODELS[size], "clm", precision="bf16"), quick)
         )
-        name = f"base, {objective.upper()}: Transformer Engine's attention against torch's"
-        try:
-            found = speed(engines, steps)
-        except Exception as error:  # it has no kernel for some of the layers without other packages
-            print(f"{name}: not measured: {str(error).splitlines()[0]}")
-            continue
-        rows.append(Row.at_least(name, found, speed(torchs, steps), None, "real tokens/s"))
-    return rows
+        for recipe in recipes(folder) if plain else ():
+            config = run_config(folder, MODELS[size], "clm", precision="fp8", fp8_recipe=recipe)
+            name = f"{size}, FP8 {recipe} against BF16"
+            if found := measured(name, partial(speed, config, quick)):
+                yield Row.at_least(name, found, plain, 1.3 if size == "3B" else None, "real tokens/s")
 
 
-def fp8_rows(folder: Path, recipe: str, steps: int) -> list[Row]:
+def recipes(folder: Path) -> list[str]:
+    """Those that this GPU has; for the others stderr says why not."""
+    from engine.precision import resolve_precision
+
+    return [
+        recipe
+        for recipe in RECIPES
+        if measured(
+            recipe, partial(resolve_precision, run_config(folder, BASE, "clm", precision="fp8", fp8_recipe=recipe))
+        )
+    ]
+
+
+def fp8_loss_rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Training in FP8: how far its loss is from BF16's after so many steps, and from its own after a restart."""
     from engine.trainer import train
+
+    steps = 20 if quick else 200
 
     def losses(name: str, stop_after: int | None = None, **precision: str) -> list[float]:
         config = run_config(folder, BASE, "clm", **precision).model_copy(
@@ -166,57 +174,119 @@ def fp8_rows(folder: Path, recipe: str, steps: int) -> list[Row]:
         train(config, folder / name, lambda: "stop" if next(calls) == stop_after else None)
         return [line["loss"] for line in read_metrics(folder / name)]
 
-    fp8 = {"precision": "fp8", "fp8_recipe": recipe}
-    plain, whole = losses("bf16", precision="bf16"), losses(recipe, **fp8)
-    losses(f"{recipe}-resumed", steps // 2, **fp8)
-    resumed = losses(f"{recipe}-resumed", **fp8)
-    last = statistics.fmean(plain[-10:])
-    apart = abs(statistics.fmean(whole[-10:]) - last)
-    again = abs(resumed[steps // 2] - whole[steps // 2])
-    return [
-        Row.at_most(f"FP8 {recipe}: loss after {steps} steps apart from BF16's", apart, last, 0.01, "nats"),
-        Row.at_most(f"FP8 {recipe}: first loss after a restart apart from the undisturbed", again, last, 0.0, "nats"),
-    ]
+    plain = measured("BF16's loss", partial(losses, "bf16", precision="bf16"))
+    for recipe in recipes(folder) if plain else ():
+        fp8 = {"precision": "fp8", "fp8_recipe": recipe}
+        last = statistics.fmean(plain[-10:])
+        name = f"FP8 {recipe}: loss after {steps} steps apart from BF16's"
+        if whole := measured(name, partial(losses, recipe, **fp8)):
+            yield Row.at_most(name, abs(statistics.fmean(whole[-10:]) - last), last, 0.01, "nats")
+            name = f"FP8 {recipe}: first loss after a restart apart from the undisturbed"
+            measured(name, partial(losses, f"{recipe}-resumed", steps // 2, **fp8))
+            if resumed := measured(name, partial(losses, f"{recipe}-resumed", **fp8)):
+                yield Row.at_most(name, abs(resumed[steps // 2] - whole[steps // 2]), last, 0.0, "nats")
 
 
-def measure(folder: Path, quick: bool) -> list[Row]:
-    from engine.precision import resolve_precision
+def attention_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    """Transformer Engine's attention against torch's, which is the default. It may have no kernel for some layers."""
+    for objective in ("clm", "mlm"):
+        name = f"base, {objective.upper()}: Transformer Engine's attention against torch's"
+        found = {}
+        for kernel in ("transformer_engine", "torch"):
+            config = run_config(folder, BASE, objective, precision="bf16", attention=kernel)
+            if not (result := measured(f"{name} ({kernel})", partial(speed, config, quick))):
+                break
+            found[kernel] = result
+        else:
+            yield Row.at_least(name, found["transformer_engine"], found["torch"], None, "real tokens/s")
 
-    steps, sizes = (5, ["150M"]) if quick else (30, list(MODELS))
+
+def idle_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    """What of the steps' time the device runs no kernel in: copies, launches, the step's boundary."""
+
+    def spans() -> list[tuple[float, float]]:
+        with training(run_config(folder, BASE, "clm", precision="bf16")) as run:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                run(5)
+            ranges = [e.time_range for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return sorted((span.start, span.end) for span in ranges)
+
+    name = "base, CLM: device time not in kernels"
+    if found := measured(name, spans):
+        busy, reached = 0.0, found[0][0]
+        whole = max(end for _, end in found) - reached
+        for start, end in found:  # kernels of several streams overlap
+            busy += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        yield Row.at_most(name, (whole - busy) / 1e6, whole / 1e6, 0.05, "s")
+
+
+def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    """The same documents: ours packed, theirs by eight, the Trainer's default, padded as its collator does, with its
+    fastest attention here."""
+    attentions = ["sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None)
+    repeats = 1 if quick else 3
+    for objective in ("clm", "mlm"):
+        name = f"base, {objective.upper()} against transformers ({' or '.join(attentions)})"
+        config = run_config(folder, BASE, objective, precision="bf16")
+        documents = documents_of(config)
+
+        def peer(attention: str, objective: str = objective, documents: Any = documents) -> float:
+            batches = -(-len(documents) // 8)
+            runner = theirs(documents, objective, torch.bfloat16, attention, model={}, device="cuda", batches=batches)
+            return race({"": runner}, repeats)[""]
+
+        def detour(config: RunConfig = config) -> float:
+            with ours(config) as runner:
+                return race({"": runner}, repeats)[""]
+
+        peers = [measured(f"{name}: {attention}", partial(peer, attention)) for attention in attentions]
+        found = measured(name, detour)
+        if found and any(peers):
+            yield Row.at_least(name, found, max(filter(None, peers)), 2.0, "real tokens/s")
+
+
+PARTS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
+    "speed": speed_rows,
+    "fp8": fp8_speed_rows,
+    "fp8-loss": fp8_loss_rows,
+    "attention": attention_rows,
+    "idle": idle_rows,
+    "transformers": transformers_rows,
+}
+
+
+def measure(folder: Path, parts: list[str], quick: bool, file: Path | None) -> list[Row]:
     first = run_config(folder, BASE, "clm")
     ensure_prepared(first.data, load_tokenizer(first.tokenizer))
-    rows = []
-    for name, model, objective, published, bar in SPEEDS:
-        found = speed(run_config(folder, model, objective, precision="bf16"), steps)
-        rows.append(Row.at_least(name, found, published, bar / published, "real tokens/s"))
-    for size in sizes:
-        plain = speed(run_config(folder, MODELS[size], "clm", precision="bf16"), steps)
-        for recipe in RECIPES:
-            config = run_config(folder, MODELS[size], "clm", precision="fp8", fp8_recipe=recipe)
-            try:
-                resolve_precision(config)
-            except InputError as error:
-                print(f"{size}, {recipe}: not measured: {error}")
-                continue
-            wanted = 1.3 if size == "3B" else None
-            name, found = f"{size}, FP8 {recipe} against BF16", speed(config, steps)
-            rows.append(Row.at_least(name, found, plain, wanted, "real tokens/s"))
-            if size == "150M":
-                rows += fp8_rows(folder, recipe, 20 if quick else 200)
-    rows += attention_rows(folder, steps)
-    rows.append(idle_row(run_config(folder, BASE, "clm", precision="bf16")))
-    return rows + [transformers_row(folder, objective, 1 if quick else 3) for objective in ("clm", "mlm")]
+    rows: list[Row] = []
+    for part in parts:
+        for row in PARTS[part](folder, quick):
+            print(f"{row.name}: {row.ours:,.4g} {row.unit}, {row.ratio:.3g} of the peer's", file=sys.stderr)
+            rows.append(row)
+            if file:
+                write(rows, file)
+    return rows
+
+
+def without_a_gpu() -> list[str]:
+    """What there would be to measure."""
+    names = [row[0] for row in SPEEDS] + [f"{size}, FP8 {recipe} against BF16" for size in MODELS for recipe in RECIPES]
+    names += [f"FP8 {recipe}: loss against BF16's, and after a restart" for recipe in RECIPES]
+    names += ["base, CLM and MLM: Transformer Engine's attention against torch's"]
+    return [*names, "base, CLM: device time not in kernels", "base, CLM and MLM against transformers"]
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default all")
+    parser.add_argument("--quick", action="store_true", help="shorter, and the smallest model alone in FP8")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if not torch.cuda.is_available():
-        names = [row[0] for row in SPEEDS] + [
-            f"{size}, FP8 {recipe} against BF16" for size in MODELS for recipe in RECIPES
-        ]
-        names += [f"FP8 {recipe}: loss against BF16's, and after a restart" for recipe in RECIPES]
-        names += ["base, CLM and MLM: Transformer Engine's attention against torch's"]
-        names += ["base, CLM: device time not in kernels", "base, CLM and MLM against transformers"]
+        names = without_a_gpu()
         print("\n".join(f"{name}: not measured, there is no NVIDIA GPU here" for name in names))
         if options.json:
             empty = dict.fromkeys(("ours", "peer", "ratio", "bar", "unit", "met"))
@@ -224,8 +294,11 @@ def main() -> None:
         return
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.quick)
+        rows = measure(Path(folder), options.parts or list(PARTS), options.quick, options.json)
     dist.destroy_process_group()
+    if not rows:
+        raise SystemExit("nothing was measured")
+    print(torch.cuda.get_device_name())
     report(rows, options.json)
 
 

@@ -58,4 +58,9 @@ def report(rows: Sequence[Row], file: Path | None) -> None:
         numbers = f"{row.ours:>12,.4g}  {row.peer:>12,.4g}  {row.ratio:>8.3g}  {bar:>6}"
         print(f"{row.name:<{width}}  {numbers}  {row.unit:<12} {met}")
     if file is not None:
-        file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        write(rows, file)
+
+
+def write(rows: Sequence[Row], file: Path) -> None:
+    """The list of rows, as JSON."""
+    file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +79,7 @@ class ModernBert(LanguageModule):
         self.post_process = parallel_state.is_pipeline_last_stage()
         self.share_embeddings_and_output_weights = True
         self.model_type = ModelType.encoder_or_decoder
+        self._rotary_tables: dict[int, Tensor] = {}
         vocabulary = padded_vocabulary(architecture.vocab_size)
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -149,10 +149,10 @@ class ModernBert(LanguageModule):
     def _rotary(self, packed: PackedDocuments) -> Tensor:
         """[global or local, cos or sin, T, head dim] in the computing dtype, by position in the document."""
         length = 1 << (packed.max_seqlen_q - 1).bit_length()  # powers of two: a few tables serve all micro-batches
-        table = self._rotary_table(length, packed.cu_seqlens_q.device)
-        return table[:, :, packed.positions]
+        if length not in self._rotary_tables:
+            self._rotary_tables[length] = self._rotary_table(length, packed.cu_seqlens_q.device)
+        return self._rotary_tables[length][:, :, packed.positions]
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  one model lives as long as its process
     def _rotary_table(self, length: int, device: torch.device) -> Tensor:
         dim = self.config.kv_channels
         kinds = ("full_attention", "sliding_attention")

@@ -16,9 +16,12 @@ from configs.schema import RunConfig
 SAMPLES = Path(__file__).parents[2] / "datapipe" / "samples"
 
 
-def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` on every rank of a process group of `size`; the results by rank. A rank's error is raised."""
-    context = multiprocessing.get_context("forkserver")
+def run_world(size: int, function: Callable[..., Any], *args: Any, fresh: bool = False) -> list[Any]:
+    """`function(*args)` on every rank of a process group of `size`; the results by rank. A rank's error is raised.
+
+    fresh: in processes that have imported nothing; else in forks of one that has Megatron.
+    """
+    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     context.set_forkserver_preload(["tests.engine.preload"])
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:

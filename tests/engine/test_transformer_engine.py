@@ -1,0 +1,146 @@
+"""Transformer Engine's layers and FP8 recipes on a CPU, by `te_on_cpu`: parity, what is quantized, exact resuming.
+
+Needs Transformer Engine's Python package alone, in the directory that TE_PYTHON names; `.ci/run` fetches it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import RunConfig
+from monitoring.log import read_metrics
+from tests.engine.world import run_world, stored, toy_config, train
+
+pytestmark = pytest.mark.skipif("TE_PYTHON" not in os.environ, reason="TE_PYTHON names no directory")
+LENGTHS = (300, 40, 5, 5, 34)
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a process that has Transformer Engine; its result."""
+    (result,) = run_world(1, _with_transformer_engine, function, *args, fresh=True)
+    return result
+
+
+def _with_transformer_engine(function: Callable[..., Any], *args: Any) -> Any:
+    from tests.engine import te_on_cpu
+
+    te_on_cpu.install(Path(os.environ["TE_PYTHON"]))
+    from engine import precision, setup
+    from engine.modernbert import layers
+    from engine.modernbert.attention import BlockedAttention
+
+    layers.FlashAttention = BlockedAttention  # type: ignore[misc, assignment]
+    precision._require_fp8 = lambda recipe: None
+    bare = setup.ModernBert
+    setup.ModernBert = lambda *args, **more: bare(*args, **{**more, "transformer_engine": True})  # type: ignore
+    return function(*args)
+
+
+def _differences() -> dict[tuple[str, bool], float]:
+    """Largest difference of the logits from Hugging Face's, relative to the largest of them, by dtype and causality."""
+    import torch
+
+    from engine.modernbert.attention import PackedDocuments
+    from engine.modernbert.convert import load_weights
+    from engine.modernbert.model import ModernBert, transformer_config
+    from engine.parallel import Layout, initialise
+    from tests.engine.test_parity import build, their_logits
+
+    initialise(Layout(1, 1, 1, False, 1, 1), seed=0)
+    theirs, _, architecture = build()
+    state = theirs.state_dict()
+    ids = torch.randint(0, architecture.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = ModernBert(transformer_config(architecture, dtype=dtype), architecture, transformer_engine=True).eval()
+        load_weights(model, lambda name: state[name])
+        for causal in (False, True):
+            packed = PackedDocuments.from_lengths(LENGTHS, causal, ids.device)
+            with torch.no_grad():
+                expected = torch.cat([their_logits(theirs, document, causal) for document in ids.split(LENGTHS)])
+                logits = model(ids[None], packed)[:, : architecture.vocab_size].float()
+            found[str(dtype), causal] = float((logits - expected).abs().max() / expected.abs().max())
+    return found
+
+
+def test_logits_equal_hugging_face() -> None:
+    for (dtype, causal), difference in alone(_differences).items():
+        assert difference <= {"torch.float32": 1e-5, "torch.bfloat16": 2e-2}[dtype], (dtype, causal)
+
+
+def _train(config: RunConfig, directory: Path) -> dict[str, int]:
+    """Train to the end; what was quantized and multiplied."""
+    from engine.trainer import train
+    from tests.engine.te_on_cpu import CALLS
+
+    directory.mkdir(exist_ok=True)
+    assert train(config, directory).finished
+    return dict(CALLS)
+
+
+def fp8(shards: Path, **changes: Any) -> RunConfig:
+    """A run as short as it gets: a CPU without AMX multiplies the vocabulary in BF16 very slowly."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    tree = {
+        "model": shape,
+        "data": {"sequence_length": 64},
+        "batch": {"sequences": 4, "micro": 2},
+        "phases": [{"objective": "clm", "steps": 2}, {"objective": "mlm", "steps": 1}],
+        "checkpoint": {"every": "1 steps", "keep": 9},
+    }
+    return toy_config(shards, **tree, **changes)
+
+
+def test_its_adam_trains_as_ours(shards: Path, tmp_path: Path) -> None:
+    """In fp32, where the layers are the same; its optimizer is what a GPU has."""
+    config = fp8(shards, precision="fp32")
+    engines, ours = tmp_path / "engines", tmp_path / "ours"
+    ours.mkdir()
+    alone(_train, config, engines)
+    run_world(1, train, config, ours)
+    for found, expected in zip(read_metrics(engines), read_metrics(ours), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    weights, expected_weights = stored(engines, 3), stored(ours, 3)
+    assert weights.keys() == expected_weights.keys()
+    assert all((tensor - expected_weights[name]).abs().max() <= 1e-5 for name, tensor in weights.items())
+
+
+@pytest.fixture(scope="module")
+def bf16_losses(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    directory = tmp_path_factory.mktemp("bf16")
+    assert alone(_train, fp8(shards, precision="bf16"), directory).keys() == {"plain product"}
+    return [line["loss"] for line in read_metrics(directory)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "quantizer"),
+    [
+        ("delayed", "Float8Quantizer"),
+        ("tensorwise", "Float8CurrentScalingQuantizer"),
+        ("blockwise", "Float8BlockQuantizer"),
+    ],
+)
+def test_fp8_follows_bf16_and_resumes_exactly(
+    recipe: str, quantizer: str, shards: Path, bf16_losses: list[float], tmp_path: Path
+) -> None:
+    config = fp8(shards, precision="fp8", fp8_recipe=recipe)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    # Forward, and the gradients of input and weight, of 4 linear layers in 2 blocks, in 2 micro-batches of 3 steps.
+    products = {"fp8 product": 3 * 4 * 2 * 2 * 3}
+    calls = alone(_train, config, whole)
+    assert calls.pop(quantizer) > 0 and calls == products, "all products of the layers are in FP8, by this quantizer"
+    assert [line["loss"] for line in read_metrics(whole)] == pytest.approx(bf16_losses, rel=0.01)
+
+    shutil.copytree(whole, again)
+    for path in (again / "checkpoints").glob("step-0000000[23]"):
+        shutil.rmtree(path)
+    alone(_train, config, again)
+    lines = [{key: line[key] for key in ("step", "loss", "grad_norm")} for line in read_metrics(again)]
+    assert lines == [{key: line[key] for key in lines[0]} for line in read_metrics(whole)]
