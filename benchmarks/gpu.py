@@ -123,7 +123,7 @@ def measured(name: str, function: Callable[[], Any]) -> Any:
         return None
     finally:
         gc.unfreeze()  # a trainer freezes what lives at its start, as there is one in a process elsewhere
-        gc.collect()
+        gc.collect(), gc.collect()  # the first frees an optimizer, and with it what hid the model's cycles from it
         torch.cuda.empty_cache()
 
 

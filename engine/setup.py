@@ -101,6 +101,10 @@ class Trainer:
         if self.recorder:
             self.recorder.close()
         parallel_state.destroy_model_parallel()
+        # The gradients' hooks know the model, and through it the optimizer: cycles that Python cannot see, with memory
+        # that another trainer of this process would not get.
+        self.wrapped.grad_accs.clear()
+        self.model.config.grad_scale_func = None
 
 
 def open_trainer(config: RunConfig, directory: Path) -> Trainer:
