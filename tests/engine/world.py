@@ -19,8 +19,12 @@ SAMPLES = Path(__file__).parents[2] / "datapipe" / "samples"
 def run_world(size: int, function: Callable[..., Any], *args: Any, fresh: bool = False) -> list[Any]:
     """`function(*args)` on every rank of a process group of `size`; the results by rank. A rank's error is raised.
 
-    fresh: in processes that have imported nothing; else in forks of one that has Megatron.
+    fresh: in processes that have imported nothing; else in forks of one that has Megatron. On a GPU always fresh: CUDA
+    does not outlive a fork of a process that has only asked whether it is there.
     """
+    import torch
+
+    fresh = fresh or torch.cuda.is_available()
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     context.set_forkserver_preload(["tests.engine.preload"])
     results = context.SimpleQueue()

@@ -55,8 +55,8 @@ def test_logits_equal_hugging_face(dtype: torch.dtype, bar: float, attention: An
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_fp8_follows_bf16(recipe: str, tmp_path: Path) -> None:
-    """The same steps in FP8 and BF16 end within 1 % of the same loss."""
+def test_fp8_follows_bf16_and_resumes_exactly(recipe: str, tmp_path: Path) -> None:
+    """The same steps in FP8 and BF16 end within 1 % of the same loss; stopped on the way and run again, in the same."""
     from datapipe.prepare import ensure_prepared
     from datapipe.tokenizer import load_tokenizer
     from engine.precision import resolve_precision
@@ -64,17 +64,24 @@ def test_fp8_follows_bf16(recipe: str, tmp_path: Path) -> None:
     from tests.engine.world import run_world, toy_config, train
 
     model = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-    losses = []
-    for precision in ("bf16", "fp8"):
-        config = toy_config(tmp_path, model=model, precision=precision, fp8_recipe=recipe)
-        try:
-            resolve_precision(config)
-        except InputError as error:
-            pytest.skip(str(error))
-        ensure_prepared(config.data, load_tokenizer(config.tokenizer))
-        run_world(1, train, config, tmp_path / precision)
-        losses.append(read_metrics(tmp_path / precision)[-1]["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    bf16, fp8 = (
+        toy_config(tmp_path, model=model, precision=precision, fp8_recipe=recipe) for precision in ("bf16", "fp8")
+    )
+    try:
+        resolve_precision(fp8)
+    except InputError as error:
+        pytest.skip(str(error))
+    ensure_prepared(fp8.data, load_tokenizer(fp8.tokenizer))
+
+    def losses(config: Any, name: str, *stops: int | None) -> list[float]:
+        (tmp_path / name).mkdir()
+        for stop_after in stops:
+            run_world(1, train, config, tmp_path / name, stop_after)
+        return [line["loss"] for line in read_metrics(tmp_path / name)]
+
+    whole = losses(fp8, "whole", None)
+    assert whole == pytest.approx(losses(bf16, "bf16", None), rel=0.01)
+    assert losses(fp8, "stopped", 2, None)[2] == whole[2], "the first step after the restart"
 
 
 def _train_in_a_process(config: Any, directory: Path, stop_after: int | None, *, gpu: bool) -> None:
