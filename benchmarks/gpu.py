@@ -119,7 +119,8 @@ def measured(name: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
-        print(f"{name}: not measured: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        why = str(error).partition("\n")[0]  # which may be empty
+        print(f"{name}: not measured: {type(error).__name__}: {why}", file=sys.stderr)
         return None
     finally:
         gc.unfreeze()  # a trainer freezes what lives at its start, as there is one in a process elsewhere
@@ -135,11 +136,12 @@ def speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 
 def fp8_speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    possible = recipes(folder)
     for size in ["150M"] if quick else MODELS:
         plain = measured(
             f"{size}, BF16", partial(speed, run_config(folder, MODELS[size], "clm", precision="bf16"), quick)
         )
-        for recipe in recipes(folder) if plain else ():
+        for recipe in possible if plain else ():
             config = run_config(folder, MODELS[size], "clm", precision="fp8", fp8_recipe=recipe)
             name = f"{size}, FP8 {recipe} against BF16"
             if found := measured(name, partial(speed, config, quick)):
@@ -304,7 +306,7 @@ def main() -> None:
     if not rows:
         raise SystemExit("nothing was measured")
     print(torch.cuda.get_device_name())
-    report(rows, options.json)
+    report(rows, None)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import os
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -130,19 +129,10 @@ def _accept_cpu_tensors() -> None:
     original = TransformerEngineBaseModule.prepare_forward
 
     def prepare_forward(*args: Any, **kwargs: Any) -> Any:
-        with _all_on_gpu():
+        with mock.patch.object(torch.Tensor, "is_cuda", True):
             return original(*args, **kwargs)
 
     TransformerEngineBaseModule.prepare_forward = prepare_forward
-
-
-@contextmanager
-def _all_on_gpu() -> Iterator[None]:
-    torch.Tensor.is_cuda = property(lambda _: True)
-    try:
-        yield
-    finally:
-        del torch.Tensor.is_cuda
 
 
 def _empty(quantizer: Any, shape: Any, dtype: torch.dtype, device: torch.device, pin_memory: bool = False) -> Any:
