@@ -8,6 +8,7 @@ no synchronisation is paid for in training.
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import logging
@@ -231,7 +232,7 @@ class Saver:
             raise SaveFailedError("; ".join(failures))
         ranks = [written for written in gathered if isinstance(written, _Written)]
         whole = {
-            ".metadata": pickle.dumps(_index([part for rank in ranks for part in rank.parts])),
+            ".metadata": _pickled(_index([part for rank in ranks for part in rank.parts])),
             "metadata.json": json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode(),
             "common.pt": common,
         }
@@ -295,6 +296,20 @@ def _index(parts: list[_Stored]) -> index.Metadata:
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise SaveFailedError(f"the parts of {name} that the ranks wrote do not make the whole")
     return index.Metadata(tensors, storage_data=places)
+
+
+class _IndexPickler(pickle.Pickler):
+    """Pickles an enumeration's member by its value. Python 3.11.0 to 3.11.3 does so by `builtins.getattr`, a name that
+    no index of a checkpoint may hold."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (type(value), (value.value,)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def _pickled(metadata: index.Metadata) -> bytes:
+    file = io.BytesIO()
+    _IndexPickler(file).dump(metadata)
+    return file.getvalue()
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
