@@ -72,7 +72,7 @@ def run_config(folder: Path, objective: str, length: int, rows: int, steps: int)
 
 
 @contextmanager
-def ours(config: RunConfig) -> Iterator[Runner]:
+def ours(config: RunConfig, skip: int = SKIP) -> Iterator[Runner]:
     """Detour's own training step on its own batches; the process group of the caller, or of this process alone."""
     from engine.objectives import objective_of
     from engine.optimizer import step as optimizer_step
@@ -82,14 +82,14 @@ def ours(config: RunConfig) -> Iterator[Runner]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(config, Path(folder))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-        last = SKIP + config.total_steps
+        last = skip + config.total_steps
         steps = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, last, None)
-        batches = list(islice(steps, SKIP, None))
+        batches = list(islice(steps, skip, None))
 
         def step(batch: StepData) -> float:
             losses, _ = forward_backward(trainer, batch.micro_batches, objective.causal)
             optimizer_step(trainer.optimizer)
-            return sum(losses)
+            return float(losses.sum())
 
         work = [partial(step, batch) for batch in batches]
         yield Runner(work, sum(micro.tokens for batch in batches for micro in batch.micro_batches))
@@ -146,7 +146,7 @@ def theirs(
     return Runner([partial(step, batch) for batch in collated], sum(map(len, documents)))
 
 
-def documents_of(config: RunConfig) -> list[list[int]]:
+def documents_of(config: RunConfig, skip: int = SKIP) -> list[list[int]]:
     """The documents of the run's batches; those longer than a row come in parts, on both sides."""
     from datapipe.loader import Loader
 
@@ -158,7 +158,7 @@ def documents_of(config: RunConfig) -> list[list[int]]:
     loader = Loader(config.data, config.batch.sequences, tokenizer, 0, 1)
     return [
         document.tolist()
-        for batch in islice(loader.steps(unchanged, 1, 0, SKIP + config.total_steps, None), SKIP, None)
+        for batch in islice(loader.steps(unchanged, 1, 0, skip + config.total_steps, None), skip, None)
         for micro in batch.micro_batches
         for document in np.split(micro.inputs[: micro.tokens], micro.cu_seqlens[1:-1])
         if len(document)

@@ -16,6 +16,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,19 +24,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from transformers import ModernBertConfig
 
 from benchmarks.cpu_vs_transformers import documents_of, ours, race, theirs
 from benchmarks.table import Row, report, write
 from configs.load import validate
-from configs.schema import Monitoring, Phase, RunConfig
+from configs.schema import Checkpoint, Duration, Monitoring, Phase, RunConfig
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
+from engine.checkpoint import step_directory
+from engine.device import device, total_memory_bytes
+from engine.modernbert import convert
+from engine.trainer import train
 from monitoring.log import read_metrics
 
 BASE: dict[str, Any] = {"size": "base"}
@@ -54,9 +62,13 @@ SPEEDS = (  # name, model, objective, published tokens/s of an H100, bar in toke
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 SECONDS = 10
 """For which a speed is measured, after the warm-up; at least 3 steps."""
+SKIP = 8
+"""Steps before those that are measured: until the packing buffers have turned over, they give long documents first."""
 
 
-def run_config(folder: Path, model: dict[str, Any], objective: str, **precision: str) -> RunConfig:
+def run_config(
+    folder: Path, model: dict[str, Any], objective: str, sequences: int = 16, length: int = 8192, **precision: str
+) -> RunConfig:
     source = {"name": "medquad", "text": "package://corpus/medquad.jsonl.gz", "shards": str(folder / "medquad")}
     return validate(
         RunConfig,
@@ -64,13 +76,19 @@ def run_config(folder: Path, model: dict[str, Any], objective: str, **precision:
             "name": "gpu",
             "model": {**model, "max_position_embeddings": 8192},
             "tokenizer": "package://tokenizer/modernbert",
-            "data": {"sequence_length": 8192, "streams": 4, "sources": [source]},
-            "batch": {"sequences": 16},
+            "data": {"sequence_length": length, "streams": min(4, sequences), "sources": [source]},
+            "batch": {"sequences": sequences},
             "phases": [{"objective": objective, "steps": 3}],
             **precision,
         },
         "gpu",
     )
+
+
+def quick_weights(architecture: ModernBertConfig, seed: int) -> Callable[[str], torch.Tensor]:
+    """In place of the real initialisation, which for 3B takes a CPU longer than the measurement."""
+    shapes = convert._shapes(architecture)
+    return lambda name: torch.randn(shapes[name], device=device()).mul_(0.02) + float(name.endswith("norm.weight"))
 
 
 @contextmanager
@@ -84,10 +102,12 @@ def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
     from engine.setup import open_trainer
     from engine.step import forward_backward
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, mock.patch("engine.setup.random_weights", quick_weights):
         trainer = open_trainer(config, Path(scratch))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
         batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, 10**6, None)
+        for _ in islice(batches, SKIP):
+            pass
 
         def run(count: int) -> int:
             tokens = 0
@@ -123,6 +143,7 @@ def measured(name: str, function: Callable[[], Any]) -> Any:
         print(f"{name}: not measured: {type(error).__name__}: {why}", file=sys.stderr)
         return None
     finally:
+        parallel_state.destroy_model_parallel()  # of a trainer that failed to open
         gc.unfreeze()  # a trainer freezes what lives at its start, as there is one in a process elsewhere
         gc.collect(), gc.collect()  # the first frees an optimizer, and with it what hid the model's cycles from it
         torch.cuda.empty_cache()
@@ -136,13 +157,15 @@ def speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 
 def fp8_speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    """Steps of four rows; the largest model's are of 2048 tokens where longer ones do not fit beside its weights,
+    gradients and moments, which are 60 GB."""
     possible = recipes(folder)
-    for size in ["150M"] if quick else MODELS:
-        plain = measured(
-            f"{size}, BF16", partial(speed, run_config(folder, MODELS[size], "clm", precision="bf16"), quick)
-        )
+    for size, model in reversed(MODELS.items()):
+        length = 2048 if size == "3B" and total_memory_bytes() < 100e9 else 8192
+        config_of = partial(run_config, folder, model, "clm", sequences=4, length=length)
+        plain = measured(f"{size}, BF16", partial(speed, config_of(precision="bf16"), quick))
         for recipe in possible if plain else ():
-            config = run_config(folder, MODELS[size], "clm", precision="fp8", fp8_recipe=recipe)
+            config = config_of(precision="fp8", fp8_recipe=recipe)
             name = f"{size}, FP8 {recipe} against BF16"
             if found := measured(name, partial(speed, config, quick)):
                 yield Row.at_least(name, found, plain, 1.3 if size == "3B" else None, "real tokens/s")
@@ -162,31 +185,37 @@ def recipes(folder: Path) -> list[str]:
 
 
 def fp8_loss_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    """Training in FP8: how far its loss is from BF16's after so many steps, and from its own after a restart."""
-    from engine.trainer import train
+    """Training in FP8: how far its loss is from BF16's, and the first one after a restart from its own.
 
-    steps = 20 if quick else 200
+    A run goes on from the checkpoint that the undisturbed one wrote on its way. Two whole runs would differ in the
+    last bits: the gradients of attention are added up in no fixed order.
+    """
+    steps = 20 if quick else 200  # of two rows, so that they take seconds
 
-    def losses(name: str, stop_after: int | None = None, **precision: str) -> list[float]:
-        config = run_config(folder, BASE, "clm", **precision).model_copy(
-            update={"phases": (Phase(objective="clm", steps=steps),), "monitoring": Monitoring(every="1 steps")}
-        )
-        calls = count(1)
-        (folder / name).mkdir(exist_ok=True)
-        train(config, folder / name, lambda: "stop" if next(calls) == stop_after else None)
-        return [line["loss"] for line in read_metrics(folder / name)]
+    def losses(directory: Path, stop: Callable[[], str | None] = lambda: None, **precision: str) -> list[float]:
+        more = {
+            "phases": (Phase(objective="clm", steps=steps),),
+            "monitoring": Monitoring(every=Duration(1, "steps")),
+            "checkpoint": Checkpoint(every=Duration(steps // 2, "steps")),
+        }
+        directory.mkdir(exist_ok=True)
+        train(run_config(folder, BASE, "clm", sequences=2, **precision).model_copy(update=more), directory, stop)
+        return [line["loss"] for line in read_metrics(directory)]
 
-    plain = measured("BF16's loss", partial(losses, "bf16", precision="bf16"))
+    plain = measured("BF16's loss", partial(losses, folder / "bf16", precision="bf16"))
     for recipe in recipes(folder) if plain else ():
         fp8 = {"precision": "fp8", "fp8_recipe": recipe}
         last = statistics.fmean(plain[-10:])
         name = f"FP8 {recipe}: loss after {steps} steps apart from BF16's"
-        if whole := measured(name, partial(losses, recipe, **fp8)):
+        if whole := measured(name, partial(losses, folder / recipe, **fp8)):
             yield Row.at_most(name, abs(statistics.fmean(whole[-10:]) - last), last, 0.01, "nats")
             name = f"FP8 {recipe}: first loss after a restart apart from the undisturbed"
-            measured(name, partial(losses, f"{recipe}-resumed", steps // 2, **fp8))
-            if resumed := measured(name, partial(losses, f"{recipe}-resumed", **fp8)):
-                yield Row.at_most(name, abs(resumed[steps // 2] - whole[steps // 2]), last, 0.0, "nats")
+            again = folder / f"{recipe}-again"
+            shutil.copytree(folder / recipe, again)
+            shutil.rmtree(step_directory(again / "checkpoints", steps))
+            if resumed := measured(name, partial(losses, again, lambda: "measured", **fp8)):
+                assert len(resumed) == steps // 2 + 1
+                yield Row.at_most(name, abs(resumed[-1] - whole[len(resumed) - 1]), last, 0.0, "nats")
 
 
 def attention_rows(folder: Path, quick: bool) -> Iterator[Row]:
@@ -231,7 +260,7 @@ def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
     for objective in ("clm", "mlm"):
         name = f"base, {objective.upper()} against transformers ({' or '.join(attentions)})"
         config = run_config(folder, BASE, objective, precision="bf16")
-        documents = documents_of(config)
+        documents = documents_of(config, SKIP)
 
         def peer(attention: str, size: int, objective: str = objective, documents: Any = documents) -> float:
             batches = -(-len(documents) // size)
@@ -239,7 +268,7 @@ def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
             return race({"": runner}, repeats)[""]
 
         def detour(config: RunConfig = config) -> float:
-            with ours(config) as runner:
+            with ours(config, SKIP) as runner:
                 return race({"": runner}, repeats)[""]
 
         peers = []
@@ -287,7 +316,7 @@ def without_a_gpu() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default all")
-    parser.add_argument("--quick", action="store_true", help="shorter, and the smallest model alone in FP8")
+    parser.add_argument("--quick", action="store_true", help="shorter")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):

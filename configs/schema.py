@@ -364,9 +364,9 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """How FP8 numbers are scaled; `delayed` by a history, which is in the checkpoint."""
-    attention: Literal["torch", "transformer_engine"] = "torch"
-    """The kernels of attention on a GPU in half precision: torch's FlashAttention for packed documents, or what
-    Transformer Engine picks of its own."""
+    attention: Literal["torch", "transformer_engine"] = "transformer_engine"
+    """The kernels of global layers' attention on a GPU in half precision: torch's FlashAttention for packed documents,
+    or what Transformer Engine picks of its own, which is faster."""
     fp8_bf16_edges: bool = False
     """The first and the last layer in BF16. Not with the delayed recipe."""
     checkpoint: Checkpoint = Checkpoint()

@@ -69,7 +69,9 @@ class FusedAdam(torch.optim.Optimizer):
     ) -> None:
         if not (adam_w_mode and bias_correction) or capturable:
             raise ValueError("only AdamW with bias correction, outside CUDA graphs")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        # `bias_correction` is for Transformer Engine's, when a GPU goes on from a checkpoint written here.
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
+        super().__init__(params, settings)
 
     def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
         """Moments of zero; the second argument is Transformer Engine's and means nothing here."""

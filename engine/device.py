@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -41,16 +40,14 @@ def moved(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(where, non_blocking=True)
 
 
-def fused(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """On a GPU torch.compile makes one kernel of the function's elementwise operations; a CPU runs it as it is.
-
-    So does a GPU machine without a C compiler, which torch.compile needs (`detour doctor` says so).
-    """
-    return torch.compile(function, dynamic=True) if torch.cuda.is_available() and c_compiler() else function
+def compiles_kernels() -> bool:
+    """Whether Triton's kernels can be built: there is a GPU, and the C compiler for their launchers (`detour doctor`
+    says where it lacks)."""
+    return torch.cuda.is_available() and c_compiler() is not None
 
 
 def c_compiler() -> str | None:
-    """Where torch.compile finds the compiler of its kernels' launchers."""
+    """Where Triton finds the compiler of its kernels' launchers."""
     return shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
 
 

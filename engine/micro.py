@@ -96,6 +96,7 @@ def _peak_bytes(trainer: Trainer, micro: int) -> float:
     labels = ids.copy()
     labels[length - 1 :: length] = IGNORE
     ends = np.arange(0, micro * length + 1, length, dtype=np.int32)
+    torch.cuda.empty_cache()  # blocks of another size's tensors would count, and be of no use
     torch.cuda.reset_peak_memory_stats()
     forward_backward(trainer, [MicroBatch(ids, labels, ends, micro * length)] * trainer.layout.pipeline, causal=True)
     return float(torch.cuda.max_memory_reserved())

@@ -52,17 +52,19 @@ def set_learning_rate(optimizer: Any, learning_rate: float, settings: Optimizer)
         group["weight_decay"] = decay * group["wd_mult"]  # Megatron's 0 on biases and norms
 
 
-def step(optimizer: Any, finite: bool = True) -> float:
+def step(optimizer: Any, losses: torch.Tensor | None = None) -> float:
     """One optimizer step; the global gradient norm before clipping.
 
-    finite: whether this rank's loss is. A gradient may be finite without it; then this rank makes its own not finite.
-    Where the norm is not finite (a gradient on any rank: the norm is global), weights and moments stay as they are.
+    losses: this rank's, if it has any. A gradient may be finite where the loss is not; then a gradient is made NaN as
+    well. Where the norm is not finite (a gradient on any rank: the norm is global), weights and moments stay as they
+    are.
     """
     optimizer.prepare_grads()
-    if not finite:
+    if losses is not None and len(losses):
+        zero_or_nan = losses.sum() * 0.0  # on the device: to look at the losses the host would wait for them
         for part in _parts(optimizer):
-            for parameter in part.get_parameters():
-                parameter.grad.fill_(math.nan)
+            for parameter in part.get_parameters()[:1]:
+                parameter.grad.view(-1)[:1].add_(zero_or_nan)
     norm = float(optimizer.get_grad_norm())
     if math.isfinite(norm):
         for part in _parts(optimizer):

@@ -166,12 +166,16 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         data_state=meta.get("data"),
         events=Follower(directory / EVENTS),
     )
-    if config.batch.micro == "auto" and device.device().type == "cuda":
-        rows = layout.micro * layout.micro_batches
-        key, micro = fit_micro_batch(trainer, meta.get("micro_batch"))
-        trainer.micro_batch = (key, micro)
-        trainer.layout = replace(layout, micro=micro, micro_batches=rows // micro)
-    trainer.evaluation = _held_out(config, tokenizer, trainer.layout)
+    try:
+        if config.batch.micro == "auto" and device.device().type == "cuda":
+            rows = layout.micro * layout.micro_batches
+            key, micro = fit_micro_batch(trainer, meta.get("micro_batch"))
+            trainer.micro_batch = (key, micro)
+            trainer.layout = replace(layout, micro=micro, micro_batches=rows // micro)
+        trainer.evaluation = _held_out(config, tokenizer, trainer.layout)
+    except BaseException:
+        trainer.close()
+        raise
     return trainer
 
 

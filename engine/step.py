@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 def forward_backward(
     trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool
-) -> tuple[list[float], device.Stopwatch]:
-    """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses, and the time
-    of its own work, in which it did not wait for other data-parallel ranks.
+) -> tuple[torch.Tensor, device.Stopwatch]:
+    """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses, fp32, and the
+    time of its own work, in which it did not wait for other data-parallel ranks.
 
-    One loss a micro-batch on the last pipeline stage, none before it.
+    One loss a micro-batch on the last pipeline stage, none before it. On a GPU they may not have been computed yet.
 
     The loss is a sum over paying tokens, and Megatron divides the gradients by their count over all data-parallel ranks
     (calculate_per_token_loss), so the result does not depend on how tokens fell on ranks and micro-batches.
@@ -40,7 +41,8 @@ def forward_backward(
 
     _leave_out_waiting(trainer.wrapped, watch)
     trainer.model.config.finalize_model_grads_func = reduce_gradients
-    losses = [loss for loss, _ in _run(trainer, micro_batches, causal, forward_only=False)]
+    losses = _run(trainer, micro_batches, causal, forward_only=False)[:, 0]
+    trainer.loader.launched()
     return losses, watch
 
 
@@ -72,10 +74,10 @@ def evaluate(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
     for objective, micro_batches in trainer.evaluation.items():
         trainer.wrapped.eval()
         with torch.no_grad():
-            parts = _run(trainer, micro_batches, objective.causal, forward_only=True)
+            parts = _run(trainer, micro_batches, objective.causal, forward_only=True).sum(dim=0, dtype=torch.float64)
         trainer.wrapped.train()
         paying = sum(int((micro.labels != IGNORE).sum()) for micro in micro_batches)
-        mine = [*map(sum, zip(*parts, strict=True)), paying] if counts_here() else [0.0, 0.0, 0.0]
+        mine = [*parts.tolist(), paying] if counts_here() else [0.0, 0.0, 0.0]
         sums = torch.tensor(mine, dtype=torch.float64, device=device.device())
         dist.all_reduce(sums)
         loss[objective.name], accuracy[objective.name] = (sums[:2] / sums[2]).tolist()
@@ -87,8 +89,8 @@ def counts_here() -> bool:
     return bool(parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0)
 
 
-def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, forward_only: bool) -> list[Any]:
-    """Summed loss and count of right answers of each micro-batch."""
+def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, forward_only: bool) -> torch.Tensor:
+    """Summed loss and count of right answers of each micro-batch, [micro-batches, 2]; [0, 2] before the last stage."""
     parts = get_forward_backward_func()(
         forward_step_func=lambda data, model: _forward(next(data), model, causal),
         data_iterator=iter(micro_batches),
@@ -98,19 +100,24 @@ def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, fo
         micro_batch_size=1,  # Megatron's: a micro-batch of ours is one row of packed documents
         forward_only=forward_only,
     )
-    return [part["sums"].tolist() for part in parts]
+    return torch.stack([part["sums"] for part in parts]) if parts else torch.zeros(0, 2, device=device.device())
 
 
 def _forward(micro: MicroBatch, model: Any, causal: bool) -> tuple[torch.Tensor, Callable[..., Any]]:
     where = device.device()
     lengths = tuple(int(length) for length in micro.cu_seqlens[1:] - micro.cu_seqlens[:-1])
-    labels = torch.as_tensor(micro.labels)  # with the dali backend already on the GPU
-    paying = (labels != IGNORE).nonzero().squeeze(1)
+    labels: Any = micro.labels
+    if isinstance(labels, np.ndarray):  # by NumPy: torch would wait for threads of its own, on cores that may be busy
+        paying = torch.from_numpy(np.flatnonzero(labels != IGNORE))
+        labels = torch.from_numpy(labels[paying.numpy()])
+    else:  # the dali backend's are on the GPU already
+        paying = (labels != IGNORE).nonzero().squeeze(1)
+        labels = labels[paying]
     output = model(
         device.moved(torch.as_tensor(micro.inputs)[None], where),
         PackedDocuments.from_lengths(lengths, causal, where),
         device.moved(paying, where),
-        device.moved(labels[paying], where),
+        device.moved(labels, where),
     )
 
     def loss(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -65,11 +65,12 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
             with closing(batches):
                 for batch, clock in _timed(batches):
                     set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(step), config.optimizer)
-                    losses, own = forward_backward(trainer, batch.micro_batches, objective.causal)
+                    pending, own = forward_backward(trainer, batch.micro_batches, objective.causal)
                     if trainer.replicas_due(step + 1):
                         require_equal_replicas(trainer.model, step + 1)
                     trainer.frozen.clear_gradients()
-                    grad_norm = optimizer_step(trainer.optimizer, finite=all(map(math.isfinite, losses)))
+                    grad_norm = optimizer_step(trainer.optimizer, pending)
+                    losses = pending.tolist()
                     step, trainer.data_state = step + 1, batch.state
                     reason = stop() if trainer.recorder else None
                     totals = _sum_over_ranks(trainer, batch, objective.causal, losses, step, reason)

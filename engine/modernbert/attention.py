@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -20,7 +21,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from engine.device import fused, moved
+from engine.device import moved
+from engine.modernbert.fused import local_attention, rotate, takes_local_attention
 
 BAND = 64
 """Queries that share one gathered window of keys in a local layer on the CPU."""
@@ -58,15 +60,16 @@ class PackedDocuments(PackedSeqParams):
 
     @functools.cached_property
     def documents(self) -> Tensor:
-        """[T] int64: the document each token belongs to."""
-        return moved(torch.repeat_interleave(torch.tensor(self.lengths)), self.cu_seqlens_q.device)
+        """[T] int32: the document each token belongs to."""
+        numbers = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
+        return moved(torch.from_numpy(numbers), self.cu_seqlens_q.device)
 
     @functools.cached_property
     def positions(self) -> Tensor:
         """[T] int64: each token's place in its document."""
-        lengths = torch.tensor(self.lengths)
-        starts = lengths.cumsum(0) - lengths
-        return moved(torch.arange(self.total) - starts.repeat_interleave(lengths), self.cu_seqlens_q.device)
+        lengths = np.array(self.lengths)
+        starts = np.repeat(lengths.cumsum() - lengths, lengths)
+        return moved(torch.from_numpy(np.arange(self.total) - starts), self.cu_seqlens_q.device)
 
     def band(self, window: int) -> tuple[int, int, Tensor]:
         """Keys before and after a block of BAND queries, and who sees whom: [blocks, 1, BAND, keys] bool."""
@@ -123,18 +126,10 @@ class ModernBertSelfAttention(SelfAttention):
         """[T, 1, hidden] -> ([T, 1, hidden], bias); `rotary_pos_emb` is [global or local, cos or sin, T, head dim]."""
         mixed, _bias = self.linear_qkv(hidden_states)
         heads, dim = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
-        query, key, value = mixed.view(mixed.shape[0], heads, 3, dim).unbind(2)
-        cos, sin = rotary_pos_emb[int(self.is_local)][:, :, None, :]
-        context = self.core_attention(rotate(query, cos, sin), rotate(key, cos, sin), value, packed_seq_params)
+        cos, sin = rotary_pos_emb[int(self.is_local)]
+        context = self.core_attention(mixed.view(mixed.shape[0], heads, 3, dim), cos, sin, packed_seq_params)
         output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(mixed.shape[0], 1, heads * dim))
         return output
-
-
-@fused
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on [T, heads, d] by the half-split rotation Hugging Face uses; cos and sin are [T, 1, d]."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class _CoreAttention(MegatronModule):
@@ -145,12 +140,22 @@ class _CoreAttention(MegatronModule):
         local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window: int | None = config.window_size[0] if local else None
 
+    def forward(self, mixed: Tensor, cos: Tensor, sin: Tensor, packed: PackedDocuments) -> Tensor:
+        """[T, heads, query, key or value, d] before RoPE -> [T, heads, d]; cos and sin are [T, d]."""
+        if self.window is not None and takes_local_attention(mixed):
+            after = 0 if packed.causal else self.window
+            return local_attention(mixed, cos, sin, packed.documents, self.window, after)
+        return self.attend(*rotate(mixed, cos, sin), packed)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """[T, heads, d] each -> [T, heads, d]."""
+        raise NotImplementedError
+
 
 class BlockedAttention(_CoreAttention):
     """Any device and dtype. Local layers cost by window, global ones by document, never by the square of the row."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
-        """[T, heads, d] each -> [T, heads, d]."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
         if self.window is None:
             return self._by_document(query, key, value, packed)
         return self._by_band(query, key, value, packed, self.window)
@@ -191,8 +196,7 @@ class FlashAttention(_CoreAttention):
         super().__init__(config, layer_number, **more)
         _take_newest_flash_attention()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
-        """[T, heads, d] each -> [T, heads, d]."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         reach = -1 if self.window is None else self.window
@@ -227,8 +231,7 @@ class TransformerEngineAttention(_CoreAttention):
 
         self.inner = TEDotProductAttention(config, layer_number, **more)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
-        """[T, heads, d] each -> [T, heads, d]."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
         mask = AttnMaskType.padding_causal if packed.causal else AttnMaskType.padding
         context: Tensor = self.inner(query, key, value, None, attn_mask_type=mask, packed_seq_params=packed)
         return context.view(query.shape)

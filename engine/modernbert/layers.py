@@ -12,11 +12,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -28,13 +26,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from engine.device import fused
 from engine.modernbert.attention import (
     BlockedAttention,
     FlashAttention,
     ModernBertSelfAttention,
+    PackedDocuments,
     TransformerEngineAttention,
 )
+from engine.modernbert.fused import add_and_norm, geglu
 
 AttentionKernel = Literal["torch", "transformer_engine"]
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # warns of any MLP but its own
@@ -53,6 +52,37 @@ class LayerNorm(torch.nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         return F.layer_norm(states, self.weight.shape, self.weight, None, self.eps)
 
+    def after(self, states: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The states plus the other, for a residual connection around what follows, and the norm of the sum."""
+        return add_and_norm(states, other, self.weight, self.eps)
+
+
+class NoNorm(torch.nn.Module):
+    """Of the first layer, which the embedding's norm serves."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def after(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return states, states
+
+
+class ModernBertLayer(TransformerLayer):
+    """Megatron's layer without what ModernBERT has not (biases, dropout), so that each norm and the residual connection
+    around it are one."""
+
+    def forward(
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackedDocuments, **_: Any
+    ) -> tuple[Tensor, None]:
+        """[T, 1, hidden] -> ([T, 1, hidden], Megatron's context of cross-attention)."""
+        states, normed = self.input_layernorm.after(hidden_states)
+        attended, _bias = self.self_attention(
+            normed, attention_mask=None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
+        )
+        states, normed = self.pre_mlp_layernorm.after(states, attended)
+        output, _bias = self.mlp(normed)
+        return states + output, None
+
 
 class GatedMLP(MLP):
     """Megatron's projections around the exact-GELU gate of ModernBERT; Megatron's own fused gate is the tanh GELU."""
@@ -64,13 +94,6 @@ class GatedMLP(MLP):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(geglu(self.linear_fc1(hidden_states)[0]))
         return output
-
-
-@fused
-def geglu(states: Tensor) -> Tensor:
-    """[..., 2 n] -> [..., n]: GELU of the first half times the second."""
-    first, second = states.chunk(2, dim=-1)
-    return F.gelu(first) * second
 
 
 def block_spec(
@@ -93,9 +116,9 @@ def _layer_spec(
     if transformer_engine and config.params_dtype != torch.float32:
         core = {"torch": FlashAttention, "transformer_engine": TransformerEngineAttention}[attention]
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ModernBertLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if is_first else LayerNorm,  # the embedding norm serves the first layer
+            input_layernorm=NoNorm if is_first else LayerNorm,
             self_attention=ModuleSpec(
                 module=ModernBertSelfAttention,
                 params={"attn_mask_type": AttnMaskType.padding},
@@ -105,14 +128,12 @@ def _layer_spec(
                     linear_proj=row,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=LayerNorm,
             mlp=ModuleSpec(
                 module=GatedMLP,
                 params={"tp_group": parallel_state.get_tensor_model_parallel_group()},
                 submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
             ),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 

@@ -140,7 +140,7 @@ class ModernBert(LanguageModule):
             states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
         states = states.squeeze(1)
         if paying is not None:
-            states = states[paying]
+            states = states.index_select(0, paying)  # whose gradient costs less than indexing's
         output: Tensor = self.output_layer(
             self.lm_head(states), self.shared_embedding_or_output_weight(), labels, self.architecture.vocab_size
         )

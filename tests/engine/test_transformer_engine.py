@@ -35,7 +35,7 @@ def _with_transformer_engine(function: Callable[..., Any], *args: Any) -> Any:
     from engine.modernbert import layers
     from engine.modernbert.attention import BlockedAttention
 
-    layers.FlashAttention = BlockedAttention  # type: ignore[misc, assignment]
+    layers.FlashAttention = layers.TransformerEngineAttention = BlockedAttention  # type: ignore[misc, assignment]
     precision._require_fp8 = lambda recipe: None
     bare = setup.ModernBert
     setup.ModernBert = lambda *args, **more: bare(*args, **{**more, "transformer_engine": True})  # type: ignore

@@ -1,0 +1,81 @@
+"""What `kernels` does on a GPU in one pass each, and torch's operations elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import device
+
+kernels: Any = None
+if device.compiles_kernels():
+    from engine.modernbert import kernels
+
+
+def geglu(states: Tensor) -> Tensor:
+    """[..., 2 n] -> [..., n]: the exact GELU of the first half times the second."""
+    if states.is_cuda and kernels:
+        output: Tensor = kernels.GeGLU.apply(states)
+        return output
+    first, second = states.chunk(2, dim=-1)
+    return F.gelu(first) * second
+
+
+def rotate(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, [T, heads, d] each, of [T, heads, 3, d], the first two turned by RoPE.
+
+    By the half-split rotation Hugging Face uses; cos and sin are [T, d], the same in both halves.
+    """
+    if mixed.is_cuda and kernels:
+        turned: tuple[Tensor, Tensor, Tensor] = kernels.Rotate.apply(mixed, cos, sin)
+        return turned
+    query, key, value = mixed.unbind(2)
+    return _turn(query, cos, sin), _turn(key, cos, sin), value
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def takes_local_attention(mixed: Tensor) -> bool:
+    """Whether `local_attention` can be called: on a GPU in half precision, for heads of 32, 64 or 128."""
+    return bool(kernels and mixed.is_cuda and mixed.dtype != torch.float32 and mixed.shape[-1] in (32, 64, 128))
+
+
+def local_attention(mixed: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, before: int, after: int) -> Tensor:
+    """`rotate` and the attention of a local layer: [T, heads, 3, d] -> [T, heads, d].
+
+    A query sees keys of its own document, at most `before` places to the left and `after` to the right. documents: [T],
+    the document of each token.
+    """
+    context: Tensor = kernels.LocalAttention.apply(mixed, cos, sin, documents, before, after)
+    return context
+
+
+def add_and_norm(states: Tensor, other: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The states [..., h], plus another where there is one, and the sum's LayerNorm with a weight and no bias.
+
+    On a GPU the gradients of both are added in the norm's backward pass.
+    """
+    if states.is_cuda and kernels:
+        both: tuple[Tensor, Tensor] = kernels.AddAndNorm.apply(states, other, weight, eps)
+        return both
+    total = states if other is None else states + other
+    return total, F.layer_norm(total, weight.shape, weight, None, eps)
+
+
+def exponentials_(logits: Tensor, peak: Tensor | None) -> Tensor:
+    """Turn logits [N, V] into exp(logits - peak) in place; their sums [N, 1] fp32. peak: [N, 1] fp32; None for zero."""
+    if peak is not None and logits.is_cuda and kernels:
+        sums: Tensor = kernels.exponentials_(logits, peak)
+        return sums
+    powers = logits.float()
+    if peak is not None:
+        powers.sub_(peak)
+    sums = powers.exp_().sum(dim=1, keepdim=True)
+    logits.copy_(powers)  # nothing to do in fp32, where `powers` are the logits
+    return sums

@@ -1,0 +1,100 @@
+"""The Triton kernels against the operations that a CPU runs in their place: on a GPU, or in Triton's interpreter.
+
+Triton comes with CUDA builds of torch alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.modernbert import fused
+from engine.modernbert.attention import BlockedAttention, PackedDocuments
+
+ON_GPU = torch.cuda.is_available()
+pytest.importorskip("triton")
+
+from engine.modernbert import kernels  # noqa: E402
+
+BAR = 1e-5
+"""Relative to the largest value; all but attention computes in fp32 throughout."""
+
+
+def near(found: Tensor, expected: Tensor, bar: float = BAR) -> None:
+    found, expected = found.detach().float().cpu(), expected.detach().float()
+    assert (found - expected).abs().max() <= bar * expected.abs().max()
+
+
+def compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], inputs: list[tuple[Tensor, Tensor]]) -> None:
+    """Outputs, and gradients of random ones with respect to the inputs, which are (ours, the reference's)."""
+    for ours, reference in zip(found, expected, strict=True):
+        near(ours, reference)
+    grads = [torch.randn_like(reference) for reference in expected]
+    ours = torch.autograd.grad(found, [pair[0] for pair in inputs], [grad.to(found[0].device) for grad in grads])
+    references = torch.autograd.grad(expected, [pair[1] for pair in inputs], grads)
+    for one, other in zip(ours, references, strict=True):
+        near(one, other)
+
+
+def pair(*shape: int) -> tuple[Tensor, Tensor]:
+    reference = torch.randn(*shape)
+    return reference.to("cuda" if ON_GPU else "cpu").clone().requires_grad_(), reference.requires_grad_()
+
+
+def angles(tokens: int, dim: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    turn = torch.randn(tokens, dim // 2)
+    reference = torch.cat([turn.cos()] * 2, -1), torch.cat([turn.sin()] * 2, -1)
+    return (reference[0].to("cuda" if ON_GPU else "cpu"), reference[1].to("cuda" if ON_GPU else "cpu")), reference
+
+
+@pytest.mark.parametrize("rows", [1, 37])
+def test_geglu(rows: int) -> None:
+    ours, reference = pair(rows, 1, 2 * 72)
+    compare((kernels.GeGLU.apply(ours),), (fused.geglu(reference),), [(ours, reference)])
+
+
+def test_rotate() -> None:
+    ours, reference = pair(29, 3, 3, 16)
+    mine, theirs = angles(29, 16)
+    compare(kernels.Rotate.apply(ours, *mine), fused.rotate(reference, *theirs), [(ours, reference)])
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_and_norm(adds: bool) -> None:
+    states, other, weight = pair(2 * kernels.SHARE + 9, 1, 72), pair(2 * kernels.SHARE + 9, 1, 72), pair(72)
+    found = kernels.AddAndNorm.apply(states[0], other[0] if adds else None, weight[0], 1e-5)
+    expected = fused.add_and_norm(states[1], other[1] if adds else None, weight[1], 1e-5)
+    compare(found, (expected[0] * 1.0, expected[1]), [states, weight, *([other] if adds else [])])
+
+
+def test_exponentials() -> None:
+    ours, reference = (x.detach() for x in pair(9, 10_001))
+    peak = reference.amax(dim=1, keepdim=True)
+    near(kernels.exponentials_(ours, peak.to(ours.device)), fused.exponentials_(reference, peak))
+    near(ours, reference)
+
+
+@settings(max_examples=15 if not ON_GPU else 50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6).map(tuple),
+    window=st.sampled_from([8, 40, 64, 100]),
+    causal=st.booleans(),
+)
+def test_local_attention(lengths: tuple[int, ...], window: int, causal: bool) -> None:
+    """Queries next to the ends of documents, of blocks, and of the row; on a GPU matrix products are in TF32."""
+    tokens, bar = sum(lengths), 1e-2 if ON_GPU else BAR
+    torch.manual_seed(tokens)
+    ours, reference = pair(tokens, 2, 3, 32)
+    mine, theirs = angles(tokens, 32)
+    packed = PackedDocuments.from_lengths(lengths, causal, torch.device("cpu"))
+    expected = BlockedAttention._by_band(*fused.rotate(reference, *theirs), packed, window)
+    documents = packed.documents.to(ours.device)
+    found = kernels.LocalAttention.apply(ours, *mine, documents, window, 0 if causal else window)
+    near(found, expected, bar)
+    grad = torch.randn_like(expected)
+    (one,) = torch.autograd.grad(found, ours, grad.to(found.device))
+    (other,) = torch.autograd.grad(expected, reference, grad)
+    near(one, other, bar)
