@@ -6,7 +6,9 @@ import functools
 import math
 import os
 import shutil
+import sysconfig
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,14 +43,15 @@ def moved(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
 
 
 def compiles_kernels() -> bool:
-    """Whether Triton's kernels can be built: there is a GPU, and the C compiler for their launchers (`detour doctor`
-    says where it lacks)."""
-    return torch.cuda.is_available() and c_compiler() is not None
+    """Whether the Triton kernels of the model can be built here: there is a GPU, and what their launchers need."""
+    return torch.cuda.is_available() and kernels_lack() is None
 
 
-def c_compiler() -> str | None:
-    """Where Triton finds the compiler of its kernels' launchers."""
-    return shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
+def kernels_lack() -> str | None:
+    """The package without which Triton cannot compile its kernels' launchers."""
+    if not (shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")):
+        return "gcc"
+    return None if Path(sysconfig.get_path("include"), "Python.h").is_file() else "python3-dev"
 
 
 def name() -> str:

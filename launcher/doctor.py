@@ -83,9 +83,9 @@ def _attention() -> list[Finding]:
     if not torch.cuda.is_available():
         return [Finding("attention", "CPU: by window in local layers, by document in global ones")]
     found = []
-    if device.c_compiler() is None:
-        remedy = "apt-get install gcc, or set CC: torch.compile needs a C compiler"
-        found = [Finding("kernels", "RoPE and the GELU gate run unfused", remedy)]
+    if lacking := device.kernels_lack():
+        remedy = f"apt-get install {lacking}: Triton compiles the launchers of its kernels"
+        found = [Finding("kernels", "norms, RoPE, the GELU gate and local attention run in torch's operations", remedy)]
     kernels = ["torch varlen (FlashAttention-2)"] if importlib.util.find_spec("torch.nn.attention.varlen") else []
     kernels += ["Transformer Engine"] if importlib.util.find_spec("transformer_engine") else []
     kernels += ["FlashAttention-3"] if importlib.util.find_spec("flash_attn_interface") else []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -83,6 +86,39 @@ def test_same_batches_at_every_size_and_restart(
     np.testing.assert_array_equal(before + after, batches)
     assert between[-1] == states[stop - 1]
     assert end == states[stop:]
+
+
+def test_beside_a_gpu_batches_are_prepared_while_the_host_waits(
+    data: Data, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taking one makes no other, until the host says that it has launched its work; without a word all of them come."""
+    made: list[int] = []
+    prepare = Loader._prepare
+
+    def counted(self: Loader, *arguments: Any) -> Generator[StepData, None, None]:
+        for step in prepare(self, *arguments):
+            made.append(step.step)
+            yield step
+
+    monkeypatch.setattr(Loader, "_prepare", counted)
+    loader = Loader(data, STREAMS * ROWS, tokenizer, 0, 1, device=0)
+    ahead = data.prefetch + 2  # taken, in the queue, and the next in hand
+    with closing(loader.steps(NextToken(), 1, 0, 30, None)) as steps:
+        next(steps)
+        wait_for(lambda: len(made) == ahead)
+        next(steps)
+        time.sleep(0.3)
+        assert len(made) == ahead
+        loader.launched()
+        wait_for(lambda: len(made) == ahead + 1)
+        assert [step.step for step in steps] == list(range(2, 30))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_next_token_labels_stay_inside_documents(data: Data, tokenizer: Tokenizer) -> None:

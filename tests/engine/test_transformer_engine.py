@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.schema import RunConfig
+from engine.checkpoint import step_directory
 from monitoring.log import read_metrics
 from tests.engine.world import run_world, stored, toy_config, train
 
@@ -98,7 +100,7 @@ def fp8(shards: Path, **changes: Any) -> RunConfig:
 
 
 def test_its_adam_trains_as_ours(shards: Path, tmp_path: Path) -> None:
-    """In fp32, where the layers are the same; its optimizer is what a GPU has."""
+    """In fp32, where the layers are the same; its optimizer is what a GPU has. Each goes on from the other's state."""
     config = fp8(shards, precision="fp32")
     engines, ours = tmp_path / "engines", tmp_path / "ours"
     ours.mkdir()
@@ -110,6 +112,13 @@ def test_its_adam_trains_as_ours(shards: Path, tmp_path: Path) -> None:
     weights, expected_weights = stored(engines, 3), stored(ours, 3)
     assert weights.keys() == expected_weights.keys()
     assert all((tensor - expected_weights[name]).abs().max() <= 1e-5 for name, tensor in weights.items())
+    for start, go_on in ((ours, partial(alone, _train)), (engines, partial(run_world, 1, train))):
+        shutil.copytree(start, start.with_suffix(".other"))
+        shutil.rmtree(step_directory(start.with_suffix(".other") / "checkpoints", 3))
+        go_on(config, start.with_suffix(".other"))
+        assert read_metrics(start.with_suffix(".other"))[2]["loss"] == pytest.approx(read_metrics(ours)[2]["loss"])
+        moved = stored(start.with_suffix(".other"), 3)
+        assert all((tensor - expected_weights[name]).abs().max() <= 1e-5 for name, tensor in moved.items())
 
 
 @pytest.fixture(scope="module")
