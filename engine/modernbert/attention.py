@@ -221,8 +221,7 @@ def _take_newest_flash_attention() -> None:
 class TransformerEngineAttention(_CoreAttention):
     """Transformer Engine's attention: CUDA, fp16 or bf16.
 
-    It picks a backend a call, cuDNN's or the flash-attn package's, and raises where none of their versions takes packed
-    documents with a window to both sides, as the local layers of MLM have it.
+    It picks a backend a call, cuDNN's or the flash-attn package's, and raises where none takes the size of the heads.
     """
 
     def __init__(self, config: Any, layer_number: int, **more: Any) -> None:

@@ -36,7 +36,12 @@ from engine.modernbert.attention import (
 from engine.modernbert.fused import add_and_norm, geglu
 
 AttentionKernel = Literal["torch", "transformer_engine"]
-logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # warns of any MLP but its own
+for module in (  # which warn of an MLP that is not Megatron's, and, in 0.19, of its own ways to lay out and load
+    "transformer.transformer_layer",
+    "distributed.distributed_data_parallel",
+    "dist_checkpointing.strategies.common",
+):
+    logging.getLogger(f"megatron.core.{module}").setLevel(logging.ERROR)
 
 
 class LayerNorm(torch.nn.Module):

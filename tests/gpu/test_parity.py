@@ -58,7 +58,7 @@ def test_logits_equal_hugging_face(dtype: torch.dtype, bar: float, attention: An
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_fp8_follows_bf16_and_resumes_exactly(recipe: str, tmp_path: Path) -> None:
-    """The same steps in FP8 and BF16 end within 1 % of one loss, and a checkpoint on the way goes on in the same one."""
+    """The same steps in FP8 and BF16 end within 1 % of one loss, and a checkpoint on the way goes on as the run did."""
     from datapipe.prepare import ensure_prepared
     from datapipe.tokenizer import load_tokenizer
     from engine.precision import resolve_precision
