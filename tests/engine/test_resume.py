@@ -142,6 +142,20 @@ def test_an_index_cannot_reach_code_through_a_module_it_needs(module: str, alone
     assert not (tmp_path / "owned").exists()
 
 
+def test_an_index_names_no_code_where_python_pickles_enumerations_by_name(
+    alone_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python 3.11.0 to 3.11.3 does, which is Debian 12's: by `builtins.getattr`, which is not trusted."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    from engine.saver import _pickled
+
+    index = pickle.loads((step_directory(alone_run / "checkpoints", 5) / ".metadata").read_bytes())
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    assert b"getattr" in pickle.dumps(index)
+    assert b"getattr" not in _pickled(index)
+
+
 def test_an_index_that_calls_a_weight_a_pickle_is_not_loaded(alone_run: Path, tmp_path: Path) -> None:
     """Torch's planner would unpickle it without restriction."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
