@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine import device
 
-kernels: Any = None
-if device.compiles_kernels():
-    from engine.modernbert import kernels
+COMPILES = device.compiles_kernels()
+if COMPILES:
+    from engine.modernbert.kernels import pointwise
+    from engine.modernbert.kernels.attention import LocalAttention
 
 
 def geglu(states: Tensor) -> Tensor:
     """[..., 2 n] -> [..., n]: the exact GELU of the first half times the second."""
-    if states.is_cuda and kernels:
-        output: Tensor = kernels.GeGLU.apply(states)
+    if states.is_cuda and COMPILES:
+        output: Tensor = pointwise.GeGLU.apply(states)
         return output
     first, second = states.chunk(2, dim=-1)
     return F.gelu(first) * second
@@ -29,8 +28,8 @@ def rotate(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Ten
 
     By the half-split rotation Hugging Face uses; cos and sin are [T, d], the same in both halves.
     """
-    if mixed.is_cuda and kernels:
-        turned: tuple[Tensor, Tensor, Tensor] = kernels.Rotate.apply(mixed, cos, sin)
+    if mixed.is_cuda and COMPILES:
+        turned: tuple[Tensor, Tensor, Tensor] = pointwise.Rotate.apply(mixed, cos, sin)
         return turned
     query, key, value = mixed.unbind(2)
     return _turn(query, cos, sin), _turn(key, cos, sin), value
@@ -43,7 +42,7 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def takes_local_attention(mixed: Tensor) -> bool:
     """Whether `local_attention` can be called: on a GPU in half precision, for heads of 32, 64 or 128."""
-    return bool(kernels and mixed.is_cuda and mixed.dtype != torch.float32 and mixed.shape[-1] in (32, 64, 128))
+    return bool(COMPILES and mixed.is_cuda and mixed.dtype != torch.float32 and mixed.shape[-1] in (32, 64, 128))
 
 
 def local_attention(mixed: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, before: int, after: int) -> Tensor:
@@ -52,7 +51,7 @@ def local_attention(mixed: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, 
     A query sees keys of its own document, at most `before` places to the left and `after` to the right. documents: [T],
     the document of each token.
     """
-    context: Tensor = kernels.LocalAttention.apply(mixed, cos, sin, documents, before, after)
+    context: Tensor = LocalAttention.apply(mixed, cos, sin, documents, before, after)
     return context
 
 
@@ -61,8 +60,8 @@ def add_and_norm(states: Tensor, other: Tensor | None, weight: Tensor, eps: floa
 
     On a GPU the gradients of both are added in the norm's backward pass.
     """
-    if states.is_cuda and kernels:
-        both: tuple[Tensor, Tensor] = kernels.AddAndNorm.apply(states, other, weight, eps)
+    if states.is_cuda and COMPILES:
+        both: tuple[Tensor, Tensor] = pointwise.AddAndNorm.apply(states, other, weight, eps)
         return both
     total = states if other is None else states + other
     return total, F.layer_norm(total, weight.shape, weight, None, eps)
@@ -70,8 +69,8 @@ def add_and_norm(states: Tensor, other: Tensor | None, weight: Tensor, eps: floa
 
 def exponentials_(logits: Tensor, peak: Tensor | None) -> Tensor:
     """Turn logits [N, V] into exp(logits - peak) in place; their sums [N, 1] fp32. peak: [N, 1] fp32; None for zero."""
-    if peak is not None and logits.is_cuda and kernels:
-        sums: Tensor = kernels.exponentials_(logits, peak)
+    if peak is not None and logits.is_cuda and COMPILES:
+        sums: Tensor = pointwise.exponentials_(logits, peak)
         return sums
     powers = logits.float()
     if peak is not None:

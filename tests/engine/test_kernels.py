@@ -5,6 +5,11 @@ Triton comes with CUDA builds of torch alone.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,10 +19,12 @@ from torch import Tensor
 from engine.modernbert import fused
 from engine.modernbert.attention import BlockedAttention, PackedDocuments
 
+ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
 pytest.importorskip("triton")
 
-from engine.modernbert import kernels  # noqa: E402
+from engine.modernbert.kernels.attention import LocalAttention  # noqa: E402
+from engine.modernbert.kernels.pointwise import SHARE, AddAndNorm, GeGLU, Rotate, exponentials_  # noqa: E402
 
 BAR = 1e-5
 """Relative to the largest value; all but attention computes in fp32 throughout."""
@@ -53,19 +60,19 @@ def angles(tokens: int, dim: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, 
 @pytest.mark.parametrize("rows", [1, 37])
 def test_geglu(rows: int) -> None:
     ours, reference = pair(rows, 1, 2 * 72)
-    compare((kernels.GeGLU.apply(ours),), (fused.geglu(reference),), [(ours, reference)])
+    compare((GeGLU.apply(ours),), (fused.geglu(reference),), [(ours, reference)])
 
 
 def test_rotate() -> None:
     ours, reference = pair(29, 3, 3, 16)
     mine, theirs = angles(29, 16)
-    compare(kernels.Rotate.apply(ours, *mine), fused.rotate(reference, *theirs), [(ours, reference)])
+    compare(Rotate.apply(ours, *mine), fused.rotate(reference, *theirs), [(ours, reference)])
 
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_add_and_norm(adds: bool) -> None:
-    states, other, weight = pair(2 * kernels.SHARE + 9, 1, 72), pair(2 * kernels.SHARE + 9, 1, 72), pair(72)
-    found = kernels.AddAndNorm.apply(states[0], other[0] if adds else None, weight[0], 1e-5)
+    states, other, weight = pair(2 * SHARE + 9, 1, 72), pair(2 * SHARE + 9, 1, 72), pair(72)
+    found = AddAndNorm.apply(states[0], other[0] if adds else None, weight[0], 1e-5)
     expected = fused.add_and_norm(states[1], other[1] if adds else None, weight[1], 1e-5)
     compare(found, (expected[0] * 1.0, expected[1]), [states, weight, *([other] if adds else [])])
 
@@ -73,7 +80,7 @@ def test_add_and_norm(adds: bool) -> None:
 def test_exponentials() -> None:
     ours, reference = (x.detach() for x in pair(9, 10_001))
     peak = reference.amax(dim=1, keepdim=True)
-    near(kernels.exponentials_(ours, peak.to(ours.device)), fused.exponentials_(reference, peak))
+    near(exponentials_(ours, peak.to(ours.device)), fused.exponentials_(reference, peak))
     near(ours, reference)
 
 
@@ -92,9 +99,18 @@ def test_local_attention(lengths: tuple[int, ...], window: int, causal: bool) ->
     packed = PackedDocuments.from_lengths(lengths, causal, torch.device("cpu"))
     expected = BlockedAttention._by_band(*fused.rotate(reference, *theirs), packed, window)
     documents = packed.documents.to(ours.device)
-    found = kernels.LocalAttention.apply(ours, *mine, documents, window, 0 if causal else window)
+    found = LocalAttention.apply(ours, *mine, documents, window, 0 if causal else window)
     near(found, expected, bar)
     grad = torch.randn_like(expected)
     (one,) = torch.autograd.grad(found, ours, grad.to(found.device))
     (other,) = torch.autograd.grad(expected, reference, grad)
     near(one, other, bar)
+
+
+def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.engine.compile_kernels"]
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 10

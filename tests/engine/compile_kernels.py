@@ -1,0 +1,51 @@
+"""Compiles the Triton kernels for a GPU that is not there; a process of its own, since Triton must not interpret."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from engine.modernbert.kernels import attention, pointwise
+
+BF16, FP32 = "*bf16", "*fp32"
+NORM = {"states": BF16, "weight": BF16, "mean": FP32, "inverse": FP32, "normed": BF16, "width": "i32"}
+LOCAL = dict.fromkeys(("mixed", "cos", "sin", "context", "grad", "result"), BF16)
+LOCAL |= {"documents": "*i32", "sums": FP32, "tokens": "i32"}
+
+
+def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> None:
+    """For compute capability 9.0."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if "*" in signature[name]}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    print(kernel.__name__, constants, built.metadata.shared, "bytes of shared memory")
+
+
+def main() -> None:
+    tile = {"width": 1152, "ROWS": pointwise.ROWS, "COLUMNS": pointwise.COLUMNS}
+    build(pointwise._geglu, {"states": BF16, "output": BF16, "rows": "i32"}, tile)
+    build(pointwise._geglu_backward, {"states": BF16, "grad": BF16, "result": BF16, "rows": "i32"}, tile)
+    turned = dict.fromkeys(("mixed", "query", "key", "value", "cos", "sin"), BF16)
+    for back in (False, True):
+        sizes = {"DIM": 64, "ROWS": 4 * pointwise.ROWS, "BACK": back}
+        build(pointwise._rotate, {**turned, "rows": "i32", "heads": "i32"}, sizes)
+        build(pointwise._norm, {**NORM, "added": BF16, "total": BF16, "eps": "fp32"}, {"ADDS": back, "BLOCK": 1024})
+    more = {"kept": BF16, "result": BF16, "parts": FP32, "rows": "i32"}
+    build(pointwise._norm_backward, {**NORM, **more}, {"SHARE": pointwise.SHARE, "BLOCK": 1024})
+    build(
+        pointwise._exponentials,
+        {"logits": BF16, "peak": FP32, "sums": FP32, "stride": "i32"},
+        {"width": 50368, "BLOCK": 4096},
+        num_warps=8,
+    )
+    sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK": attention.BLOCK}
+    build(attention._local, LOCAL, sizes, num_stages=1)
+    build(attention._local_backward, LOCAL, sizes, num_stages=1)
+
+
+if __name__ == "__main__":
+    main()
