@@ -285,7 +285,7 @@ def overhead_row(folder: Path) -> Row:
         return run
 
     originals = trainer.forward_backward, trainer.optimizer_step
-    trainer.forward_backward, trainer.optimizer_step = map(clocked, originals)
+    trainer.forward_backward, trainer.optimizer_step = clocked(originals[0]), clocked(originals[1])
     try:
         (folder / "overhead").mkdir()
         trainer.train(config, folder / "overhead")

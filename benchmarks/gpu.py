@@ -67,7 +67,7 @@ SKIP = 8
 
 
 def run_config(
-    folder: Path, model: dict[str, Any], objective: str, sequences: int = 16, length: int = 8192, **precision: str
+    folder: Path, model: dict[str, Any], objective: str, sequences: int = 16, length: int = 8192, **precision: Any
 ) -> RunConfig:
     source = {"name": "medquad", "text": "package://corpus/medquad.jsonl.gz", "shards": str(folder / "medquad")}
     return validate(
@@ -192,7 +192,7 @@ def fp8_loss_rows(folder: Path, quick: bool) -> Iterator[Row]:
     """
     steps = 20 if quick else 200  # of two rows, so that they take seconds
 
-    def losses(directory: Path, stop: Callable[[], str | None] = lambda: None, **precision: str) -> list[float]:
+    def losses(directory: Path, stop: Callable[[], str | None] = lambda: None, **precision: Any) -> list[float]:
         more = {
             "phases": (Phase(objective="clm", steps=steps),),
             "monitoring": Monitoring(every=Duration(1, "steps")),
@@ -204,7 +204,7 @@ def fp8_loss_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
     plain = measured("BF16's loss", partial(losses, folder / "bf16", precision="bf16"))
     for recipe in recipes(folder) if plain else ():
-        fp8 = {"precision": "fp8", "fp8_recipe": recipe}
+        fp8: dict[str, Any] = {"precision": "fp8", "fp8_recipe": recipe}
         last = statistics.fmean(plain[-10:])
         name = f"FP8 {recipe}: loss after {steps} steps apart from BF16's"
         if whole := measured(name, partial(losses, folder / recipe, **fp8)):

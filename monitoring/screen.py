@@ -52,7 +52,7 @@ def screen(view: View, alerts: list[str] | None) -> RenderableType:
     rows: dict[str, RenderableType] = {
         "loss": loss,
         "speed": _join(
-            f"{format_count(now.tokens_per_second)} tokens/s",
+            f"{format_count(_average(now) if view.ended else now.tokens_per_second)} tokens/s",
             f"{now.step_seconds:.3g} s a step",
             f"MFU {now.mfu:.1%}" if math.isfinite(now.mfu) else "",
             f"{_share(now):.1%} waiting for data",
@@ -134,6 +134,12 @@ def _ranks(workers: Sequence[WorkerRecord]) -> str:
     memory = max(worker.memory_bytes for worker in workers) / 2**30
     share = f"slowest is {slowest.rank} at {slowest.step_seconds / usual:.2f}x the {name}" if usual else ""
     return " · ".join(part for part in (str(len(workers)), share, f"at most {memory:.1f} GiB each") if part)
+
+
+def _average(now: Telemetry) -> float:
+    """Tokens per second of all steps, which is what is left to say of a run that works no more."""
+    seconds = now.counters.step_seconds.sum
+    return sum(now.counters.tokens.values()) / seconds if seconds else 0.0
 
 
 def _share(now: Telemetry) -> float:

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from configs.errors import InputError
+from configs.units import format_count
 from monitoring import live
 from monitoring.discovery import serve_targets
 from monitoring.exporter import Exporter
@@ -127,7 +128,12 @@ def test_a_run_that_has_not_begun_and_one_that_is_over(tmp_path: Path) -> None:
     drive(recorder, config, range(1, 31))
     recorder.close()
     append_event(tmp_path, "finished")
-    assert "finished" in shown(str(tmp_path))
+    over = shown(str(tmp_path))
+    assert "finished" in over
+    now = Telemetry.read(tmp_path)
+    assert now is not None
+    average = sum(now.counters.tokens.values()) / now.counters.step_seconds.sum
+    assert f"{format_count(average)} tokens/s" in over
 
 
 @pytest.mark.parametrize(
