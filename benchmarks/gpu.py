@@ -43,6 +43,11 @@ from datapipe.tokenizer import load_tokenizer
 from engine.checkpoint import step_directory
 from engine.device import device, total_memory_bytes
 from engine.modernbert import convert
+from engine.objectives import objective_of
+from engine.optimizer import step as optimizer_step
+from engine.precision import resolve_precision
+from engine.setup import open_trainer
+from engine.step import forward_backward
 from engine.trainer import train
 from monitoring.log import read_metrics
 
@@ -97,11 +102,6 @@ def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
 
     Everything but logging and checkpoints is included. Three steps have been made to warm up.
     """
-    from engine.objectives import objective_of
-    from engine.optimizer import step as optimizer_step
-    from engine.setup import open_trainer
-    from engine.step import forward_backward
-
     with tempfile.TemporaryDirectory() as scratch, mock.patch("engine.setup.random_weights", quick_weights):
         trainer = open_trainer(config, Path(scratch))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
@@ -173,8 +173,6 @@ def fp8_speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 def recipes(folder: Path) -> list[str]:
     """Those that this GPU has; for the others stderr says why not."""
-    from engine.precision import resolve_precision
-
     return [
         recipe
         for recipe in RECIPES

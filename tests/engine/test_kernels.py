@@ -21,6 +21,7 @@ from engine.modernbert.attention import BlockedAttention, PackedDocuments
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 pytest.importorskip("triton")
 
 from engine.modernbert.kernels.attention import LocalAttention  # noqa: E402
@@ -48,13 +49,13 @@ def compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], inputs: lis
 
 def pair(*shape: int) -> tuple[Tensor, Tensor]:
     reference = torch.randn(*shape)
-    return reference.to("cuda" if ON_GPU else "cpu").clone().requires_grad_(), reference.requires_grad_()
+    return reference.to(DEVICE).clone().requires_grad_(), reference.requires_grad_()
 
 
 def angles(tokens: int, dim: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     turn = torch.randn(tokens, dim // 2)
     reference = torch.cat([turn.cos()] * 2, -1), torch.cat([turn.sin()] * 2, -1)
-    return (reference[0].to("cuda" if ON_GPU else "cpu"), reference[1].to("cuda" if ON_GPU else "cpu")), reference
+    return (reference[0].to(DEVICE), reference[1].to(DEVICE)), reference
 
 
 @pytest.mark.parametrize("rows", [1, 37])

@@ -113,12 +113,12 @@ def test_its_adam_trains_as_ours(shards: Path, tmp_path: Path) -> None:
     assert weights.keys() == expected_weights.keys()
     assert all((tensor - expected_weights[name]).abs().max() <= 1e-5 for name, tensor in weights.items())
     for start, go_on in ((ours, partial(alone, _train)), (engines, partial(run_world, 1, train))):
-        shutil.copytree(start, start.with_suffix(".other"))
-        shutil.rmtree(step_directory(start.with_suffix(".other") / "checkpoints", 3))
-        go_on(config, start.with_suffix(".other"))
-        assert read_metrics(start.with_suffix(".other"))[2]["loss"] == pytest.approx(read_metrics(ours)[2]["loss"])
-        moved = stored(start.with_suffix(".other"), 3)
-        assert all((tensor - expected_weights[name]).abs().max() <= 1e-5 for name, tensor in moved.items())
+        other = start.with_suffix(".other")
+        shutil.copytree(start, other)
+        shutil.rmtree(step_directory(other / "checkpoints", 3))
+        go_on(config, other)
+        assert read_metrics(other)[2]["loss"] == pytest.approx(read_metrics(ours)[2]["loss"])
+        assert all((tensor - expected_weights[name]).abs().max() <= 1e-5 for name, tensor in stored(other, 3).items())
 
 
 @pytest.fixture(scope="module")

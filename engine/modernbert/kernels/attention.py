@@ -64,6 +64,21 @@ def _store_turned_back(target, cos, sin, place, angle, inside, first, second, HA
 
 
 @triton.jit
+def _sees(document, row, documents, column, there, BEFORE: tl.constexpr, AFTER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[rows, columns]: of one document, and the column at most so many places before the row, or after it."""
+    distance = row[:, None] - column[None, :]
+    near = (distance <= BEFORE) & (distance >= -AFTER)
+    return near & (document[:, None] == tl.load(documents + column, there, -2)[None, :])
+
+
+@triton.jit
+def _gradient_and_level(grad, context, place, inside):  # type: ignore[no-untyped-def]
+    """A tile of the output's gradient, and its product with the output, by row."""
+    above = tl.load(grad + place, inside, 0.0)
+    return above, tl.sum(above.to(tl.float32) * tl.load(context + place, inside, 0.0).to(tl.float32), 1)
+
+
+@triton.jit
 def _local(  # type: ignore[no-untyped-def]
     mixed, cos, sin, documents, context, sums, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,9 +100,7 @@ def _local(  # type: ignore[no-untyped-def]
         place = long * (3 * HEADS * DIM)
         k1, k2 = _turned(mixed + DIM, cos, sin, place + half, long * DIM + half, there[:, None], HALF)
         value = tl.load(mixed + 2 * DIM + place + whole, there[:, None], 0.0)
-        seen = document[:, None] == tl.load(documents + column, there, -2)[None, :]
-        distance = row[:, None] - column[None, :]
-        seen &= (distance <= BEFORE) & (distance >= -AFTER)
+        seen = _sees(document, row, documents, column, there, BEFORE, AFTER)
         logits = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
         logits = tl.where(seen, logits, float("-inf"))
         highest = tl.maximum(peak, tl.max(logits, 1))
@@ -122,8 +135,7 @@ def _local_backward(  # type: ignore[no-untyped-def]
     document = tl.load(documents + mine, inside, -1)
 
     q1, q2 = _turned(mixed, cos, sin, place + half, angle, inside[:, None], HALF)
-    above = tl.load(grad + flat, inside[:, None], 0.0)
-    level = tl.sum(above.to(tl.float32) * tl.load(context + flat, inside[:, None], 0.0).to(tl.float32), 1)
+    above, level = _gradient_and_level(grad, context, flat, inside[:, None])
     norm = tl.load(sums + mine, inside, 0.0)
     d1, d2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
     for start in range(-BEFORE, BLOCK + AFTER, BLOCK):
@@ -132,9 +144,7 @@ def _local_backward(  # type: ignore[no-untyped-def]
         other = long * (3 * HEADS * DIM)
         k1, k2 = _turned(mixed + DIM, cos, sin, other + half, long * DIM + half, there[:, None], HALF)
         value = tl.load(mixed + 2 * DIM + other + whole, there[:, None], 0.0)
-        seen = document[:, None] == tl.load(documents + column, there, -2)[None, :]
-        distance = mine[:, None] - column[None, :]
-        seen &= (distance <= BEFORE) & (distance >= -AFTER)
+        seen = _sees(document, mine, documents, column, there, BEFORE, AFTER)
         logits = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
         weights = tl.where(seen, tl.exp2(logits - norm[:, None]), 0.0)
         change = (weights * (tl.dot(above, tl.trans(value)) - level[:, None])).to(value.dtype)
@@ -150,13 +160,9 @@ def _local_backward(  # type: ignore[no-untyped-def]
         column = tl.program_id(0) * BLOCK + start + tl.arange(0, BLOCK)  # of a query now
         there, long = (column >= 0) & (column < tokens), column.to(tl.int64)[:, None]
         q1, q2 = _turned(mixed, cos, sin, long * (3 * HEADS * DIM) + half, long * DIM + half, there[:, None], HALF)
-        flat = long * (HEADS * DIM) + whole
-        above = tl.load(grad + flat, there[:, None], 0.0)
-        level = tl.sum(above.to(tl.float32) * tl.load(context + flat, there[:, None], 0.0).to(tl.float32), 1)
+        above, level = _gradient_and_level(grad, context, long * (HEADS * DIM) + whole, there[:, None])
         norm = tl.load(sums + column, there, 0.0)
-        seen = document[:, None] == tl.load(documents + column, there, -2)[None, :]
-        distance = column[None, :] - mine[:, None]
-        seen &= (distance <= BEFORE) & (distance >= -AFTER)
+        seen = _sees(document, mine, documents, column, there, AFTER, BEFORE)  # a key's view of the queries
         logits = tl.dot(k2, tl.trans(q2), tl.dot(k1, tl.trans(q1))) * SCALE
         weights = tl.where(seen, tl.exp2(logits - norm[None, :]), 0.0)
         d_value = tl.dot(weights.to(above.dtype), above, d_value)
