@@ -54,7 +54,7 @@ def screen(view: View, alerts: list[str] | None) -> RenderableType:
         "speed": _join(
             f"{format_count(_average(now) if view.ended else now.tokens_per_second)} tokens/s",
             f"{now.step_seconds:.3g} s a step",
-            f"MFU {now.mfu:.1%}" if math.isfinite(now.mfu) else "",
+            f"MFU {now.mfu:.1%}" if math.isfinite(now.mfu) and not view.ended else "",
             f"{_share(now):.1%} waiting for data",
         ),
         "training": _join(
