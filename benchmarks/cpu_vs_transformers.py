@@ -77,17 +77,18 @@ def ours(config: RunConfig, skip: int = SKIP) -> Iterator[Runner]:
     from engine.objectives import objective_of
     from engine.optimizer import step as optimizer_step
     from engine.setup import open_trainer
-    from engine.step import forward_backward
+    from engine.step import forward_backward, staged
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(config, Path(folder))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
         last = skip + config.total_steps
-        steps = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, last, None)
+        stage = partial(staged, causal=objective.causal)
+        steps = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, last, None, stage)
         batches = list(islice(steps, skip, None))
 
         def step(batch: StepData) -> float:
-            losses, _ = forward_backward(trainer, batch.micro_batches, objective.causal)
+            losses, _ = forward_backward(trainer, batch.staged)
             optimizer_step(trainer.optimizer)
             return float(losses.sum())
 

@@ -47,7 +47,7 @@ from engine.objectives import objective_of
 from engine.optimizer import step as optimizer_step
 from engine.precision import resolve_precision
 from engine.setup import open_trainer
-from engine.step import forward_backward
+from engine.step import forward_backward, staged
 from engine.trainer import train
 from monitoring.log import read_metrics
 
@@ -105,15 +105,17 @@ def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
     with tempfile.TemporaryDirectory() as scratch, mock.patch("engine.setup.random_weights", quick_weights):
         trainer = open_trainer(config, Path(scratch))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-        batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, 10**6, None)
+        stage = partial(staged, causal=objective.causal)
+        batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, 10**6, None, stage)
         for _ in islice(batches, SKIP):
             pass
 
         def run(count: int) -> int:
             tokens = 0
             for batch in islice(batches, count):
-                forward_backward(trainer, batch.micro_batches, objective.causal)
-                optimizer_step(trainer.optimizer)
+                losses, _ = forward_backward(trainer, batch.staged)
+                optimizer_step(trainer.optimizer, losses)
+                losses.tolist()
                 tokens += sum(micro.tokens for micro in batch.micro_batches)
             torch.cuda.synchronize()
             return tokens

@@ -82,6 +82,8 @@ class StepData:
     """What was taken from each source since the run's first step, on this rank's streams."""
     ends: bool = False
     """Whether this rank's streams have no batch for the next step."""
+    staged: tuple[Any, ...] = ()
+    """What `stage` of `Loader.steps` made of the micro-batches."""
 
 
 def frame(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids) -> MicroBatch:

@@ -55,19 +55,26 @@ class Loader:
         self._turn = threading.Event()
 
     def steps(
-        self, targets: Targets, micro: int, first: int, last: int, state: dict[str, Any] | None
+        self,
+        targets: Targets,
+        micro: int,
+        first: int,
+        last: int,
+        state: dict[str, Any] | None,
+        stage: Callable[[MicroBatch], Any] | None = None,
     ) -> Generator[StepData, None, None]:
         """Batches of the 0-based steps first..last-1, prepared ahead in a thread that ends with the generator.
 
         `micro` rows make a micro-batch and divide the rows of a rank. `state` is the `state` of step first-1, united
-        over the ranks whatever their number was then; None starts from the beginning. Raises InputError for a state of
+        over the ranks whatever their number was then; None starts from the beginning. `stage` is called in the thread
+        for each micro-batch, to have it where training takes it. Raises InputError for a state of
         other data, documents that cannot be read, and the end of the data; RunFailedError where a remote store does
         not answer.
         """
         if len(self._streams) * self._rows % micro:
             raise InputError(f"batch.micro: {micro} must divide the {len(self._streams) * self._rows} rows of a rank")
         closed = threading.Event()
-        steps = self._prepare(targets, micro, first, last, state, closed)
+        steps = self._prepare(targets, micro, first, last, state, stage, closed)
         return _ahead(steps, self._data.prefetch, closed, self._turn, yields=self._device is not None)
 
     def launched(self) -> None:
@@ -99,6 +106,7 @@ class Loader:
         first: int,
         last: int,
         state: dict[str, Any] | None,
+        stage: Callable[[MicroBatch], Any] | None,
         closed: threading.Event,
     ) -> Generator[StepData, None, None]:
         data, here = self._data, len(self._streams)
@@ -122,9 +130,11 @@ class Loader:
                 rows = rows or self._take(streams.values())
                 if rows is None:
                     raise end_of_data(step)
+                micro_batches = tuple(make([rows[i : i + micro] for i in range(0, len(rows), micro)]))
                 made = StepData(
                     step=step,
-                    micro_batches=tuple(make([rows[i : i + micro] for i in range(0, len(rows), micro)])),
+                    micro_batches=micro_batches,
+                    staged=tuple(map(stage, micro_batches)) if stage else (),
                     state={
                         str(number): {"data": prints, **stream.state().to_json()} for number, stream in streams.items()
                     },

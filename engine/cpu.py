@@ -2,7 +2,7 @@
 
 `install()` gives every `megatron.core` module its own view of the name `torch`, in which factories called with
 `device="cuda"` and the functions of `torch.cuda` go to the CPU. The rest of the process keeps the real torch: there,
-`device="cuda"` still raises. Patched for the whole process: only `Tensor.cuda`, `Tensor.type` and Megatron's Adam.
+`device="cuda"` still raises. Patched for the whole process: only `Tensor.cuda` and `Tensor.type`.
 """
 
 from __future__ import annotations
@@ -44,64 +44,8 @@ def install() -> None:
             module.torch = view  # type: ignore[attr-defined]
     _patch_tensor()
     _patch_random_state()
-    _patch_adam()
     _patch_gradient_norm()
     _keep_freed_memory()
-
-
-class FusedAdam(torch.optim.Optimizer):
-    """AdamW over torch's fused CPU kernel with the contract of Apex's and Transformer Engine's FusedAdam.
-
-    The step count is an int on the parameter group. Megatron's checkpoint path for torch's own AdamW, whose step is a
-    tensor a parameter, asserts before the first step and fails to reshard; this takes the path a GPU run takes.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        bias_correction: bool = True,
-        capturable: bool = False,
-    ) -> None:
-        if not (adam_w_mode and bias_correction) or capturable:
-            raise ValueError("only AdamW with bias correction, outside CUDA graphs")
-        # `bias_correction` is for Transformer Engine's, when a GPU goes on from a checkpoint written here.
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
-        super().__init__(params, settings)
-
-    def initialize_state(self, param: torch.Tensor, store_param_remainders: bool) -> None:
-        """Moments of zero; the second argument is Transformer Engine's and means nothing here."""
-        self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            for param in params:
-                if not self.state[param]:
-                    self.initialize_state(param, store_param_remainders=False)
-            torch._fused_adamw_(
-                params,
-                [param.grad for param in params],
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
-                [],
-                [torch.tensor(float(group["step"]))] * len(params),
-                lr=float(group["lr"]),
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
 
 
 class _Stream:
@@ -220,14 +164,6 @@ def _patch_random_state() -> None:
     random.CudaRNGStatesTracker.fork = fork
 
 
-def _patch_adam() -> None:
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    optimizer.Adam = distributed.Adam = FusedAdam  # type: ignore[attr-defined]
-    optimizer.USING_PYTORCH_OPTIMIZER = False  # type: ignore[attr-defined]
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True  # type: ignore[attr-defined]
-
-
 def _patch_gradient_norm() -> None:
     clipping: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
 
@@ -244,11 +180,7 @@ def _patch_gradient_norm() -> None:
         ]
         return torch.stack(squares).sum().sqrt().float()[None], None
 
-    def scale(chunk: int, overflow: Any, lists: list[list[torch.Tensor]], factor: float) -> None:
-        for source, target in zip(*lists, strict=True):
-            torch.mul(source, factor, out=target)
-
-    clipping.l2_norm_impl, clipping.multi_tensor_scale_impl = l2_norm, scale
+    clipping.l2_norm_impl = l2_norm
 
 
 def _in_blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

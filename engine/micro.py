@@ -22,7 +22,7 @@ import torch.distributed as dist
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
 from engine.scaling import kept_scaling
-from engine.step import forward_backward
+from engine.step import forward_backward, staged
 
 if TYPE_CHECKING:
     from engine.setup import Trainer
@@ -98,7 +98,8 @@ def _peak_bytes(trainer: Trainer, micro: int) -> float:
     ends = np.arange(0, micro * length + 1, length, dtype=np.int32)
     torch.cuda.empty_cache()  # blocks of another size's tensors would count, and be of no use
     torch.cuda.reset_peak_memory_stats()
-    forward_backward(trainer, [MicroBatch(ids, labels, ends, micro * length)] * trainer.layout.pipeline, causal=True)
+    row = staged(MicroBatch(ids, labels, ends, micro * length), causal=True)
+    forward_backward(trainer, [row] * trainer.layout.pipeline)
     return float(torch.cuda.max_memory_reserved())
 
 

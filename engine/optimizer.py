@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from configs.schema import Optimizer
+from engine import adam
+from engine.device import device
 from engine.modernbert.convert import global_name
 from engine.modernbert.model import ModernBert
 
 
 def build_optimizer(models: list[Any], settings: Optimizer, dtype: torch.dtype) -> Any:
     """Distributed AdamW over Megatron's DDP-wrapped models; fp32 main weights where they compute in bf16."""
+    adam.use()
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -33,10 +35,8 @@ def build_optimizer(models: list[Any], settings: Optimizer, dtype: torch.dtype) 
     )
     optimizer = get_megatron_optimizer(config, models)
     for part in _parts(optimizer):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                # Left to its first gradient, a parameter frozen from the start would have no moments to save.
-                part.optimizer.initialize_state(parameter, store_param_remainders=False)
+        # Left to its first gradient, a parameter frozen from the start would have no moments to save.
+        part.init_state_fn(part.optimizer, part.config)
     return optimizer
 
 
@@ -57,7 +57,7 @@ def step(optimizer: Any, losses: torch.Tensor | None = None) -> float:
 
     losses: this rank's, if it has any. A gradient may be finite where the loss is not; then a gradient is made NaN as
     well. Where the norm is not finite (a gradient on any rank: the norm is global), weights and moments stay as they
-    are.
+    are. A GPU is given all its work before the host waits for the norm.
     """
     optimizer.prepare_grads()
     if losses is not None and len(losses):
@@ -65,14 +65,16 @@ def step(optimizer: Any, losses: torch.Tensor | None = None) -> float:
         for part in _parts(optimizer):
             for parameter in part.get_parameters()[:1]:
                 parameter.grad.view(-1)[:1].add_(zero_or_nan)
-    norm = float(optimizer.get_grad_norm())
-    if math.isfinite(norm):
+    norm = torch.as_tensor(optimizer.get_grad_norm(), dtype=torch.float32, device=device()).view(())
+    for part in _parts(optimizer):
+        part.optimizer.found_inf = 1.0 - norm.isfinite().float()
+        clip = part.config.clip_grad
+        part.optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else None
+    optimizer.step_with_ready_grads()
+    if not math.isfinite(found := norm.item()):
         for part in _parts(optimizer):
-            parameters = part.get_parameters()
-            if part.config.clip_grad > 0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
-        optimizer.step_with_ready_grads()
-    return norm
+            part.optimizer.take_back()
+    return found
 
 
 class FrozenLayers:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,11 +57,12 @@ def _profile(config: RunConfig, scratch: Path, output: Path, steps: int) -> str:
     from engine.optimizer import set_learning_rate
     from engine.optimizer import step as optimizer_step
     from engine.setup import open_trainer
-    from engine.step import forward_backward
+    from engine.step import forward_backward, staged
 
     trainer = open_trainer(config, scratch)
     objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-    batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, WARMUP + steps + 1, None)
+    stage = partial(staged, causal=objective.causal)
+    batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, WARMUP + steps + 1, None, stage)
     clock, tokens = _Clock(), 0
 
     def one_step() -> int:
@@ -68,7 +70,7 @@ def _profile(config: RunConfig, scratch: Path, output: Path, steps: int) -> str:
             batch = next(batches)
         set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(batch.step), config.optimizer)
         with clock.part("forward and backward"):
-            forward_backward(trainer, batch.micro_batches, objective.causal)
+            forward_backward(trainer, batch.staged)
         with clock.part("optimizer"):
             trainer.frozen.clear_gradients()
             optimizer_step(trainer.optimizer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +22,44 @@ if TYPE_CHECKING:
     from engine.setup import Trainer
 
 
-def forward_backward(
-    trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool
-) -> tuple[torch.Tensor, device.Stopwatch]:
+@dataclass(frozen=True)
+class Staged:
+    """A micro-batch as the model takes it, on the device."""
+
+    inputs: torch.Tensor
+    """[1, T] int64"""
+    documents: PackedDocuments
+    paying: torch.Tensor
+    """[N] int64: the positions that pay a loss."""
+    labels: torch.Tensor
+    """[N] int64: what they must predict."""
+    count: torch.Tensor
+    """[] int32: N."""
+
+
+def staged(micro: MicroBatch, causal: bool) -> Staged:
+    """Its copies to a GPU are in the stream's order and wait for nothing: made while a step runs, they are there when
+    the next one starts."""
+    where = device.device()
+    labels: Any = micro.labels
+    if isinstance(labels, np.ndarray):  # by NumPy: torch would wait for threads of its own, on cores that may be busy
+        paying = torch.from_numpy(np.flatnonzero(labels != IGNORE))
+        labels = torch.from_numpy(labels[paying.numpy()])
+    else:  # the dali backend's are on the GPU already
+        paying = (labels != IGNORE).nonzero().squeeze(1)
+        labels = labels[paying]
+    lengths = tuple((micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]).tolist())
+    with torch.cuda.device(where) if where.type == "cuda" else nullcontext():  # a thread's own is the first one
+        return Staged(
+            device.moved(torch.as_tensor(micro.inputs)[None], where),
+            PackedDocuments.from_lengths(lengths, causal, where),
+            device.moved(paying, where),
+            device.moved(labels, where),
+            device.moved(torch.tensor(len(paying), dtype=torch.int32), where),
+        )
+
+
+def forward_backward(trainer: Trainer, micro_batches: Sequence[Staged]) -> tuple[torch.Tensor, device.Stopwatch]:
     """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses, fp32, and the
     time of its own work, in which it did not wait for other data-parallel ranks.
 
@@ -41,7 +78,7 @@ def forward_backward(
 
     _leave_out_waiting(trainer.wrapped, watch)
     trainer.model.config.finalize_model_grads_func = reduce_gradients
-    losses = _run(trainer, micro_batches, causal, forward_only=False)[:, 0]
+    losses = _run(trainer, micro_batches, forward_only=False)[:, 0]
     trainer.loader.launched()
     return losses, watch
 
@@ -73,8 +110,9 @@ def evaluate(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
     loss, accuracy = {}, {}
     for objective, micro_batches in trainer.evaluation.items():
         trainer.wrapped.eval()
+        ready = [staged(micro, objective.causal) for micro in micro_batches]
         with torch.no_grad():
-            parts = _run(trainer, micro_batches, objective.causal, forward_only=True).sum(dim=0, dtype=torch.float64)
+            parts = _run(trainer, ready, forward_only=True).sum(dim=0, dtype=torch.float64)
         trainer.wrapped.train()
         paying = sum(int((micro.labels != IGNORE).sum()) for micro in micro_batches)
         mine = [*parts.tolist(), paying] if counts_here() else [0.0, 0.0, 0.0]
@@ -89,39 +127,24 @@ def counts_here() -> bool:
     return bool(parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0)
 
 
-def _run(trainer: Trainer, micro_batches: Sequence[MicroBatch], causal: bool, forward_only: bool) -> torch.Tensor:
+def _run(trainer: Trainer, micro_batches: Sequence[Staged], forward_only: bool) -> torch.Tensor:
     """Summed loss and count of right answers of each micro-batch, [micro-batches, 2]; [0, 2] before the last stage."""
     parts = get_forward_backward_func()(
-        forward_step_func=lambda data, model: _forward(next(data), model, causal),
+        forward_step_func=lambda data, model: _forward(next(data), model),
         data_iterator=iter(micro_batches),
         model=trainer.wrapped,
         num_microbatches=len(micro_batches),
-        seq_length=len(micro_batches[0].inputs),
+        seq_length=micro_batches[0].inputs.shape[1],
         micro_batch_size=1,  # Megatron's: a micro-batch of ours is one row of packed documents
         forward_only=forward_only,
     )
     return torch.stack([part["sums"] for part in parts]) if parts else torch.zeros(0, 2, device=device.device())
 
 
-def _forward(micro: MicroBatch, model: Any, causal: bool) -> tuple[torch.Tensor, Callable[..., Any]]:
-    where = device.device()
-    lengths = tuple(int(length) for length in micro.cu_seqlens[1:] - micro.cu_seqlens[:-1])
-    labels: Any = micro.labels
-    if isinstance(labels, np.ndarray):  # by NumPy: torch would wait for threads of its own, on cores that may be busy
-        paying = torch.from_numpy(np.flatnonzero(labels != IGNORE))
-        labels = torch.from_numpy(labels[paying.numpy()])
-    else:  # the dali backend's are on the GPU already
-        paying = (labels != IGNORE).nonzero().squeeze(1)
-        labels = labels[paying]
-    output = model(
-        device.moved(torch.as_tensor(micro.inputs)[None], where),
-        PackedDocuments.from_lengths(lengths, causal, where),
-        device.moved(paying, where),
-        device.moved(labels, where),
-    )
+def _forward(micro: Staged, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    output = model(micro.inputs, micro.documents, micro.paying, micro.labels)
 
     def loss(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        count = device.moved(torch.tensor(len(paying), dtype=torch.int), where)
-        return sums[0], count, {"sums": sums.detach()}
+        return sums[0], micro.count, {"sums": sums.detach()}
 
     return output, loss

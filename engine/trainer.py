@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from engine.optimizer import step as optimizer_step
 from engine.saver import SaveFailedError
 from engine.schedule import PhaseSpan
 from engine.setup import Trainer, open_trainer
-from engine.step import counts_here, evaluate, forward_backward
+from engine.step import counts_here, evaluate, forward_backward, staged
 from monitoring.log import append_event
 from monitoring.recorder import StepRecord, WorkerRecord, due
 
@@ -59,13 +60,14 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
             trainer.frozen.freeze(span.phase.freeze)
             if trainer.recorder:
                 trainer.recorder.phase_started(span.index, objective.name, step)
+            stage = partial(staged, causal=objective.causal)
             batches = trainer.loader.steps(
-                objective.targets(), trainer.layout.micro, max(step, span.first), span.last, trainer.data_state
+                objective.targets(), trainer.layout.micro, max(step, span.first), span.last, trainer.data_state, stage
             )
             with closing(batches):
                 for batch, clock in _timed(batches):
                     set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(step), config.optimizer)
-                    pending, own = forward_backward(trainer, batch.micro_batches, objective.causal)
+                    pending, own = forward_backward(trainer, batch.staged)
                     if trainer.replicas_due(step + 1):
                         require_equal_replicas(trainer.model, step + 1)
                     trainer.frozen.clear_gradients()

@@ -37,39 +37,35 @@ class PackedDocuments(PackedSeqParams):
     causal: bool = False
     lengths: tuple[int, ...] = ()
     """Tokens of each document; they add up to T."""
+    documents: Tensor = field(kw_only=True)
+    """[T] int32: the document each token belongs to."""
+    positions: Tensor = field(kw_only=True)
+    """[T] int64: each token's place in its document."""
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def from_lengths(cls, lengths: tuple[int, ...], causal: bool, device: torch.device) -> PackedDocuments:
-        ends = moved(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
+        """By NumPy: torch's threads would wait for each other, on cores that may be busy."""
+        ends = np.cumsum((0, *lengths), dtype=np.int32)
+        starts = np.repeat(ends[:-1], lengths)
+        cu_seqlens = moved(torch.from_numpy(ends), device)
         longest = max(lengths)
         return cls(
             qkv_format="thd",
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             causal=causal,
             lengths=lengths,
+            documents=moved(torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)), device),
+            positions=moved(torch.from_numpy(np.arange(ends[-1], dtype=np.int64) - starts), device),
         )
 
     @property
     def total(self) -> int:
         """T, the tokens of the row."""
         return sum(self.lengths)
-
-    @functools.cached_property
-    def documents(self) -> Tensor:
-        """[T] int32: the document each token belongs to."""
-        numbers = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
-        return moved(torch.from_numpy(numbers), self.cu_seqlens_q.device)
-
-    @functools.cached_property
-    def positions(self) -> Tensor:
-        """[T] int64: each token's place in its document."""
-        lengths = np.array(self.lengths)
-        starts = np.repeat(lengths.cumsum() - lengths, lengths)
-        return moved(torch.from_numpy(np.arange(self.total) - starts), self.cu_seqlens_q.device)
 
     def band(self, window: int) -> tuple[int, int, Tensor]:
         """Keys before and after a block of BAND queries, and who sees whom: [blocks, 1, BAND, keys] bool."""

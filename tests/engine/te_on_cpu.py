@@ -74,11 +74,6 @@ def install(packages: Path) -> None:
             module.torch = view  # type: ignore[attr-defined]
     megatrons.torch = view
     _accept_cpu_tensors()
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-    from transformer_engine.pytorch.optimizers import FusedAdam
-
-    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
 
 
 def _module(name: str) -> Any:
@@ -104,7 +99,6 @@ def _extension() -> types.ModuleType:
     extension.quantize = _quantize
     extension.generic_gemm = _gemm
     extension.fp8_transpose = _transpose
-    extension.multi_tensor_adam = _adam
     return extension
 
 
@@ -274,24 +268,3 @@ def _gemm(
     if out is None:
         return product.to(TE_DType_To_Torch[out_dtype] if out_dtype is not None else b.dtype), None, None, None
     return out.add_(product) if accumulate else out.copy_(product), None, None, None
-
-
-def _adam(
-    chunk: int,
-    overflow: torch.Tensor,
-    lists: list[list[torch.Tensor]],
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    decoupled: int,
-    correction: int,
-    decay: float,
-) -> None:
-    assert decoupled == correction == 1, "AdamW with bias correction"
-    for gradient, weight, mean, square in zip(*lists, strict=True):
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps)
-        weight.sub_(learning_rate * (update + decay * weight))

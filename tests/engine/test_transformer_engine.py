@@ -99,8 +99,8 @@ def fp8(shards: Path, **changes: Any) -> RunConfig:
     return toy_config(shards, **tree, **changes)
 
 
-def test_its_adam_trains_as_ours(shards: Path, tmp_path: Path) -> None:
-    """In fp32, where the layers are the same; its optimizer is what a GPU has. Each goes on from the other's state."""
+def test_its_layers_train_as_megatrons_own(shards: Path, tmp_path: Path) -> None:
+    """In fp32. Each goes on from the other's checkpoint."""
     config = fp8(shards, precision="fp32")
     engines, ours = tmp_path / "engines", tmp_path / "ours"
     ours.mkdir()
