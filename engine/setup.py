@@ -204,6 +204,8 @@ def build_model(
         pipeline=layout.pipeline,
         sequence=layout.sequence,
         dtype=DTYPE[precision],
+        # Transformer Engine's products add a weight's gradient to Megatron's fp32 sum themselves.
+        gradient_accumulation_fusion=on_gpu,
         **(fp8 if precision == "fp8" else {}),
     )
     model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=run.attention).to(device.device())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -97,10 +98,12 @@ class ModernBert(LanguageModule):
         )
         if self.post_process:
             self.lm_head = PredictionHead(config, architecture)
+            plain = copy(config)
+            plain.gradient_accumulation_fusion = False  # for which Megatron's own layers ask for Apex
             self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocabulary,
-                config=config,
+                config=plain,
                 init_method=config.init_method,
                 bias=True,
                 skip_weight_param_allocation=self.pre_process,
@@ -185,7 +188,6 @@ def transformer_config(
         bias_activation_fusion=False,  # Megatron's fused GEGLU is the tanh GELU; ModernBERT's is the exact one
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         add_bias_linear=False,
         normalization="LayerNorm",
         layernorm_epsilon=architecture.norm_eps,

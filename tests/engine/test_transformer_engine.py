@@ -41,6 +41,8 @@ def _with_transformer_engine(function: Callable[..., Any], *args: Any) -> Any:
     precision._require_fp8 = lambda recipe: None
     bare = setup.ModernBert
     setup.ModernBert = lambda *args, **more: bare(*args, **{**more, "transformer_engine": True})  # type: ignore
+    config = setup.transformer_config
+    setup.transformer_config = lambda *args, **more: config(*args, **{**more, "gradient_accumulation_fusion": True})
     return function(*args)
 
 
