@@ -192,7 +192,7 @@ def fastest(documents: Sequence[list[int]], objective: str, config: RunConfig) -
 
     bf16 only where the processor multiplies it: elsewhere it is emulated, for either side.
     """
-    dtypes = (torch.float32, torch.bfloat16) if resolve_precision(config) == "bf16" else (torch.float32,)
+    dtypes = (torch.float32, torch.bfloat16) if resolve_precision(config, 0) == "bf16" else (torch.float32,)
     seconds = {}
     for dtype, attention in product(dtypes, ("sdpa", "eager")):
         runner = theirs(documents[:4], objective, dtype, attention, batches=1)

@@ -179,7 +179,7 @@ def recipes(folder: Path) -> list[str]:
         recipe
         for recipe in RECIPES
         if measured(
-            recipe, partial(resolve_precision, run_config(folder, BASE, "clm", precision="fp8", fp8_recipe=recipe))
+            recipe, partial(resolve_precision, run_config(folder, BASE, "clm", precision="fp8", fp8_recipe=recipe), 0)
         )
     ]
 

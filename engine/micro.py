@@ -107,7 +107,7 @@ def _identity(trainer: Trainer) -> str:
     """Of everything that decides how much memory a row takes, and how much there is."""
     run, layout = trainer.config, replace(trainer.layout, micro=0, micro_batches=0)
     parts: list[Any] = [device.name(), device.total_memory_bytes(), torch.__version__, repr(layout)]
-    parts += [run.data.sequence_length, run.batch.sequences, run.precision, run.fp8_recipe, run.attention]
+    parts += [run.data.sequence_length, run.batch.sequences, trainer.model.config.fp8, run.fp8_recipe, run.attention]
     shape = json.dumps(trainer.architecture.to_dict(), sort_keys=True, default=str)
     return hashlib.sha256(repr([*parts, shape]).encode()).hexdigest()[:24]
 

@@ -109,9 +109,9 @@ class Trainer:
 
 def open_trainer(config: RunConfig, directory: Path) -> Trainer:
     """Build this rank's trainer and fill it from the newest valid checkpoint, or from `model.init`."""
-    precision = resolve_precision(config)
     tokenizer = load_tokenizer(config.tokenizer)
     architecture = resolve_architecture(config.model, tokenizer)
+    precision = resolve_precision(config, parameter_count(architecture))
     layout = plan(config, architecture, dist.get_world_size())
     initialise(layout, config.seed, config.cluster.hang_timeout + 60)  # the launcher is to notice a hang first
     _log_groups()
@@ -274,7 +274,7 @@ def _restore(
         checkpoints.load(newest, model, optimizer if meta["optimizer"] else None)
         if not meta["optimizer"]:
             optimizer.reload_model_params()
-        if config.precision == "fp8":
+        if model.config.fp8:
             load_scaling(newest, model)
         return meta
     init = config.model.init

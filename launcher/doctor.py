@@ -62,11 +62,13 @@ def _precision() -> list[Finding]:
     import torch
 
     from configs.load import load_config
-    from engine.precision import resolve_precision
+    from engine.precision import FP8_PAYS_FROM, resolve_precision
 
-    found = [Finding("precision", f"auto is {resolve_precision(load_config('demo'))} here")]
+    usual, large = (resolve_precision(load_config("demo"), size) for size in (0, FP8_PAYS_FROM))
+    more = f", {large} from a billion parameters" if large != usual else ""
+    found = [Finding("precision", f"auto is {usual} here{more}")]
     try:
-        resolve_precision(load_config("demo", ["precision=fp8"]))
+        resolve_precision(load_config("demo", ["precision=fp8"]), 0)
         found.append(Finding("fp8", "available"))
     except InputError as error:
         reason = str(error).removeprefix("precision: ")

@@ -122,7 +122,7 @@ def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Co
 
     Returns the shapes the run may take, the largest first. Raises InputError.
     """
-    from engine.modernbert.config import resolve_architecture
+    from engine.modernbert.config import parameter_count, resolve_architecture
     from engine.parallel import plan
     from engine.precision import resolve_precision
 
@@ -139,7 +139,7 @@ def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Co
     for shape, problem in problems.items():
         console.print(f"[yellow]{shape}: will not be used:[/] {escape(str(problem))}")
     if not is_joined():  # the head of a cluster may have another device than its workers, which check for themselves
-        resolve_precision(config)
+        resolve_precision(config, parameter_count(architecture))
     sources = check_sources(config.data, tokenizer, architecture.vocab_size)
     for source in sources:
         for damage in source.problems:

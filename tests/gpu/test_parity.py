@@ -77,7 +77,7 @@ def test_fp8_follows_bf16_and_resumes_exactly(recipe: str, tmp_path: Path) -> No
         for precision in ("bf16", "fp8")
     )
     try:
-        resolve_precision(fp8)
+        resolve_precision(fp8, 0)
     except InputError as error:
         pytest.skip(str(error))
     ensure_prepared(fp8.data, load_tokenizer(fp8.tokenizer))
