@@ -67,9 +67,10 @@ class PackedDocuments(PackedSeqParams):
         """T, the tokens of the row."""
         return sum(self.lengths)
 
-    def band(self, window: int) -> tuple[int, int, Tensor]:
-        """Keys before and after a block of BAND queries, and who sees whom: [blocks, 1, BAND, keys] bool."""
-        if ("band", window) not in self._masks:
+    def band(self, window: int, dtype: torch.dtype) -> tuple[int, int, Tensor]:
+        """Keys before and after a block of BAND queries, and [blocks, 1, BAND, keys] to be added to the scores: 0 where
+        a query sees a key, else minus infinity. Attention would turn who sees whom into that in every layer."""
+        if ("band", window, dtype) not in self._masks:
             after = 0 if self.causal else window
             blocks = -(-self.total // BAND)
             # Queries beyond T are a document of their own: they see themselves, and their output is dropped.
@@ -79,8 +80,9 @@ class PackedDocuments(PackedSeqParams):
             distance = torch.arange(BAND, device=keys.device)[:, None] - place[None, :]
             near = (distance <= window) & (distance >= -after)
             mask = (documents.view(blocks, BAND, 1) == keys[:, None, :]) & near
-            self._masks["band", window] = (window, after, mask[:, None])
-        result: tuple[int, int, Tensor] = self._masks["band", window]
+            added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self._masks["band", window, dtype] = (window, after, added[:, None])
+        result: tuple[int, int, Tensor] = self._masks["band", window, dtype]
         return result
 
     def groups(self) -> list[tuple[int, int, Tensor | None]]:
@@ -171,18 +173,40 @@ class BlockedAttention(_CoreAttention):
     @staticmethod
     def _by_band(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments, window: int) -> Tensor:
         total, heads, dim = query.shape
-        before, after, mask = packed.band(window)
+        before, after, mask = packed.band(window, query.dtype)
         blocks = mask.shape[0]
         tail = blocks * BAND - total
-        q = F.pad(query, (0, 0, 0, 0, 0, tail)).view(blocks, BAND, heads, dim).transpose(1, 2)
-        k, v = (
-            F.pad(x, (0, 0, 0, 0, before, after + tail))
-            .unfold(0, BAND + before + after, BAND)  # [blocks, heads, d, keys]
-            .transpose(2, 3)
-            for x in (key, value)
-        )
+        if tail:
+            query = F.pad(query, (0, 0, 0, 0, 0, tail))
+        q = query.view(blocks, BAND, heads, dim).transpose(1, 2)
+        k, v = (_Band.apply(x, blocks, before, after) for x in (key, value))
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return output.transpose(1, 2).reshape(blocks * BAND, heads, dim)[:total]
+        output = output.transpose(1, 2).reshape(blocks * BAND, heads, dim)
+        return output[:total] if tail else output
+
+
+class _Band(torch.autograd.Function):
+    """[T, heads, d] -> [blocks, heads, before + BAND + after, d]: what each block of BAND queries may see.
+
+    A view of the padded states. torch's own gradient of `unfold` adds element by element.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, blocks: int, before: int, after: int) -> Tensor:
+        total, heads, dim = states.shape
+        ctx.shape, ctx.before = states.shape, before
+        padded = states.new_zeros(before + blocks * BAND + after, heads, dim)
+        padded[before : before + total] = states
+        return padded.unfold(0, before + BAND + after, BAND).transpose(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        blocks, heads, keys, dim = grads[0].shape
+        padded = grads[0].new_zeros((blocks + keys // BAND) * BAND, heads, dim)
+        for first in range(0, keys, BAND):  # of each block the keys first..., which lie BAND apart from block to block
+            part = grads[0][:, :, first : first + BAND].transpose(1, 2)
+            padded[first : first + blocks * BAND].view(blocks, BAND, heads, dim)[:, : part.shape[1]] += part
+        return padded[ctx.before : ctx.before + ctx.shape[0]], None, None, None
 
 
 class FlashAttention(_CoreAttention):

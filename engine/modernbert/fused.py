@@ -1,6 +1,8 @@
-"""What `kernels` does on a GPU in one pass each, and torch's operations elsewhere."""
+"""What `kernels` does on a GPU in one pass each, and torch's operations elsewhere, with gradients of few passes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,28 @@ def geglu(states: Tensor) -> Tensor:
     if states.is_cuda and COMPILES:
         output: Tensor = pointwise.GeGLU.apply(states)
         return output
-    first, second = states.chunk(2, dim=-1)
-    return F.gelu(first) * second
+    gated: Tensor = _GeGLU.apply(states)
+    return gated
+
+
+class _GeGLU(torch.autograd.Function):
+    """Its gradient is written where it belongs: those of two halves would each be copied into a whole of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        first, second = states.chunk(2, dim=-1)
+        gate = F.gelu(first)
+        ctx.save_for_backward(states, gate)
+        return gate * second
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        states, gate = ctx.saved_tensors
+        (first, second), result = states.chunk(2, dim=-1), torch.empty_like(states)
+        grad_first, grad_second = result.chunk(2, dim=-1)
+        torch.ops.aten.gelu_backward.grad_input(grads[0] * second, first, grad_input=grad_first)
+        torch.mul(grads[0], gate, out=grad_second)
+        return result
 
 
 def rotate(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,13 +53,38 @@ def rotate(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Ten
     if mixed.is_cuda and COMPILES:
         turned: tuple[Tensor, Tensor, Tensor] = pointwise.Rotate.apply(mixed, cos, sin)
         return turned
-    query, key, value = mixed.unbind(2)
-    return _turn(query, cos, sin), _turn(key, cos, sin), value
+    query, key, value = _Rotate.apply(mixed, cos, sin)
+    return query, key, value
 
 
-def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        query, key, value = mixed.unbind(2)
+        return _turn(query, cos, sin), _turn(key, cos, sin), value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        query, key, value = grads
+        tokens, heads, dim = value.shape
+        mixed = value.new_empty(tokens, heads, 3, dim)
+        _turn(query, cos, -sin, mixed[:, :, 0])
+        _turn(key, cos, -sin, mixed[:, :, 1])
+        mixed[:, :, 2] = value
+        return mixed, None, None
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor, result: Tensor | None = None) -> Tensor:
+    """[T, heads, d], into the result if there is one."""
+    result = torch.empty_like(states, memory_format=torch.contiguous_format) if result is None else result
+    half = states.shape[-1] // 2
+    (first, second), (left, right) = states.split(half, dim=-1), result.split(half, dim=-1)
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1.0)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return result
 
 
 def takes_local_attention(mixed: Tensor) -> bool:
