@@ -6,7 +6,8 @@ large are: real tokens per second of one H100.
 
     python -m benchmarks.gpu [--quick] [--json FILE] [PART ...]
 
-Parts: speed, fp8, fp8-loss, attention, idle, transformers; all of them take about half an hour on an H100 (estimated).
+Parts: speed, fp8, fp8-loss, attention, idle, transformers. On an H100 or H200 speed and idle take a minute, fp8 three
+with --quick, fp8-loss four; all of them together about half an hour (estimated).
 FILE has every row as soon as it is measured.
 """
 

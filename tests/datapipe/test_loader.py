@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.schema import Data
-from datapipe.batch import IGNORE, StepData
+from datapipe.batch import IGNORE, MicroBatch, StepData
 from datapipe.loader import Loader
 from datapipe.targets import Masked, NextToken
 from datapipe.tokenizer import Tokenizer
@@ -103,8 +104,14 @@ def test_beside_a_gpu_batches_are_prepared_while_the_host_waits(
     monkeypatch.setattr(Loader, "_prepare", counted)
     loader = Loader(data, STREAMS * ROWS, tokenizer, 0, 1, device=0)
     ahead = data.prefetch + 2  # taken, in the queue, and the next in hand
-    with closing(loader.steps(NextToken(), 1, 0, 30, None)) as steps:
-        next(steps)
+
+    def stage(micro: MicroBatch) -> tuple[str, MicroBatch]:
+        return threading.current_thread().name, micro
+
+    with closing(loader.steps(NextToken(), 1, 0, 30, None, stage)) as steps:
+        first = next(steps)
+        for (thread, staged), micro in zip(first.staged, first.micro_batches, strict=True):
+            assert staged is micro and thread == "detour-data"
         wait_for(lambda: len(made) == ahead)
         next(steps)
         time.sleep(0.3)

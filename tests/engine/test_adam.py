@@ -6,10 +6,12 @@ import torch
 
 from engine.adam import FusedAdam
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def parameters() -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((7, 5), (300,))]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in ((7, 5), (300,))]
 
 
 def test_the_updates_are_those_of_torch_and_a_skipped_step_is_none() -> None:
@@ -21,13 +23,14 @@ def test_the_updates_are_those_of_torch_and_a_skipped_step_is_none() -> None:
         optimizer.state[parameter].update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
     generator = torch.Generator().manual_seed(2)
     for step in range(6):
-        gradients = [torch.randn(parameter.shape, generator=generator) for parameter in ours]
+        gradients = [torch.randn(parameter.shape, generator=generator).to(DEVICE) for parameter in ours]
         for parameter, other, gradient in zip(ours, theirs, gradients, strict=True):
             parameter.grad, other.grad = gradient.clone(), gradient / 3.0
         skipped = step in (0, 3)
         if skipped:
             ours[1].grad[4] = float("nan")  # type: ignore[index]
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(float(skipped))
+        optimizer.grad_scale = torch.tensor(3.0, device=DEVICE)
+        optimizer.found_inf = torch.tensor(float(skipped), device=DEVICE)
         optimizer.step()
         if skipped:
             optimizer.take_back()
