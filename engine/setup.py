@@ -134,7 +134,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
             "torch": torch.__version__,
         }
         again = any(event["event"] == "started" for event in read_events(directory))
-        append_event(directory, "resumed" if again else "started", step=step)
+        append_event(directory, "resumed" if again else "started", step=step, precision=precision)
         peak = device.peak_flops(precision)
         recorder = Recorder(directory, config, info, layout.workers, peak, meta.get("recorder"), step)
     gc.collect()

@@ -78,12 +78,12 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             ensure_prepared(config.data, tokenizer, show)
         with _importing("engine.parallel"):  # takes torch seconds, which Ray's processes need to start as well
             stack.enter_context(connect(local_workers=_workers(config, gpus=0)))
-        shapes = _check(config, tokenizer, directory, console)
+        shapes, precision = _check(config, tokenizer, directory, console)
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )
         stack.enter_context(announced(Path(config.monitoring.targets), exporter.target))
-        print_header(console, config, directory, shapes[0], exporter.url)
+        print_header(console, config, directory, shapes[0], precision, exporter.url)
         try:
             with StopRequest() as stop, Progress(directory, console) as progress:
                 result = _attempts(_Run(config, directory, home, shapes), stop, progress)
@@ -117,10 +117,10 @@ def _importing(module: str) -> Iterator[None]:
         thread.join()
 
 
-def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Console) -> list[Shape]:
+def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Console) -> tuple[list[Shape], str]:
     """Everything that can be wrong is found here, before workers start.
 
-    Returns the shapes the run may take, the largest first. Raises InputError.
+    Returns the shapes the run may take, the largest first, and its precision where that is known. Raises InputError.
     """
     from engine.modernbert.config import parameter_count, resolve_architecture
     from engine.parallel import plan
@@ -138,8 +138,9 @@ def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Co
         raise list(problems.values())[-1]
     for shape, problem in problems.items():
         console.print(f"[yellow]{shape}: will not be used:[/] {escape(str(problem))}")
+    precision: str = config.precision
     if not is_joined():  # the head of a cluster may have another device than its workers, which check for themselves
-        resolve_precision(config, parameter_count(architecture))
+        precision = resolve_precision(config, parameter_count(architecture))
     sources = check_sources(config.data, tokenizer, architecture.vocab_size)
     for source in sources:
         for damage in source.problems:
@@ -148,7 +149,7 @@ def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Co
             what = {"source": source.name, "problems": len(source.problems), "first": source.problems[0]}
             append_event(directory, "data_damaged", **what)
     _require_enough(config, sources)
-    return shapes
+    return shapes, precision
 
 
 def _require_enough(config: RunConfig, sources: list[SourceSummary]) -> None:

@@ -13,7 +13,9 @@ from launcher.group import Shape
 from monitoring.log import read_metrics
 
 
-def print_header(console: Console, config: RunConfig, directory: Path, shape: Shape, metrics: str) -> None:
+def print_header(
+    console: Console, config: RunConfig, directory: Path, shape: Shape, precision: str, metrics: str
+) -> None:
     phases = ", ".join(f"{p.objective} {p.length(config.tokens_per_step):,}" for p in config.phases)
     data = shape.workers // (config.parallel.tensor * config.parallel.pipeline)
     most = "" if isinstance(config.cluster.nodes, int) else "at most "
@@ -24,7 +26,7 @@ def print_header(console: Console, config: RunConfig, directory: Path, shape: Sh
             "steps": f"{config.total_steps:,} ({phases}) of {format_count(config.tokens_per_step)} token slots",
             "workers": f"{most}{shape.workers} on {shape.nodes} node{'s' * (shape.nodes > 1)} "
             f"({'GPU' if shape.gpu else 'CPU'}): data {data} x tensor {config.parallel.tensor} "
-            f"x pipeline {config.parallel.pipeline}, precision {config.precision}",
+            f"x pipeline {config.parallel.pipeline}, precision {precision}",
             "metrics": metrics,
         },
     )

@@ -32,6 +32,8 @@ def test_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert re.search(r"phase 2 mlm +loss [\d.]+ -> [\d.]+", said)
     for place in ("hf", "report.html", "/metrics", "tokens/s"):
         assert place in said
+    (start,) = [event for event in lines(undisturbed / "events.jsonl") if event["event"] == "started"]
+    assert start["precision"] == "fp32" and "precision fp32\n" in said
     assert not (undisturbed.parent / "stderr.txt").read_text(), "a run that goes well has nothing to complain about"
 
 
