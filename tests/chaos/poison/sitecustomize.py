@@ -19,14 +19,19 @@ class _Poisoner(MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            original = module._forward
+            stage, original, bad = module.staged, module._forward, []
+
+            def staged(micro: Any, causal: bool) -> Any:
+                result = stage(micro, causal)
+                if any((origin.stream, origin.number) == (1, 7) for origin in micro.origins):
+                    bad.append(result)
+                return result
 
             def forward(micro: Any, *rest: Any) -> Any:
                 output, loss = original(micro, *rest)
-                bad = any((origin.stream, origin.number) == (1, 7) for origin in micro.origins)
-                return (output * math.nan if bad else output), loss
+                return (output * math.nan if any(micro is one for one in bad) else output), loss
 
-            module._forward = forward
+            module.staged, module._forward = staged, forward
 
         spec.loader.exec_module = exec_module
         return spec
