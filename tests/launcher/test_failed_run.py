@@ -26,7 +26,7 @@ def test_a_failed_run_says_why_and_gets_its_report(
     for name in ("connect", "_importing"):
         monkeypatch.setattr(job, name, lambda *arguments, **options: nullcontext())
     monkeypatch.setattr(job, "ensure_prepared", lambda *arguments: None)
-    monkeypatch.setattr(job, "_check", lambda *arguments: [Shape(1, 1, gpu=False)])
+    monkeypatch.setattr(job, "_check", lambda *arguments: ([Shape(1, 1, gpu=False)], "fp32"))
     monkeypatch.setattr(job, "_attempts", fail)
     if broken:
         monkeypatch.setattr(job, "write_report", lambda directory: 1 / 0)
