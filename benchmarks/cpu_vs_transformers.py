@@ -77,23 +77,20 @@ def ours(config: RunConfig, skip: int = SKIP) -> Iterator[Runner]:
     from engine.objectives import objective_of
     from engine.optimizer import step as optimizer_step
     from engine.setup import open_trainer
-    from engine.step import forward_backward, staged
+    from engine.step import batches, forward_backward
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(config, Path(folder))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-        last = skip + config.total_steps
-        stage = partial(staged, causal=objective.causal)
-        steps = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, last, None, stage)
-        batches = list(islice(steps, skip, None))
+        data = list(islice(batches(trainer, objective, 0, skip + config.total_steps, None), skip, None))
 
         def step(batch: StepData) -> float:
             losses, _ = forward_backward(trainer, batch.staged)
             optimizer_step(trainer.optimizer)
             return float(losses.sum())
 
-        work = [partial(step, batch) for batch in batches]
-        yield Runner(work, sum(micro.tokens for batch in batches for micro in batch.micro_batches))
+        work = [partial(step, batch) for batch in data]
+        yield Runner(work, sum(micro.tokens for batch in data for micro in batch.micro_batches))
         trainer.close()
 
 

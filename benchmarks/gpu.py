@@ -48,7 +48,7 @@ from engine.objectives import objective_of
 from engine.optimizer import step as optimizer_step
 from engine.precision import resolve_precision
 from engine.setup import open_trainer
-from engine.step import forward_backward, staged
+from engine.step import batches, forward_backward
 from engine.trainer import train
 from monitoring.log import read_metrics
 
@@ -106,22 +106,21 @@ def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
     with tempfile.TemporaryDirectory() as scratch, mock.patch("engine.setup.random_weights", quick_weights):
         trainer = open_trainer(config, Path(scratch))
         objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-        stage = partial(staged, causal=objective.causal)
-        batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, 10**6, None, stage)
-        for _ in islice(batches, SKIP):
+        data = batches(trainer, objective, 0, 10**6, None)
+        for _ in islice(data, SKIP):
             pass
 
         def run(count: int) -> int:
             tokens = 0
-            for batch in islice(batches, count):
+            for batch in islice(data, count):
                 losses, _ = forward_backward(trainer, batch.staged)
                 optimizer_step(trainer.optimizer, losses)
-                losses.tolist()
+                losses.tolist()  # as the training loop does, which logs them
                 tokens += sum(micro.tokens for micro in batch.micro_batches)
             torch.cuda.synchronize()
             return tokens
 
-        with closing(trainer), closing(batches):
+        with closing(trainer), closing(data):
             run(3)
             yield run
 

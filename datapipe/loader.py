@@ -67,9 +67,8 @@ class Loader:
 
         `micro` rows make a micro-batch and divide the rows of a rank. `state` is the `state` of step first-1, united
         over the ranks whatever their number was then; None starts from the beginning. `stage` is called in the thread
-        for each micro-batch, to have it where training takes it. Raises InputError for a state of
-        other data, documents that cannot be read, and the end of the data; RunFailedError where a remote store does
-        not answer.
+        for each micro-batch, to have it where training takes it. Raises InputError for a state of other data, documents
+        that cannot be read, and the end of the data; RunFailedError where a remote store does not answer.
         """
         if len(self._streams) * self._rows % micro:
             raise InputError(f"batch.micro: {micro} must divide the {len(self._streams) * self._rows} rows of a rank")

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,17 +56,16 @@ def _profile(config: RunConfig, scratch: Path, output: Path, steps: int) -> str:
     from engine.optimizer import set_learning_rate
     from engine.optimizer import step as optimizer_step
     from engine.setup import open_trainer
-    from engine.step import forward_backward, staged
+    from engine.step import batches, forward_backward
 
     trainer = open_trainer(config, scratch)
     objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-    stage = partial(staged, causal=objective.causal)
-    batches = trainer.loader.steps(objective.targets(), trainer.layout.micro, 0, WARMUP + steps + 1, None, stage)
+    data = batches(trainer, objective, 0, WARMUP + steps + 1, None)
     clock, tokens = _Clock(), 0
 
     def one_step() -> int:
         with clock.part("waiting for data"):
-            batch = next(batches)
+            batch = next(data)
         set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(batch.step), config.optimizer)
         with clock.part("forward and backward"):
             forward_backward(trainer, batch.staged)
@@ -76,7 +74,7 @@ def _profile(config: RunConfig, scratch: Path, output: Path, steps: int) -> str:
             optimizer_step(trainer.optimizer)
         return sum(micro.tokens for micro in batch.micro_batches)
 
-    with closing(trainer), closing(batches):
+    with closing(trainer), closing(data):
         for _ in range(WARMUP):
             one_step()
         clock.seconds.clear()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from datapipe.batch import IGNORE, MicroBatch
+from datapipe.batch import IGNORE, MicroBatch, StepData
 from engine import device
 from engine.modernbert.attention import PackedDocuments
 
 if TYPE_CHECKING:
+    from engine.objectives import Objective
     from engine.setup import Trainer
 
 
@@ -57,6 +59,14 @@ def staged(micro: MicroBatch, causal: bool) -> Staged:
             device.moved(labels, where),
             device.moved(torch.tensor(len(paying), dtype=torch.int32), where),
         )
+
+
+def batches(
+    trainer: Trainer, objective: Objective, first: int, last: int, state: dict[str, Any] | None
+) -> Generator[StepData, None, None]:
+    """This rank's batches of the 0-based steps first..last-1, staged; `state` as in `Loader.steps`."""
+    stage = partial(staged, causal=objective.causal)
+    return trainer.loader.steps(objective.targets(), trainer.layout.micro, first, last, state, stage)
 
 
 def forward_backward(trainer: Trainer, micro_batches: Sequence[Staged]) -> tuple[torch.Tensor, device.Stopwatch]:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from engine.optimizer import step as optimizer_step
 from engine.saver import SaveFailedError
 from engine.schedule import PhaseSpan
 from engine.setup import Trainer, open_trainer
-from engine.step import counts_here, evaluate, forward_backward, staged
+from engine.step import batches, counts_here, evaluate, forward_backward
 from monitoring.log import append_event
 from monitoring.recorder import StepRecord, WorkerRecord, due
 
@@ -60,12 +59,9 @@ def train(config: RunConfig, directory: Path, stop: Callable[[], str | None] = l
             trainer.frozen.freeze(span.phase.freeze)
             if trainer.recorder:
                 trainer.recorder.phase_started(span.index, objective.name, step)
-            stage = partial(staged, causal=objective.causal)
-            batches = trainer.loader.steps(
-                objective.targets(), trainer.layout.micro, max(step, span.first), span.last, trainer.data_state, stage
-            )
-            with closing(batches):
-                for batch, clock in _timed(batches):
+            data = batches(trainer, objective, max(step, span.first), span.last, trainer.data_state)
+            with closing(data):
+                for batch, clock in _timed(data):
                     set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(step), config.optimizer)
                     pending, own = forward_backward(trainer, batch.staged)
                     if trainer.replicas_due(step + 1):
@@ -106,9 +102,9 @@ class _Clock:
         return time.perf_counter() - self.started
 
 
-def _timed(batches: Generator[StepData]) -> Generator[tuple[StepData, _Clock]]:
+def _timed(data: Generator[StepData]) -> Generator[tuple[StepData, _Clock]]:
     started = time.perf_counter()
-    for batch in batches:
+    for batch in data:
         yield batch, _Clock(started, time.perf_counter() - started)
         started = time.perf_counter()
 

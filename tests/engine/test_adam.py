@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from engine.adam import FusedAdam
+from engine.device import device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = device()
 
 
 def parameters() -> list[torch.nn.Parameter]:
