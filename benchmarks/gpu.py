@@ -160,7 +160,8 @@ def speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 def fp8_speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Steps of four rows; the largest model's are of 2048 tokens where longer ones do not fit beside its weights,
-    gradients and moments, which are 60 GB."""
+    gradients and moments, which are 60 GB.
+    """
     possible = recipes(folder)
     for size, model in reversed(MODELS.items()):
         length = 2048 if size == "3B" and total_memory_bytes() < 100e9 else 8192
@@ -254,7 +255,8 @@ def idle_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
     """The same documents: ours packed, theirs by eight, the Trainer's default, or by as many as fit, padded as its
-    collator does, with its fastest attention here."""
+    collator does, with its fastest attention here.
+    """
     attentions = ["sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None)
     repeats = 1 if quick else 3
     for objective in ("clm", "mlm"):

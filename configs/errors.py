@@ -4,7 +4,20 @@ from __future__ import annotations
 
 
 class InputError(Exception):
-    """Bad input: configuration, data or checkpoint. The message names the key or file and the remedy; exit code 2."""
+    """Bad input: configuration, data or checkpoint. The message names the key or file and the remedy; exit code 2.
+
+    The message is for people and may be reworded. Programs and tests look at the two attributes.
+
+    Args:
+        message: One message for a person.
+        key: Dotted configuration key or command option at fault, such as `batch.micro` or `--output`.
+        code: Stable name of the kind of fault in kebab case, such as `checkpoint-damaged`.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+        self.code = code
 
 
 class RunFailedError(Exception):

@@ -42,7 +42,8 @@ def shipped(folder: Traversable) -> dict[str, str]:
 
 def read_mapping(reference: str, kind: str, folder: Traversable) -> tuple[dict[str, Any], Path]:
     """The mapping in a YAML file, or in the one of that name in a folder of the package; and where it lies: the file's
-    folder, or the working directory. Raises InputError, which calls it a `kind`."""
+    folder, or the working directory. Raises InputError, which calls it a `kind`.
+    """
     path, ours = Path(reference), shipped(folder)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:

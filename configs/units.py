@@ -67,6 +67,24 @@ class Duration:
             raise ValueError("a duration in minutes has no fixed number of steps")
         return self.value if self.unit == "steps" else round(self.value / tokens_per_step)
 
+    def is_due(self, step: int, tokens_per_step: int, seconds_since_last: float = 0.0) -> bool:
+        """Whether something done at this interval is due after `step` completed steps.
+
+        Args:
+            step: Completed optimizer steps, from 1.
+            tokens_per_step: Token slots of a global batch.
+            seconds_since_last: Wall time since it was last done; an interval in minutes goes by this alone.
+        """
+        if self.unit == "minutes":
+            return seconds_since_last >= 60.0 * self.value
+        return step % max(1, self.steps(tokens_per_step)) == 0
+
+    def seconds(self, tokens_per_step: int, step_seconds: float) -> float:
+        """The interval in seconds, for steps that take `step_seconds` each."""
+        if self.unit == "minutes":
+            return 60.0 * self.value
+        return max(1, self.steps(tokens_per_step)) * step_seconds
+
     def __str__(self) -> str:
         return f"{self.value} {self.unit}"
 

@@ -31,7 +31,8 @@ class Piece(NamedTuple):
 
 class Buffer:
     """Pieces waiting for a row. A row starts with the oldest, so that none waits for ever, and then takes the largest
-    that still fits."""
+    that still fits.
+    """
 
     def __init__(self, pieces: Iterable[Piece] = ()) -> None:
         self._pieces: dict[int, Piece] = {}  # by arrival, hence oldest first

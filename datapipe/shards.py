@@ -72,7 +72,8 @@ class ShardReader:
 
     def ids(self, document: int) -> NDArray[Any]:
         """uint16 or uint32 [tokens]. Raises DamagedError for a document that is not there, is damaged, or is no 1-D
-        array of unsigned integers."""
+        array of unsigned integers.
+        """
         content, size = self._read(document)
         where = f"shard {self.name}, document {document}"
         header = _NPY.match(content)

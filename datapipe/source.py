@@ -79,7 +79,8 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """Changes when the content or the order of the shards does; of raw text also when it moves or is tokenized
-        otherwise, since nothing says that it is the same."""
+        otherwise, since nothing says that it is the same.
+        """
         content = [f"{shard.name} {shard.documents} {shard.bytes} {shard.sha256}" for shard in self.shards]
         if self.raw:
             content += [self.store.name, self._tokenizer.sha256]

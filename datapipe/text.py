@@ -42,7 +42,8 @@ def find_files(reference: str) -> list[Path]:
 
 def _files_in(directory: Path) -> Iterator[Path]:
     """The text files in a directory, hidden ones not; of a Hugging Face dataset those that it names, since others
-    beside them are caches. Raises InputError for a dataset of several splits."""
+    beside them are caches. Raises InputError for a dataset of several splits.
+    """
     splits = _listed(directory / "dataset_dict.json", "splits")
     if len(splits) > 1:
         raise InputError(

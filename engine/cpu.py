@@ -192,7 +192,8 @@ def _in_blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _keep_freed_memory() -> None:
     """A step frees and asks for the same memory again; glibc would give it back to the system in between, and the
-    system clear it. Blocks above 32 MB, its largest threshold, go back all the same."""
+    system clear it. Blocks above 32 MB, its largest threshold, go back all the same.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

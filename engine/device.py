@@ -36,7 +36,8 @@ def device() -> torch.device:
 
 def moved(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     """The tensor on a device. To a GPU from pinned memory: that copy does not wait for the kernels before it, so the
-    host goes on giving them work."""
+    host goes on giving them work.
+    """
     if where.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(where)
     return tensor.pin_memory().to(where, non_blocking=True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from configs.errors import RunFailedError
-from monitoring.log import append_event
+from monitoring.events import LossSpike, StepSkipped, record
 
 MAX_SKIPPED = 5
 """Steps in a row without a finite loss and gradient before the run is given up."""
@@ -52,7 +52,7 @@ class Guards:
         found = [f"rank {rank}: {suspect}" for rank, part in enumerate(gathered) for suspect in part]
         where = "; ".join(found) or "no single sequence: the gradient overflowed in backward"
         if dist.get_rank() == 0:
-            append_event(self._directory, "step_skipped", step=step, loss=loss, grad_norm=grad_norm, where=where)
+            record(self._directory, StepSkipped(step=step, loss=loss, grad_norm=grad_norm, where=where))
         if self._skipped >= MAX_SKIPPED:
             raise RunFailedError(
                 f"step {step}: no finite loss and gradient in {self._skipped} steps in a row ({where}); the weights "
@@ -63,7 +63,7 @@ class Guards:
         count, mean, variance = self._losses.get(objective, (0, loss, 0.0))
         excess = loss - mean
         if count >= SETTLED and excess > SPIKE * math.sqrt(variance) and dist.get_rank() == 0:
-            append_event(self._directory, "loss_spike", step=step, loss=round(loss, 4), usual=round(mean, 4))
+            record(self._directory, LossSpike(step=step, loss=round(loss, 4), usual=round(mean, 4)))
         weight = max(1 - MEMORY, 1 / (count + 1))
         variance = (1 - weight) * (variance + weight * excess * excess)
         self._losses[objective] = (count + 1, mean + weight * excess, variance)

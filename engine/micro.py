@@ -90,7 +90,8 @@ def _held_bytes() -> float:
 
 def _peak_bytes(trainer: Trainer, micro: int) -> float:
     """Of a step on the costliest batch there is: full rows of one document, all of whose positions pay; as many of them
-    as a pipeline's first stage keeps at once."""
+    as a pipeline's first stage keeps at once.
+    """
     length = trainer.config.data.sequence_length
     ids = np.full(micro * length, trainer.tokenizer.sep_id, np.int64)
     labels = ids.copy()

@@ -11,13 +11,13 @@ from pathlib import Path
 import fsspec
 
 from configs.errors import InputError
+from configs.files import partial_path
 from configs.load import changes_of_run, validate
 from configs.schema import RunConfig
 from engine.checkpoint import CONFIG_FILE, beyond, partial_directory, set_aside, verify
-from monitoring.log import EVENTS, METRICS, append_event
+from monitoring.events import CheckpointFailed, record
+from monitoring.run_directory import RunDirectory
 
-FILES = ("config.yaml", EVENTS, METRICS)
-"""Of the run directory, copied after each checkpoint."""
 logger = logging.getLogger(__name__)
 
 
@@ -112,9 +112,10 @@ class Mirror:
 
     def _fetch_log(self) -> None:
         """Lines of metrics.jsonl that this disk never had; those after the checkpoint are cut off as ever."""
-        log, copy = self._directory / METRICS, self._directory / f".{METRICS}.partial"
-        if self._store.exists(f"{self._root}/{METRICS}"):
-            self._store.get_file(f"{self._root}/{METRICS}", str(copy))
+        log = RunDirectory(self._directory).metrics
+        copy = partial_path(log)
+        if self._store.exists(f"{self._root}/{log.name}"):
+            self._store.get_file(f"{self._root}/{log.name}", str(copy))
             if not log.exists() or copy.stat().st_size > log.stat().st_size:
                 copy.replace(log)
             copy.unlink(missing_ok=True)
@@ -140,9 +141,10 @@ class Mirror:
             self._store.rm_file(f"{target}/{CONFIG_FILE}")
         for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             self._store.put_file(str(path), f"{target}/{path.name}")
-        for name in FILES:
-            if (self._directory / name).exists():
-                self._store.put_file(str(self._directory / name), f"{self._root}/{name}")
+        run = RunDirectory(self._directory)
+        for path in (run.config, run.events, run.metrics):
+            if path.exists():
+                self._store.put_file(str(path), f"{self._root}/{path.name}")
 
     def _prune(self) -> None:
         settings = self._config.checkpoint
@@ -152,4 +154,4 @@ class Mirror:
 
     def _failed(self, reason: str) -> None:
         logger.warning("mirror: %s", reason)
-        append_event(self._directory, "checkpoint_failed", reason=f"mirror: {reason}")
+        record(self._directory, CheckpointFailed(reason=f"mirror: {reason}"))

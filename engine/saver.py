@@ -300,7 +300,8 @@ def _index(parts: list[_Stored]) -> index.Metadata:
 
 class _IndexPickler(pickle.Pickler):
     """Pickles an enumeration's member by its value. Python 3.11.0 to 3.11.3 does so by `builtins.getattr`, a name that
-    no index of a checkpoint may hold."""
+    no index of a checkpoint may hold.
+    """
 
     def reducer_override(self, value: Any) -> Any:
         return (type(value), (value.value,)) if isinstance(value, enum.Enum) else NotImplemented

@@ -23,7 +23,8 @@ PREFIX = "scaling."
 
 def sharded_scaling(model: Any) -> dict[str, ShardedTensor]:
     """Scales and histories of this pipeline stage. They are the same on all its tensor- and data-parallel ranks, over
-    which Transformer Engine reduces them every step."""
+    which Transformer Engine reduces them every step.
+    """
     replica = (
         0,
         parallel_state.get_tensor_model_parallel_rank(),

@@ -37,8 +37,10 @@ from engine.precision import DTYPE, Precision, resolve_precision
 from engine.saver import Saver
 from engine.scaling import load_scaling
 from engine.schedule import PhaseSchedule
-from monitoring.log import EVENTS, Follower, append_event, read_events
+from monitoring.events import CheckpointDamaged, Resumed, Started, record
+from monitoring.log import Follower, read_events
 from monitoring.recorder import Recorder
+from monitoring.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -80,7 +82,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
+        return RunDirectory(self.directory).checkpoints
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the held-out set is looked at after this many steps: at its interval and at the end of the run."""
@@ -133,8 +135,8 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
             "data": layout.data,
             "torch": torch.__version__,
         }
-        again = any(event["event"] == "started" for event in read_events(directory))
-        append_event(directory, "resumed" if again else "started", step=step, precision=precision)
+        again = any(event["event"] == Started.KIND for event in read_events(directory))
+        record(directory, (Resumed if again else Started)(step=step, precision=precision))
         peak = device.peak_flops(precision)
         recorder = Recorder(directory, config, info, layout.workers, peak, meta.get("recorder"), step)
     gc.collect()
@@ -158,13 +160,13 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
             parallel_state.get_data_parallel_world_size(),
             device.device().index,
         ),
-        saver=Saver(directory / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every),
+        saver=Saver(RunDirectory(directory).checkpoints, config.checkpoint.keep, config.checkpoint.keep_every),
         mirror=mirror,
         guards=Guards(directory, meta.get("guards")),
         recorder=recorder,
         step=step,
         data_state=meta.get("data"),
-        events=Follower(directory / EVENTS),
+        events=Follower(RunDirectory(directory).events),
     )
     try:
         if config.batch.micro == "auto" and device.device().type == "cuda":
@@ -249,8 +251,9 @@ def _restore(
     architecture: ModernBertConfig,
 ) -> dict[str, Any]:
     """Load the newest valid checkpoint, here or in the mirror, and give back its meta; the initial weights and {}
-    where there is none."""
-    folder = directory / "checkpoints"
+    where there is none.
+    """
+    folder = RunDirectory(directory).checkpoints
     choice: list[Any] = [None, []]
     if dist.get_rank() == 0:
         checkpoints.clear_partial(folder)
@@ -258,7 +261,7 @@ def _restore(
         broken = checkpoints.list_checkpoints(folder)[: len(complaints)]
         newest = (mirror.fetch(folder, newer_than=valid) if mirror else None) or valid
         for path, complaint in zip(broken, complaints, strict=True):
-            append_event(directory, "checkpoint_damaged", reason=complaint)
+            record(directory, CheckpointDamaged(reason=complaint))
             if newest and newest != path:  # else it would come before the next ones, and push them out
                 checkpoints.set_aside(path)
         if complaints and newest is None:

@@ -41,7 +41,8 @@ class Staged:
 
 def staged(micro: MicroBatch, causal: bool) -> Staged:
     """Its copies to a GPU are in the stream's order and wait for nothing: made while a step runs, they are there when
-    the next one starts."""
+    the next one starts.
+    """
     where = device.device()
     labels: Any = micro.labels
     if isinstance(labels, np.ndarray):  # by NumPy: torch would wait for threads of its own, on cores that may be busy
@@ -95,7 +96,8 @@ def forward_backward(trainer: Trainer, micro_batches: Sequence[Staged]) -> tuple
 
 def _leave_out_waiting(wrapped: DistributedDataParallel, watch: device.Stopwatch) -> None:
     """Stop the watch where the forward pass waits for parameters that other ranks have updated
-    (overlap_param_gather)."""
+    (overlap_param_gather).
+    """
 
     def timed(group: Any) -> Callable[..., None]:
         wait = type(group).finish_param_sync
@@ -116,7 +118,8 @@ def _leave_out_waiting(wrapped: DistributedDataParallel, watch: device.Stopwatch
 
 def evaluate(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
     """Mean loss and accuracy of each objective over the held-out set, at the positions that pay; the training streams
-    and the weights are not touched."""
+    and the weights are not touched.
+    """
     loss, accuracy = {}, {}
     for objective, micro_batches in trainer.evaluation.items():
         trainer.wrapped.eval()

@@ -30,7 +30,7 @@ from engine.saver import SaveFailedError
 from engine.schedule import PhaseSpan
 from engine.setup import Trainer, open_trainer
 from engine.step import batches, counts_here, evaluate, forward_backward
-from monitoring.log import append_event
+from monitoring.events import CheckpointFailed, DocumentsSkipped, record
 from monitoring.recorder import StepRecord, WorkerRecord, due
 
 
@@ -213,12 +213,12 @@ def _report_skipped(trainer: Trainer, step: int, skipped: dict[str, int]) -> Non
     """Tell of skipped documents by source, each once: also in a run that went back to a checkpoint before them."""
     told: Counter[str] = Counter()
     for event in trainer.events.read() if any(skipped.values()) else ():
-        if event["event"] == "documents_skipped":
+        if event["event"] == DocumentsSkipped.KIND:
             told[event["source"]] += event["documents"]
     for source, total in skipped.items():
         if total > told[source]:
-            more = {"source": source, "documents": total - told[source]}
-            append_event(trainer.directory, "documents_skipped", step=step, **more)
+            event = DocumentsSkipped(step=step, source=source, documents=total - told[source])
+            record(trainer.directory, event)
 
 
 def _begin_save(trainer: Trainer, span: PhaseSpan, step: int, stopping: bool) -> None:
@@ -270,6 +270,6 @@ def _finish(trainer: Trainer, complete: Callable[[], tuple[Path, float]], last: 
 def _save_failed(trainer: Trainer, error: SaveFailedError, last: bool) -> None:
     """Training is worth more than one checkpoint: it goes on, and the older ones stay. Only the last one is needed."""
     if trainer.recorder:
-        append_event(trainer.directory, "checkpoint_failed", reason=str(error))
+        record(trainer.directory, CheckpointFailed(reason=str(error)))
     if last:
         raise RunFailedError(f"{error}. Free space and run again: it goes on from the checkpoint before")

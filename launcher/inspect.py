@@ -9,8 +9,8 @@ from datapipe.inspect import inspect_shards
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.tokenizer import load_tokenizer
 from launcher.directory import CONFIG
-from launcher.job import CHECKPOINTS, EXPORT
 from monitoring.log import read_events, read_metrics
+from monitoring.run_directory import RunDirectory
 
 
 def describe(target: Path) -> str:
@@ -36,7 +36,7 @@ def export_model(source: Path, output: Path) -> str:
 
     checkpoint = source
     if (source / CONFIG).is_file():
-        newest, damaged = latest_valid(source / CHECKPOINTS)
+        newest, damaged = latest_valid(RunDirectory(source).checkpoints)
         if newest is None:
             raise InputError("; ".join(damaged) or f"{source} has no checkpoint yet; nothing to export")
         checkpoint = newest
@@ -71,11 +71,11 @@ def _run(directory: Path) -> str:
     from engine.checkpoint import latest_valid, list_checkpoints, step_of
 
     config = load_config(str(directory / CONFIG))
-    newest, damaged = latest_valid(directory / CHECKPOINTS)
-    steps = [step_of(path) for path in list_checkpoints(directory / CHECKPOINTS)]
+    newest, damaged = latest_valid(RunDirectory(directory).checkpoints)
+    steps = [step_of(path) for path in list_checkpoints(RunDirectory(directory).checkpoints)]
     lines = read_metrics(directory)
     events = [event["event"] for event in read_events(directory)]
-    done = (directory / EXPORT).is_dir()
+    done = RunDirectory(directory).export.is_dir()
     return "\n".join(
         [
             f"{directory}: run {config.name}, step {lines[-1]['step'] if lines else 0:,} of {config.total_steps:,}"
@@ -85,6 +85,6 @@ def _run(directory: Path) -> str:
             *(f"  damaged      {complaint}" for complaint in damaged),
             *([f"  loss         {lines[-1]['objective']} {lines[-1]['loss']:.3f}"] if lines else []),
             f"  failures     {events.count('worker_failed')}, preemptions {events.count('preempted')}",
-            f"  export       {directory / EXPORT if done else 'none yet'}",
+            f"  export       {RunDirectory(directory).export if done else 'none yet'}",
         ]
     )

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.errors import InputError, RunFailedError
+from configs.files import partial_path
 from configs.schema import RunConfig
 from configs.units import format_count
 from datapipe.loader import check_sources
@@ -31,14 +32,24 @@ from launcher.stop import PREEMPTED, RESIZED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
 from launcher.worker import Ending
 from monitoring.discovery import announced
+from monitoring.events import (
+    DataDamaged,
+    Exported,
+    Failed,
+    Finished,
+    Preempted,
+    Resized,
+    Stopped,
+    WorkerFailed,
+    WorkersStarted,
+    record,
+)
 from monitoring.exporter import Exporter
-from monitoring.log import append_event
 from monitoring.progress import Progress
 from monitoring.report import write_report
+from monitoring.run_directory import RunDirectory
 from monitoring.telemetry import Telemetry
 
-EXPORT = "hf"
-CHECKPOINTS = "checkpoints"
 WORKING_COPIES = "working_dir_files"
 """Ray's folder for them."""
 
@@ -69,7 +80,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
     directory, home = directory.absolute(), Path.cwd()
     _require_lasting(directory)
     with claim(directory, config), ExitStack() as stack:
-        if (directory / EXPORT).exists() or _trained(directory, config):
+        if RunDirectory(directory).export.exists() or _trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
             return _finish(config, directory, load_tokenizer(config.tokenizer), console)
         _nodes(config)
@@ -92,7 +103,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             raise
         if result.finished:
             return _finish(config, directory, tokenizer, console)
-        append_event(directory, "stopped", reason=result.reason, step=result.step)
+        record(directory, Stopped(step=result.step, reason=result.reason))
         write_report(directory)
         return result
 
@@ -146,8 +157,8 @@ def _check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Co
         for damage in source.problems:
             console.print(f"[yellow]source {source.name}: will be skipped:[/] {escape(damage)}")
         if source.problems:
-            what = {"source": source.name, "problems": len(source.problems), "first": source.problems[0]}
-            append_event(directory, "data_damaged", **what)
+            damage = DataDamaged(source=source.name, problems=len(source.problems), first=source.problems[0])
+            record(directory, damage)
     _require_enough(config, sources)
     return shapes, precision
 
@@ -218,8 +229,8 @@ def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
             ending = _attempt(run, stop, progress)
         except WorkerError as failure:
             step = _last_step(run.directory)
-            why = {"reason": failure.reason, "rank": failure.rank, "detail": failure.detail}
-            append_event(run.directory, "worker_failed", step=step, **why)
+            event = WorkerFailed(step=step, reason=failure.reason, rank=failure.rank, detail=failure.detail)
+            record(run.directory, event)
             pause = budget.spend(failure, _saved_step(run.directory))
             progress.note(f"{failure}; starting again")
             _rest(pause, stop)
@@ -234,9 +245,9 @@ def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
             if ending.finished or ending.reason not in (PREEMPTED, RESIZED):
                 return ending
             if ending.reason == RESIZED:
-                append_event(run.directory, "resized", step=ending.step)
+                record(run.directory, Resized(step=ending.step))
             else:
-                append_event(run.directory, "preempted", reason=PREEMPTED, step=ending.step)
+                record(run.directory, Preempted(step=ending.step, reason=PREEMPTED))
                 preemptions += 1
                 if preemptions > run.config.cluster.max_preemptions:
                     reason = f"preemption {preemptions} and cluster.max_preemptions allows {preemptions - 1}"
@@ -262,9 +273,8 @@ def _attempt(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
     began = time.monotonic()
     with _open_group(run, known, stop, progress) as group:
         seconds = round(time.monotonic() - began, 2)
-        append_event(
-            run.directory, "workers_started", workers=[place.address for place in group.places], seconds=seconds
-        )
+        addresses = [place.address for place in group.places]
+        record(run.directory, WorkersStarted(workers=addresses, seconds=seconds))
         progress.note("loading the model")
         mine = {place.node for place in group.places}
         hang = HangWatch(run.directory, run.config.cluster.hang_timeout)
@@ -304,18 +314,19 @@ def _saved_step(directory: Path) -> int:
     """Completed steps of the newest checkpoint; 0 without one."""
     from engine.checkpoint import list_checkpoints, step_of
 
-    newest = list_checkpoints(directory / CHECKPOINTS)[:1]
+    newest = list_checkpoints(RunDirectory(directory).checkpoints)[:1]
     return step_of(newest[0]) if newest else 0
 
 
 def _trained(directory: Path, config: RunConfig) -> bool:
     """Whether the last step is in a checkpoint that can be exported."""
-    if not (directory / CHECKPOINTS).exists():
+    checkpoints = RunDirectory(directory).checkpoints
+    if not checkpoints.exists():
         return False
     from engine.checkpoint import latest_valid, step_directory
 
-    last = step_directory(directory / CHECKPOINTS, config.total_steps)
-    return last.exists() and latest_valid(directory / CHECKPOINTS)[0] == last
+    last = step_directory(checkpoints, config.total_steps)
+    return last.exists() and latest_valid(checkpoints)[0] == last
 
 
 def _last_step(directory: Path) -> int:
@@ -327,7 +338,7 @@ def _last_step(directory: Path) -> int:
 def _report_failure(directory: Path, failure: Exception) -> None:
     """Leave what is known of a failed run. An error of this must not hide why it failed."""
     try:
-        append_event(directory, "failed", step=_last_step(directory), detail=str(failure))
+        record(directory, Failed(step=_last_step(directory), detail=str(failure)))
         write_report(directory)
     except Exception as error:
         logging.getLogger(__name__).warning("%s: no report of the failed run: %s", directory, error)
@@ -338,14 +349,15 @@ def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: C
     from engine.checkpoint import step_directory
     from engine.export import export_hf
 
-    export = directory / EXPORT
+    run = RunDirectory(directory)
+    export = run.export
     if not export.exists():
         with console.status("exporting"):
-            partial = directory / f".{EXPORT}.partial"
+            partial = partial_path(export)
             shutil.rmtree(partial, ignore_errors=True)
-            export_hf(step_directory(directory / CHECKPOINTS, config.total_steps), partial, tokenizer)
+            export_hf(step_directory(run.checkpoints, config.total_steps), partial, tokenizer)
             partial.rename(export)
-        append_event(directory, "exported", step=config.total_steps, path=EXPORT)
-        append_event(directory, "finished", step=config.total_steps)
+        record(directory, Exported(step=config.total_steps, path=export.name))
+        record(directory, Finished(step=config.total_steps))
     print_summary(console, config, directory, export, write_report(directory))
     return Ending(config.total_steps, finished=True)

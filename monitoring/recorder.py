@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig
-from monitoring.log import METRICS, LineWriter, append_event, held_events, read_events, rewind_metrics
+from monitoring.events import CheckpointSaved, PhaseStarted, WorkersStarted
+from monitoring.events import record as record_event
+from monitoring.log import LineWriter, held_events, read_events, rewind_metrics
+from monitoring.run_directory import RunDirectory
 from monitoring.telemetry import Counters, Telemetry, WorkerRecord, highest
 from monitoring.writers import Writers
 
@@ -90,7 +93,7 @@ class _Window:
 
 def _describe(config: RunConfig, directory: Path) -> dict[str, str | int | float]:
     """The labels that dashboards compare runs by. Nodes are those the workers were started on, else the most."""
-    started = [event["workers"] for event in read_events(directory) if event["event"] == "workers_started"]
+    started = [event["workers"] for event in read_events(directory) if event["event"] == WorkersStarted.KIND]
     nodes = config.cluster.nodes
     return {
         "model": config.model.size or config.model.init,
@@ -101,8 +104,7 @@ def _describe(config: RunConfig, directory: Path) -> dict[str, str | int | float
 
 def _interval(config: RunConfig, step_seconds: float) -> float:
     """Seconds between two checkpoints, as configured."""
-    every = config.checkpoint.every
-    return 60.0 * every.value if every.unit == "minutes" else max(1, every.steps(config.tokens_per_step)) * step_seconds
+    return config.checkpoint.every.seconds(config.tokens_per_step, step_seconds)
 
 
 class Recorder:
@@ -153,7 +155,7 @@ class Recorder:
             }
         )
         rewind_metrics(directory, step)
-        self._lines = LineWriter(directory / METRICS)
+        self._lines = LineWriter(RunDirectory(directory).metrics)
         self._writers = Writers(config, directory, step)
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="telemetry")
         self._writing = self._start_writing()
@@ -166,9 +168,9 @@ class Recorder:
     def phase_started(self, index: int, objective: str, step: int) -> None:
         """Phase `index` begins after `step` completed steps. A phase begun again after a rollback is one event."""
         self._telemetry.phase = index
-        begun = [event["phase"] for event in read_events(self._directory) if event["event"] == "phase_started"]
+        begun = [event["phase"] for event in read_events(self._directory) if event["event"] == PhaseStarted.KIND]
         if index not in begun:
-            append_event(self._directory, "phase_started", step=step, phase=index, objective=objective)
+            record_event(self._directory, PhaseStarted(step=step, phase=index, objective=objective))
         self.flush()
 
     def step(self, record: StepRecord) -> None:
@@ -207,7 +209,7 @@ class Recorder:
         self._telemetry.checkpoint_step, self._telemetry.checkpoint_time = step, time.time()
         where = path.relative_to(self._directory) if path.is_relative_to(self._directory) else path
         times = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
-        append_event(self._directory, "checkpoint_saved", step=step, **times, path=str(where))
+        record_event(self._directory, CheckpointSaved(step=step, **times, path=str(where)))
         self.flush()
 
     def state(self) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def _law_chart(law: PowerLaw, place: int, records: Sequence[Record]) -> dict[str
 
 def _speeds(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Speed of each trial, and against the one of fewest workers its strong (same batch) and weak (batch grown with the
-    workers) scaling efficiency."""
+    workers) scaling efficiency.
+    """
     rows = []
     for record in records:
         speed = record["speed"]

@@ -69,7 +69,8 @@ class PackedDocuments(PackedSeqParams):
 
     def band(self, window: int, dtype: torch.dtype) -> tuple[int, int, Tensor]:
         """Keys before and after a block of BAND queries, and [blocks, 1, BAND, keys] to be added to the scores: 0 where
-        a query sees a key, else minus infinity. Attention would turn who sees whom into that in every layer."""
+        a query sees a key, else minus infinity. Attention would turn who sees whom into that in every layer.
+        """
         if ("band", window, dtype) not in self._masks:
             after = 0 if self.causal else window
             blocks = -(-self.total // BAND)

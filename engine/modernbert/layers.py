@@ -74,7 +74,8 @@ class NoNorm(torch.nn.Module):
 
 class ModernBertLayer(TransformerLayer):
     """Megatron's layer without what ModernBERT has not (biases, dropout), so that each norm and the residual connection
-    around it are one."""
+    around it are one.
+    """
 
     def forward(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackedDocuments, **_: Any

@@ -48,7 +48,7 @@ class OutputLayer(ColumnParallelLinear):
     """The decoder over the vocabulary. A module's forward is where Megatron waits for the weights that it uses."""
 
     def forward(self, states: Tensor, weight: Tensor, labels: Tensor | None, vocabulary: int) -> Tensor:
-        """states [N, hidden] -> logits [N, V] of this rank's slice; with labels [N], what `linear_cross_entropy` gives.
+        """States [N, hidden] -> logits [N, V] of this rank's slice; with labels [N], what `linear_cross_entropy` gives.
 
         vocabulary: entries of the whole vocabulary without padding.
         """

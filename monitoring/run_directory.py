@@ -1,0 +1,63 @@
+"""The file names of a run directory (contract). No other module spells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where each file of the run in `path` lies; nothing is read, and no file need exist."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON line per event; `monitoring.events` has their types."""
+        return self.path / "events.jsonl"
+
+    @property
+    def telemetry(self) -> Path:
+        """The live state, replaced about once per second."""
+        return self.path / "telemetry.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, `step-00000500` and so on."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The final Hugging Face model."""
+        return self.path / "hf"
+
+    @property
+    def report(self) -> Path:
+        """The run at a glance, as one HTML page."""
+        return self.path / "report.html"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the workers' outputs."""
+        return self.path / "logs"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the job that owns the directory; holds that job's token."""
+        return self.path / ".lock"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files, with `monitoring.writers: [tensorboard]`."""
+        return self.path / "tensorboard"
