@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -74,24 +74,21 @@ def run_config(folder: Path, objective: str, length: int, rows: int, steps: int)
 @contextmanager
 def ours(config: RunConfig, skip: int = SKIP) -> Iterator[Runner]:
     """Detour's own training step on its own batches; the process group of the caller, or of this process alone."""
-    from engine.objectives import objective_of
-    from engine.optimizer import step as optimizer_step
-    from engine.setup import open_trainer
-    from engine.step import batches, forward_backward
+    from engine.build import build
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = open_trainer(config, Path(folder))
-        objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-        data = list(islice(batches(trainer, objective, 0, skip + config.total_steps, None), skip, None))
+        components = build(config, Path(folder))
+        objective = components.objective(config.phases[0])
+        data = list(islice(components.batches(objective, 0, skip + config.total_steps, None), skip, None))
 
         def step(batch: StepData) -> float:
-            losses, _ = forward_backward(trainer, batch.staged)
-            optimizer_step(trainer.optimizer)
+            losses, _ = components.runner.forward_backward(batch.staged)
+            components.runner.optimizer_step(losses)
             return float(losses.sum())
 
         work = [partial(step, batch) for batch in data]
         yield Runner(work, sum(micro.tokens for batch in data for micro in batch.micro_batches))
-        trainer.close()
+        components.close()
 
 
 def theirs(
@@ -267,7 +264,8 @@ def data_parallel_row(folder: Path, repeats: int) -> Row:
 
 def overhead_row(folder: Path) -> Row:
     """What the training loop itself takes of a step: data, logging, guards and everything else around the model."""
-    from engine import trainer
+    from engine.build import build
+    from engine.trainer import train_loop
 
     config = run_config(folder, "mlm", 1024, SLOTS // 1024, 12)
     inside, edges = [0.0], []
@@ -282,13 +280,12 @@ def overhead_row(folder: Path) -> Row:
 
         return run
 
-    originals = trainer.forward_backward, trainer.optimizer_step
-    trainer.forward_backward, trainer.optimizer_step = clocked(originals[0]), clocked(originals[1])
-    try:
-        (folder / "overhead").mkdir()
-        trainer.train(config, folder / "overhead")
-    finally:
-        trainer.forward_backward, trainer.optimizer_step = originals
+    (folder / "overhead").mkdir()
+    with closing(build(config, folder / "overhead")) as components:
+        runner = components.runner
+        for work in ("forward_backward", "optimizer_step"):
+            setattr(runner, work, clocked(getattr(runner, work)))
+        train_loop(components)
     whole = edges[-1] - edges[0]  # the last save comes after it
     name = "time outside forward, backward and optimizer against the steps"
     return Row.at_most(name, whole - inside[0], whole, 0.03, "s")

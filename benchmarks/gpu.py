@@ -41,14 +41,11 @@ from configs.load import validate
 from configs.schema import Checkpoint, Duration, Monitoring, Phase, RunConfig
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
+from engine.build import build
 from engine.checkpoint import step_directory
 from engine.device import device, total_memory_bytes
 from engine.modernbert import convert
-from engine.objectives import objective_of
-from engine.optimizer import step as optimizer_step
 from engine.precision import resolve_precision
-from engine.setup import open_trainer
-from engine.step import batches, forward_backward
 from engine.trainer import train
 from monitoring.log import read_metrics
 
@@ -103,24 +100,23 @@ def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
 
     Everything but logging and checkpoints is included. Three steps have been made to warm up.
     """
-    with tempfile.TemporaryDirectory() as scratch, mock.patch("engine.setup.random_weights", quick_weights):
-        trainer = open_trainer(config, Path(scratch))
-        objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-        data = batches(trainer, objective, 0, 10**6, None)
+    with tempfile.TemporaryDirectory() as scratch, mock.patch("engine.build.random_weights", quick_weights):
+        components = build(config, Path(scratch))
+        data = components.batches(components.objective(config.phases[0]), 0, 10**6, None)
         for _ in islice(data, SKIP):
             pass
 
         def run(count: int) -> int:
             tokens = 0
             for batch in islice(data, count):
-                losses, _ = forward_backward(trainer, batch.staged)
-                optimizer_step(trainer.optimizer, losses)
+                losses, _ = components.runner.forward_backward(batch.staged)
+                components.runner.optimizer_step(losses)
                 losses.tolist()  # as the training loop does, which logs them
                 tokens += sum(micro.tokens for micro in batch.micro_batches)
             torch.cuda.synchronize()
             return tokens
 
-        with closing(trainer), closing(data):
+        with closing(components), closing(data):
             run(3)
             yield run
 

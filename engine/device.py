@@ -1,4 +1,4 @@
-"""The accelerator a process trains on, and what it can do."""
+"""The device that a process trains on, and its abilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-_GPU_PEAK = {  # dense bf16 FLOP/s by NVIDIA's data sheets; FP8 is twice that on all of them
+_GPU_PEAK = {  # dense bf16 FLOP/s by NVIDIA's data sheets; FP8 is twice as fast on all of them
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -24,98 +24,106 @@ _GPU_PEAK = {  # dense bf16 FLOP/s by NVIDIA's data sheets; FP8 is twice that on
 }
 
 PEAK_SECONDS = 0.3
-"""For which products are timed where no data sheet says the peak: among other programs the first few are slow."""
+"""Time spent on timing products where no data sheet gives the peak. Beside other programs the first ones are slow."""
 
 
 def device() -> torch.device:
-    """This process's device; a GPU worker is given exactly one by its launcher or by LOCAL_RANK."""
+    """Return this process's device. The launcher or LOCAL_RANK gives a GPU worker exactly one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def moved(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
-    """The tensor on a device. To a GPU from pinned memory: that copy does not wait for the kernels before it, so the
-    host goes on giving them work.
-    """
-    if where.type == "cpu" or tensor.device.type != "cpu":
-        return tensor.to(where)
-    return tensor.pin_memory().to(where, non_blocking=True)
+def to_device(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
+    """Return the tensor on a device. A copy to a GPU starts from pinned memory, so the host does not wait for it."""
+    if target.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(target)
+    return tensor.pin_memory().to(target, non_blocking=True)
 
 
 def compiles_kernels() -> bool:
-    """Whether the Triton kernels of the model can be built here: there is a GPU, and what their launchers need."""
+    """Whether the model's Triton kernels can be compiled here: there is a GPU, and nothing is missing."""
     return torch.cuda.is_available() and kernels_lack() is None
 
 
 def kernels_lack() -> str | None:
-    """The package without which Triton cannot compile its kernels' launchers."""
+    """Return the missing package without which Triton cannot compile its launchers; None where nothing is missing."""
     if not (shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")):
         return "gcc"
     return None if Path(sysconfig.get_path("include"), "Python.h").is_file() else "python3-dev"
 
 
 def name() -> str:
-    """Model of the device, for people."""
+    """Return the model of the device, for people."""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name(device()))
     return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def memory_bytes() -> int:
-    """Memory this process holds: on a GPU the allocator's, on a CPU the resident set."""
+    """Return the memory of this process: the allocator's peak on a GPU, the resident set on a CPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)
 
 
 def total_memory_bytes() -> int:
-    """Of the device, in use or not."""
+    """Return the memory of the device, in use or not."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(device()).total_memory)
     return int(psutil.virtual_memory().total)
 
 
 def utilization() -> float:
-    """Share of the last moments (NVML's: at most a second) in which the GPU ran a kernel; NaN without GPU or NVML."""
+    """Return the share of the last second, by NVML, in which the GPU ran a kernel; NaN without GPU or NVML."""
     if not torch.cuda.is_available():
         return math.nan
     try:
         return torch.cuda.utilization(device()) / 100
-    except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is not installed, or the driver keeps it to itself
+    except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is not installed, or the driver does not answer
         return math.nan
 
 
 class Stopwatch:
-    """Runs from its making, in seconds: on a GPU the device's own time, not that of launching the kernels."""
+    """Adds up the time between `start` and `stop`; runs from its construction.
 
-    def __init__(self) -> None:
+    Args:
+        on_device: Measure a GPU's own time, not the host's time to launch the kernels.
+    """
+
+    def __init__(self, *, on_device: bool = False) -> None:
+        self._on_device = on_device and torch.cuda.is_available()
         self._marks = [self._mark()]
+        """Times of start and stop in turn: seconds, or CUDA events."""
 
     @property
     def runs(self) -> bool:
+        """Whether it is started and not stopped."""
         return len(self._marks) % 2 == 1
 
     def stop(self) -> None:
+        """End the current interval."""
         assert self.runs
         self._marks.append(self._mark())
 
     def start(self) -> None:
+        """Begin another interval."""
         assert not self.runs
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """While it ran; it is stopped."""
-        return sum(map(self._between, self._marks[::2], self._marks[1::2]))
+        """Return the sum of the intervals; one that still runs counts up to now."""
+        marks = [*self._marks, self._mark()] if self.runs else self._marks
+        return sum(map(self._between, marks[::2], marks[1::2]))
 
     def _between(self, begin: Any, end: Any) -> float:
-        if isinstance(begin, float):
+        if not self._on_device:
             return float(end - begin)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
 
     def _mark(self) -> Any:
-        if not torch.cuda.is_available():
+        if not self._on_device:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -124,7 +132,7 @@ class Stopwatch:
 
 @functools.cache
 def peak_flops(precision: str) -> float:
-    """Peak FLOP/s of the device in a precision: the data sheet's on a known GPU, else the best of many matmuls."""
+    """Return the device's peak FLOP/s in a precision: by data sheet on a known GPU, else the best of many matmuls."""
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_name(device())
         for key, peak in _GPU_PEAK.items():

@@ -1,11 +1,8 @@
-"""Detour checkpoint -> Hugging Face model, and back. One process, no accelerator."""
+"""Converts a Detour checkpoint to a Hugging Face model, and back. One process, no accelerator."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,18 +11,23 @@ from transformers import ModernBertConfig
 from configs.errors import InputError
 from datapipe.tokenizer import Tokenizer
 from engine import checkpoint as checkpoints
+from engine.checkpoint.meta import CheckpointMeta
 from engine.modernbert.config import read_config
+from engine.parallel import single_process
 
 
 def export_hf(checkpoint: Path, out: Path, tokenizer: Tokenizer) -> None:
     """Write a ModernBertForMaskedLM: config.json, model.safetensors, the tokenizer's files and a model card.
 
-    Loads with `AutoModelForMaskedLM.from_pretrained(out)`. Raises InputError for a damaged checkpoint.
+    `AutoModelForMaskedLM.from_pretrained(out)` loads it.
+
+    Raises:
+        InputError: The checkpoint is damaged.
     """
     from engine.modernbert.convert import parameters, to_hf
 
     meta = checkpoints.verify(checkpoint)
-    architecture = ModernBertConfig(**meta["architecture"])
+    architecture = ModernBertConfig(**meta.architecture)
     table = parameters(architecture)
     stored = checkpoints.read_tensors(checkpoint, [ours for _, ours, _ in table])
     weights = {hf: to_hf(stored[ours], row, architecture).float().contiguous() for hf, ours, row in table}
@@ -43,46 +45,29 @@ def import_hf(init: str, out: Path, seed: int = 17) -> None:
     from engine import cpu
 
     cpu.install()
+    from engine.checkpoint.writer import save_now
     from engine.modernbert.convert import huggingface_weights, load_weights
     from engine.modernbert.model import ModernBert, transformer_config
-    from engine.saver import save_now
 
     if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty; name a new directory for the checkpoint")
+        raise InputError(f"{out} is not empty; name a new directory for the checkpoint", code="output-not-empty")
     architecture = ModernBertConfig(**read_config(init))
     with single_process():
         model = ModernBert(transformer_config(architecture), architecture)
         load_weights(model, huggingface_weights(init, architecture, seed))
-        meta = {"step": 0, "architecture": architecture.to_dict(), "source": init}
+        meta = CheckpointMeta(step=0, architecture=architecture.to_dict(), optimizer=False, files={}, source=init)
         save_now(out, model, None, meta)
 
 
-@contextmanager
-def single_process() -> Iterator[None]:
-    """Process groups of this one process, for Megatron code outside a job."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from engine.parallel import Layout, initialise
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        initialise(Layout(1, 1, 1, False, 1, 1), seed=0)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-def _card(meta: dict[str, Any], tokenizer: Tokenizer) -> str:
-    config = meta.get("config", {})
+def _card(meta: CheckpointMeta, tokenizer: Tokenizer) -> str:
+    config = meta.config or {}
     phases = "\n".join(
         f"- {phase['objective'].upper()}, "
         + (f"{phase['tokens']:,} tokens" if phase.get("tokens") else f"{phase['steps']:,} steps")
         for phase in config.get("phases", ())
     )
     sources = ", ".join(source["name"] for source in config.get("data", {}).get("sources", ()))
-    start = config.get("model", {}).get("init", meta.get("source", "unknown"))
+    start = config.get("model", {}).get("init", meta.source or "unknown")
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask
@@ -90,7 +75,7 @@ tags: [modernbert, clm-detour]
 ---
 # {config.get("name", "ModernBERT")}
 
-A ModernBERT encoder trained with Detour (the CLM detour, arXiv 2605.12438), taken after step {meta["step"]:,}.
+A ModernBERT encoder trained with Detour (the CLM detour, arXiv 2605.12438), taken after step {meta.step:,}.
 
 Started from: {start}. Tokenizer: {tokenizer.name}. Training text: {sources or "none"}.
 

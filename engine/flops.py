@@ -1,4 +1,4 @@
-"""Floating-point operations a training step needs, counted by document length, attention window and paid positions."""
+"""Floating-point operations of a training step, by document length, attention window and label positions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from numpy.typing import ArrayLike
 from transformers import ModernBertConfig
 
 
-def training_flops(architecture: ModernBertConfig, lengths: ArrayLike, paying: int, causal: bool) -> float:
-    """FLOPs of one forward and backward pass over documents of these lengths, `paying` positions of which pay loss.
+def training_flops(architecture: ModernBertConfig, lengths: ArrayLike, num_label_tokens: int, causal: bool) -> float:
+    """Count the FLOPs of one forward and backward pass. A multiply-add is two; backward costs twice the forward.
 
-    A multiply-add counts as two. Backward costs twice the forward. Only matrix products count, as is usual for MFU
-    (norms, activations, softmax and RoPE are left out), and only real work: neither padding nor masked-out pairs.
+    Only matrix products count, as is usual for MFU: not norms, activations, softmax or RoPE. Padding and masked-out
+    pairs of tokens do not count.
+
+    Args:
+        architecture: The model's configuration.
+        lengths: Tokens of each document.
+        num_label_tokens: Positions that carry a loss.
+        causal: Whether attention is causal.
     """
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
     size = np.asarray(lengths, dtype=np.float64)
@@ -22,12 +28,12 @@ def training_flops(architecture: ModernBertConfig, lengths: ArrayLike, paying: i
     global_layers = architecture.num_hidden_layers - local_layers
     pairs = global_layers * _pairs(size, np.inf, causal) + local_layers * _pairs(size, half, causal)
     attention = 2 * 2 * hidden * pairs  # query by key, weights by value
-    head = 2 * paying * hidden * (hidden + architecture.vocab_size)
+    head = 2 * num_label_tokens * hidden * (hidden + architecture.vocab_size)
     return float(3 * (linear + attention + head))
 
 
 def _pairs(size: np.ndarray, reach: float, causal: bool) -> float:
-    """Query-key pairs within `reach` tokens of each other inside documents of these sizes."""
+    """Count query-key pairs within `reach` tokens of each other, in documents of these sizes."""
     near = np.minimum(size - 1, reach)  # the farthest distance that occurs
     one_side = near * size - near * (near + 1) / 2  # pairs at distance 1..near, on one side
     return float((size + one_side * (1 if causal else 2)).sum())

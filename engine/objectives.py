@@ -1,4 +1,4 @@
-"""Training objectives: how attention looks, what the model reads and predicts, and where it pays loss."""
+"""Training objectives: the direction of attention, inputs and labels, and the positions that carry a loss."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from datapipe.tokenizer import Tokenizer
 
 
 class Objective(ABC):
-    """One way to train on packed documents."""
+    """A way to train on packed documents."""
 
     name: str
     causal: bool
-    """Whether a token sees only what stands before it in its document."""
+    """Whether a token sees only the tokens before it in its document."""
 
     @abstractmethod
     def targets(self) -> NextToken | Masked:
-        """How inputs and labels are made from a packed sequence, as a pure function of it."""
+        """Return the rule that makes inputs and labels from a packed sequence, as a pure function of it."""
 
 
 class CausalLM(Objective):
@@ -28,6 +28,7 @@ class CausalLM(Objective):
     causal = True
 
     def targets(self) -> NextToken:
+        """Return next-token targets."""
         return NextToken()
 
 
@@ -41,6 +42,7 @@ class MaskedLM(Objective):
         self.phase, self.tokenizer, self.seed = phase, tokenizer, seed
 
     def targets(self) -> Masked:
+        """Return masked-token targets, by the phase's rates."""
         return Masked(
             rate=self.phase.mask_rate,
             split=self.phase.mask_split,
@@ -52,4 +54,5 @@ class MaskedLM(Objective):
 
 
 def objective_of(phase: Phase, tokenizer: Tokenizer, seed: int) -> Objective:
+    """Return the objective that a phase names."""
     return CausalLM() if phase.objective == "clm" else MaskedLM(phase, tokenizer, seed)

@@ -1,8 +1,10 @@
-"""How the workers of a run are divided into tensor, pipeline and data parallel groups."""
+"""Divides the workers of a run into tensor-, pipeline- and data-parallel groups."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,29 +14,34 @@ from configs.errors import InputError
 from configs.schema import RunConfig
 
 _AUTO_MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Token slots of a micro-batch that `batch.micro: auto` stays within."""
+"""Most token slots of a micro-batch that `batch.micro: auto` plans for."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups, and how a global batch falls on them."""
+    """Sizes of the parallel groups, and the micro-batches of a rank."""
 
     tensor: int
     pipeline: int
     data: int
     sequence: bool
-    micro: int
+    micro_batch_size: int
     """Packed sequences of a micro-batch."""
-    micro_batches: int
-    """Micro-batches of a step on each data-parallel rank."""
+    num_micro_batches: int
+    """Micro-batches per step on each data-parallel rank."""
 
     @property
     def workers(self) -> int:
+        """Worker processes in all."""
         return self.tensor * self.pipeline * self.data
 
 
 def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Layout:
-    """Divide `workers` processes; InputError names every key that does not fit and what would."""
+    """Divide `workers` processes.
+
+    Raises:
+        InputError: Keys of the configuration do not fit; the message names each of them, and what would fit.
+    """
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     errors = []
     heads, layers = architecture.num_attention_heads, architecture.num_hidden_layers
@@ -61,32 +68,36 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
             f"parallel.tensor x parallel.pipeline = {tensor * pipeline}"
         )
     if errors:
-        raise InputError("the configuration does not fit\n  " + "\n  ".join(errors))
+        raise InputError("the configuration does not fit\n  " + "\n  ".join(errors), key=errors[0].partition(":")[0])
     data, streams = workers // (tensor * pipeline), config.data.streams
     if streams % data:
         fitting = [size for size in range(1, streams + 1) if streams % size == 0]
         raise InputError(
             f"data.streams: {streams} streams do not divide over {data} data-parallel ranks; "
-            f"use a data-parallel size among {fitting} or change data.streams"
+            f"use a data-parallel size among {fitting} or change data.streams",
+            key="data.streams",
         )
     rows = config.batch.sequences // data
     micro = _auto_micro(rows, config.data.sequence_length) if config.batch.micro == "auto" else config.batch.micro
     if rows % micro:
         raise InputError(
             f"batch.micro: {micro} does not divide the {rows} sequences of a data-parallel rank "
-            f"(batch.sequences {config.batch.sequences} over {data} ranks)"
+            f"(batch.sequences {config.batch.sequences} over {data} ranks)",
+            key="batch.micro",
         )
     if micro * config.data.sequence_length % tensor:
         raise InputError(
             f"data.sequence_length: a micro-batch of {micro} x {config.data.sequence_length} tokens "
-            f"does not divide over {tensor} tensor-parallel ranks"
+            f"does not divide over {tensor} tensor-parallel ranks",
+            key="data.sequence_length",
         )
     slots = micro * config.data.sequence_length // (tensor if config.parallel.sequence else 1)
     multiple = 32 if config.fp8_recipe == "mxfp8" else 16  # as in megatron.core.fp8_utils.get_fp8_align_size
     if config.precision == "fp8" and slots % multiple:
         raise InputError(
             f"data.sequence_length: {config.fp8_recipe} FP8 wants micro-batches of a multiple of {multiple} tokens "
-            f"on each rank, this is {slots}; choose a sequence_length that is one"
+            f"on each rank, this is {slots}; choose a sequence_length that gives such a multiple",
+            key="data.sequence_length",
         )
     return Layout(tensor, pipeline, data, config.parallel.sequence, micro, rows // micro)
 
@@ -94,7 +105,10 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
 def initialise(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> None:
     """Build Megatron's process groups over the initialised torch.distributed world.
 
-    timeout_seconds: of their collectives, in whole minutes.
+    Args:
+        layout: Sizes of the groups.
+        seed: Of Megatron's random state.
+        timeout_seconds: Time limit of the groups' collectives, rounded up to minutes.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -102,6 +116,21 @@ def initialise(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> No
         layout.tensor, layout.pipeline, distributed_timeout_minutes=math.ceil(timeout_seconds / 60)
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Open torch.distributed and Megatron's groups with this process alone, for Megatron code outside a run."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        initialise(Layout(1, 1, 1, False, 1, 1), seed=0)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _auto_micro(rows: int, sequence_length: int) -> int:

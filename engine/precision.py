@@ -1,4 +1,4 @@
-"""Which number format a run computes in."""
+"""The number format that a run computes in."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from configs.schema import RunConfig
 Precision = Literal["fp32", "bf16", "fp8"]
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 FP8_PAYS_FROM = 1_000_000_000
-"""Parameters from which FP8 was measured faster than BF16 (benchmarks/results/gpu-2026-11-26.md): on one Hopper GPU, by
-1.14 to 1.36; at 400 million it was as fast at best."""
+"""Parameters from which FP8 was measured faster than BF16, on one Hopper GPU (benchmarks/results/gpu-2026-11-26.md)."""
 
 
 def resolve_precision(config: RunConfig, parameters: int) -> Precision:
-    """`auto` is bf16 where the hardware multiplies it faster than fp32: on GPUs, and on CPUs with AMX or AVX-512 BF16;
-    and fp8 where a model of so many parameters was measured faster in it.
+    """Choose what `precision: auto` stands for, and check what is asked for.
 
-    Raises InputError where FP8 is asked for and the GPU or Transformer Engine lacks.
+    FP8 where a model of this size was measured faster in it; else BF16 where the hardware multiplies it faster than
+    FP32: on GPUs, and on CPUs with AMX or AVX-512 BF16; else FP32.
+
+    Args:
+        config: The run's configuration.
+        parameters: Parameters of the model.
+
+    Raises:
+        InputError: FP8 is requested but unavailable.
     """
     if config.precision == "auto":
         if parameters >= FP8_PAYS_FROM and _was_measured_in_fp8(config):
@@ -34,27 +40,38 @@ def resolve_precision(config: RunConfig, parameters: int) -> Precision:
 
 
 def _was_measured_in_fp8(config: RunConfig) -> bool:
-    """With whole matrices: tensor parallelism makes smaller ones of them."""
+    """Whether FP8 was measured on this hardware, with this recipe, and without tensor parallelism."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     return hopper and config.fp8_recipe != "mxfp8" and config.parallel.tensor == 1
 
 
 def _cpu_multiplies_bf16() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    # Torch 2.13 has torch.cpu.get_capabilities for it; older versions have private names alone.
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001
 
 
 def _require_fp8(recipe: str) -> None:
     remedy = "set precision=bf16, or run on an FP8 GPU with the gpu extra (`detour doctor` says what is missing)"
     if not torch.cuda.is_available():
         raise InputError(
-            f"precision: fp8 needs an NVIDIA GPU of the Hopper generation or later; there is none here; {remedy}"
+            f"precision: fp8 needs an NVIDIA GPU of the Hopper generation or later; this machine has none; {remedy}",
+            key="precision",
         )
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 9):
-        raise InputError(f"precision: fp8 needs compute capability 8.9 or more, this GPU has {major}.{minor}; {remedy}")
+        raise InputError(
+            f"precision: fp8 needs compute capability 8.9 or more, this GPU has {major}.{minor}; {remedy}",
+            key="precision",
+        )
     if importlib.util.find_spec("transformer_engine") is None:
-        raise InputError(f"precision: fp8 needs Transformer Engine, which is not installed; {remedy}")
+        raise InputError(f"precision: fp8 needs Transformer Engine, which is not installed; {remedy}", key="precision")
     if recipe == "mxfp8" and major < 10:
-        raise InputError(f"fp8_recipe: mxfp8 needs a Blackwell GPU, this one has compute capability {major}.{minor}")
+        raise InputError(
+            f"fp8_recipe: mxfp8 needs a Blackwell GPU, this one has compute capability {major}.{minor}",
+            key="fp8_recipe",
+        )
     if recipe == "blockwise" and major < 9:
-        raise InputError(f"fp8_recipe: blockwise needs a Hopper GPU, this one has compute capability {major}.{minor}")
+        raise InputError(
+            f"fp8_recipe: blockwise needs a Hopper GPU, this one has compute capability {major}.{minor}",
+            key="fp8_recipe",
+        )

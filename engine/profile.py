@@ -1,9 +1,8 @@
-"""Where the time of a training step goes: a table by part of the step, and torch's trace of the operations."""
+"""Measures the parts of a training step: a table by part, and torch's trace of the operations."""
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,32 +12,24 @@ import torch.distributed as dist
 
 from configs.schema import RunConfig
 from engine import cpu, device
+from engine.device import Stopwatch
 
 WARMUP = 2
 """Steps before the measured ones."""
 
 
-class _Clock:
-    """Seconds spent in named parts, the device's work included."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        with torch.profiler.record_function(f"detour: {name}"):
-            yield
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
 def profile(config: RunConfig, output: Path, steps: int = 5) -> str:
-    """Train `steps` steps of the first phase in this process alone, after a warm-up; the table, as text.
+    """Train `steps` steps of the first phase in this process alone, after a warm-up.
 
-    Writes `trace.json` (chrome://tracing, ui.perfetto.dev) of one more step to `output`. Logging and checkpoints are
-    left out: weights are not kept, and an old run's are not touched.
+    Weights are not kept, and the checkpoints of a run are not touched.
+
+    Args:
+        config: The run's configuration.
+        output: Folder for `trace.json` of one more step, for chrome://tracing or ui.perfetto.dev.
+        steps: Measured steps.
+
+    Returns:
+        The table, as text.
     """
     cpu.install()
     dist.init_process_group(
@@ -52,43 +43,49 @@ def profile(config: RunConfig, output: Path, steps: int = 5) -> str:
 
 
 def _profile(config: RunConfig, scratch: Path, output: Path, steps: int) -> str:
-    from engine.objectives import objective_of
-    from engine.optimizer import set_learning_rate
-    from engine.optimizer import step as optimizer_step
-    from engine.setup import open_trainer
-    from engine.step import batches, forward_backward
+    from engine.build import build
 
-    trainer = open_trainer(config, scratch)
-    objective = objective_of(config.phases[0], trainer.tokenizer, config.data.seed)
-    data = batches(trainer, objective, 0, WARMUP + steps + 1, None)
-    clock, tokens = _Clock(), 0
+    run = build(config, scratch)
+    parts: dict[str, Stopwatch] = {}
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        """Time a named part of a step, the device's work included."""
+        if name in parts:
+            parts[name].start()
+        else:
+            parts[name] = Stopwatch()
+        with torch.profiler.record_function(f"detour: {name}"):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        parts[name].stop()
 
     def one_step() -> int:
-        with clock.part("waiting for data"):
+        with part("waiting for data"):
             batch = next(data)
-        set_learning_rate(trainer.optimizer, trainer.schedule.learning_rate(batch.step), config.optimizer)
-        with clock.part("forward and backward"):
-            forward_backward(trainer, batch.staged)
-        with clock.part("optimizer"):
-            trainer.frozen.clear_gradients()
-            optimizer_step(trainer.optimizer)
-        return sum(micro.tokens for micro in batch.micro_batches)
+        with part("forward and backward"):
+            losses, _ = run.runner.forward_backward(batch.staged)
+        with part("optimizer"):
+            run.runner.optimizer_step(losses, run.schedule.learning_rate(batch.step))
+        return sum(micro_batch.tokens for micro_batch in batch.micro_batches)
 
-    with closing(trainer), closing(data):
+    objective = run.objective(config.phases[0])
+    with closing(run), closing(run.batches(objective, 0, WARMUP + steps + 1, None)) as data:
         for _ in range(WARMUP):
             one_step()
-        clock.seconds.clear()
-        started = time.perf_counter()
-        for _ in range(steps):
-            tokens += one_step()
-        total = time.perf_counter() - started
-        shares = dict(clock.seconds)
+        parts.clear()
+        whole = Stopwatch()
+        tokens = sum(one_step() for _ in range(steps))
+        whole.stop()
+        seconds = {name: watch.seconds() for name, watch in parts.items()}
         with torch.profiler.profile() as traced:
             one_step()
     output.mkdir(parents=True, exist_ok=True)
     traced.export_chrome_trace(str(output / "trace.json"))
-    shares["everything else"] = total - sum(shares.values())
-    lines = [f"{device.name()}: {total / steps:.3f} s a step, {tokens / total:,.0f} real tokens/s"]
-    lines += [f"  {name:<22}{1e3 * part / steps:>10.1f} ms {part / total:>7.1%}" for name, part in shares.items()]
+    total = whole.seconds()
+    seconds["everything else"] = total - sum(seconds.values())
+    lines = [f"{device.name()}: {total / steps:.3f} s per step, {tokens / total:,.0f} real tokens/s"]
+    lines += [f"  {name:<22}{1e3 * spent / steps:>10.1f} ms {spent / total:>7.1%}" for name, spent in seconds.items()]
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     return "\n".join([*lines, traced.key_averages().table(sort_by=order, row_limit=15)])

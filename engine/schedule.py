@@ -1,4 +1,4 @@
-"""Which phase a step belongs to and its learning rate: pure functions of the step."""
+"""Phases and learning rates as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class PhaseSpan:
     index: int
     phase: Phase
     first: int
-    """0-based step it starts at."""
+    """0-based step at which it starts."""
     last: int
     """The step after its end."""
 
 
 class PhaseSchedule:
-    """The phases of a run laid out on its steps (0-based: step s is the one after s completed steps)."""
+    """The phases of a run laid out on its 0-based steps: step s follows s completed steps."""
 
     def __init__(self, config: RunConfig) -> None:
         self.peak = config.optimizer.lr
@@ -35,14 +35,14 @@ class PhaseSchedule:
         self.total = first
 
     def remaining(self, step: int) -> list[PhaseSpan]:
-        """The phases that still have steps to do after `step` completed ones."""
+        """Return the phases that have steps left after `step` completed steps."""
         return [span for span in self.spans if span.last > step]
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of a 0-based step.
+        """Return the learning rate of a 0-based step.
 
-        Linear warmup to the peak, then the shape down to `final` x peak at the phase's last step. The 1-sqrt shape is
-        peak * (1 - (1 - final) * sqrt(t / T)), as in the paper (arXiv 2605.12438).
+        It warms up linearly to the peak, then falls by the shape to `final` x peak at the phase's last step. The 1-sqrt
+        shape is peak * (1 - (1 - final) * sqrt(t / T)), as in the paper (arXiv 2605.12438).
         """
         span = next(span for span in self.spans if step < span.last)
         lr, done = span.phase.lr, step - span.first + 1

@@ -1,97 +1,159 @@
-"""One pass over micro-batches, forward and backward or forward alone, through Megatron's pipeline schedule."""
+"""The passes of one training step on this rank, through Megatron's pipeline schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from datapipe.batch import IGNORE, MicroBatch, StepData
+from configs.schema import Optimizer
+from datapipe.batch import IGNORE, MicroBatch
 from engine import device
 from engine.modernbert.attention import PackedDocuments
-
-if TYPE_CHECKING:
-    from engine.objectives import Objective
-    from engine.setup import Trainer
+from engine.modernbert.model import ModernBert
+from engine.objectives import Objective
+from engine.optimizer import FrozenLayers, set_learning_rate
+from engine.optimizer import step as optimizer_step
+from engine.rank_stats import reports_loss
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A micro-batch as the model takes it, on the device."""
+class DeviceBatch:
+    """A micro-batch on the device, as the model takes it."""
 
     inputs: torch.Tensor
-    """[1, T] int64"""
+    """[1, T] int64, token ids."""
     documents: PackedDocuments
-    paying: torch.Tensor
-    """[N] int64: the positions that pay a loss."""
+    label_positions: torch.Tensor
+    """[N] int64, positions that carry a loss."""
     labels: torch.Tensor
-    """[N] int64: what they must predict."""
-    count: torch.Tensor
-    """[] int32: N."""
+    """[N] int64, token ids to predict there."""
+    num_label_tokens: torch.Tensor
+    """[] int32, N."""
 
 
-def staged(micro: MicroBatch, causal: bool) -> Staged:
-    """Its copies to a GPU are in the stream's order and wait for nothing: made while a step runs, they are there when
-    the next one starts.
-    """
-    where = device.device()
-    labels: Any = micro.labels
-    if isinstance(labels, np.ndarray):  # by NumPy: torch would wait for threads of its own, on cores that may be busy
-        paying = torch.from_numpy(np.flatnonzero(labels != IGNORE))
-        labels = torch.from_numpy(labels[paying.numpy()])
-    else:  # the dali backend's are on the GPU already
-        paying = (labels != IGNORE).nonzero().squeeze(1)
-        labels = labels[paying]
-    lengths = tuple((micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]).tolist())
-    with torch.cuda.device(where) if where.type == "cuda" else nullcontext():  # a thread's own is the first one
-        return Staged(
-            device.moved(torch.as_tensor(micro.inputs)[None], where),
-            PackedDocuments.from_lengths(lengths, causal, where),
-            device.moved(paying, where),
-            device.moved(labels, where),
-            device.moved(torch.tensor(len(paying), dtype=torch.int32), where),
+def to_device_batch(micro_batch: MicroBatch, causal: bool) -> DeviceBatch:
+    """Copy a micro-batch to the device. A GPU copies in its stream's order, and the host does not wait for it."""
+    target = device.device()
+    labels: Any = micro_batch.labels
+    if isinstance(labels, np.ndarray):  # by NumPy, because torch would wait for threads of its own on busy cores
+        positions = torch.from_numpy(np.flatnonzero(labels != IGNORE))
+        labels = torch.from_numpy(labels[positions.numpy()])
+    else:  # the dali backend's labels are on the GPU already
+        positions = (labels != IGNORE).nonzero().squeeze(1)
+        labels = labels[positions]
+    lengths = tuple((micro_batch.cu_seqlens[1:] - micro_batch.cu_seqlens[:-1]).tolist())
+    # A thread's current GPU is the first one, so the data thread must set this process's own.
+    with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
+        return DeviceBatch(
+            device.to_device(torch.as_tensor(micro_batch.inputs)[None], target),
+            PackedDocuments.from_lengths(lengths, causal, target),
+            device.to_device(positions, target),
+            device.to_device(labels, target),
+            device.to_device(torch.tensor(len(positions), dtype=torch.int32), target),
         )
 
 
-def batches(
-    trainer: Trainer, objective: Objective, first: int, last: int, state: dict[str, Any] | None
-) -> Generator[StepData, None, None]:
-    """This rank's batches of the 0-based steps first..last-1, staged; `state` as in `Loader.steps`."""
-    stage = partial(staged, causal=objective.causal)
-    return trainer.loader.steps(objective.targets(), trainer.layout.micro, first, last, state, stage)
+@dataclass
+class StepRunner:
+    """One rank's model and optimizer, and the passes of a step."""
 
+    model: ModernBert
+    """This rank's pipeline stage, bare."""
+    ddp_model: Any
+    """`model` inside Megatron's DDP, and its bf16 wrapper."""
+    optimizer: Any
+    """Megatron's distributed optimizer."""
+    settings: Optimizer
+    """The configuration's optimizer section."""
+    frozen: FrozenLayers
+    on_launched: Callable[[], None]
+    """Called when the host has launched a step's kernels and is about to wait for the GPU."""
 
-def forward_backward(trainer: Trainer, micro_batches: Sequence[Staged]) -> tuple[torch.Tensor, device.Stopwatch]:
-    """Gradients of the mean loss over the paying tokens of the global batch; this rank's summed losses, fp32, and the
-    time of its own work, in which it did not wait for other data-parallel ranks.
+    def forward_backward(self, batches: Sequence[DeviceBatch]) -> tuple[torch.Tensor, device.Stopwatch]:
+        """Compute the gradients of the mean loss over the label positions of the global batch.
 
-    One loss a micro-batch on the last pipeline stage, none before it. On a GPU they may not have been computed yet.
+        The loss is a sum, and Megatron divides the gradients by the label positions of all data-parallel ranks
+        (calculate_per_token_loss). So the result does not depend on how tokens fell on ranks and micro-batches.
 
-    The loss is a sum over paying tokens, and Megatron divides the gradients by their count over all data-parallel ranks
-    (calculate_per_token_loss), so the result does not depend on how tokens fell on ranks and micro-batches.
-    """
-    trainer.wrapped.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    watch = device.Stopwatch()
+        Returns:
+            losses: [micro-batches] fp32, summed loss of each; empty before the last pipeline stage. A GPU may still be
+                computing them.
+            watch: The time of this rank's own work, without waiting for other data-parallel ranks.
+        """
+        self.ddp_model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        watch = device.Stopwatch(on_device=True)
 
-    def reduce_gradients(*args: Any, **more: Any) -> None:
-        watch.stop()  # from here on a rank waits for the slowest, so a later time would tell nobody who that is
-        finalize_model_grads(*args, **more)
+        def reduce_gradients(*args: Any, **more: Any) -> None:
+            watch.stop()  # because from here on every rank waits for the slowest one
+            finalize_model_grads(*args, **more)
 
-    _leave_out_waiting(trainer.wrapped, watch)
-    trainer.model.config.finalize_model_grads_func = reduce_gradients
-    losses = _run(trainer, micro_batches, forward_only=False)[:, 0]
-    trainer.loader.launched()
-    return losses, watch
+        _leave_out_waiting(self.ddp_model, watch)
+        self.model.config.finalize_model_grads_func = reduce_gradients
+        losses = self._run(batches, forward_only=False)[:, 0]
+        self.on_launched()
+        return losses, watch
+
+    def optimizer_step(self, losses: torch.Tensor, learning_rate: float | None = None) -> float:
+        """Update the weights, except those of frozen layers, unless a loss or gradient of any rank is not finite.
+
+        Args:
+            losses: This rank's losses by `forward_backward`.
+            learning_rate: Learning rate of this step; None keeps the one of the step before.
+
+        Returns:
+            The global gradient norm before clipping.
+        """
+        if learning_rate is not None:
+            set_learning_rate(self.optimizer, learning_rate, self.settings)
+        self.frozen.clear_gradients()
+        return optimizer_step(self.optimizer, losses)
+
+    def evaluate(self, held_out: dict[Objective, list[MicroBatch]]) -> tuple[dict[str, float], dict[str, float]]:
+        """Run the held-out set forward; the training streams and the weights are not touched.
+
+        Args:
+            held_out: This rank's share of the held-out set, as each objective sees it.
+
+        Returns:
+            Mean loss and accuracy of each objective over its label positions, by the objective's name.
+        """
+        loss, accuracy = {}, {}
+        for objective, micro_batches in held_out.items():
+            self.ddp_model.eval()
+            batches = [to_device_batch(micro_batch, objective.causal) for micro_batch in micro_batches]
+            with torch.no_grad():
+                sums = self._run(batches, forward_only=True).sum(dim=0, dtype=torch.float64)
+            self.ddp_model.train()
+            label_tokens = sum(int((micro_batch.labels != IGNORE).sum()) for micro_batch in micro_batches)
+            share = [*sums.tolist(), label_tokens] if reports_loss() else [0.0, 0.0, 0.0]
+            totals = torch.tensor(share, dtype=torch.float64, device=device.device())
+            dist.all_reduce(totals)
+            loss[objective.name], accuracy[objective.name] = (totals[:2] / totals[2]).tolist()
+        return loss, accuracy
+
+    def _run(self, batches: Sequence[DeviceBatch], forward_only: bool) -> torch.Tensor:
+        """[micro-batches, 2]: summed loss and correct predictions of each; [0, 2] before the last pipeline stage."""
+        outputs = get_forward_backward_func()(
+            forward_step_func=lambda data, model: _forward(next(data), model),
+            data_iterator=iter(batches),
+            model=self.ddp_model,
+            num_microbatches=len(batches),
+            seq_length=batches[0].inputs.shape[1],
+            micro_batch_size=1,  # Megatron's own: our micro-batch is one row of packed documents
+            forward_only=forward_only,
+        )
+        if not outputs:
+            return torch.zeros(0, 2, device=device.device())
+        return torch.stack([output["sums"] for output in outputs])
 
 
 def _leave_out_waiting(wrapped: DistributedDataParallel, watch: device.Stopwatch) -> None:
@@ -116,48 +178,15 @@ def _leave_out_waiting(wrapped: DistributedDataParallel, watch: device.Stopwatch
         group.finish_param_sync = timed(group)
 
 
-def evaluate(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean loss and accuracy of each objective over the held-out set, at the positions that pay; the training streams
-    and the weights are not touched.
-    """
-    loss, accuracy = {}, {}
-    for objective, micro_batches in trainer.evaluation.items():
-        trainer.wrapped.eval()
-        ready = [staged(micro, objective.causal) for micro in micro_batches]
-        with torch.no_grad():
-            parts = _run(trainer, ready, forward_only=True).sum(dim=0, dtype=torch.float64)
-        trainer.wrapped.train()
-        paying = sum(int((micro.labels != IGNORE).sum()) for micro in micro_batches)
-        mine = [*parts.tolist(), paying] if counts_here() else [0.0, 0.0, 0.0]
-        sums = torch.tensor(mine, dtype=torch.float64, device=device.device())
-        dist.all_reduce(sums)
-        loss[objective.name], accuracy[objective.name] = (sums[:2] / sums[2]).tolist()
-    return loss, accuracy
+def weight_buffers(ddp_model: DistributedDataParallel) -> list[torch.Tensor]:
+    """Return the flat buffers that hold all weights of this rank's model, padded with zeros."""
+    return [buffer.param_data for buffer in ddp_model.buffers]
 
 
-def counts_here() -> bool:
-    """One rank of each data-parallel replica, the one that has its loss, speaks for it."""
-    return bool(parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0)
-
-
-def _run(trainer: Trainer, micro_batches: Sequence[Staged], forward_only: bool) -> torch.Tensor:
-    """Summed loss and count of right answers of each micro-batch, [micro-batches, 2]; [0, 2] before the last stage."""
-    parts = get_forward_backward_func()(
-        forward_step_func=lambda data, model: _forward(next(data), model),
-        data_iterator=iter(micro_batches),
-        model=trainer.wrapped,
-        num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].inputs.shape[1],
-        micro_batch_size=1,  # Megatron's: a micro-batch of ours is one row of packed documents
-        forward_only=forward_only,
-    )
-    return torch.stack([part["sums"] for part in parts]) if parts else torch.zeros(0, 2, device=device.device())
-
-
-def _forward(micro: Staged, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    output = model(micro.inputs, micro.documents, micro.paying, micro.labels)
+def _forward(batch: DeviceBatch, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    output = model(batch.inputs, batch.documents, batch.label_positions, batch.labels)
 
     def loss(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        return sums[0], micro.count, {"sums": sums.detach()}
+        return sums[0], batch.num_label_tokens, {"sums": sums.detach()}
 
     return output, loss

@@ -41,27 +41,27 @@ def export_model(source: Path, output: Path) -> str:
             raise InputError("; ".join(damaged) or f"{source} has no checkpoint yet; nothing to export")
         checkpoint = newest
     meta = describe_checkpoint(checkpoint)
-    if "config" not in meta:
-        raise InputError(f"{checkpoint} was imported from {meta.get('source')} and never trained; that is its export")
+    if meta.config is None:
+        raise InputError(f"{checkpoint} was imported from {meta.source} and never trained; that is its export")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} is not empty; name a new directory for the model")
-    export_hf(checkpoint, output, load_tokenizer(meta["config"]["tokenizer"]))
-    return f"{output}: ModernBertForMaskedLM after step {meta['step']:,}, from {checkpoint}"
+    export_hf(checkpoint, output, load_tokenizer(meta.config["tokenizer"]))
+    return f"{output}: ModernBertForMaskedLM after step {meta.step:,}, from {checkpoint}"
 
 
 def _checkpoint(directory: Path) -> str:
     from engine.checkpoint import verify as verify_checkpoint
 
     meta = verify_checkpoint(directory)
-    shape = meta["architecture"]
+    shape = meta.architecture
     size = sum(file.stat().st_size for file in directory.iterdir())
-    origin = meta["config"]["name"] if "config" in meta else meta.get("source")
+    origin = meta.config["name"] if meta.config else meta.source
     return "\n".join(
         [
-            f"{directory}: step {meta['step']:,} of {origin}, {size / 1e6:,.1f} MB; every sha256 is right",
+            f"{directory}: step {meta.step:,} of {origin}, {size / 1e6:,.1f} MB; every sha256 is right",
             f"  model       {shape['num_hidden_layers']} layers, hidden {shape['hidden_size']}, "
             f"{shape['num_attention_heads']} heads, vocabulary {shape['vocab_size']:,}",
-            f"  optimizer   {'kept' if meta['optimizer'] else 'none'}",
+            f"  optimizer   {'kept' if meta.optimizer else 'none'}",
         ]
     )
 

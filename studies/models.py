@@ -71,7 +71,7 @@ def _export(checkpoint: Path, folder: Path) -> Path:
     from engine.export import export_hf
 
     meta = describe(checkpoint)
-    export_hf(checkpoint, folder, load_tokenizer(meta.get("config", {}).get("tokenizer") or meta["source"]))
+    export_hf(checkpoint, folder, load_tokenizer(str((meta.config or {}).get("tokenizer") or meta.source)))
     return folder
 
 

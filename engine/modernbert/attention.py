@@ -21,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from engine.device import moved
+from engine.device import to_device
 from engine.modernbert.fused import local_attention, rotate, takes_local_attention
 
 BAND = 64
@@ -48,7 +48,7 @@ class PackedDocuments(PackedSeqParams):
         """By NumPy: torch's threads would wait for each other, on cores that may be busy."""
         ends = np.cumsum((0, *lengths), dtype=np.int32)
         starts = np.repeat(ends[:-1], lengths)
-        cu_seqlens = moved(torch.from_numpy(ends), device)
+        cu_seqlens = to_device(torch.from_numpy(ends), device)
         longest = max(lengths)
         return cls(
             qkv_format="thd",
@@ -58,8 +58,8 @@ class PackedDocuments(PackedSeqParams):
             max_seqlen_kv=longest,
             causal=causal,
             lengths=lengths,
-            documents=moved(torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)), device),
-            positions=moved(torch.from_numpy(np.arange(ends[-1], dtype=np.int64) - starts), device),
+            documents=to_device(torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)), device),
+            positions=to_device(torch.from_numpy(np.arange(ends[-1], dtype=np.int64) - starts), device),
         )
 
     @property

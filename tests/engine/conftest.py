@@ -19,7 +19,7 @@ cpu.install()
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
     """torch.distributed and Megatron's groups with this process alone."""
-    from engine.export import single_process
+    from engine.parallel import single_process
 
     with single_process():
         yield

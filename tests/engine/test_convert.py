@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, 
 from configs.errors import InputError
 from configs.schema import RunConfig
 from datapipe.tokenizer import load_tokenizer
-from engine.checkpoint import step_directory
+from engine.checkpoint import CheckpointMeta, step_directory
 from engine.export import export_hf
 from tests.engine.world import run_world, stored, toy_config, train
 
@@ -43,13 +44,13 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_untrained(config: RunConfig, directory: Path) -> None:
     """On a rank: load `model.init` in the configured layout and save it as it is."""
-    from engine.saver import save_now
-    from engine.setup import open_trainer
+    from engine.build import build
+    from engine.checkpoint.writer import save_now
 
-    trainer = open_trainer(config, directory)
-    meta = {"step": 0, "architecture": trainer.architecture.to_dict()}
-    save_now(step_directory(trainer.checkpoints, 0), trainer.model, trainer.optimizer, meta)
-    trainer.close()
+    with closing(build(config, directory)) as run:
+        architecture = run.architecture.to_dict()
+        meta = CheckpointMeta(step=0, architecture=architecture, optimizer=True, files={})
+        save_now(step_directory(run.checkpoints.folder, 0), run.runner.model, run.runner.optimizer, meta)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_the_export_is_the_trained_model(shards: Path, alone_run: Path, tmp_path
     model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     targets = objective_of(config.phases[1], tokenizer, config.data.seed).targets()
     loader = Loader(config.data, config.batch.sequences, tokenizer, 0, 1)
-    (batch,) = loader.steps(targets, config.batch.sequences, 3, 4, describe(newest)["data"])
+    (batch,) = loader.steps(targets, config.batch.sequences, 3, 4, describe(newest).data)
     total, paying = 0.0, 0
     (micro,) = batch.micro_batches
     bounds = list(micro.cu_seqlens)

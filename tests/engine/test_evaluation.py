@@ -1,11 +1,11 @@
-"""The held-out set: both losses in either phase, without a trace in the training."""
+"""The held-out set: both losses in either phase, without an effect on the training."""
 
 from __future__ import annotations
 
 import itertools
 import time
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from configs.schema import RunConfig
 from datapipe.batch import IGNORE
 from datapipe.loader import evaluation_batches
 from datapipe.tokenizer import load_tokenizer
-from engine import setup
 from engine.checkpoint import step_directory
 from engine.export import export_hf
 from engine.objectives import CausalLM, MaskedLM
@@ -64,27 +63,25 @@ def test_evaluation_changes_nothing(
         ]
         expected_loss = torch.nn.functional.cross_entropy(torch.cat(logits), labels, ignore_index=IGNORE)
     assert lines[-1]["eval_loss"]["mlm"] == pytest.approx(float(expected_loss), rel=1e-5)
-    found = (torch.cat(logits).argmax(dim=1) == labels)[labels != IGNORE].float().mean()
-    assert lines[-1]["eval_accuracy"]["mlm"] == pytest.approx(float(found), abs=1e-9)
+    accuracy = (torch.cat(logits).argmax(dim=1) == labels)[labels != IGNORE].float().mean()
+    assert lines[-1]["eval_accuracy"]["mlm"] == pytest.approx(float(accuracy), abs=1e-9)
     assert CausalLM.causal and lines[-1]["eval_loss"]["clm"] != lines[-1]["eval_loss"]["mlm"]
 
 
 def train_with_a_slow_rank(config: RunConfig, directory: Path) -> None:
     """Rank 1 sleeps in both forward passes of the last of five steps."""
-    original, passes = setup.build_model, itertools.count(1)
+    from engine.build import build
+    from engine.trainer import train_loop
 
-    def build(*args: Any, **more: Any) -> Any:
-        model, wrapped = original(*args, **more)
+    passes = itertools.count(1)
+    with closing(build(config, directory)) as run:
         if dist.get_rank() == 1:
-            model.register_forward_pre_hook(lambda *_: time.sleep(2) if next(passes) > 8 else None)
-        return model, wrapped
-
-    setup.build_model = build  # type: ignore[assignment]
-    train(config, directory)
+            run.runner.model.register_forward_pre_hook(lambda *_: time.sleep(2) if next(passes) > 8 else None)
+        train_loop(run)
 
 
 def test_a_straggler_is_seen(shards: Path, tmp_path: Path) -> None:
-    """Every rank's step ends when the slowest's does; what is shown is each one's own part of it."""
+    """All ranks end a step together, so telemetry shows each rank's own part of it."""
     run_world(2, train_with_a_slow_rank, toy_config(shards), tmp_path)
     telemetry = Telemetry.read(tmp_path)
     assert telemetry is not None

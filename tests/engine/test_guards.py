@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import re
+import shutil
+from collections import namedtuple
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from configs.schema import RunConfig
+from engine.build import build
 from engine.checkpoint import latest_valid, step_of
-from engine.guards import Guards, _verdict
+from engine.guards import Guards, verdict
+from engine.step import weight_buffers
+from engine.trainer import train_loop
 from monitoring.log import read_events, read_metrics
-from tests.engine.world import run_world, stored, toy_config, train
+from tests.engine.world import run_world, stored, toy_config
+
+
+class SpoilForward(torch.autograd.Function):
+    """NaN forward; backward gives the gradients of an undisturbed forward."""
+
+    @staticmethod
+    def forward(context: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * math.nan
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
 
 
 def train_poisoned(config: RunConfig, directory: Path, poisoned: set[int], gradient: bool = True) -> Any:
     """Train with a loss of NaN for the second micro-batch of these steps (from 1), and a gradient of NaN or not."""
-    from engine import step as module
-
-    original, calls = module._forward, iter(range(10**9))
+    calls = itertools.count()
     per_step = config.batch.sequences // int(config.batch.micro)
 
-    def forward(*args: Any) -> Any:
-        output, loss = original(*args)
+    def poison(model: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         step, number = divmod(next(calls), per_step)
         if step + 1 not in poisoned or number != 1:
-            return output, loss
-        return (output * math.nan, loss) if gradient else (output, lambda sums: spoilt(*loss(sums)))
+            return output
+        return output * math.nan if gradient else SpoilForward.apply(output)
 
-    def spoilt(total: Any, count: Any, logged: dict[str, Any]) -> Any:
-        return total, count, {name: value * math.nan for name, value in logged.items()}
-
-    module._forward = forward
-    return train(config, directory)
+    with closing(build(config, directory)) as run:
+        run.runner.ddp_model.register_forward_hook(poison)
+        return train_loop(run)
 
 
 def events(directory: Path, kind: str) -> list[dict[str, Any]]:
@@ -75,36 +90,45 @@ def test_a_run_without_finite_gradients_stops_with_a_diagnosis(shards: Path, tmp
     assert all(torch.equal(tensor, good[name]) for name, tensor in kept.items())
 
 
-def train_with_a_flipped_bit(config: RunConfig, directory: Path) -> Any:
-    """Train; rank 1's copy of one weight changes silently in step 4."""
-    import torch.distributed as dist
+def train_with_a_flipped_bit(config: RunConfig, directory: Path, at_step: int, stop_after: int | None = None) -> Any:
+    """Train; rank 1's copy of a weight that rank 0 updates changes silently after the forward pass of a step."""
+    passes = itertools.count(1)
+    per_rank = config.batch.sequences // dist.get_world_size() // int(config.batch.micro)
+    calls = itertools.count(1)
 
-    from engine import trainer as module
+    def flip(model: Any, *_: Any) -> None:
+        if next(passes) == at_step * per_rank and dist.get_rank() == 1:
+            (weights, *_others) = weight_buffers(model)
+            weights.view(torch.int32)[0] ^= 1
 
-    original = module.require_equal_replicas
-
-    def compare(model: Any, step: int) -> None:
-        if step == 4 and dist.get_rank() == 1:
-            weight = next(model.parameters())
-            weight.data.view(torch.int32)[0, 0] ^= 1
-        original(model, step)
-
-    module.require_equal_replicas = compare
-    return train(config, directory)
+    with closing(build(config, directory)) as run:
+        run.checkpoints.clock = itertools.count(0, 25).__next__
+        run.state.saved_at = 0.0
+        run.runner.ddp_model.register_forward_hook(flip)
+        return train_loop(run, lambda: "test" if stop_after and next(calls) >= stop_after else None)
 
 
-def test_replicas_that_differ_stop_the_run(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("every", "stop_after", "good"),
+    [("2 steps", None, [2, 3]), ("1 minutes", None, [3]), ("100 steps", None, [3]), ("100 steps", 4, [3])],
+    ids=["steps", "minutes", "end of the run", "stop"],
+)
+def test_replicas_that_differ_stop_the_run_before_it_saves(
+    every: str, stop_after: int | None, good: list[int], shards: Path, tmp_path: Path
+) -> None:
+    """Each checkpoint is compared first, whatever asks for it: the weight differs in step 4 alone."""
+    config = toy_config(shards, checkpoint={"every": every})
     with pytest.raises(
-        AssertionError, match=r"RunFailedError: step 4: .* ranks \[0\] and ranks \[1\] differ, and no maj"
+        AssertionError, match=r"RunFailedError: step [45]: .* ranks \[0\] and ranks \[1\] differ, and no"
     ):
-        run_world(2, train_with_a_flipped_bit, toy_config(shards, checkpoint={"every": "2 steps"}), tmp_path)
-    assert max((tmp_path / "checkpoints").glob("step-*")).name == "step-00000003"
+        run_world(2, train_with_a_flipped_bit, config, tmp_path, 4, stop_after)
+    assert sorted(step_of(path) for path in (tmp_path / "checkpoints").glob("step-*")) == good
 
 
 def test_the_majority_of_the_replicas_is_believed() -> None:
-    assert _verdict([[0, 2, 4, 6]]) == ""
-    assert _verdict([[0], [2, 4, 6]]) == "ranks [0] differ from the majority, ranks [2, 4, 6]"
-    assert _verdict([[0, 6], [2, 4]]) == "ranks [0, 6] and ranks [2, 4] differ, and no majority tells which are right"
+    assert verdict([[0, 2, 4, 6]]) == ""
+    assert verdict([[0], [2, 4, 6]]) == "ranks [0] differ from the majority, ranks [2, 4, 6]"
+    assert verdict([[0, 6], [2, 4]]) == "ranks [0, 6] and ranks [2, 4] differ, and no majority tells which are right"
 
 
 def test_a_spike_is_told_from_noise_also_after_a_restart(alone: None, tmp_path: Path) -> None:
@@ -120,43 +144,37 @@ def test_a_spike_is_told_from_noise_also_after_a_restart(alone: None, tmp_path: 
 
 
 def train_with_a_bad_disk(config: RunConfig, directory: Path, how: str, steps: set[int]) -> Any:
-    """Train; at these steps the disk is full before a save, as rank 0 writes its part, or as it ends the checkpoint; or
-    rank 1 writes to a disk of its own."""
-    import shutil
-    from collections import namedtuple
+    """Train; at these steps a save fails.
 
-    import torch.distributed as dist
+    how: the disk is full before the save, as rank 0 writes its part, or as it ends the checkpoint; or rank 1 writes to
+    a disk of its own.
+    """
+    with closing(build(config, directory)) as run:
+        writer = run.checkpoints.writer
+        usage, write_part, write_file = shutil.disk_usage, writer.write_part, writer.write_file
 
-    from engine import saver
+        def fails(where: str) -> bool:
+            return where == how and run.state.step in steps
 
-    now = {"step": 0}
-    begin, usage, write, write_bytes = saver.Saver.begin, shutil.disk_usage, saver.Saver._write, saver._write_bytes
+        def full_disk(path: Any) -> Any:
+            return namedtuple("usage", "total used free")(1, 1, 0) if fails("before") else usage(path)
 
-    def watched_begin(self: Any, checkpoint: Path, *args: Any) -> None:
-        now["step"] = int(checkpoint.name[-8:])
-        begin(self, checkpoint, *args)
-
-    def disk_usage(path: Any) -> Any:
-        full = how == "before" and now["step"] in steps
-        return namedtuple("usage", "total used free")(1, 1, 0) if full else usage(path)
-
-    def write_part(self: Any, hidden: Path, *args: Any) -> Any:
-        if now["step"] in steps:
-            if how == "writing" and dist.get_rank() == 0:
+        def bad_part(hidden: Path) -> Any:
+            if fails("writing") and dist.get_rank() == 0:
                 raise OSError(28, "No space left on device")
-            if how == "elsewhere" and dist.get_rank() == 1:
+            if fails("elsewhere") and dist.get_rank() == 1:
                 hidden = directory / "elsewhere"
                 hidden.mkdir(exist_ok=True)
-        return write(self, hidden, *args)
+            return write_part(hidden)
 
-    def write_last(path: Path, content: bytes) -> None:
-        if how == "ending" and now["step"] in steps and path.name == "detour.json":
-            raise OSError(28, "No space left on device")
-        write_bytes(path, content)
+        def bad_file(path: Path, content: bytes) -> None:
+            if fails("ending") and path.name == "detour.json":
+                raise OSError(28, "No space left on device")
+            write_file(path, content)
 
-    saver.Saver.begin, saver.Saver._write, saver._write_bytes = watched_begin, write_part, write_last
-    shutil.disk_usage = disk_usage
-    return train(config, directory)
+        writer.write_part, writer.write_file = bad_part, bad_file  # type: ignore[method-assign]
+        shutil.disk_usage = full_disk
+        return train_loop(run)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+from engine.build import build
 from engine.checkpoint import describe, latest_valid, prune, step_directory, verify
+from engine.trainer import train_loop
 from monitoring.log import read_events, read_metrics
 from tests.engine.world import run_world, stored, toy_config, train
 
@@ -104,14 +108,20 @@ def test_a_checkpoint_of_another_model_size_is_refused(shards: Path, alone_run: 
         run_world(1, train, wider, alone_run)
 
 
+def rewrite_meta(checkpoint: Path, **changes: Any) -> None:
+    """Replace fields of detour.json; None removes one."""
+    content = json.loads((checkpoint / "detour.json").read_text()) | changes
+    content = {name: value for name, value in content.items() if value is not None}
+    (checkpoint / "detour.json").write_text(json.dumps(content))
+
+
 def with_index(alone_run: Path, folder: Path, content: bytes) -> Path:
     """A copy of the finished run's checkpoint with another index, its size and sha256 put right."""
     checkpoint = folder / "checkpoints" / "step-00000005"
     shutil.copytree(step_directory(alone_run / "checkpoints", 5), checkpoint)
     (checkpoint / ".metadata").write_bytes(content)
-    meta = describe(checkpoint)
-    meta["files"][".metadata"] = (len(content), hashlib.sha256(content).hexdigest())
-    (checkpoint / "detour.json").write_text(json.dumps(meta))
+    files = {**describe(checkpoint).files, ".metadata": (len(content), hashlib.sha256(content).hexdigest())}
+    rewrite_meta(checkpoint, files=files)
     return checkpoint
 
 
@@ -148,7 +158,7 @@ def test_an_index_names_no_code_where_python_pickles_enumerations_by_name(
     """As Python 3.11.0 to 3.11.3 does, which is Debian 12's: by `builtins.getattr`, which is not trusted."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-    from engine.saver import _pickled
+    from engine.checkpoint.writer import _pickled
 
     index = pickle.loads((step_directory(alone_run / "checkpoints", 5) / ".metadata").read_bytes())
     monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
@@ -168,20 +178,14 @@ def test_an_index_that_calls_a_weight_a_pickle_is_not_loaded(alone_run: Path, tm
 
 
 def train_with_a_fast_clock(config: RunConfig, directory: Path) -> Any:
-    """Train; the clock is 25 seconds ahead for every time it was looked at."""
-    import time
-    from types import SimpleNamespace
-
-    from engine import trainer
-
-    looks = iter(range(1, 10**9))
-    clock = {"monotonic": lambda: time.monotonic() + 25 * next(looks), "perf_counter": time.perf_counter}
-    trainer.time = SimpleNamespace(**clock)  # type: ignore[attr-defined]
-    return train(config, directory)
+    """Train; the clock of the checkpoints is 25 seconds later each time that it is read."""
+    with closing(build(config, directory)) as run:
+        run.checkpoints.clock, run.state.saved_at = itertools.count(25, 25).__next__, 0.0
+        return train_loop(run)
 
 
 def test_checkpoints_by_the_minute(shards: Path, tmp_path: Path) -> None:
-    """The rank that decides looks once a step, and once as a save begins."""
+    """The rank that decides reads the clock once per step, and once as a save begins."""
     config = toy_config(shards, phases=[{"objective": "clm", "steps": 8}], checkpoint={"every": "1 minutes"})
     run_world(2, train_with_a_fast_clock, config, tmp_path)
     saved = [event["step"] for event in read_events(tmp_path) if event["event"] == "checkpoint_saved"]
@@ -197,5 +201,47 @@ def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"{tmp_path} is not a Detour checkpoint"):
+    with pytest.raises(InputError, match=str(tmp_path)) as error:
         describe(tmp_path)
+    assert error.value.code == "not-a-checkpoint"
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(shards: Path, alone_run: Path, tmp_path: Path) -> None:
+    """Format 1 began with these fields alone."""
+    config = toy_config(shards)
+    run_world(1, train, config, tmp_path, 2)
+    checkpoint = step_directory(tmp_path / "checkpoints", 2)
+    content = json.loads((checkpoint / "detour.json").read_text())
+    first_fields = [
+        "format",
+        "step",
+        "phase",
+        "architecture",
+        "config",
+        "recorder",
+        "guards",
+        "optimizer",
+        "data",
+        "files",
+    ]
+    (checkpoint / "detour.json").write_text(json.dumps({name: content[name] for name in first_fields}))
+    run_world(1, train, config, tmp_path)
+    assert trained(tmp_path) == trained(alone_run)
+
+
+@pytest.mark.parametrize("field", ["step", "architecture", "optimizer", "files", "phase", "data", "recorder", "guards"])
+def test_a_record_without_a_field_that_a_resume_reads_is_damaged(field: str, alone_run: Path, tmp_path: Path) -> None:
+    shutil.copy(step_directory(alone_run / "checkpoints", 5) / "detour.json", tmp_path)
+    rewrite_meta(tmp_path, newer_field=1)
+    assert describe(tmp_path).step == 5, "unknown fields are of newer versions"
+    rewrite_meta(tmp_path, **{field: None})
+    with pytest.raises(InputError, match=field) as error:
+        describe(tmp_path)
+    assert error.value.code == "checkpoint-damaged"
+
+
+def test_the_record_is_what_a_resume_reads(alone_run: Path) -> None:
+    checkpoint = step_directory(alone_run / "checkpoints", 3)
+    meta = describe(checkpoint)
+    assert json.loads(json.dumps(meta.to_json())) == json.loads((checkpoint / "detour.json").read_text())
+    assert (meta.step, meta.phase, meta.optimizer, sorted(meta.data or {})) == (3, 0, True, ["0", "1", "2", "3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,19 +48,20 @@ def _states(meta: dict[str, Any]) -> list[Any]:
 def _save_and_load(
     shards: Path, scratch: Path, checkpoint: Path, save: bool, parallel: dict[str, int]
 ) -> dict[str, Any]:
-    from engine.saver import save_now
+    from engine.build import build
+    from engine.checkpoint import CheckpointMeta
+    from engine.checkpoint.writer import save_now
     from engine.scaling import load_scaling
-    from engine.setup import open_trainer
 
     scratch.mkdir(exist_ok=True)
-    trainer = open_trainer(toy_config(shards, parallel=parallel), scratch)
-    equipped = _equip(trainer.model, fill=save)
-    if save:
-        meta = {"step": 1, "architecture": trainer.architecture.to_dict()}
-        save_now(checkpoint, trainer.model, trainer.optimizer, meta)
-    else:
-        load_scaling(checkpoint, trainer.model)
-    trainer.close()
+    with closing(build(toy_config(shards, parallel=parallel), scratch)) as run:
+        equipped = _equip(run.runner.model, fill=save)
+        if save:
+            architecture = run.architecture.to_dict()
+            meta = CheckpointMeta(step=1, architecture=architecture, optimizer=True, files={})
+            save_now(checkpoint, run.runner.model, run.runner.optimizer, meta)
+        else:
+            load_scaling(checkpoint, run.runner.model)
     return {
         layer: [tensor.tolist() for state in _states(meta) for tensor in (state.scale, state.amax_history)]
         for layer, meta in equipped.items()

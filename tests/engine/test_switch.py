@@ -1,9 +1,9 @@
-"""What the objective switch and freezing leave untouched."""
+"""The objective switch and freezing leave the rest untouched."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,29 +13,21 @@ from tests.engine.world import run_world, stored, toy_config, train
 
 def train_and_watch(config: RunConfig, directory: Path) -> list[tuple[str, int, dict[str, bytes]]]:
     """Train, and keep the bytes of Adam's moments before and after every optimizer step of this rank."""
-    from engine import trainer as module
+    from engine.build import build
+    from engine.trainer import train_loop
 
     seen: list[tuple[str, int, dict[str, bytes]]] = []
-    adams: list[Any] = []
-    original = module.set_learning_rate
+    with closing(build(config, directory)) as run:
+        (adam,) = (part.optimizer for part in run.runner.optimizer.chained_optimizers)
 
-    def after(inner: Any, *_: Any) -> None:
-        seen.append(("after", inner.param_groups[0]["step"], moments()))
+        def keep(when: str) -> None:
+            states = enumerate(adam.state.values())
+            moments = {f"{i}.{k}": v.numpy().tobytes() for i, state in states for k, v in state.items()}
+            seen.append((when, adam.param_groups[0].get("step", 0), moments))
 
-    def moments() -> dict[str, bytes]:
-        states = [state for adam in adams for state in adam.state.values()]
-        return {f"{i}.{k}": v.numpy().tobytes() for i, state in enumerate(states) for k, v in state.items()}
-
-    def watched(optimizer: Any, *args: Any) -> None:
-        original(optimizer, *args)
-        if not adams:
-            adams.extend(part.optimizer for part in optimizer.chained_optimizers)
-            for adam in adams:
-                adam.register_step_post_hook(after)
-        seen.append(("before", adams[0].param_groups[0].get("step", 0), moments()))
-
-    module.set_learning_rate = watched  # type: ignore[assignment]
-    train(config, directory)
+        adam.register_step_pre_hook(lambda *_: keep("before"))
+        adam.register_step_post_hook(lambda *_: keep("after"))
+        train_loop(run)
     return seen
 
 

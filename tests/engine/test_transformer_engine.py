@@ -33,16 +33,16 @@ def _with_transformer_engine(function: Callable[..., Any], *args: Any) -> Any:
     from tests.engine import te_on_cpu
 
     te_on_cpu.install(Path(os.environ["TE_PYTHON"]))
-    from engine import precision, setup
+    from engine import build, precision
     from engine.modernbert import layers
     from engine.modernbert.attention import BlockedAttention
 
     layers.FlashAttention = layers.TransformerEngineAttention = BlockedAttention  # type: ignore[misc, assignment]
     precision._require_fp8 = lambda recipe: None
-    bare = setup.ModernBert
-    setup.ModernBert = lambda *args, **more: bare(*args, **{**more, "transformer_engine": True})  # type: ignore
-    config = setup.transformer_config
-    setup.transformer_config = lambda *args, **more: config(*args, **{**more, "gradient_accumulation_fusion": True})
+    bare = build.ModernBert
+    build.ModernBert = lambda *args, **more: bare(*args, **{**more, "transformer_engine": True})  # type: ignore
+    config = build.transformer_config
+    build.transformer_config = lambda *args, **more: config(*args, **{**more, "gradient_accumulation_fusion": True})
     return function(*args)
 
 

@@ -1,8 +1,7 @@
-"""A copy of the newest checkpoints in a remote store, for machines whose disks go with them."""
+"""Copies the newest checkpoints to a remote store, for machines that lose their disks when they go."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import threading
@@ -14,7 +13,9 @@ from configs.errors import InputError
 from configs.files import partial_path
 from configs.load import changes_of_run, validate
 from configs.schema import RunConfig
-from engine.checkpoint import CONFIG_FILE, beyond, partial_directory, set_aside, verify
+from engine.checkpoint.format import expired, set_aside, verify
+from engine.checkpoint.meta import CheckpointMeta
+from engine.modernbert.config import CONFIG_FILE
 from monitoring.events import CheckpointFailed, record
 from monitoring.run_directory import RunDirectory
 
@@ -22,17 +23,25 @@ logger = logging.getLogger(__name__)
 
 
 class Mirror:
-    """A run's checkpoints under an fsspec URL (s3://, gs://, a shared path), by the run's name. Used by rank 0 alone.
+    """The checkpoints of a run under an fsspec URL (s3://, gs://, a shared path). Used by rank 0 alone.
 
-    Credentials come from the environment, as the store's own tools read them. A checkpoint counts as there when its
-    detour.json is, which is uploaded last. A store that fails never fails the training: that is an event.
+    Credentials come from the environment, as the store's own tools read them. A checkpoint is complete once its
+    detour.json is in the store, which is uploaded last. A store that fails is an event and never fails the training.
+
+    Args:
+        url: Folder of the store; the run's name is the folder in it.
+        config: The run's configuration.
+        directory: The run directory.
+
+    Raises:
+        InputError: No fsspec file system takes the URL.
     """
 
     def __init__(self, url: str, config: RunConfig, directory: Path) -> None:
         try:
             self._store, root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise InputError(f"checkpoint.mirror: {url} cannot be used: {error}") from None
+            raise InputError(f"checkpoint.mirror: {url} cannot be used: {error}", key="checkpoint.mirror") from None
         self._root = f"{root.rstrip('/')}/{config.name}"
         self._config, self._directory = config, directory
         self._lock = threading.Lock()
@@ -40,7 +49,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def upload(self, checkpoint: Path) -> None:
-        """Have a checkpoint copied behind the training; after the one under way, in the place of one that waits."""
+        """Copy a checkpoint behind the training, after the current one; it replaces one that still waits."""
         with self._lock:
             self._next = checkpoint
             if self._thread is None:
@@ -48,7 +57,7 @@ class Mirror:
                 self._thread.start()
 
     def close(self) -> None:
-        """Wait for what is under way, not so long that the worker seems to hang."""
+        """Wait for the current copy, but less than the time after which a worker counts as hung."""
         if thread := self._thread:
             patience = self._config.cluster.hang_timeout / 2
             thread.join(patience)
@@ -58,9 +67,17 @@ class Mirror:
                 )
 
     def fetch(self, checkpoints: Path, newer_than: Path | None) -> Path | None:
-        """Bring the newest whole checkpoint after a local one into the local folder, with the log up to it.
+        """Download the newest complete checkpoint into the local folder, with the log up to it.
 
-        Raises InputError where the store holds another run, or, without a local checkpoint, does not answer.
+        Args:
+            checkpoints: The local folder of checkpoints.
+            newer_than: The newest valid local checkpoint. Only a newer one is downloaded.
+
+        Returns:
+            The local path of the downloaded checkpoint; None where the local one stays the newest.
+
+        Raises:
+            InputError: The store holds another run, or it does not answer and there is no local checkpoint.
         """
         try:
             names = self._names()
@@ -70,14 +87,16 @@ class Mirror:
             raise
         except Exception as error:  # each store raises its own
             if newer_than is None:
-                raise InputError(f"checkpoint.mirror: {self._root} does not answer: {error}") from None
-            self._failed(f"it does not answer ({error}), so the run goes on from the checkpoints here")
+                raise InputError(
+                    f"checkpoint.mirror: {self._root} does not answer: {error}", key="checkpoint.mirror"
+                ) from None
+            self._failed(f"it does not answer ({error}), so the run resumes from the local checkpoints")
             return None
         for name in names:
             if newer_than and name <= newer_than.name:
                 return None
             target = checkpoints / name
-            hidden = partial_directory(target)
+            hidden = partial_path(target)
             shutil.rmtree(hidden, ignore_errors=True)
             hidden.mkdir(parents=True)
             try:
@@ -88,30 +107,32 @@ class Mirror:
                 logger.warning("mirrored checkpoint %s is skipped: %s", name, error)
                 shutil.rmtree(hidden, ignore_errors=True)
                 continue
-            if target.exists():  # or the newest whole one here would not be older
+            if target.exists():  # it is damaged, because the newest valid local checkpoint is older
                 set_aside(target)
             hidden.rename(target)
             return target
         return None
 
     def _names(self) -> list[str]:
-        """Complete checkpoints, newest first."""
+        """Names of the complete checkpoints, newest first."""
         self._store.invalidate_cache()
-        found = self._store.glob(f"{self._root}/step-*/{CONFIG_FILE}")
-        return sorted((str(path).split("/")[-2] for path in found), reverse=True)
+        paths = self._store.glob(f"{self._root}/step-*/{CONFIG_FILE}")
+        return sorted((str(path).split("/")[-2] for path in paths), reverse=True)
 
     def _require_same_run(self, name: str) -> None:
-        meta = json.loads(self._store.cat_file(f"{self._root}/{name}/{CONFIG_FILE}"))
-        changed = changes_of_run(validate(RunConfig, meta["config"], f"{self._root}/{name}"), self._config)
+        meta = CheckpointMeta.model_validate_json(self._store.cat_file(f"{self._root}/{name}/{CONFIG_FILE}"))
+        stored = validate(RunConfig, meta.config, f"{self._root}/{name}")
+        changed = changes_of_run(stored, self._config)
         if changed:
             raise InputError(
                 f"checkpoint.mirror: {self._root} holds a different run\n  "
                 + "\n  ".join(changed)
-                + "\nchoose another name or mirror for a new run, or restore these keys to continue that one"
+                + "\nchoose another name or mirror for a new run, or restore these keys to continue that one",
+                key="checkpoint.mirror",
             )
 
     def _fetch_log(self) -> None:
-        """Lines of metrics.jsonl that this disk never had; those after the checkpoint are cut off as ever."""
+        """Take over the store's metrics.jsonl where it is longer. The resume cuts off lines after the checkpoint."""
         log = RunDirectory(self._directory).metrics
         copy = partial_path(log)
         if self._store.exists(f"{self._root}/{log.name}"):
@@ -131,13 +152,13 @@ class Mirror:
                 self._upload(checkpoint)
                 self._prune()
             except Exception as error:
-                if checkpoint.exists():  # else it was pruned here meanwhile, and a newer one waits
+                if checkpoint.exists():  # else retention has deleted it, and a newer one waits
                     self._failed(f"{checkpoint.name} was not copied: {error}")
 
     def _upload(self, checkpoint: Path) -> None:
         target = f"{self._root}/{checkpoint.name}"
         self._store.makedirs(target, exist_ok=True)
-        if self._store.exists(f"{target}/{CONFIG_FILE}"):  # of a copy that counts as whole, and is about to change
+        if self._store.exists(f"{target}/{CONFIG_FILE}"):  # because the copy is about to change
             self._store.rm_file(f"{target}/{CONFIG_FILE}")
         for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             self._store.put_file(str(path), f"{target}/{path.name}")
@@ -148,8 +169,8 @@ class Mirror:
 
     def _prune(self) -> None:
         settings = self._config.checkpoint
-        for old in beyond([Path(name) for name in self._names()], settings.keep, settings.keep_every):
-            self._store.rm_file(f"{self._root}/{old}/{CONFIG_FILE}")  # first, so that half of one counts as none
+        for old in expired([Path(name) for name in self._names()], settings.keep, settings.keep_every):
+            self._store.rm_file(f"{self._root}/{old}/{CONFIG_FILE}")  # first, so that a half-deleted copy is incomplete
             self._store.rm(f"{self._root}/{old}", recursive=True)
 
     def _failed(self, reason: str) -> None:

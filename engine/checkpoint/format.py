@@ -1,14 +1,13 @@
-"""Checkpoints: Megatron-Core's distributed format plus one JSON file, visible only when complete.
+"""The directory of a checkpoint: where it lies, whether it is whole, and its tensors.
 
-A checkpoint is a directory `step-00000500` with Megatron's files and `detour.json`, which holds what is not a tensor
-(step, configuration, architecture, positions in the data) and the size and sha256 of every other file. It is written
-under a hidden name and renamed when whole. Tensors are stored by their place in the whole model, so any tensor-,
-pipeline- and data-parallel layout can load them.
+A checkpoint is a directory `step-00000500`. It holds Megatron-Core's distributed format and detour.json. That file is a
+`CheckpointMeta`: everything that is not a tensor, and the size and sha256 of every other file. A checkpoint is written
+under a hidden name and renamed when it is complete. Tensors are stored by their position in the whole model, so any
+tensor-, pipeline- and data-parallel layout can load them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -22,78 +21,90 @@ from typing import Any
 import torch
 
 from configs.errors import InputError
+from configs.files import file_sha256, partial_path
+from engine.checkpoint.meta import CheckpointMeta
 from engine.modernbert.config import CONFIG_FILE
-
-FORMAT = 1
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
+    """Return the directory of the checkpoint after `step` completed steps."""
     return checkpoints / f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The inverse of `step_directory`."""
+    """Return the completed steps of a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def partial_directory(checkpoint: Path) -> Path:
-    """Where a checkpoint is written, or deleted, out of sight."""
-    return checkpoint.with_name(f".{checkpoint.name}.partial")
-
-
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
+    """Return the complete checkpoints, newest first."""
     return sorted(checkpoints.glob("step-????????"), reverse=True)
 
 
 def latest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, and what is wrong with each newer one."""
-    damaged = []
+    """Return the newest undamaged checkpoint, and one complaint per newer, damaged one."""
+    complaints = []
     for path in list_checkpoints(checkpoints):
         try:
             verify(path)
         except InputError as error:
-            damaged.append(str(error))
+            complaints.append(str(error))
         else:
-            return path, damaged
-    return None, damaged
+            return path, complaints
+    return None, complaints
 
 
-def describe(checkpoint: Path) -> dict[str, Any]:
-    """The contents of a checkpoint's detour.json. InputError where it is no checkpoint of this format."""
+def describe(checkpoint: Path) -> CheckpointMeta:
+    """Read a checkpoint's detour.json. No tensor is read.
+
+    Raises:
+        InputError: The directory is not a checkpoint of this format, or its detour.json is damaged.
+    """
+    path = checkpoint / CONFIG_FILE
     try:
-        meta: dict[str, Any] = json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{checkpoint} is not a Detour checkpoint: it has no {CONFIG_FILE}") from None
+        raise InputError(
+            f"{checkpoint} is not a Detour checkpoint: it has no {CONFIG_FILE}", code="not-a-checkpoint"
+        ) from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{checkpoint / CONFIG_FILE} is damaged ({error}); use an older checkpoint") from None
-    if meta.get("format") != FORMAT:
-        raise InputError(f"{checkpoint} has checkpoint format {meta.get('format')}; this version reads {FORMAT}")
-    return meta
+        raise _damaged(f"{path} is damaged ({error})") from None
+    return CheckpointMeta.from_json(content, path)
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """`describe`, after checking every file's size and sha256. InputError names the damaged file."""
+def verify(checkpoint: Path) -> CheckpointMeta:
+    """Read detour.json and check every file's size and sha256.
+
+    Raises:
+        InputError: A file is damaged or not trusted; the message names it.
+    """
     meta = describe(checkpoint)
-    for name, (size, digest) in meta["files"].items():
+    for name, (size, sha256) in meta.files.items():
         path = checkpoint / name
         try:
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                there = "nothing" if found is None else f"{found} bytes"
-                raise InputError(
-                    f"{path} is damaged: {size} bytes were written, {there} found; use an older checkpoint"
-                )
-            if file_digest(path)[1] != digest:
-                raise InputError(f"{path} is damaged: its sha256 is not the one written; use an older checkpoint")
+            actual_size = path.stat().st_size if path.is_file() else None
+            if actual_size != size:
+                present = "nothing" if actual_size is None else f"{actual_size} bytes"
+                raise _damaged(f"{path} is damaged: {size} bytes were written, {present} found")
+            if file_sha256(path) != sha256:
+                raise _damaged(f"{path} is damaged: its sha256 is not the one written")
         except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); use an older checkpoint") from None
+            raise _damaged(f"{path} cannot be read ({error.strerror})") from None
     _refuse_foreign_pickles(checkpoint)
     return meta
 
 
 def load(checkpoint: Path, model: Any, optimizer: Any | None) -> None:
-    """Fill model and optimizer from a verified checkpoint, whatever layout wrote it; weights only without optimizer."""
+    """Fill model and optimizer from a verified checkpoint, whatever layout wrote it.
+
+    Args:
+        checkpoint: A verified checkpoint.
+        model: This rank's bare model.
+        optimizer: The distributed optimizer; None loads the weights alone.
+
+    Raises:
+        InputError: The checkpoint does not fit the model.
+    """
     from megatron.core import dist_checkpointing
 
     wanted: dict[str, Any] = {"model": sharded_weights(model)}
@@ -103,13 +114,20 @@ def load(checkpoint: Path, model: Any, optimizer: Any | None) -> None:
         state = dist_checkpointing.load(wanted, str(checkpoint))
     missing, unexpected = model.load_state_dict(state["model"], strict=False)
     if unexpected or any(not key.endswith("_extra_state") for key in missing):
-        raise InputError(f"{checkpoint} does not fit the model: missing {missing}, unexpected {unexpected}")
+        raise InputError(
+            f"{checkpoint} does not fit the model: missing {missing}, unexpected {unexpected}",
+            code="checkpoint-does-not-fit",
+        )
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
 
 
 def read_tensors(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Whole tensors of a checkpoint by Megatron name, in this one process."""
+    """Read whole tensors of a checkpoint by Megatron name, in this process alone.
+
+    Raises:
+        InputError: The checkpoint holds no tensor of one of these names.
+    """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint import load as read
 
@@ -117,7 +135,10 @@ def read_tensors(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
     stored = reader.read_metadata().state_dict_metadata
     absent = [name for name in names if name not in stored]
     if absent:
-        raise InputError(f"{checkpoint} holds no {', '.join(absent[:3])}; its architecture is not the one it names")
+        raise InputError(
+            f"{checkpoint} holds no {', '.join(absent[:3])}; its architecture is not the one it names",
+            code="checkpoint-does-not-fit",
+        )
     tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     with _without_pickled_code():
         read(tensors, storage_reader=reader, no_dist=True)
@@ -125,19 +146,22 @@ def read_tensors(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
-    """Delete what interrupted saves left behind, and checkpoints beyond the newest `keep`.
+    """Delete expired checkpoints and what interrupted saves left behind.
 
-    Those at a multiple of `keep_every` steps stay.
+    Args:
+        checkpoints: Folder of the checkpoints.
+        keep: Number of newest checkpoints that stay.
+        keep_every: Checkpoints at a multiple of this many steps stay as well.
     """
-    for path in beyond(list_checkpoints(checkpoints), keep, keep_every):
-        doomed = partial_directory(path)
-        path.rename(doomed)  # a half-deleted checkpoint must not look like one
-        shutil.rmtree(doomed, ignore_errors=True)
+    for path in expired(list_checkpoints(checkpoints), keep, keep_every):
+        hidden = partial_path(path)
+        path.rename(hidden)  # because a half-deleted checkpoint must not look like a checkpoint
+        shutil.rmtree(hidden, ignore_errors=True)
     clear_partial(checkpoints)
 
 
-def beyond(newest_first: Sequence[Path], keep: int, keep_every: int | None) -> list[Path]:
-    """Checkpoints that need not be kept: not of the newest `keep`, nor at a multiple of `keep_every` steps."""
+def expired(newest_first: Sequence[Path], keep: int, keep_every: int | None) -> list[Path]:
+    """Return the checkpoints beyond the newest `keep`, except those at a multiple of `keep_every` steps."""
     return [path for path in newest_first[keep:] if not keep_every or step_of(path) % keep_every]
 
 
@@ -148,14 +172,14 @@ def clear_partial(checkpoints: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Take a damaged checkpoint out of sight, so that it counts as none and its step can be saved again."""
+    """Hide a damaged checkpoint, so that its step can be saved again and retention does not count it."""
     aside = checkpoint.with_name(f".{checkpoint.name}.damaged")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
 
 
 def sharded_weights(model: Any) -> dict[str, Any]:
-    """The model's parameters by place in the whole model; every rank its part."""
+    """Return this rank's parameters with their positions in the whole model."""
     sharded = model.sharded_state_dict(metadata=_sharding())
     return {name: entry for name, entry in sharded.items() if not name.endswith("_extra_state")}
 
@@ -169,10 +193,8 @@ def _sharding() -> dict[str, Any]:
     }
 
 
-def file_digest(path: Path) -> tuple[int, str]:
-    """Size in bytes and sha256."""
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+def _damaged(message: str) -> InputError:
+    return InputError(f"{message}; use an older checkpoint", code="checkpoint-damaged")
 
 
 class _IndexUnpickler(pickle.Unpickler):

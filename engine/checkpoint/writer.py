@@ -1,9 +1,9 @@
 """Writes checkpoints behind the training steps.
 
-`begin` copies the tensors; all that follows happens in a thread of each rank. The threads meet in a process group of
-their own: rank 0's makes room, every one writes its part, and rank 0's makes the whole visible. What goes wrong on one
-rank, each of them knows at the end. That all have ended, a rank learns through the all-reduce it makes every step, so
-no synchronisation is paid for in training.
+`begin` copies the tensors; the rest happens in one thread per rank. The threads meet in a process group of their own:
+rank 0's thread makes room, every thread writes its rank's part, and rank 0's thread makes the checkpoint visible. At
+the end each rank knows of every rank's failure. The all-reduce of each training step tells whether all threads have
+ended, so training pays for no synchronisation of its own.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from engine.checkpoint import FORMAT, file_digest, partial_directory, prune, sharded_weights
+from configs.files import file_sha256, partial_path, sync_directory
+from engine.checkpoint.format import sharded_weights
+from engine.checkpoint.meta import CheckpointMeta
 from engine.modernbert.config import CONFIG_FILE
 from engine.moments import common_state, own_parts
 from engine.scaling import sharded_scaling
 
-MARGIN = 64 * 2**20
+FREE_BYTES = 64 * 2**20
 """Bytes that stay free on the disk after a save."""
 LONGEST_SAVE = timedelta(days=1)
-"""For which ranks wait for the slowest, behind the training. One that does not write at all is noticed at the next."""
+"""Time that the threads wait for the slowest one. The next save notices a rank that does not write at all."""
 
 logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(Exception):
-    """A checkpoint could not be written, on this or another rank; older ones are untouched."""
+    """A checkpoint could not be written, on this or another rank; older checkpoints are untouched."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,14 @@ class _Part:
     whole: tuple[int, ...]
     """Shape of the whole tensor."""
     live: torch.Tensor
-    """What training changes in place."""
+    """The tensor that training changes in place."""
     copy: torch.Tensor
-    """How it was when the save began. Every save uses the same memory, pinned where a GPU copies to it."""
+    """`live` when the save began. Every save uses the same memory, pinned where a GPU copies to it."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a part lies."""
+    """Position of a part on the disk."""
 
     key: str
     offset: tuple[int, ...]
@@ -77,29 +79,33 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Written:
-    """What one rank has done for a checkpoint."""
+    """One rank's contribution to a checkpoint."""
 
     parts: list[_Stored]
     files: dict[str, tuple[int, str]]
     data: dict[str, Any]
 
 
-class Saver:
-    """Saves into one folder, one checkpoint at a time; all ranks call its methods together."""
+class Writer:
+    """Writes one checkpoint at a time; all ranks call its methods together.
 
-    def __init__(self, folder: Path, keep: int, keep_every: int | None = None) -> None:
-        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+    Args:
+        on_published: Called on rank 0 in its thread, once a checkpoint is on the disk.
+    """
+
+    def __init__(self, on_published: Callable[[], None] = lambda: None) -> None:
+        self._on_published = on_published
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
         self._parts: list[_Part] | None = None
         self._target: Path | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        """What ended this rank's thread before the ranks could agree."""
+        """The exception that ended this rank's thread before the ranks could agree."""
         self._problem: str | None = None
-        """Why the checkpoint could not be saved, as all ranks know."""
+        """The reason why the checkpoint could not be saved, as all ranks know it."""
         self._started = self._ended = 0.0
         self.stall = 0.0
-        """Seconds the training stood still for the save under way or last done."""
+        """Seconds that training stood still for the current or last save."""
 
     @property
     def pending(self) -> bool:
@@ -116,18 +122,22 @@ class Saver:
         checkpoint: Path,
         model: Any,
         optimizer: Any | None,
-        meta: dict[str, Any],
+        meta: CheckpointMeta | None,
         data: dict[str, Any] | None = None,
         started: float | None = None,
     ) -> None:
         """Copy everything and start writing.
 
-        meta: the JSON kept beside the tensors; rank 0's counts.
-        data: this rank's share of the positions in the data, which are put together.
-        started: when training was interrupted for it, by `time.perf_counter`; default now.
+        Args:
+            checkpoint: Directory to write.
+            model: This rank's bare model.
+            optimizer: The distributed optimizer; None saves the weights alone.
+            meta: On rank 0, the record beside the tensors, without files and data. Other ranks' records are ignored.
+            data: Positions of the data streams that this rank serves. The record gets those of all ranks.
+            started: Time by `time.perf_counter` at which training was interrupted for the save; default now.
         """
         self._started = time.perf_counter() if started is None else started
-        if self._parts is None:  # parameters and moments stay where they are in memory, so one look is enough
+        if self._parts is None:  # only once, because parameters and moments stay where they are in memory
             tensors = {**sharded_weights(model), **sharded_scaling(model)}
             self._parts = [_part(tensor) for tensor in own_parts(tensors, optimizer)]
         torch._foreach_copy_(
@@ -138,7 +148,6 @@ class Saver:
         common = io.BytesIO()
         if dist.get_rank() == 0:
             torch.save({"optimizer": common_state(optimizer)} if optimizer is not None else {}, common)
-        meta = {**meta, "optimizer": optimizer is not None}
         self._target, self._error, self._problem = checkpoint, None, None
         self._thread = threading.Thread(
             target=self._save, args=(checkpoint, meta, common.getvalue(), data or {}), name="detour-checkpoint"
@@ -147,7 +156,7 @@ class Saver:
         self.stall = time.perf_counter() - self._started
 
     def wait(self) -> tuple[Path, float]:
-        """`complete`, after waiting for the threads of all ranks."""
+        """Wait for the threads of all ranks, then `complete`."""
         assert self._thread is not None
         started = time.perf_counter()
         self._thread.join()
@@ -155,9 +164,12 @@ class Saver:
         return self.complete()
 
     def complete(self) -> tuple[Path, float]:
-        """The checkpoint that was begun, visible by now, and the seconds it took.
+        """Return the checkpoint that was begun, visible by now, and the seconds it took.
 
-        Called when no rank is writing any more. Raises SaveFailedError on every rank where it could not be written.
+        Called when no rank is writing any more.
+
+        Raises:
+            SaveFailedError: The checkpoint could not be written; raised on every rank.
         """
         assert self._target is not None and self._thread is not None
         self._thread.join()
@@ -168,31 +180,61 @@ class Saver:
             raise SaveFailedError(f"{target} was not saved: {self._problem}")
         return target, self._ended - self._started
 
-    def _save(self, target: Path, meta: dict[str, Any], common: bytes, data: dict[str, Any]) -> None:
+    def write_part(self, hidden: Path) -> tuple[list[_Stored], dict[str, tuple[int, str]]]:
+        """Write this rank's file in the format of torch's own writer; runs in the thread.
+
+        Returns:
+            The positions of the tensors, and the size and sha256 of each file.
+        """
+        if not self._parts:
+            return [], {}
+        path = hidden / f"__{dist.get_rank()}_0.distcp"
+        stored = []
+        with path.open("wb") as file:
+            for part in self._parts:
+                start = file.tell()
+                torch.save(part.copy, file)
+                position = (path.name, start, file.tell() - start)
+                shape = tuple(part.copy.shape)
+                stored.append(_Stored(part.key, part.offset, shape, part.whole, part.copy.dtype, *position))
+            file.flush()
+            os.fsync(file.fileno())
+        return stored, {path.name: _size_and_sha256(path)}
+
+    def write_file(self, path: Path, content: bytes) -> None:
+        """Write one of the small files that rank 0 adds, and force it onto the disk; runs in the thread."""
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _save(self, target: Path, meta: CheckpointMeta | None, common: bytes, data: dict[str, Any]) -> None:
         try:
             self._problem = self._try_to_save(target, meta, common, data)
-        except Exception as error:  # another rank has gone, or a fault of ours
+        except Exception as error:  # another rank has died, or there is a bug here
             self._error = error
         self._ended = time.perf_counter()
 
-    def _try_to_save(self, target: Path, meta: dict[str, Any], common: bytes, data: dict[str, Any]) -> str | None:
-        hidden = partial_directory(target)
+    def _try_to_save(
+        self, target: Path, meta: CheckpointMeta | None, common: bytes, data: dict[str, Any]
+    ) -> str | None:
+        hidden = partial_path(target)
         assert self._parts is not None
         size = torch.tensor([float(sum(part.copy.nbytes for part in self._parts))], dtype=torch.float64)
         dist.all_reduce(size, group=self._group)
         if problem := self._on_rank_0(hidden, lambda: _make_room(hidden, size.item())):
             return problem
-        mine: _Written | str
+        written: _Written | str
         try:
-            mine = self._write(hidden, data)
+            written = _Written(*self.write_part(hidden), data)
         except Exception as error:
-            mine = f"rank {dist.get_rank()}: {error}"
+            written = f"rank {dist.get_rank()}: {error}"
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, group=self._group)
+        dist.gather_object(written, gathered if dist.get_rank() == 0 else None, group=self._group)
         return self._on_rank_0(hidden, lambda: self._publish(hidden, target, meta, common, gathered))
 
     def _on_rank_0(self, hidden: Path, work: Callable[[], None]) -> str | None:
-        """Do it there alone; what went wrong, on every rank."""
+        """Run `work` on rank 0 alone; return its failure on every rank."""
         problem: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
@@ -204,40 +246,22 @@ class Saver:
         dist.broadcast_object_list(problem, group=self._group)
         return problem[0]
 
-    def _write(self, hidden: Path, data: dict[str, Any]) -> _Written:
-        """This rank's file, in the format of torch's own writer."""
-        assert self._parts is not None
-        if not self._parts:
-            return _Written([], {}, data)
-        path = hidden / f"__{dist.get_rank()}_0.distcp"
-        stored = []
-        with path.open("wb") as file:
-            for part in self._parts:
-                start = file.tell()
-                torch.save(part.copy, file)
-                where = (path.name, start, file.tell() - start)
-                stored.append(
-                    _Stored(part.key, part.offset, tuple(part.copy.shape), part.whole, part.copy.dtype, *where)
-                )
-            file.flush()
-            os.fsync(file.fileno())
-        return _Written(stored, {path.name: file_digest(path)}, data)
-
     def _publish(
-        self, hidden: Path, target: Path, meta: dict[str, Any], common: bytes, gathered: list[_Written | str]
+        self, hidden: Path, target: Path, meta: CheckpointMeta | None, common: bytes, gathered: list[_Written | str]
     ) -> None:
-        """Add what is written once, see that everything is there, and make it visible."""
+        """Add the files that exist once, check that every file is present, and make the checkpoint visible."""
+        assert meta is not None
         failures = [written for written in gathered if isinstance(written, str)]
         if failures:
             raise SaveFailedError("; ".join(failures))
         ranks = [written for written in gathered if isinstance(written, _Written)]
-        whole = {
+        shared = {
             ".metadata": _pickled(_index([part for rank in ranks for part in rank.parts])),
             "metadata.json": json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode(),
             "common.pt": common,
         }
-        for name, content in whole.items():
-            _write_bytes(hidden / name, content)
+        for name, content in shared.items():
+            self.write_file(hidden / name, content)
         files = {name: entry for rank in ranks for name, entry in rank.files.items()}
         for name, (size, _) in files.items():
             path = hidden / name
@@ -246,25 +270,28 @@ class Saver:
                     f"{path} is not what its rank has written; the run directory must lie on storage that all nodes "
                     "share"
                 )
-        files |= {name: file_digest(hidden / name) for name in whole}
-        if data := {stream: state for rank in ranks for stream, state in rank.data.items()}:
-            meta = {**meta, "data": data}
-        meta = {"format": FORMAT, **meta, "files": dict(sorted(files.items()))}
-        _write_bytes(hidden / CONFIG_FILE, json.dumps(meta, indent=1).encode())
-        _sync_directory(hidden)
+        files |= {name: _size_and_sha256(hidden / name) for name in shared}
+        data = {stream: state for rank in ranks for stream, state in rank.data.items()}
+        meta = meta.model_copy(update={"files": dict(sorted(files.items())), "data": data or meta.data})
+        self.write_file(hidden / CONFIG_FILE, json.dumps(meta.to_json(), indent=1).encode())
+        sync_directory(hidden)
         hidden.rename(target)
-        _sync_directory(target.parent)  # on the disk before older ones are taken off it
+        sync_directory(target.parent)  # before older checkpoints are deleted
         try:
-            prune(self._folder, self._keep, self._keep_every)
+            self._on_published()
         except OSError as error:
-            logger.warning("old checkpoints in %s were not deleted: %s", self._folder, error)
+            logger.warning("old checkpoints beside %s were not deleted: %s", target, error)
 
 
-def save_now(checkpoint: Path, model: Any, optimizer: Any | None, meta: dict[str, Any]) -> None:
-    """Write one checkpoint and wait for it; all ranks together. Raises SaveFailedError."""
-    saver = Saver(checkpoint.parent, keep=2**31)
-    saver.begin(checkpoint, model, optimizer, meta)
-    saver.wait()
+def save_now(checkpoint: Path, model: Any, optimizer: Any | None, meta: CheckpointMeta) -> None:
+    """Write one checkpoint and wait for it; all ranks together.
+
+    Raises:
+        SaveFailedError: The checkpoint could not be written.
+    """
+    writer = Writer()
+    writer.begin(checkpoint, model, optimizer, meta)
+    writer.wait()
 
 
 def _part(tensor: Any) -> _Part:
@@ -274,12 +301,16 @@ def _part(tensor: Any) -> _Part:
 
 
 def _make_room(hidden: Path, size: float) -> None:
-    """Clear the hidden folder and see that the disk can take the checkpoint."""
+    """Clear the hidden folder and check that the disk has room for the checkpoint."""
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     free = shutil.disk_usage(hidden).free
-    if free < size + MARGIN:
+    if free < size + FREE_BYTES:
         raise SaveFailedError(f"{free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed")
+
+
+def _size_and_sha256(path: Path) -> tuple[int, str]:
+    return path.stat().st_size, file_sha256(path)
 
 
 def _index(parts: list[_Stored]) -> index.Metadata:
@@ -311,18 +342,3 @@ def _pickled(metadata: index.Metadata) -> bytes:
     file = io.BytesIO()
     _IndexPickler(file).dump(metadata)
     return file.getvalue()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

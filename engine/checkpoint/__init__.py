@@ -1,0 +1,36 @@
+"""Checkpoints: `format` and `meta` describe one, `writer` and `mirror` store it, `manager` decides when and which."""
+
+from engine.checkpoint.format import (
+    clear_partial,
+    describe,
+    expired,
+    latest_valid,
+    list_checkpoints,
+    load,
+    prune,
+    read_tensors,
+    set_aside,
+    sharded_weights,
+    step_directory,
+    step_of,
+    verify,
+)
+from engine.checkpoint.meta import CheckpointMeta, MicroBatchChoice
+
+__all__ = [
+    "CheckpointMeta",
+    "MicroBatchChoice",
+    "clear_partial",
+    "describe",
+    "expired",
+    "latest_valid",
+    "list_checkpoints",
+    "load",
+    "prune",
+    "read_tensors",
+    "set_aside",
+    "sharded_weights",
+    "step_directory",
+    "step_of",
+    "verify",
+]

@@ -1,0 +1,170 @@
+"""`batch.micro: auto` on a GPU: finds the largest micro-batch that fits, without running out of memory.
+
+The memory of a step is linear in the rows of its micro-batch: weights, moments and gradients, plus a constant per row.
+Two small micro-batches give the line. On a CPU `engine.parallel.plan` decides, because larger ones are no faster there.
+The choice is remembered for other runs on this host, and kept in the run's checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import ModernBertConfig
+
+from configs.files import write_json
+from configs.schema import RunConfig
+from datapipe.batch import IGNORE, MicroBatch
+from engine import device
+from engine.checkpoint.meta import MicroBatchChoice
+from engine.parallel import Layout
+from engine.scaling import kept_scaling
+from engine.step import StepRunner, to_device_batch
+
+REMEMBERED = Path("~/.cache/detour/micro-batches.json")
+MEMORY_SHARE = 0.9
+"""Share of the device's memory that a step may take. Fragments and batches of other lengths need the rest."""
+
+
+class Probe(Protocol):
+    """Measures the device memory of a step."""
+
+    def total(self) -> float:
+        """Return the bytes of the device."""
+
+    def held(self) -> float:
+        """Return the bytes in use before any step."""
+
+    def peak(self, rows: int) -> float:
+        """Return the peak bytes of a step on micro-batches of so many rows; all ranks call it together."""
+
+
+@dataclass(frozen=True)
+class GpuProbe:
+    """Measures steps on the costliest batches. They train nothing: their gradients are dropped, FP8 scaling restored.
+
+    The costliest row is one document of full length with a label at every position.
+    """
+
+    runner: StepRunner
+    sequence_length: int
+    token_id: int
+    """Any token; rows are made of it."""
+    num_micro_batches: int
+    """As many as the first pipeline stage keeps at once."""
+
+    def total(self) -> float:
+        """Return the bytes of the device."""
+        return float(device.total_memory_bytes())
+
+    def held(self) -> float:
+        """Return the bytes of weights, gradients and moments, which Megatron allocates before the first step."""
+        return float(torch.cuda.memory_allocated())
+
+    def peak(self, rows: int) -> float:
+        """Return the peak bytes of a step on micro-batches of so many rows; all ranks call it together."""
+        ids = np.full(rows * self.sequence_length, self.token_id, np.int64)
+        labels = ids.copy()
+        labels[self.sequence_length - 1 :: self.sequence_length] = IGNORE
+        ends = np.arange(0, len(ids) + 1, self.sequence_length, dtype=np.int32)
+        torch.cuda.empty_cache()  # because unused blocks of other sizes would count
+        torch.cuda.reset_peak_memory_stats()
+        batch = to_device_batch(MicroBatch(ids, labels, ends, len(ids)), causal=True)
+        with kept_scaling(self.runner.model):
+            self.runner.forward_backward([batch] * self.num_micro_batches)
+        return float(torch.cuda.max_memory_reserved())
+
+
+def fit(
+    probe: Probe, rows: int, key: str, before: MicroBatchChoice | None, remembered: Path = REMEMBERED
+) -> MicroBatchChoice:
+    """Choose the largest micro-batch that fits every rank's device; all ranks call it together.
+
+    Args:
+        probe: Measures steps that are tried.
+        rows: Sequences of a global batch per data-parallel rank.
+        key: `identity` of the run and the device.
+        before: The choice in the run's checkpoint. It stays for the same key, because other sizes round differently.
+        remembered: Rank 0's file of choices by other runs; a choice for the same key is taken from there.
+
+    Returns:
+        The choice, the same on every rank.
+    """
+    if before is not None and before.key == key:
+        return before
+    path = remembered.expanduser()
+    known: list[int | None] = [_remembered(path).get(key) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(known)
+    if known[0] is not None:
+        return MicroBatchChoice(key, known[0])
+    size = _smallest(largest_that_fits(rows, probe.held(), probe.peak, MEMORY_SHARE * probe.total(), _smallest))
+    if dist.get_rank() == 0:
+        with suppress(OSError):  # the next run measures again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {**_remembered(path), key: size})
+    return MicroBatchChoice(key, size)
+
+
+def largest_that_fits(
+    rows: int, held: float, peak: Callable[[int], float], room: float, agreed: Callable[[int], int]
+) -> int:
+    """Find the largest divisor of `rows` whose peak bytes stay within `room`, by the line through the two smallest.
+
+    Args:
+        rows: Sequences per data-parallel rank.
+        held: Bytes in use before any step.
+        peak: Peak bytes of a step, by rows of its micro-batch.
+        room: Bytes that a step may take.
+        agreed: The smallest of all ranks' values, because all ranks must try the same sizes.
+
+    Returns:
+        At least 1, which has been tried.
+    """
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    if len(sizes) == 1:
+        return 1
+    first = peak(1)
+    # The first row's cost is an upper bound per row, because it includes the scratch memory.
+    if not agreed(int(held + sizes[1] * (first - held) <= room)):
+        return 1
+    slope = max(1.0, (peak(sizes[1]) - first) / (sizes[1] - 1))
+    return max(size for size in sizes if size == 1 or first + slope * (size - 1) <= room)
+
+
+def identity(config: RunConfig, architecture: ModernBertConfig, layout: Layout, fp8: Any) -> str:
+    """Hash everything that decides how much memory a row takes, and how much there is.
+
+    Args:
+        config: The run's configuration.
+        architecture: The model's configuration.
+        layout: The parallel layout; its micro-batch does not count.
+        fp8: Megatron's FP8 format; None without FP8.
+    """
+    sizes = (layout.tensor, layout.pipeline, layout.data, layout.sequence)
+    parts: list[Any] = [device.name(), device.total_memory_bytes(), torch.__version__, sizes]
+    parts += [config.data.sequence_length, config.batch.sequences, fp8, config.fp8_recipe, config.attention]
+    shape = json.dumps(architecture.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(repr([*parts, shape]).encode()).hexdigest()[:24]
+
+
+def _smallest(value: int) -> int:
+    """Return the smallest of all ranks' values."""
+    smallest = torch.tensor([value], device=device.device())
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest.item())
+
+
+def _remembered(path: Path) -> dict[str, int]:
+    try:
+        choices: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return choices
