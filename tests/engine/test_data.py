@@ -1,4 +1,4 @@
-"""What a run makes of data that ends, or is damaged."""
+"""Runs whose data ends or is damaged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engine.world import run_world, toy_config, train
 
 
 def configured(folder: Path, steps: int, **source: object) -> RunConfig:
-    """A run over 300 documents of 11 to 40 tokens."""
+    """Configure a run over 300 documents of 11 to 40 tokens."""
     (folder / "run").mkdir()
     texts = [f"document {number} " + "word " * (8 + number % 30) for number in range(300)]
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -29,7 +29,7 @@ def configured(folder: Path, steps: int, **source: object) -> RunConfig:
 
 
 def test_what_was_trained_before_the_data_ended_is_saved(tmp_path: Path) -> None:
-    """Streams end at different steps; every rank saves at the first end."""
+    """Streams end at different steps; all ranks save when the first one ends."""
     config = configured(tmp_path, 500, epochs=2)
     with pytest.raises(AssertionError, match=r"all have reached their `epochs` at step \d+"):
         run_world(2, train, config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Numbers that go wrong, and checkpoints that cannot be written."""
+"""Non-finite steps, loss spikes, replicas that differ, and checkpoints that cannot be written."""
 
 from __future__ import annotations
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.micro import largest_that_fits
+from configs.schema import RunConfig
+from engine import micro_batch
+from engine.build import build
+from engine.checkpoint import MicroBatchChoice, describe, step_directory
+from engine.micro_batch import largest_that_fits
+from engine.parallel import Layout
+from engine.step import StepRunner
+from engine.trainer import train_loop
 from tests.engine.world import run_world, toy_config
 
 
@@ -31,44 +39,70 @@ def test_largest_divisor_within_the_room(rows: int, held: int, scratch: int, eac
         tried.append(size)
         return needed(size)
 
-    found = largest_that_fits(rows, held, peak, room, lambda fits: fits)
+    chosen = largest_that_fits(rows, held, peak, room, lambda fits: fits)
     divisors = [size for size in range(1, rows + 1) if rows % size == 0]
     best = max((size for size in divisors if needed(size) <= room), default=1)
     if rows == 1 or held + divisors[1] * (scratch + each) <= room:
-        assert (found, tried) == (best, divisors[:2] if rows > 1 else [])
+        assert (chosen, tried) == (best, divisors[:2] if rows > 1 else [])
     else:
-        assert (found, tried) == (1, [1])
+        assert (chosen, tried) == (1, [1])
 
 
-def _fit(shards: Path, scratch: Path, memory: Path) -> tuple[list[int], list[int]]:
-    """On a rank with a device too small for more than 2 of its 4 rows: what is found the first time, again, with a
-    checkpoint of this layout, with one of another; and what was tried for it."""
-    from engine import micro
-    from engine.setup import open_trainer
+class SmallDevice:
+    """A device with room for 2 rows of a step."""
 
-    tried: list[int] = []
+    def __init__(self) -> None:
+        self.tried: list[int] = []
 
-    def peak(trainer: Any, size: int) -> float:
-        tried.append(size)
-        return 100.0 + 100.0 * size
+    def total(self) -> float:
+        return 350 / micro_batch.MEMORY_SHARE
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(micro, "_peak_bytes", peak)
-        patch.setattr(micro, "_held_bytes", lambda: 50.0)
-        patch.setattr(micro.device, "total_memory_bytes", lambda: 350 / micro.SHARE)
-        trainer = open_trainer(toy_config(shards), scratch)
-        key, first = micro.fit_micro_batch(trainer, None, memory)
-        found = [first] + [
-            micro.fit_micro_batch(trainer, *more)[1] for more in ((None, memory), ((key, 1),), (("", 1), memory))
-        ]
-        trainer.close()
-    return found, tried
+    def held(self) -> float:
+        return 50.0
+
+    def peak(self, rows: int) -> float:
+        self.tried.append(rows)
+        return 100.0 + 100.0 * rows
 
 
-def test_ranks_agree_and_remember(shards: Path, tmp_path: Path) -> None:
-    memory = tmp_path / "cache" / "micro.json"
-    for rank, (found, tried) in enumerate(run_world(2, _fit, shards, tmp_path, memory)):
-        assert found == [2, 2, 1, 2], rank
+def _fit(remembered: Path) -> tuple[list[int], list[int]]:
+    """On a rank of 4 rows: the sizes chosen at first, again, and with choices of checkpoints; and the sizes tried."""
+    device = SmallDevice()
+    same, other = MicroBatchChoice("key", 1), MicroBatchChoice("another layout's", 1)
+    choices = [micro_batch.fit(device, 4, "key", before, remembered) for before in (None, None, same, other)]
+    return [choice.size for choice in choices], device.tried
+
+
+def test_ranks_agree_and_remember(tmp_path: Path) -> None:
+    remembered = tmp_path / "cache" / "micro.json"
+    for rank, (sizes, tried) in enumerate(run_world(2, _fit, remembered)):
+        assert sizes == [2, 2, 1, 2], rank
         assert tried == [1, 2], rank
-    ((found, tried), _) = run_world(2, _fit, shards, tmp_path, memory)
-    assert (found, tried) == ([2, 2, 1, 2], [])
+    ((sizes, tried), _) = run_world(2, _fit, remembered)
+    assert (sizes, tried) == ([2, 2, 1, 2], [])
+
+
+def _train_fitted(config: RunConfig, directory: Path, remembered: Path, stop_after: int | None) -> list[int]:
+    """Train as a GPU with room for 2 rows would; the rows of each micro-batch that the model was given."""
+
+    def fit(runner: StepRunner, layout: Layout, before: MicroBatchChoice | None) -> MicroBatchChoice:
+        rows = layout.micro_batch_size * layout.num_micro_batches
+        return micro_batch.fit(SmallDevice(), rows, "key", before, remembered)
+
+    calls, rows = itertools.count(1), []
+    with closing(build(config, directory, fit)) as run:
+        length = config.data.sequence_length
+        run.runner.ddp_model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1] // length))
+        train_loop(run, lambda: "test" if stop_after and next(calls) >= stop_after else None)
+    return rows
+
+
+def test_a_resumed_run_keeps_its_micro_batch_on_another_host(shards: Path, tmp_path: Path) -> None:
+    """The checkpoint decides, whatever the new host remembers, because another size rounds differently."""
+    config = toy_config(shards, batch={"micro": "auto"})
+    run, first_host, second_host = tmp_path / "run", tmp_path / "first.json", tmp_path / "second.json"
+    run.mkdir()
+    assert run_world(1, _train_fitted, config, run, first_host, 2) == [[2] * 4 * 2]
+    second_host.write_text(json.dumps({"key": 1}))
+    assert run_world(1, _train_fitted, config, run, second_host, None) == [[2] * 4 * 3]
+    assert describe(step_directory(run / "checkpoints", 5)).micro_batch == ("key", 2)

@@ -1,4 +1,4 @@
-"""Checkpoints copied to an S3 server, and a run that goes on from them on an empty disk."""
+"""Checkpoints copied to an S3 server, and a run that resumes from them on an empty disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_a_run_goes_on_from_its_mirror(bucket: str, shards: Path, alone_run: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_mirror(bucket: str, shards: Path, alone_run: Path, tmp_path: Path) -> None:
     config = toy_config(shards, checkpoint={"every": "1 steps", "keep": 2, "mirror": f"s3://{bucket}/toy"})
     first, second = tmp_path / "first", tmp_path / "second"
     for directory in (first, second):

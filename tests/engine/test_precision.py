@@ -1,4 +1,4 @@
-"""What `precision: auto` chooses."""
+"""The choices of `precision: auto`."""
 
 from __future__ import annotations
 
@@ -43,5 +43,6 @@ def test_fp8_is_chosen_where_it_was_measured_faster(
 def test_fp8_asked_for_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_precision(toy_config(tmp_path, precision="auto"), LARGE) in ("fp32", "bf16")
-    with pytest.raises(InputError, match="precision: fp8 needs an NVIDIA GPU"):
+    with pytest.raises(InputError) as error:
         resolve_precision(toy_config(tmp_path, precision="fp8"), LARGE)
+    assert error.value.key == "precision"

@@ -1,4 +1,4 @@
-"""A stopped run goes on as if nothing had happened."""
+"""A stopped run resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINED = ("step", "phase", "objective", "loss", "tokens", "learning_rate", "gra
 
 
 def trained(directory: Path) -> list[dict[str, Any]]:
-    """What the log says of the training itself, without the clock's part."""
+    """Return the logged lines without times, which differ between runs."""
     return [{key: line[key] for key in TRAINED} for line in read_metrics(directory)]
 
 
@@ -43,8 +43,8 @@ def test_stopped_and_run_again_is_bit_identical(stop_after: int, shards: Path, a
     assert all(torch.equal(tensor, expected[name]) for name, tensor in final.items())
 
 
-def test_bf16_goes_on_bit_identical(shards: Path, tmp_path: Path) -> None:
-    """The computing weights are rounded from the fp32 ones that the optimizer keeps; a checkpoint has both."""
+def test_bf16_resumes_bit_identical(shards: Path, tmp_path: Path) -> None:
+    """A checkpoint holds the bf16 weights and the fp32 weights that the optimizer rounds them from."""
     # A small one: without AMX a CPU multiplies in bf16 very slowly.
     config = toy_config(shards, precision="bf16", data={"sequence_length": 64}, batch={"sequences": 4})
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -75,7 +75,7 @@ def test_resumed_at_another_data_parallel_size(
     assert all((tensor - expected_state[name]).abs().max() <= 1e-5 for name, tensor in final.items())
 
 
-def test_saved_at_tp2_pp2_goes_on_alone(shards: Path, alone_run: Path, tmp_path: Path) -> None:
+def test_saved_at_tp2_pp2_resumes_on_one_process(shards: Path, alone_run: Path, tmp_path: Path) -> None:
     run_world(4, train, toy_config(shards, parallel={"tensor": 2, "pipeline": 2}), tmp_path, 2)
     run_world(1, train, toy_config(shards), tmp_path)
     final, expected = stored(tmp_path, 5), stored(alone_run, 5)
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(shards: Path, alone_
     found, damaged = latest_valid(tmp_path / "checkpoints")
     assert found == older
     assert len(damaged) == 1 and str(victim) in damaged[0]
-    # It counts no longer, or the retention would delete what the run saves before it comes to that step again.
+    # It is set aside, because retention would otherwise delete what the run saves before that step.
     run_world(1, train, toy_config(shards, checkpoint={"every": "1 steps", "keep": 1}), tmp_path, 1)
     assert sorted(path.name for path in older.parent.iterdir()) == [".step-00000004.damaged", "step-00000004"]
     run_world(1, train, config, tmp_path)
@@ -116,7 +116,7 @@ def rewrite_meta(checkpoint: Path, **changes: Any) -> None:
 
 
 def with_index(alone_run: Path, folder: Path, content: bytes) -> Path:
-    """A copy of the finished run's checkpoint with another index, its size and sha256 put right."""
+    """Copy the finished run's checkpoint with another index, and with that index's size and sha256."""
     checkpoint = folder / "checkpoints" / "step-00000005"
     shutil.copytree(step_directory(alone_run / "checkpoints", 5), checkpoint)
     (checkpoint / ".metadata").write_bytes(content)
@@ -139,7 +139,7 @@ def test_an_index_that_names_code_is_not_loaded(alone_run: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("module", ["torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.metadata"])
 def test_an_index_cannot_reach_code_through_a_module_it_needs(module: str, alone_run: Path, tmp_path: Path) -> None:
-    """Protocol 4 walks dotted names, so `filesystem`'s own import of os would lend os.mkdir."""
+    """Protocol 4 resolves dotted names, so `filesystem`'s import of os would give access to os.mkdir."""
 
     def text(value: str) -> bytes:
         return b"\x8c" + bytes([len(value)]) + value.encode()
@@ -155,7 +155,7 @@ def test_an_index_cannot_reach_code_through_a_module_it_needs(module: str, alone
 def test_an_index_names_no_code_where_python_pickles_enumerations_by_name(
     alone_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Python 3.11.0 to 3.11.3 does, which is Debian 12's: by `builtins.getattr`, which is not trusted."""
+    """Python 3.11.0 to 3.11.3 pickles them by `builtins.getattr`, which is not trusted. Debian 12 has 3.11.2."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
     from engine.checkpoint.writer import _pickled
@@ -167,7 +167,7 @@ def test_an_index_names_no_code_where_python_pickles_enumerations_by_name(
 
 
 def test_an_index_that_calls_a_weight_a_pickle_is_not_loaded(alone_run: Path, tmp_path: Path) -> None:
-    """Torch's planner would unpickle it without restriction."""
+    """Torch's planner would unpickle such an entry without restriction."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     index = pickle.loads((step_directory(alone_run / "checkpoints", 5) / ".metadata").read_bytes())
@@ -212,18 +212,8 @@ def test_a_checkpoint_of_an_earlier_version_resumes(shards: Path, alone_run: Pat
     run_world(1, train, config, tmp_path, 2)
     checkpoint = step_directory(tmp_path / "checkpoints", 2)
     content = json.loads((checkpoint / "detour.json").read_text())
-    first_fields = [
-        "format",
-        "step",
-        "phase",
-        "architecture",
-        "config",
-        "recorder",
-        "guards",
-        "optimizer",
-        "data",
-        "files",
-    ]
+    first_fields = ["format", "step", "phase", "architecture", "config"]
+    first_fields += ["recorder", "guards", "optimizer", "data", "files"]
     (checkpoint / "detour.json").write_text(json.dumps({name: content[name] for name in first_fields}))
     run_world(1, train, config, tmp_path)
     assert trained(tmp_path) == trained(alone_run)

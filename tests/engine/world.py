@@ -17,10 +17,10 @@ SAMPLES = Path(__file__).parents[2] / "datapipe" / "samples"
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, fresh: bool = False) -> list[Any]:
-    """`function(*args)` on every rank of a process group of `size`; the results by rank. A rank's error is raised.
+    """Call `function(*args)` on every rank of a process group of `size`; return the results by rank.
 
-    fresh: in processes that have imported nothing; else in forks of one that has Megatron. On a GPU always fresh: CUDA
-    does not outlive a fork of a process that has only asked whether it is there.
+    A rank's error is raised. fresh: in processes that have imported nothing; else in forks of a process that has
+    imported Megatron. On a GPU always fresh, because CUDA does not survive a fork.
     """
     import torch
 
@@ -67,7 +67,7 @@ def _rank(
 
 
 def stored(directory: Path, step: int) -> dict[str, Any]:
-    """Every tensor of a run's checkpoint: weights, and Adam's moments under `optimizer.state.*`."""
+    """Read every tensor of a run's checkpoint: weights, and Adam's moments under `optimizer.state.*`."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -81,7 +81,7 @@ def stored(directory: Path, step: int) -> dict[str, Any]:
 
 
 def train(config: RunConfig, directory: Path, stop_after: int | None = None) -> Any:
-    """On a rank: the real trainer; stops after so many calls of its stop function, which is asked once a step."""
+    """Train on this rank; stop after so many calls of the stop function, which is asked once per step."""
     from engine.trainer import train as real
 
     calls = iter(range(1, 10**9))
@@ -89,7 +89,7 @@ def train(config: RunConfig, directory: Path, stop_after: int | None = None) -> 
 
 
 def toy_config(shards: Path, **changes: Any) -> RunConfig:
-    """A run of three CLM steps and two MLM steps over two sources; `changes` replace whole sections or keys in them."""
+    """Configure three CLM and two MLM steps over two sources; `changes` replace whole sections or keys in them."""
     tree: dict[str, Any] = {
         "name": "toy",
         "model": {

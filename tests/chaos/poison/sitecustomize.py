@@ -1,4 +1,7 @@
-"""Python runs this at start where the folder is on its path: the workers' sequence 7 of stream 1 has a loss of NaN."""
+"""Python runs this at start where the folder is on its path: the workers' sequence 7 of stream 1 has a loss of NaN.
+
+The seam is `engine.build.build`, whose components the poison changes before the training loop has them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 class _Poisoner(MetaPathFinder):
     def find_spec(self, name: str, *_: Any) -> Any:
-        if name != "engine.step":
+        if name != "engine.build":
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -19,22 +22,38 @@ class _Poisoner(MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            stage, original, bad = module.staged, module._forward, []
+            build = module.build
 
-            def staged(micro: Any, causal: bool) -> Any:
-                result = stage(micro, causal)
-                if any((origin.stream, origin.number) == (1, 7) for origin in micro.origins):
-                    bad.append(result)
-                return result
+            def poisoned_build(*args: Any, **more: Any) -> Any:
+                components = build(*args, **more)
+                _poison(components)
+                return components
 
-            def forward(micro: Any, *rest: Any) -> Any:
-                output, loss = original(micro, *rest)
-                return (output * math.nan if any(micro is one for one in bad) else output), loss
-
-            module.staged, module._forward = staged, forward
+            module.build = poisoned_build
 
         spec.loader.exec_module = exec_module
         return spec
+
+
+def _poison(components: Any) -> None:
+    """Multiply the model's output by NaN on micro-batches that hold the sequence."""
+    bad: list[Any] = []
+    batches = components.batches
+
+    def watched_batches(*args: Any) -> Any:
+        for step in batches(*args):
+            bad[:] = [
+                on_device.inputs
+                for micro_batch, on_device in zip(step.micro_batches, step.staged, strict=True)
+                if any((origin.stream, origin.number) == (1, 7) for origin in micro_batch.origins)
+            ]
+            yield step
+
+    def forward(model: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        return output * math.nan if any(inputs[0] is one for one in bad) else output
+
+    components.batches = watched_batches
+    components.runner.ddp_model.register_forward_hook(forward)
 
 
 sys.meta_path.insert(0, _Poisoner())
