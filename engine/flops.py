@@ -24,7 +24,7 @@ def training_flops(architecture: ModernBertConfig, lengths: ArrayLike, num_label
     weights = 4 * hidden * hidden + 3 * hidden * inner  # Wqkv, Wo; Wi has two halves, Wo one
     linear = 2 * weights * size.sum() * architecture.num_hidden_layers
     half = architecture.local_attention // 2
-    local_layers = sum(kind == "sliding_attention" for kind in architecture.layer_types)
+    local_layers = sum(kind == "sliding_attention" for kind in architecture.layer_types or ())
     global_layers = architecture.num_hidden_layers - local_layers
     pairs = global_layers * _pairs(size, np.inf, causal) + local_layers * _pairs(size, half, causal)
     attention = 2 * 2 * hidden * pairs  # query by key, weights by value

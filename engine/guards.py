@@ -111,6 +111,8 @@ class ReplicaGuard:
         Raises:
             RunFailedError: Replicas differ; the message names the ranks.
         """
+        if dist.get_world_size(self._group) == 1:
+            return
         checksums = [torch.empty_like(self._checksum) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(checksums, self._checksum, group=self._group)
         sides: dict[int, list[int]] = {}

@@ -85,7 +85,7 @@ class StepLog:
                 workers=workers,
                 eval_loss=eval_loss,
                 eval_accuracy=eval_accuracy,
-                drawn=drawn,
+                drawn=None if drawn is None else {**drawn},
             )
         )
 

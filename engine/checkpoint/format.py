@@ -130,9 +130,11 @@ def read_tensors(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
     """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint import load as read
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = FileSystemReader(checkpoint)
-    stored = reader.read_metadata().state_dict_metadata
+    entries = reader.read_metadata().state_dict_metadata
+    stored = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     absent = [name for name in names if name not in stored]
     if absent:
         raise InputError(

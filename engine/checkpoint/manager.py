@@ -95,8 +95,7 @@ class CheckpointManager:
         Raises:
             RunFailedError: The last checkpoint could not be written.
         """
-        if self.writer.pending:
-            self._finish(self.writer.wait)
+        self.wait()
         started = time.perf_counter()
         state.saved_at = self.clock()
         meta = self._meta(state, guards, self.recorder) if self.recorder else None
