@@ -34,7 +34,7 @@ from configs.schema import RunConfig
 from datapipe.batch import IGNORE, Ids, PackedSequence, StepData
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
-from engine import cpu
+from engine.megatron import cpu
 from engine.modernbert import head
 from engine.precision import resolve_precision
 
@@ -74,8 +74,8 @@ def run_config(folder: Path, objective: str, length: int, rows: int, steps: int)
 @contextmanager
 def ours(config: RunConfig, skip: int = SKIP) -> Iterator[Runner]:
     """Detour's own training step on its own batches; the process group of the caller, or of this process alone."""
+    from engine.megatron.optimizer import step as optimizer_step
     from engine.objectives import objective_of
-    from engine.optimizer import step as optimizer_step
     from engine.setup import open_trainer
     from engine.step import batches, forward_backward
 

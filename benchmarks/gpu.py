@@ -43,9 +43,9 @@ from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
 from engine.checkpoint import step_directory
 from engine.device import device, total_memory_bytes
+from engine.megatron.optimizer import step as optimizer_step
 from engine.modernbert import convert
 from engine.objectives import objective_of
-from engine.optimizer import step as optimizer_step
 from engine.precision import resolve_precision
 from engine.setup import open_trainer
 from engine.step import batches, forward_backward

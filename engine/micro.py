@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
-from engine.scaling import kept_scaling
+from engine.megatron.fp8_state import preserve_fp8_state
 from engine.step import forward_backward, staged
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def fit_micro_batch(trainer: Trainer, before: Sequence[Any] | None, memory: Path
         return key, known[0]
     rows = trainer.layout.micro * trainer.layout.micro_batches
     room = SHARE * device.total_memory_bytes()
-    with kept_scaling(trainer.model):
+    with preserve_fp8_state(trainer.model):
         found = _smallest(
             largest_that_fits(rows, _held_bytes(), lambda size: _peak_bytes(trainer, size), room, _smallest)
         )

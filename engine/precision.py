@@ -40,7 +40,8 @@ def _was_measured_in_fp8(config: RunConfig) -> bool:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("amx_tile") or features.get("avx512_bf16"))
 
 
 def _require_fp8(recipe: str) -> None:

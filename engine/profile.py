@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import RunConfig
-from engine import cpu, device
+from engine import device
+from engine.megatron import cpu
 
 WARMUP = 2
 """Steps before the measured ones."""
@@ -52,9 +53,9 @@ def profile(config: RunConfig, output: Path, steps: int = 5) -> str:
 
 
 def _profile(config: RunConfig, scratch: Path, output: Path, steps: int) -> str:
+    from engine.megatron.optimizer import set_learning_rate
+    from engine.megatron.optimizer import step as optimizer_step
     from engine.objectives import objective_of
-    from engine.optimizer import set_learning_rate
-    from engine.optimizer import step as optimizer_step
     from engine.setup import open_trainer
     from engine.step import batches, forward_backward
 

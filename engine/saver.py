@@ -8,13 +8,10 @@ no synchronisation is paid for in training.
 
 from __future__ import annotations
 
-import enum
 import io
 import json
 import logging
-import math
 import os
-import pickle
 import shutil
 import threading
 import time
@@ -27,13 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from torch.distributed.checkpoint import metadata as index
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from engine.checkpoint import FORMAT, file_digest, partial_directory, prune, sharded_weights
+from engine.megatron.fp8_state import sharded_fp8_state
+from engine.megatron.optimizer_shards import common_state, local_shards
+from engine.megatron.torch_index import INDEX_FILE, StoredShard, encode_index
 from engine.modernbert.config import CONFIG_FILE
-from engine.moments import common_state, own_parts
-from engine.scaling import sharded_scaling
 
 MARGIN = 64 * 2**20
 """Bytes that stay free on the disk after a save."""
@@ -62,24 +58,10 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """Where a part lies."""
-
-    key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    whole: tuple[int, ...]
-    dtype: torch.dtype
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
 class _Written:
     """What one rank has done for a checkpoint."""
 
-    parts: list[_Stored]
+    parts: list[StoredShard]
     files: dict[str, tuple[int, str]]
     data: dict[str, Any]
 
@@ -128,11 +110,10 @@ class Saver:
         """
         self._started = time.perf_counter() if started is None else started
         if self._parts is None:  # parameters and moments stay where they are in memory, so one look is enough
-            tensors = {**sharded_weights(model), **sharded_scaling(model)}
-            self._parts = [_part(tensor) for tensor in own_parts(tensors, optimizer)]
-        torch._foreach_copy_(
-            [part.copy for part in self._parts], [part.live for part in self._parts], non_blocking=True
-        )
+            tensors = {**sharded_weights(model), **sharded_fp8_state(model)}
+            self._parts = [_part(tensor) for tensor in local_shards(tensors, optimizer)]
+        for part in self._parts:
+            part.copy.copy_(part.live, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         common = io.BytesIO()
@@ -217,7 +198,7 @@ class Saver:
                 torch.save(part.copy, file)
                 where = (path.name, start, file.tell() - start)
                 stored.append(
-                    _Stored(part.key, part.offset, tuple(part.copy.shape), part.whole, part.copy.dtype, *where)
+                    StoredShard(part.key, part.offset, tuple(part.copy.shape), part.whole, part.copy.dtype, *where)
                 )
             file.flush()
             os.fsync(file.fileno())
@@ -232,7 +213,7 @@ class Saver:
             raise SaveFailedError("; ".join(failures))
         ranks = [written for written in gathered if isinstance(written, _Written)]
         whole = {
-            ".metadata": _pickled(_index([part for rank in ranks for part in rank.parts])),
+            INDEX_FILE: encode_index(part for rank in ranks for part in rank.parts),
             "metadata.json": json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode(),
             "common.pt": common,
         }
@@ -280,37 +261,6 @@ def _make_room(hidden: Path, size: float) -> None:
     free = shutil.disk_usage(hidden).free
     if free < size + MARGIN:
         raise SaveFailedError(f"{free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed")
-
-
-def _index(parts: list[_Stored]) -> index.Metadata:
-    """What torch's checkpoints keep in `.metadata`. Raises SaveFailedError where the parts make no wholes."""
-    tensors: dict[str, index.TensorStorageMetadata] = {}
-    places: dict[index.MetadataIndex, _StorageInfo] = {}
-    for part in parts:
-        properties = index.TensorProperties(dtype=part.dtype)
-        entry = tensors.setdefault(part.key, index.TensorStorageMetadata(properties, torch.Size(part.whole), []))
-        offset, shape = torch.Size(part.offset), torch.Size(part.shape)
-        entry.chunks.append(index.ChunkStorageMetadata(offset, shape))
-        places[index.MetadataIndex(part.key, offset)] = _StorageInfo(part.file, part.start, part.length)
-    for name, entry in tensors.items():
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise SaveFailedError(f"the parts of {name} that the ranks wrote do not make the whole")
-    return index.Metadata(tensors, storage_data=places)
-
-
-class _IndexPickler(pickle.Pickler):
-    """Pickles an enumeration's member by its value. Python 3.11.0 to 3.11.3 does so by `builtins.getattr`, a name that
-    no index of a checkpoint may hold.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        return (type(value), (value.value,)) if isinstance(value, enum.Enum) else NotImplemented
-
-
-def _pickled(metadata: index.Metadata) -> bytes:
-    file = io.BytesIO()
-    _IndexPickler(file).dump(metadata)
-    return file.getvalue()
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

@@ -25,17 +25,19 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine import device
 from engine.guards import Guards
+from engine.megatron import ddp_timing
+from engine.megatron.fp8_state import load_fp8_state
+from engine.megatron.optimizer import FrozenLayers, build_optimizer
+from engine.megatron.teardown import release
 from engine.micro import fit_micro_batch
 from engine.mirror import Mirror
 from engine.modernbert.config import CONFIG_FILE, parameter_count, resolve_architecture
 from engine.modernbert.convert import huggingface_weights, load_weights, random_weights
 from engine.modernbert.model import ModernBert, transformer_config
 from engine.objectives import CausalLM, MaskedLM, Objective
-from engine.optimizer import FrozenLayers, build_optimizer
 from engine.parallel import Layout, initialise, plan
 from engine.precision import DTYPE, Precision, resolve_precision
 from engine.saver import Saver
-from engine.scaling import load_scaling
 from engine.schedule import PhaseSchedule
 from monitoring.events import CheckpointDamaged, Resumed, Started, record
 from monitoring.log import Follower, read_events
@@ -59,6 +61,8 @@ class Trainer:
     model: ModernBert
     wrapped: Any
     """`model` inside Megatron's DDP (and its bf16 wrapper)."""
+    parameter_waits: ddp_timing.ParameterWaits
+    """Times the waits of `wrapped` for parameters of other ranks."""
     optimizer: Any
     frozen: FrozenLayers
     loader: Loader
@@ -103,10 +107,7 @@ class Trainer:
         if self.recorder:
             self.recorder.close()
         parallel_state.destroy_model_parallel()
-        # The gradients' hooks know the model, and through it the optimizer: cycles that Python cannot see, with memory
-        # that another trainer of this process would not get.
-        self.wrapped.grad_accs.clear()
-        self.model.config.grad_scale_func = None
+        release(self.wrapped, self.model)  # else another trainer of this process would not get the memory
 
 
 def open_trainer(config: RunConfig, directory: Path) -> Trainer:
@@ -150,6 +151,7 @@ def open_trainer(config: RunConfig, directory: Path) -> Trainer:
         schedule=PhaseSchedule(config),
         model=model,
         wrapped=wrapped,
+        parameter_waits=ddp_timing.install(wrapped),
         optimizer=optimizer,
         frozen=FrozenLayers(model, optimizer),
         loader=Loader(
@@ -278,7 +280,7 @@ def _restore(
         if not meta["optimizer"]:
             optimizer.reload_model_params()
         if model.config.fp8:
-            load_scaling(newest, model)
+            load_fp8_state(newest, model)
         return meta
     init = config.model.init
     if init != "scratch" and (Path(init) / CONFIG_FILE).is_file():

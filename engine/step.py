@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from datapipe.batch import IGNORE, MicroBatch, StepData
@@ -87,33 +87,11 @@ def forward_backward(trainer: Trainer, micro_batches: Sequence[Staged]) -> tuple
         watch.stop()  # from here on a rank waits for the slowest, so a later time would tell nobody who that is
         finalize_model_grads(*args, **more)
 
-    _leave_out_waiting(trainer.wrapped, watch)
+    trainer.parameter_waits.stopwatch = watch
     trainer.model.config.finalize_model_grads_func = reduce_gradients
     losses = _run(trainer, micro_batches, forward_only=False)[:, 0]
     trainer.loader.launched()
     return losses, watch
-
-
-def _leave_out_waiting(wrapped: DistributedDataParallel, watch: device.Stopwatch) -> None:
-    """Stop the watch where the forward pass waits for parameters that other ranks have updated
-    (overlap_param_gather).
-    """
-
-    def timed(group: Any) -> Callable[..., None]:
-        wait = type(group).finish_param_sync
-
-        def finish_param_sync(*args: Any, **more: Any) -> None:
-            waits = watch.runs and not (group.param_gather_dispatched and group.param_gather_handle is None)
-            if waits:
-                watch.stop()
-            wait(group, *args, **more)
-            if waits:
-                watch.start()
-
-        return finish_param_sync
-
-    for group in wrapped.bucket_groups:
-        group.finish_param_sync = timed(group)
 
 
 def evaluate(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:

@@ -23,9 +23,9 @@ from engine import checkpoint as checkpoints
 from engine import device
 from engine.flops import training_flops
 from engine.guards import require_equal_replicas
+from engine.megatron.optimizer import set_learning_rate
+from engine.megatron.optimizer import step as optimizer_step
 from engine.objectives import objective_of
-from engine.optimizer import set_learning_rate
-from engine.optimizer import step as optimizer_step
 from engine.saver import SaveFailedError
 from engine.schedule import PhaseSpan
 from engine.setup import Trainer, open_trainer

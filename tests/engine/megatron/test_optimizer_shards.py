@@ -9,17 +9,17 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.moments import boxes
+from engine.megatron.optimizer_shards import tile_range
 from tests.engine.world import run_world, toy_config, train
 
 
 @given(shape=st.lists(st.integers(1, 7), min_size=1, max_size=3), data=st.data())
-def test_boxes_tile_a_range_in_order(shape: list[int], data: st.DataObject) -> None:
+def test_tiles_cover_a_range_in_order(shape: list[int], data: st.DataObject) -> None:
     count = math.prod(shape)
     start = data.draw(st.integers(0, count))
     stop = data.draw(st.integers(start, count))
     numbers = np.arange(count).reshape(shape)
-    found = list(boxes(shape, start, stop))
+    found = list(tile_range(shape, start, stop))
     pieces = [
         numbers[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))].ravel() for offset, size in found
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.adam import FusedAdam
 from engine.device import device
+from engine.megatron.adam import FusedAdam
 
 DEVICE = device()
 
@@ -34,7 +34,7 @@ def test_the_updates_are_those_of_torch_and_a_skipped_step_is_none() -> None:
         optimizer.found_inf = torch.tensor(float(skipped), device=DEVICE)
         optimizer.step()
         if skipped:
-            optimizer.take_back()
+            optimizer.undo_step_count()
         else:
             reference.step()
         for parameter, other in zip(ours, theirs, strict=True):

@@ -14,7 +14,7 @@ from tests.engine.world import run_world, toy_config
 
 def _equip(model: Any, fill: bool) -> dict[str, Any]:
     """Give every linear layer what Transformer Engine's have; a fresh history is zeros. Layer -> its `fp8_meta`."""
-    from engine.modernbert.convert import global_name
+    from engine.megatron.names import global_name
 
     equipped = {}
     for name, module in model.named_modules():
@@ -47,8 +47,8 @@ def _states(meta: dict[str, Any]) -> list[Any]:
 def _save_and_load(
     shards: Path, scratch: Path, checkpoint: Path, save: bool, parallel: dict[str, int]
 ) -> dict[str, Any]:
+    from engine.megatron.fp8_state import load_fp8_state
     from engine.saver import save_now
-    from engine.scaling import load_scaling
     from engine.setup import open_trainer
 
     scratch.mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ def _save_and_load(
         meta = {"step": 1, "architecture": trainer.architecture.to_dict()}
         save_now(checkpoint, trainer.model, trainer.optimizer, meta)
     else:
-        load_scaling(checkpoint, trainer.model)
+        load_fp8_state(checkpoint, trainer.model)
     trainer.close()
     return {
         layer: [tensor.tolist() for state in _states(meta) for tensor in (state.scale, state.amax_history)]
@@ -76,7 +76,7 @@ def test_history_of_every_layout_is_found_again(shards: Path, tmp_path: Path) ->
 
 
 def test_what_is_tried_for_a_micro_batch_leaves_no_trace() -> None:
-    from engine.scaling import kept_scaling
+    from engine.megatron.fp8_state import preserve_fp8_state
 
     layer = torch.nn.Linear(1, 1)
     meta: dict[str, Any] = {}
@@ -88,13 +88,13 @@ def test_what_is_tried_for_a_micro_batch_leaves_no_trace() -> None:
             (float(s), float(h)) for state in _states(meta) for s in state.scale for h in state.amax_history.view(-1)
         }
 
-    with kept_scaling(model):
+    with preserve_fp8_state(model):
         for direction in ("scaling_fwd", "scaling_bwd"):
             meta[direction] = SimpleNamespace(scale=torch.full((2,), 5.0), amax_history=torch.full((4, 2), 6.0))
     assert values() == {(1.0, 0.0)}, "as a first forward finds it"
     for state in _states(meta):
         state.scale.fill_(3.0), state.amax_history.fill_(4.0)
-    with kept_scaling(model):
+    with preserve_fp8_state(model):
         for state in _states(meta):
             state.scale += 1
             state.amax_history += 1
