@@ -79,7 +79,8 @@ def _import_megatron() -> None:
     Meanwhile `torch.compile` does nothing and two packages seem absent: Megatron's decorators would load Inductor, and
     its inference engine Weights & Biases, which takes seconds and serves nothing here.
     """
-    compile_, torch.compile = torch.compile, _identity
+    compile_ = torch.compile
+    torch.compile = _identity  # type: ignore[assignment]
     hidden = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]  # an import of it raises ImportError

@@ -91,7 +91,7 @@ def encode_index(shards: Iterable[StoredShard]) -> bytes:
     for name, entry in tensors.items():
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise ValueError(f"the shards of {name} that the ranks wrote do not add up to the whole tensor")
-    return _pickled(index.Metadata(tensors, storage_data=storage))
+    return _pickled(index.Metadata({**tensors}, storage_data=storage))
 
 
 def verify_index(checkpoint: Path) -> None:
