@@ -21,6 +21,7 @@ chaos: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/mypy configs datapipe monitoring engine launcher studies benchmarks
 
 $(VENV)/.installed: pyproject.toml

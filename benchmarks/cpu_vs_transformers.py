@@ -34,7 +34,7 @@ from configs.schema import RunConfig
 from datapipe.batch import IGNORE, Ids, PackedSequence, StepData
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
-from engine import cpu
+from engine.megatron import cpu
 from engine.modernbert import head
 from engine.precision import resolve_precision
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -63,11 +62,12 @@ def read_mapping(reference: str, kind: str, folder: Traversable) -> tuple[dict[s
 
 
 def read_yaml(text: str, origin: str) -> Any:
-    """OmegaConf's safe YAML: reads 2e-4 as a number, which YAML 1.1 does not, and refuses duplicate keys."""
+    """Read YAML as OmegaConf does: 2e-4 is a number, which it is not in YAML 1.1, and duplicate keys are refused."""
     try:
-        return yaml.load(text, Loader=get_yaml_loader())
-    except yaml.YAMLError as error:
+        tree = OmegaConf.from_dotlist([f"value={text}"])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{origin} is not valid YAML: {error}") from None
+    return OmegaConf.to_container(tree)["value"]  # type: ignore[index, call-overload]
 
 
 def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -27,11 +27,13 @@ from engine import device, micro_batch
 from engine.checkpoint.manager import CheckpointManager, require_same_shape
 from engine.checkpoint.meta import CheckpointMeta, MicroBatchChoice
 from engine.guards import Guards, ReplicaGuard
+from engine.megatron import ddp_timing
+from engine.megatron.optimizer import FrozenLayers, build_optimizer
+from engine.megatron.teardown import release
 from engine.modernbert.config import CONFIG_FILE, parameter_count, resolve_architecture
 from engine.modernbert.convert import huggingface_weights, load_weights, random_weights
 from engine.modernbert.model import ModernBert, transformer_config
 from engine.objectives import CausalLM, MaskedLM, Objective, objective_of
-from engine.optimizer import FrozenLayers, build_optimizer
 from engine.parallel import Layout, initialise, plan
 from engine.precision import DTYPE, Precision, resolve_precision
 from engine.schedule import PhaseSchedule
@@ -93,7 +95,8 @@ class Components:
         self.checkpoints.close()
         if self.recorder:
             self.recorder.close()
-        _release(self.runner)
+        parallel_state.destroy_model_parallel()
+        release(self.runner.ddp_model, self.runner.model)  # else another run of this process would not get the memory
 
 
 def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) -> Components:
@@ -135,7 +138,13 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     loader = Loader(config.data, config.batch.sequences, tokenizer, rank, size, device.device().index)
     runner = StepRunner(
-        model, ddp_model, optimizer, config.optimizer, FrozenLayers(model, optimizer), on_launched=loader.launched
+        model,
+        ddp_model,
+        optimizer,
+        ddp_timing.install(ddp_model),
+        config.optimizer,
+        FrozenLayers(model, optimizer),
+        on_launched=loader.launched,
     )
     components = Components(
         config=config,
@@ -265,11 +274,3 @@ def _load_initial_weights(config: RunConfig, architecture: ModernBertConfig, mod
     else:
         load_weights(model, random_weights(architecture, config.seed))
     optimizer.reload_model_params()
-
-
-def _release(runner: StepRunner) -> None:
-    parallel_state.destroy_model_parallel()
-    # The gradients' hooks know the model, and through it the optimizer: cycles that Python cannot see, with memory
-    # that another trainer of this process would not get.
-    runner.ddp_model.grad_accs.clear()
-    runner.model.config.grad_scale_func = None

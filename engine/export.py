@@ -24,12 +24,13 @@ def export_hf(checkpoint: Path, out: Path, tokenizer: Tokenizer) -> None:
     Raises:
         InputError: The checkpoint is damaged.
     """
+    from engine.megatron.torch_index import read_tensors
     from engine.modernbert.convert import parameters, to_hf
 
     meta = checkpoints.verify(checkpoint)
     architecture = ModernBertConfig(**meta.architecture)
     table = parameters(architecture)
-    stored = checkpoints.read_tensors(checkpoint, [ours for _, ours, _ in table])
+    stored = read_tensors(checkpoint, [ours for _, ours, _ in table])
     weights = {hf: to_hf(stored[ours], row, architecture).float().contiguous() for hf, ours, row in table}
     out.mkdir(parents=True, exist_ok=True)
     architecture.architectures = ["ModernBertForMaskedLM"]
@@ -42,7 +43,7 @@ def export_hf(checkpoint: Path, out: Path, tokenizer: Tokenizer) -> None:
 
 def import_hf(init: str, out: Path, seed: int = 17) -> None:
     """Write a Hugging Face ModernBERT (directory or hub id) as a step-0 checkpoint without optimizer state."""
-    from engine import cpu
+    from engine.megatron import cpu
 
     cpu.install()
     from engine.checkpoint.writer import save_now

@@ -25,8 +25,8 @@ from configs.schema import RunConfig
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
 from engine.checkpoint.meta import MicroBatchChoice
+from engine.megatron.fp8_state import preserve_fp8_state
 from engine.parallel import Layout
-from engine.scaling import kept_scaling
 from engine.step import StepRunner, to_device_batch
 
 REMEMBERED = Path("~/.cache/detour/micro-batches.json")
@@ -78,7 +78,7 @@ class GpuProbe:
         torch.cuda.empty_cache()  # because unused blocks of other sizes would count
         torch.cuda.reset_peak_memory_stats()
         batch = to_device_batch(MicroBatch(ids, labels, ends, len(ids)), causal=True)
-        with kept_scaling(self.runner.model):
+        with preserve_fp8_state(self.runner.model):
             self.runner.forward_backward([batch] * self.num_micro_batches)
         return float(torch.cuda.max_memory_reserved())
 

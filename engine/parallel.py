@@ -112,6 +112,9 @@ def initialise(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> No
     """
     from megatron.core import parallel_state, tensor_parallel
 
+    from engine.megatron.logging import silence_expected_warnings
+
+    silence_expected_warnings()
     parallel_state.initialize_model_parallel(
         layout.tensor, layout.pipeline, distributed_timeout_minutes=math.ceil(timeout_seconds / 60)
     )

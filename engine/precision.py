@@ -46,8 +46,8 @@ def _was_measured_in_fp8(config: RunConfig) -> bool:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    # Torch 2.13 has torch.cpu.get_capabilities for it; older versions have private names alone.
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    return bool(features.get("amx_tile") or features.get("avx512_bf16"))
 
 
 def _require_fp8(recipe: str) -> None:

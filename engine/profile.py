@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import RunConfig
-from engine import cpu, device
+from engine import device
 from engine.device import Stopwatch
+from engine.megatron import cpu
 
 WARMUP = 2
 """Steps before the measured ones."""

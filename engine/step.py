@@ -16,11 +16,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from configs.schema import Optimizer
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
+from engine.megatron.ddp_timing import ParameterWaits
+from engine.megatron.optimizer import FrozenLayers, set_learning_rate
+from engine.megatron.optimizer import step as optimizer_step
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.model import ModernBert
 from engine.objectives import Objective
-from engine.optimizer import FrozenLayers, set_learning_rate
-from engine.optimizer import step as optimizer_step
 from engine.rank_stats import reports_loss
 
 
@@ -71,6 +72,8 @@ class StepRunner:
     """`model` inside Megatron's DDP, and its bf16 wrapper."""
     optimizer: Any
     """Megatron's distributed optimizer."""
+    parameter_waits: ParameterWaits
+    """Leaves the waits of `ddp_model` for other ranks' parameters out of a step's own time."""
     settings: Optimizer
     """The configuration's optimizer section."""
     frozen: FrozenLayers
@@ -96,7 +99,7 @@ class StepRunner:
             watch.stop()  # because from here on every rank waits for the slowest one
             finalize_model_grads(*args, **more)
 
-        _leave_out_waiting(self.ddp_model, watch)
+        self.parameter_waits.stopwatch = watch
         self.model.config.finalize_model_grads_func = reduce_gradients
         losses = self._run(batches, forward_only=False)[:, 0]
         self.on_launched()
@@ -154,28 +157,6 @@ class StepRunner:
         if not outputs:
             return torch.zeros(0, 2, device=device.device())
         return torch.stack([output["sums"] for output in outputs])
-
-
-def _leave_out_waiting(wrapped: DistributedDataParallel, watch: device.Stopwatch) -> None:
-    """Stop the watch where the forward pass waits for parameters that other ranks have updated
-    (overlap_param_gather).
-    """
-
-    def timed(group: Any) -> Callable[..., None]:
-        wait = type(group).finish_param_sync
-
-        def finish_param_sync(*args: Any, **more: Any) -> None:
-            waits = watch.runs and not (group.param_gather_dispatched and group.param_gather_handle is None)
-            if waits:
-                watch.stop()
-            wait(group, *args, **more)
-            if waits:
-                watch.start()
-
-        return finish_param_sync
-
-    for group in wrapped.bucket_groups:
-        group.finish_param_sync = timed(group)
 
 
 def weight_buffers(ddp_model: DistributedDataParallel) -> list[torch.Tensor]:

@@ -100,7 +100,7 @@ class Worker:
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # theirs, about themselves; they drown ours
         import torch
 
-        from engine import cpu
+        from engine.megatron import cpu
 
         torch.set_num_threads(seat.threads)
         if torch.cuda.is_available():

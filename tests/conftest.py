@@ -13,6 +13,13 @@ if not torch.cuda.is_available():
 
 from tests.launcher.toy import TRAIN, recipe, run, write
 
+CONTRACTS = Path(__file__).parent / "engine" / "megatron" / "test_contracts.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run first what tells that an upgraded Megatron, torch or Transformer Engine has changed."""
+    items.sort(key=lambda item: item.path != CONTRACTS)
+
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:

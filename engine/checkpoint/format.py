@@ -8,17 +8,11 @@ tensor-, pipeline- and data-parallel layout can load them.
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import pickle
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from configs.errors import InputError
 from configs.files import file_sha256, partial_path
@@ -78,6 +72,8 @@ def verify(checkpoint: Path) -> CheckpointMeta:
     Raises:
         InputError: A file is damaged or not trusted; the message names it.
     """
+    from engine.megatron.torch_index import verify_index
+
     meta = describe(checkpoint)
     for name, (size, sha256) in meta.files.items():
         path = checkpoint / name
@@ -90,7 +86,7 @@ def verify(checkpoint: Path) -> CheckpointMeta:
                 raise _damaged(f"{path} is damaged: its sha256 is not the one written")
         except OSError as error:
             raise _damaged(f"{path} cannot be read ({error.strerror})") from None
-    _refuse_foreign_pickles(checkpoint)
+    verify_index(checkpoint)
     return meta
 
 
@@ -107,10 +103,12 @@ def load(checkpoint: Path, model: Any, optimizer: Any | None) -> None:
     """
     from megatron.core import dist_checkpointing
 
+    from engine.megatron.torch_index import weights_only_loading
+
     wanted: dict[str, Any] = {"model": sharded_weights(model)}
     if optimizer is not None:
         wanted["optimizer"] = optimizer.sharded_state_dict(wanted["model"], is_loading=True, metadata=_sharding())
-    with _without_pickled_code():
+    with weights_only_loading():
         state = dist_checkpointing.load(wanted, str(checkpoint))
     missing, unexpected = model.load_state_dict(state["model"], strict=False)
     if unexpected or any(not key.endswith("_extra_state") for key in missing):
@@ -120,31 +118,6 @@ def load(checkpoint: Path, model: Any, optimizer: Any | None) -> None:
         )
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
-
-
-def read_tensors(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Read whole tensors of a checkpoint by Megatron name, in this process alone.
-
-    Raises:
-        InputError: The checkpoint holds no tensor of one of these names.
-    """
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint import load as read
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    reader = FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata
-    stored = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-    absent = [name for name in names if name not in stored]
-    if absent:
-        raise InputError(
-            f"{checkpoint} holds no {', '.join(absent[:3])}; its architecture is not the one it names",
-            code="checkpoint-does-not-fit",
-        )
-    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
-    with _without_pickled_code():
-        read(tensors, storage_reader=reader, no_dist=True)
-    return tensors
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
@@ -197,70 +170,3 @@ def _sharding() -> dict[str, Any]:
 
 def _damaged(message: str) -> InputError:
     return InputError(f"{message}; use an older checkpoint", code="checkpoint-damaged")
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Torch stores a checkpoint's index as a pickle. It names these classes and no others.
-
-    Each is listed by its whole name: an allowed module would lend everything it imports, since a pickle may ask for
-    `filesystem`'s `os.system`.
-    """
-
-    _names = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            *(
-                ("torch.distributed.checkpoint.metadata", name)
-                for name in (
-                    "BytesStorageMetadata",
-                    "ChunkStorageMetadata",
-                    "Metadata",
-                    "MetadataIndex",
-                    "StorageMeta",
-                    "TensorProperties",
-                    "TensorStorageMetadata",
-                    "_MEM_FORMAT_ENCODING",
-                )
-            ),
-            *(
-                ("torch.distributed.checkpoint.planner", name)
-                for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-            ),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in self._names:
-            return super().find_class(module, name)
-        raise InputError(f"the checkpoint's index names {module}.{name}, which no checkpoint needs: it is not trusted")
-
-
-@contextmanager
-def _without_pickled_code() -> Iterator[None]:
-    """Torch's planner unpickles what the index says is not a tensor, and asks for no restriction: this does."""
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals([io.BytesIO]):  # what Megatron 0.19 wraps its common state in
-            yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-
-
-def _refuse_foreign_pickles(checkpoint: Path) -> None:
-    path = checkpoint / ".metadata"
-    try:
-        with path.open("rb") as file:
-            entries = _IndexUnpickler(file).load().state_dict_metadata
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); use an older checkpoint") from None
-    for name, entry in entries.items():
-        # From 0.19 on Megatron keeps what is no tensor under this name; anything else pickled has no business here.
-        if type(entry).__name__ != "TensorStorageMetadata" and not name.startswith("common_state/"):
-            raise InputError(f"the checkpoint's index says {name} is no tensor: it is not trusted")

@@ -28,7 +28,7 @@ from engine.checkpoint.meta import CheckpointMeta
 from engine.checkpoint.mirror import Mirror
 from engine.checkpoint.writer import SaveFailedError, Writer
 from engine.guards import Guards
-from engine.scaling import load_scaling
+from engine.megatron.fp8_state import load_fp8_state
 from engine.train_state import TrainState
 from monitoring.events import CheckpointDamaged, CheckpointFailed, record
 from monitoring.recorder import Recorder
@@ -136,7 +136,7 @@ class CheckpointManager:
         if not meta.optimizer:
             self._optimizer.reload_model_params()
         if self._model.config.fp8:
-            load_scaling(checkpoint, self._model)
+            load_fp8_state(checkpoint, self._model)
         return meta
 
     def close(self) -> None:

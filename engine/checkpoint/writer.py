@@ -8,13 +8,10 @@ ended, so training pays for no synchronisation of its own.
 
 from __future__ import annotations
 
-import enum
 import io
 import json
 import logging
-import math
 import os
-import pickle
 import shutil
 import threading
 import time
@@ -27,15 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from torch.distributed.checkpoint import metadata as index
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from configs.files import file_sha256, partial_path, sync_directory
 from engine.checkpoint.format import sharded_weights
 from engine.checkpoint.meta import CheckpointMeta
+from engine.megatron.fp8_state import sharded_fp8_state
+from engine.megatron.optimizer_shards import common_state, local_shards
+from engine.megatron.torch_index import INDEX_FILE, StoredShard, encode_index
 from engine.modernbert.config import CONFIG_FILE
-from engine.moments import common_state, own_parts
-from engine.scaling import sharded_scaling
 
 FREE_BYTES = 64 * 2**20
 """Bytes that stay free on the disk after a save."""
@@ -64,24 +60,10 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """Position of a part on the disk."""
-
-    key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    whole: tuple[int, ...]
-    dtype: torch.dtype
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
 class _Written:
     """One rank's contribution to a checkpoint."""
 
-    parts: list[_Stored]
+    parts: list[StoredShard]
     files: dict[str, tuple[int, str]]
     data: dict[str, Any]
 
@@ -138,11 +120,10 @@ class Writer:
         """
         self._started = time.perf_counter() if started is None else started
         if self._parts is None:  # only once, because parameters and moments stay where they are in memory
-            tensors = {**sharded_weights(model), **sharded_scaling(model)}
-            self._parts = [_part(tensor) for tensor in own_parts(tensors, optimizer)]
-        torch._foreach_copy_(
-            [part.copy for part in self._parts], [part.live for part in self._parts], non_blocking=True
-        )
+            tensors = {**sharded_weights(model), **sharded_fp8_state(model)}
+            self._parts = [_part(tensor) for tensor in local_shards(tensors, optimizer)]
+        for part in self._parts:
+            part.copy.copy_(part.live, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         common = io.BytesIO()
@@ -180,7 +161,7 @@ class Writer:
             raise SaveFailedError(f"{target} was not saved: {self._problem}")
         return target, self._ended - self._started
 
-    def write_part(self, hidden: Path) -> tuple[list[_Stored], dict[str, tuple[int, str]]]:
+    def write_part(self, hidden: Path) -> tuple[list[StoredShard], dict[str, tuple[int, str]]]:
         """Write this rank's file in the format of torch's own writer; runs in the thread.
 
         Returns:
@@ -196,7 +177,7 @@ class Writer:
                 torch.save(part.copy, file)
                 position = (path.name, start, file.tell() - start)
                 shape = tuple(part.copy.shape)
-                stored.append(_Stored(part.key, part.offset, shape, part.whole, part.copy.dtype, *position))
+                stored.append(StoredShard(part.key, part.offset, shape, part.whole, part.copy.dtype, *position))
             file.flush()
             os.fsync(file.fileno())
         return stored, {path.name: _size_and_sha256(path)}
@@ -256,7 +237,7 @@ class Writer:
             raise SaveFailedError("; ".join(failures))
         ranks = [written for written in gathered if isinstance(written, _Written)]
         shared = {
-            ".metadata": _pickled(_index([part for rank in ranks for part in rank.parts])),
+            INDEX_FILE: encode_index(part for rank in ranks for part in rank.parts),
             "metadata.json": json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode(),
             "common.pt": common,
         }
@@ -311,34 +292,3 @@ def _make_room(hidden: Path, size: float) -> None:
 
 def _size_and_sha256(path: Path) -> tuple[int, str]:
     return path.stat().st_size, file_sha256(path)
-
-
-def _index(parts: list[_Stored]) -> index.Metadata:
-    """What torch's checkpoints keep in `.metadata`. Raises SaveFailedError where the parts make no wholes."""
-    tensors: dict[str, index.TensorStorageMetadata] = {}
-    places: dict[index.MetadataIndex, _StorageInfo] = {}
-    for part in parts:
-        properties = index.TensorProperties(dtype=part.dtype)
-        entry = tensors.setdefault(part.key, index.TensorStorageMetadata(properties, torch.Size(part.whole), []))
-        offset, shape = torch.Size(part.offset), torch.Size(part.shape)
-        entry.chunks.append(index.ChunkStorageMetadata(offset, shape))
-        places[index.MetadataIndex(part.key, offset)] = _StorageInfo(part.file, part.start, part.length)
-    for name, entry in tensors.items():
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise SaveFailedError(f"the parts of {name} that the ranks wrote do not make the whole")
-    return index.Metadata(tensors, storage_data=places)
-
-
-class _IndexPickler(pickle.Pickler):
-    """Pickles an enumeration's member by its value. Python 3.11.0 to 3.11.3 does so by `builtins.getattr`, a name that
-    no index of a checkpoint may hold.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        return (type(value), (value.value,)) if isinstance(value, enum.Enum) else NotImplemented
-
-
-def _pickled(metadata: index.Metadata) -> bytes:
-    file = io.BytesIO()
-    _IndexPickler(file).dump(metadata)
-    return file.getvalue()

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
+from engine.megatron.names import global_name
 from engine.modernbert.config import local_model, padded_vocabulary
 
 if TYPE_CHECKING:
@@ -104,16 +105,6 @@ def load_weights(model: ModernBert, source: WeightSource) -> None:
     for name, parameter in model.named_parameters():
         hf, row = by_name[global_name(model, name)]
         parameter.copy_(shard(to_ours(source(hf), row, architecture), row, rank, size))
-
-
-def global_name(model: ModernBert, name: str) -> str:
-    """A parameter's name with the layer counted over the whole model instead of this pipeline stage."""
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    if not name.startswith("decoder.layers."):
-        return name
-    _, _, layer, rest = name.split(".", 3)
-    return f"decoder.layers.{int(layer) + get_transformer_layer_offset(model.config)}.{rest}"
 
 
 def random_weights(architecture: ModernBertConfig, seed: int) -> WeightSource:

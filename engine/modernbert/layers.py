@@ -6,7 +6,6 @@ not, and other keys, so that a checkpoint could not move between a CPU and a GPU
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -36,12 +35,6 @@ from engine.modernbert.attention import (
 from engine.modernbert.fused import add_and_norm, geglu
 
 AttentionKernel = Literal["torch", "transformer_engine"]
-for module in (  # which warn of an MLP that is not Megatron's, and, in 0.19, of its own ways to lay out and load
-    "transformer.transformer_layer",
-    "distributed.distributed_data_parallel",
-    "dist_checkpointing.strategies.common",
-):
-    logging.getLogger(f"megatron.core.{module}").setLevel(logging.ERROR)
 
 
 class LayerNorm(torch.nn.Module):

@@ -9,7 +9,7 @@ import pytest
 
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
-from engine import cpu
+from engine.megatron import cpu
 from monitoring.log import read_metrics
 from tests.engine.world import run_world, toy_config, train
 

@@ -1,6 +1,6 @@
 """Imported once by the fork server, so that each test process starts with Megatron loaded."""
 
-from engine import cpu
+from engine.megatron import cpu
 
 cpu.install()
 

@@ -63,7 +63,7 @@ def install(packages: Path) -> None:
     transformer_engine.common.load_framework_extension = lambda framework: None
     import transformer_engine.pytorch
 
-    from engine import cpu
+    from engine.megatron import cpu
 
     cpu.install()
     import megatron.core.extensions.transformer_engine as megatrons
@@ -103,7 +103,7 @@ def _extension() -> types.ModuleType:
 
 
 def _view_with_a_gpu(torch_: Any) -> types.ModuleType:
-    """`engine.cpu`'s view of torch, which has the functions of torch.cuda, says of an H100 that it is there."""
+    """Return `engine.megatron.cpu`'s view of torch, in which torch.cuda reports an H100."""
     view: Any = types.ModuleType("torch")
     view.__dict__.update(torch_.__dict__)
     view.cuda = types.ModuleType("torch.cuda")

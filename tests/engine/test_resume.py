@@ -158,7 +158,7 @@ def test_an_index_names_no_code_where_python_pickles_enumerations_by_name(
     """Python 3.11.0 to 3.11.3 pickles them by `builtins.getattr`, which is not trusted. Debian 12 has 3.11.2."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-    from engine.checkpoint.writer import _pickled
+    from engine.megatron.torch_index import _pickled
 
     index = pickle.loads((step_directory(alone_run / "checkpoints", 5) / ".metadata").read_bytes())
     monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))

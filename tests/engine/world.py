@@ -71,7 +71,8 @@ def stored(directory: Path, step: int) -> dict[str, Any]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from engine.checkpoint import read_tensors, step_directory, verify
+    from engine.checkpoint import step_directory, verify
+    from engine.megatron.torch_index import read_tensors
 
     path = step_directory(directory / "checkpoints", step)
     verify(path)

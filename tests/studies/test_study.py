@@ -35,7 +35,7 @@ class OneProcess:
 
     def train(self, config: RunConfig, directory: Path) -> bool:
         from configs.load import dump_config
-        from engine import cpu
+        from engine.megatron import cpu
 
         cpu.install()
         import torch

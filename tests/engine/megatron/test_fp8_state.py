@@ -1,4 +1,4 @@
-"""Delayed scaling's history goes through a checkpoint. Its modules need a GPU: theirs is put on plain ones here."""
+"""Checkpoints of delayed FP8 scaling. Plain modules get Transformer Engine's state, because its own need a GPU."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from tests.engine.world import run_world, toy_config
 
 
 def _equip(model: Any, fill: bool) -> dict[str, Any]:
-    """Give every linear layer what Transformer Engine's have; a fresh history is zeros. Layer -> its `fp8_meta`."""
-    from engine.modernbert.convert import global_name
+    """Give every linear layer the state of Transformer Engine's layers. Return each layer's `fp8_meta` by name."""
+    from engine.megatron.names import global_name
 
     equipped = {}
     for name, module in model.named_modules():
         if name.split(".")[-1] not in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
             continue
-        place = global_name(model, name + ".")
+        layer_name = global_name(model, name + ".")
         module.fp8_meta = {}
 
         def start(recipe: Any, meta: dict[str, Any] = module.fp8_meta) -> None:
             for direction, tensors in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-                wide = meta["num_gemms"] * tensors
-                meta[direction] = SimpleNamespace(scale=torch.ones(wide), amax_history=torch.zeros(4, wide))
+                width = meta["num_gemms"] * tensors
+                meta[direction] = SimpleNamespace(scale=torch.ones(width), amax_history=torch.zeros(4, width))
 
         module.init_fp8_meta_tensors = start
         if fill:
             module.fp8_meta["num_gemms"] = 1
             start(None)
             for number, state in enumerate(_states(module.fp8_meta)):
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{place}{number}".encode()))
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{layer_name}{number}".encode()))
                 state.scale.uniform_(generator=generator)
                 state.amax_history.uniform_(generator=generator)
-        equipped[place] = module.fp8_meta
+        equipped[layer_name] = module.fp8_meta
     return equipped
 
 
@@ -51,7 +51,7 @@ def _save_and_load(
     from engine.build import build
     from engine.checkpoint import CheckpointMeta
     from engine.checkpoint.writer import save_now
-    from engine.scaling import load_scaling
+    from engine.megatron.fp8_state import load_fp8_state
 
     scratch.mkdir(exist_ok=True)
     with closing(build(toy_config(shards, parallel=parallel), scratch)) as run:
@@ -61,24 +61,24 @@ def _save_and_load(
             meta = CheckpointMeta(step=1, architecture=architecture, optimizer=True, files={})
             save_now(checkpoint, run.runner.model, run.runner.optimizer, meta)
         else:
-            load_scaling(checkpoint, run.runner.model)
+            load_fp8_state(checkpoint, run.runner.model)
     return {
         layer: [tensor.tolist() for state in _states(meta) for tensor in (state.scale, state.amax_history)]
         for layer, meta in equipped.items()
     }
 
 
-def test_history_of_every_layout_is_found_again(shards: Path, tmp_path: Path) -> None:
+def test_state_of_every_layout_is_restored(shards: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-00000001"
     checkpoint.parent.mkdir()
     parts = run_world(4, _save_and_load, shards, tmp_path / "a", checkpoint, True, {"tensor": 2, "pipeline": 2})
-    (found,) = run_world(1, _save_and_load, shards, tmp_path / "b", checkpoint, False, {})
+    (restored,) = run_world(1, _save_and_load, shards, tmp_path / "b", checkpoint, False, {})
     saved = {layer: tensors for part in parts for layer, tensors in part.items()}
-    assert found == saved and len(found) == 4 * 4
+    assert restored == saved and len(restored) == 4 * 4
 
 
-def test_what_is_tried_for_a_micro_batch_leaves_no_trace() -> None:
-    from engine.scaling import kept_scaling
+def test_a_trial_step_leaves_the_state_as_it_was() -> None:
+    from engine.megatron.fp8_state import preserve_fp8_state
 
     layer = torch.nn.Linear(1, 1)
     meta: dict[str, Any] = {}
@@ -90,13 +90,13 @@ def test_what_is_tried_for_a_micro_batch_leaves_no_trace() -> None:
             (float(s), float(h)) for state in _states(meta) for s in state.scale for h in state.amax_history.view(-1)
         }
 
-    with kept_scaling(model):
+    with preserve_fp8_state(model):
         for direction in ("scaling_fwd", "scaling_bwd"):
             meta[direction] = SimpleNamespace(scale=torch.full((2,), 5.0), amax_history=torch.full((4, 2), 6.0))
     assert values() == {(1.0, 0.0)}, "as a first forward finds it"
     for state in _states(meta):
         state.scale.fill_(3.0), state.amax_history.fill_(4.0)
-    with kept_scaling(model):
+    with preserve_fp8_state(model):
         for state in _states(meta):
             state.scale += 1
             state.amax_history += 1

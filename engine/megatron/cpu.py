@@ -1,8 +1,10 @@
 """Megatron-Core on a machine without CUDA: the one file in which CPU and GPU training differ.
 
-`install()` gives every `megatron.core` module its own view of the name `torch`, in which factories called with
-`device="cuda"` and the functions of `torch.cuda` go to the CPU. The rest of the process keeps the real torch: there,
-`device="cuda"` still raises. Patched for the whole process: only `Tensor.cuda` and `Tensor.type`.
+`install()` gives each `megatron.core` module its own view of the name `torch`. In that view, factories called with
+`device="cuda"` and the functions of `torch.cuda` work on the CPU. The rest of the process keeps the real torch, where
+`device="cuda"` still raises. Only `Tensor.cuda` and `Tensor.type` are patched for the whole process.
+
+Written for Megatron 0.16.1 and 0.19.2. Each patched name is replaced by `_replace`, which raises if it is gone.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "as_tensor")
 _installed = False
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's mallopt."""
+"""Options of glibc's mallopt, from malloc.h."""
 NORM_BLOCK = 4096
-"""Gradients whose squares are added up in fp32; the sums of such blocks are added up in fp64."""
+"""Number of gradients whose squares are summed in fp32; sums of such blocks are summed in fp64."""
 
 
 def install() -> None:
-    """Make Megatron-Core usable here. Does nothing where CUDA is available; call before building a model."""
+    """Make Megatron-Core usable without CUDA. Call before building a model; does nothing where CUDA is available."""
     global _installed
     if torch.cuda.is_available() or _installed:
         return
     _installed = True
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it announces the lack of Transformer Engine and Apex, which is the point here
+        warnings.simplefilter("ignore")  # Megatron warns that Transformer Engine and Apex are absent
         _import_megatron()
     view = _cpu_view_of_torch()
     for name, module in list(sys.modules.items()):
@@ -48,8 +50,17 @@ def install() -> None:
     _keep_freed_memory()
 
 
+def _replace(owner: Any, name: str, function: Any) -> None:
+    """Replace a function of a foreign module or class and keep the original as `__wrapped__`.
+
+    Raises AttributeError if the name is gone.
+    """
+    function.__wrapped__ = getattr(owner, name)
+    setattr(owner, name, function)
+
+
 class _Stream:
-    """Stands in for torch.cuda.Stream and Event: work on a CPU is already in order."""
+    """Stands in for torch.cuda.Stream and torch.cuda.Event: a CPU works in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -63,12 +74,16 @@ class _Stream:
 
 
 def _import_megatron() -> None:
-    """Load what training uses, so that the views reach all of it; 0.19 imports its checkpoint strategies lazily."""
-    # Its decorators would load Inductor, its inference engine Weights & Biases: seconds, for no use here.
-    compile_, torch.compile = torch.compile, _identity
+    """Import all modules that training uses, so that each gets its view of torch.
+
+    Meanwhile `torch.compile` does nothing and two packages seem absent: Megatron's decorators would load Inductor, and
+    its inference engine Weights & Biases, which takes seconds and serves nothing here.
+    """
+    compile_ = torch.compile
+    torch.compile = _identity  # type: ignore[assignment]
     hidden = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
     for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]  # an ImportError for whoever asks
+        sys.modules[name] = None  # type: ignore[assignment]  # an import of it raises ImportError
     try:
         _load_modules()
     finally:
@@ -82,6 +97,7 @@ def _identity(function: Any = None, **_: Any) -> Any:
 
 
 def _load_modules() -> None:
+    """Import the modules by name. Megatron 0.19.2 imports its checkpoint strategies lazily."""
     for name in ("distributed", "optimizer", "pipeline_parallel", "models.gpt.gpt_model", "timers"):
         importlib.import_module(f"megatron.core.{name}")
     checkpointing = importlib.import_module("megatron.core.dist_checkpointing")
@@ -129,26 +145,30 @@ def _cpu_view_of_torch() -> types.ModuleType:
 
 
 def _patch_tensor() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     original = torch.Tensor.type
 
     def type_(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
-        # Megatron names its gradient buckets by tensor types and knows those of CUDA alone.
+        # Megatron names its gradient buckets by tensor type and knows CUDA's types only.
         if dtype is not None:
             return original(self, dtype, non_blocking, **kwargs)
         return original(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = type_
+    _replace(torch.Tensor, "type", type_)
 
 
 def _patch_random_state() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
 
     @contextlib.contextmanager
     def fork(self: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        # Megatron's own warns that the CPU's state changed, which is what happens here by design.
+        # Megatron's own `fork` warns that the state of the CPU's generator has changed, which is intended here.
         before, outer = torch.get_rng_state(), self._current_state_name
         if outer != "default-rng":
             self.states_[outer] = before
@@ -161,7 +181,9 @@ def _patch_random_state() -> None:
             torch.set_rng_state(before)
             self._current_state_name = outer
 
-    random.CudaRNGStatesTracker.fork = fork
+    _replace(random, "_get_cuda_rng_state", get_state)
+    _replace(random, "_set_cuda_rng_state", set_state)
+    _replace(random.CudaRNGStatesTracker, "fork", fork)
 
 
 def _patch_gradient_norm() -> None:
@@ -170,8 +192,8 @@ def _patch_gradient_norm() -> None:
     def l2_norm(
         chunk: int, overflow: Any, lists: list[list[torch.Tensor]], per_tensor: bool
     ) -> tuple[torch.Tensor, None]:
-        # Megatron's fallback adds the squares up in fp32: over millions of them the norm is off by 1e-4, and by another
-        # 1e-4 in another layout. Blocks are added up in fp32 here and these sums in fp64, with no copy in fp64.
+        # Megatron's fallback sums all squares in fp32: the norm of millions of gradients is off, by an amount that
+        # depends on the layout. Blocks are summed in fp32 and their sums in fp64, without a copy of the gradients.
         squares = [
             torch.linalg.vector_norm(blocks, dim=-1).double().square().sum()
             for tensors in lists
@@ -180,21 +202,22 @@ def _patch_gradient_norm() -> None:
         ]
         return torch.stack(squares).sum().sqrt().float()[None], None
 
-    clipping.l2_norm_impl = l2_norm
+    _replace(clipping, "l2_norm_impl", l2_norm)
 
 
 def _in_blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor as rows of NORM_BLOCK elements, and what is left over as one row."""
+    """Split a tensor into rows of NORM_BLOCK elements, and one row of the remaining elements."""
     flat = tensor.reshape(-1)
-    whole = len(flat) // NORM_BLOCK * NORM_BLOCK
-    return flat[:whole].view(-1, NORM_BLOCK), flat[whole:].view(1, -1)
+    remainder = len(flat) // NORM_BLOCK * NORM_BLOCK
+    return flat[:remainder].view(-1, NORM_BLOCK), flat[remainder:].view(1, -1)
 
 
 def _keep_freed_memory() -> None:
-    """A step frees and asks for the same memory again; glibc would give it back to the system in between, and the
-    system clear it. Blocks above 32 MB, its largest threshold, go back all the same.
+    """Keep glibc from returning freed memory to the system, because each step allocates the same memory again.
+
+    The system would have to clear it each time. Blocks above 32 MB, the largest threshold, are returned all the same.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)

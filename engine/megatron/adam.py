@@ -1,4 +1,4 @@
-"""AdamW by torch's fused kernels, on a CPU and on a GPU, as Megatron's distributed optimizer takes one."""
+"""AdamW by torch's fused kernels, in the form that Megatron's distributed optimizer expects."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import optimizer as megatron
-from megatron.core.optimizer import distrib_optimizer as distributed
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import distrib_optimizer
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the contract of Apex's and Transformer Engine's FusedAdam: the step count is an int on the group.
+    """AdamW with the interface of Apex's and Transformer Engine's FusedAdam: the step count is an int on the group.
 
-    Megatron's checkpoint path for torch's own AdamW, whose step is a tensor a parameter, asserts before the first step
-    and fails to reshard. Transformer Engine's reads neither of the two tensors below where no CUDA graph is captured,
-    so that the host would have to wait for a step's gradients before it could launch the update.
+    torch's own AdamW keeps the step as a tensor per parameter. Megatron's checkpoint path for it asserts before the
+    first step and cannot reshard. Transformer Engine's FusedAdam reads `grad_scale` and `found_inf` only while a CUDA
+    graph is captured, so the host would have to wait for the gradient norm before it could launch the update.
+
+    Written for torch 2.11 to 2.13: `torch._fused_adamw_` takes both tensors on CPUs and GPUs. Megatron fills
+    `state[parameter]` with `exp_avg` and `exp_avg_sq`.
     """
 
     grad_scale: torch.Tensor | None = None
-    """[] fp32: the gradients are divided by it. The name is torch's."""
+    """[] fp32: the update divides the gradients by it. The name is torch's."""
     found_inf: torch.Tensor | None = None
-    """[] fp32: where it is 1, weights and moments stay as they are; the count does not know. The name is torch's."""
+    """[] fp32: at 1 the update changes no weight and no moment, but the step still counts. The name is torch's."""
 
     def __init__(
         self,
@@ -38,7 +41,8 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. `closure` is part of torch's interface and ignored."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [param for param in group["params"] if param.grad is not None]
@@ -64,14 +68,18 @@ class FusedAdam(torch.optim.Optimizer):
                 found_inf=self.found_inf,
             )
 
-    def take_back(self) -> None:
-        """The last step was none."""
+    def undo_step_count(self) -> None:
+        """Undo the step count after a skipped step."""
         for group in self.param_groups:
             group["step"] -= 1
 
 
-def use() -> None:
-    """Have Megatron build this one."""
-    megatron.Adam = distributed.Adam = FusedAdam
-    megatron.USING_PYTORCH_OPTIMIZER = False
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+def install() -> None:
+    """Make Megatron build this optimizer and treat it as Apex's.
+
+    Written for Megatron 0.16.1 and 0.19.2, which choose the class by these globals of two modules when they build an
+    optimizer and when they save or load its state.
+    """
+    megatron_optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.adam import FusedAdam
 from engine.device import device
+from engine.megatron.adam import FusedAdam
 
 DEVICE = device()
 
@@ -15,8 +15,8 @@ def parameters() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in ((7, 5), (300,))]
 
 
-def test_the_updates_are_those_of_torch_and_a_skipped_step_is_none() -> None:
-    """Divided gradients are clipped ones; after a step that is taken back, bias correction goes on as if none was."""
+def test_updates_equal_torchs_and_a_skipped_step_does_not_count() -> None:
+    """`grad_scale` divides the gradients. Bias correction ignores a step whose count was undone."""
     settings = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
     ours, theirs = parameters(), parameters()
     optimizer, reference = FusedAdam(ours, **settings), torch.optim.AdamW(theirs, **settings)  # type: ignore[arg-type]
@@ -34,7 +34,7 @@ def test_the_updates_are_those_of_torch_and_a_skipped_step_is_none() -> None:
         optimizer.found_inf = torch.tensor(float(skipped), device=DEVICE)
         optimizer.step()
         if skipped:
-            optimizer.take_back()
+            optimizer.undo_step_count()
         else:
             reference.step()
         for parameter, other in zip(ours, theirs, strict=True):
