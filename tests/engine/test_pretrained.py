@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from configs.errors import InputError
-from engine.modernbert.convert import _shapes
+from engine.modernbert.convert import parameter_shapes
 from engine.modernbert.pretrained import EMBEDDING, PretrainedWeights, canonical_name
 
 SHAPE: dict[str, Any] = {
@@ -50,7 +50,7 @@ def weights(model_directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _same(found: PretrainedWeights, expected: dict[str, torch.Tensor]) -> None:
-    shapes = _shapes(ModernBertConfig(**SHAPE))
+    shapes = parameter_shapes(ModernBertConfig(**SHAPE))
     assert found.require(shapes, ()) == []
     for name in shapes:
         torch.testing.assert_close(found.tensor(name), expected[name], rtol=0, atol=0)
@@ -115,7 +115,7 @@ def test_a_decoders_projections_become_one(tmp_path: Path) -> None:
     decoder = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**SHAPE))
     decoder.save_pretrained(tmp_path)
     found = PretrainedWeights(tmp_path)
-    shapes = _shapes(ModernBertConfig(**SHAPE))
+    shapes = parameter_shapes(ModernBertConfig(**SHAPE))
     assert found.require(shapes, ()) == []
     attention = decoder.model.layers[1].attn
     parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
@@ -126,7 +126,7 @@ def test_a_decoders_projections_become_one(tmp_path: Path) -> None:
 def test_a_classifier_is_dropped_by_name(tmp_path: Path) -> None:
     ModernBertForSequenceClassification(ModernBertConfig(**SHAPE, num_labels=3)).save_pretrained(tmp_path)
     found = PretrainedWeights(tmp_path)
-    assert found.require(_shapes(ModernBertConfig(**SHAPE)), HEAD) == ["decoder.bias"]
+    assert found.require(parameter_shapes(ModernBertConfig(**SHAPE)), HEAD) == ["decoder.bias"]
     assert sorted(found.dropped()) == ["classifier.bias", "classifier.weight"]
 
 
@@ -145,7 +145,7 @@ def test_a_weight_the_model_does_not_take_is_named(
 ) -> None:
     save_file({**weights, surplus: torch.ones(32)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError) as refusal:
-        PretrainedWeights(tmp_path).require(_shapes(ModernBertConfig(**SHAPE)), HEAD)
+        PretrainedWeights(tmp_path).require(parameter_shapes(ModernBertConfig(**SHAPE)), HEAD)
     assert refusal.value.code == "weights-unread"
     assert surplus in str(refusal.value)
 
@@ -153,7 +153,7 @@ def test_a_weight_the_model_does_not_take_is_named(
 def test_an_untied_decoder_is_refused(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     save_file({**weights, "decoder.weight": weights[EMBEDDING] + 1}, tmp_path / "model.safetensors")
     with pytest.raises(InputError) as refusal:
-        PretrainedWeights(tmp_path).require(_shapes(ModernBertConfig(**SHAPE)), HEAD)
+        PretrainedWeights(tmp_path).require(parameter_shapes(ModernBertConfig(**SHAPE)), HEAD)
     assert refusal.value.code == "weights-untied"
 
 
@@ -205,5 +205,5 @@ def test_damage_is_told_by_its_kind(
     elif damage == "twice":
         save_file({**weights, "module." + EMBEDDING: weights[EMBEDDING].clone()}, file)
     with pytest.raises(InputError) as refusal:
-        PretrainedWeights(tmp_path).require(_shapes(ModernBertConfig(**SHAPE)), HEAD)
+        PretrainedWeights(tmp_path).require(parameter_shapes(ModernBertConfig(**SHAPE)), HEAD)
     assert refusal.value.code == code
