@@ -35,7 +35,7 @@ from datapipe.batch import IGNORE, Ids, PackedSequence, StepData
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
 from engine.megatron import cpu
-from engine.modernbert import head
+from engine.modernbert import linear_cross_entropy
 from engine.precision import resolve_precision
 
 MODEL = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
@@ -226,7 +226,7 @@ def peak_memory(folder: Path, side: str) -> int:
     """Peak resident bytes of a process that trains CLM at 4096; `whole`: ours, with all logits in one tile."""
     cpu.install()
     if side == "whole":
-        head.TILE_BYTES["cpu"] = 2**40
+        linear_cross_entropy.TILE_BYTES["cpu"] = 2**40
     config = run_config(folder, "clm", 4096, SLOTS // 4096, 3)
     if side == "theirs":
         documents = documents_of(config)

@@ -90,7 +90,7 @@ def run_config(
 
 def quick_weights(architecture: ModernBertConfig, seed: int) -> Callable[[str], torch.Tensor]:
     """In place of the real initialisation, which for 3B takes a CPU longer than the measurement."""
-    shapes = convert._shapes(architecture)
+    shapes = convert.parameter_shapes(architecture)
     return lambda name: torch.randn(shapes[name], device=device()).mul_(0.02) + float(name.endswith("norm.weight"))
 
 

@@ -9,7 +9,7 @@ from configs.errors import InputError
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether `reference` has the form `organisation/name`; paths that begin with `.`, `/` or `~` have not."""
+    """Whether `reference` has the form `organisation/name` or `organisation/name@revision`, and not that of a path."""
     return reference.count("/") == 1 and not reference.startswith((".", "/", "~"))
 
 
@@ -17,7 +17,7 @@ def download_snapshot(hub_id: str, patterns: Sequence[str], key: str) -> Path:
     """The local folder of a hub repository's files that match `patterns`, downloaded where it is not cached.
 
     Args:
-        hub_id: `organisation/name`.
+        hub_id: `organisation/name`, or `organisation/name@revision` for a branch, a tag or a commit.
         patterns: File name patterns. Never name pickled weights here.
         key: The configuration key or option that named the repository, for the message.
 
@@ -26,8 +26,9 @@ def download_snapshot(hub_id: str, patterns: Sequence[str], key: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    repository, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises a family of network, HTTP and cache errors
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(

@@ -12,7 +12,7 @@ from configs.errors import InputError
 from datapipe.tokenizer import Tokenizer
 from engine import checkpoint as checkpoints
 from engine.checkpoint.meta import CheckpointMeta
-from engine.modernbert.config import read_config
+from engine.modernbert.config import build_config, read_config
 from engine.parallel import single_process
 
 
@@ -52,7 +52,7 @@ def import_hf(init: str, out: Path, seed: int = 17) -> None:
 
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; name a new directory for the checkpoint", code="output-not-empty")
-    architecture = ModernBertConfig(**read_config(init))
+    architecture = build_config(read_config(init), init)
     with single_process():
         model = ModernBert(transformer_config(architecture), architecture)
         load_weights(model, huggingface_weights(init, architecture, seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -15,10 +16,15 @@ import ray
 
 from configs.errors import InputError, RunFailedError
 
+GUARD = "detour_train.guard"
+"""Called in each worker process before it imports anything of ours: a user's files may have our packages' names."""
 REACH_SECONDS = 2.0
 """A node that does not answer for so long is lost."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local cluster: workers exchange nothing through it but the configuration."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,23 +54,41 @@ def connect(local_workers: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    options["runtime_env"] = {"worker_process_setup_hook": GUARD}
     if not is_joined():
         cpus = max(len(os.sched_getaffinity(0)), local_workers)
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus}
         options |= {"object_store_memory": OBJECT_STORE_BYTES}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS")
-        raise InputError(f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {error}") from None
-    except Exception as error:  # Ray raises bare ones, for instance where the machine is too busy to start in time
-        raise RunFailedError(f"Ray could not be started: {error}; `detour doctor` checks this machine") from None
+    _start(options)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in its place, with another exit code
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Call `ray.init`; a start that fails on this machine, for instance because it is too busy, is tried once more."""
+    for attempts_left in (1, 0):
+        try:
+            ray.init(**options)
+        except (ConnectionError, ValueError) as error:
+            address = os.environ.get("RAY_ADDRESS")
+            raise InputError(
+                f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {error}",
+                key="RAY_ADDRESS",
+                code="ray-unreachable",
+            ) from None
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()
+            if not attempts_left:
+                raise RunFailedError(
+                    f"Ray could not be started: {error}; `detour doctor` checks this machine"
+                ) from None
+            logger.warning("Ray could not be started (%s); trying once more", error)
+        else:
+            return
 
 
 def alive_nodes() -> list[Node]:
@@ -94,9 +118,24 @@ def is_reachable(node: Node) -> bool:
 
 
 def draining_nodes() -> dict[str, int]:
-    """Nodes about to be taken away: id -> deadline in milliseconds since the epoch, 0 where none was given.
+    """Nodes about to be taken away: id -> deadline in milliseconds since the epoch, 0 where there is no deadline.
 
-    Ray has no public call for it outside Ray Train's workers; Ray Train and Serve use this one.
+    Ray has no public call for it outside Ray Train's workers. Where another version of Ray has no such private call
+    either, no node counts as draining: a preemption then costs the steps since the newest checkpoint, not the run.
     """
-    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
-    return found
+    try:
+        return dict(_ask_ray_for_draining_nodes())
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        _warn_of_no_notice(f"{type(error).__name__}: {error}")
+        return {}
+
+
+def _ask_ray_for_draining_nodes() -> dict[str, int]:
+    """Call what Ray Train and Serve use; written for Ray 2.60."""
+    draining: dict[str, int] = ray._private.state.state.get_draining_nodes()  # noqa: SLF001
+    return draining
+
+
+@functools.cache
+def _warn_of_no_notice(reason: str) -> None:
+    logger.warning("Ray %s gives no notice of nodes that are drained (%s)", ray.__version__, reason)

@@ -59,8 +59,9 @@ class Trials:
         _wait_until_free(directory)
         command = [
             sys.executable,
+            "-P",  # the working directory is the user's: nothing is imported from it
             "-c",
-            "from launcher.trials import main; main()",
+            "import detour_train; detour_train.trial_main()",
             str(recipe),
             "--output",
             str(directory),
@@ -130,12 +131,9 @@ def open_trials(at_once: int | None = None) -> Iterator[Trials]:
         yield Trials(stack, at_once)
 
 
-def main() -> None:
-    """`detour-train`, asked to stop when the study that started it is gone."""
+def stop_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when the study that started it is gone."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    from launcher.cli import train_main
-
-    train_main()
 
 
 def _wait_until_free(directory: Path) -> None:

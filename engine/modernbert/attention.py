@@ -22,30 +22,38 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from engine.device import to_device
-from engine.modernbert.fused import local_attention, rotate, takes_local_attention
+from engine.modernbert.ops import local_attention, rotate, takes_local_attention
 
 BAND = 64
-"""Queries that share one gathered window of keys in a local layer on the CPU."""
+"""Queries that share one gathered window of keys, in a local layer on the CPU."""
 GROUP = 256
 """Short neighbouring documents share one attention call of about this many tokens on the CPU."""
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Megatron's packed-sequence parameters, and whether attention is causal: the objective's choice by batch."""
+    """Megatron's packed-sequence parameters, and whether attention is causal, which the batch's objective decides."""
 
     causal: bool = False
     lengths: tuple[int, ...] = ()
-    """Tokens of each document; they add up to T."""
+    """Tokens per document; their sum is T."""
     documents: Tensor = field(kw_only=True)
-    """[T] int32: the document each token belongs to."""
+    """[T] int32, number of each token's document."""
     positions: Tensor = field(kw_only=True)
-    """[T] int64: each token's place in its document."""
+    """[T] int64, position of each token in its document."""
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def from_lengths(cls, lengths: tuple[int, ...], causal: bool, device: torch.device) -> PackedDocuments:
-        """By NumPy: torch's threads would wait for each other, on cores that may be busy."""
+        """Build the parameters of documents that lie end to end.
+
+        NumPy does it, because torch's threads would wait for each other on busy cores.
+
+        Args:
+            lengths: Tokens per document.
+            causal: No token sees a later one.
+            device: Device of the tensors.
+        """
         ends = np.cumsum((0, *lengths), dtype=np.int32)
         starts = np.repeat(ends[:-1], lengths)
         cu_seqlens = to_device(torch.from_numpy(ends), device)
@@ -68,17 +76,24 @@ class PackedDocuments(PackedSeqParams):
         return sum(self.lengths)
 
     def band(self, window: int, dtype: torch.dtype) -> tuple[int, int, Tensor]:
-        """Keys before and after a block of BAND queries, and [blocks, 1, BAND, keys] to be added to the scores: 0 where
-        a query sees a key, else minus infinity. Attention would turn who sees whom into that in every layer.
+        """Compute the mask of a local layer, once for all layers.
+
+        Args:
+            window: Tokens that a query sees to each side.
+            dtype: dtype of the scores.
+
+        Returns:
+            Keys before and after a block of BAND queries, and [blocks, 1, BAND, keys] to add to the scores: 0 where a
+            query sees a key, else minus infinity.
         """
         if ("band", window, dtype) not in self._masks:
             after = 0 if self.causal else window
             blocks = -(-self.total // BAND)
-            # Queries beyond T are a document of their own: they see themselves, and their output is dropped.
+            # Queries beyond T form a document of their own: they see each other, and their output is dropped.
             documents = F.pad(self.documents, (0, blocks * BAND - self.total), value=len(self.lengths))
             keys = F.pad(documents, (window, after), value=-1).unfold(0, BAND + window + after, BAND)
-            place = torch.arange(keys.shape[1], device=keys.device) - window
-            distance = torch.arange(BAND, device=keys.device)[:, None] - place[None, :]
+            offsets = torch.arange(keys.shape[1], device=keys.device) - window
+            distance = torch.arange(BAND, device=keys.device)[:, None] - offsets[None, :]
             near = (distance <= window) & (distance >= -after)
             mask = (documents.view(blocks, BAND, 1) == keys[:, None, :]) & near
             added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
@@ -87,7 +102,7 @@ class PackedDocuments(PackedSeqParams):
         return result
 
     def groups(self) -> list[tuple[int, int, Tensor | None]]:
-        """Neighbouring documents that share an attention call: (start, end, who sees whom or None for one document)."""
+        """Group neighbouring documents per attention call: (first token, end, mask or None for one document)."""
         if "groups" not in self._masks:
             bounds, start, used, count = [], 0, 0, 0
             for length in self.lengths:
@@ -122,39 +137,47 @@ class ModernBertSelfAttention(SelfAttention):
         packed_seq_params: PackedDocuments,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[T, 1, hidden] -> ([T, 1, hidden], bias); `rotary_pos_emb` is [global or local, cos or sin, T, head dim]."""
-        mixed, _bias = self.linear_qkv(hidden_states)
+        """Map [T, 1, hidden] to ([T, 1, hidden], bias); `rotary_pos_emb` is [global or local, cos or sin, T, d]."""
+        qkv, _bias = self.linear_qkv(hidden_states)
         heads, dim = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
         cos, sin = rotary_pos_emb[int(self.is_local)]
-        context = self.core_attention(mixed.view(mixed.shape[0], heads, 3, dim), cos, sin, packed_seq_params)
-        output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(mixed.shape[0], 1, heads * dim))
+        context = self.core_attention(qkv.view(qkv.shape[0], heads, 3, dim), cos, sin, packed_seq_params)
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(qkv.shape[0], 1, heads * dim))
         return output
 
 
 class _CoreAttention(MegatronModule):
-    """Constructor contract of Megatron's core attention; `window` is None in global layers."""
+    """Base of the attention kernels, with the constructor that Megatron gives core attention.
+
+    Attributes:
+        window: Tokens that a query sees to each side; None in global layers.
+    """
 
     def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
         super().__init__(config=config)
         local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window: int | None = config.window_size[0] if local else None
 
-    def forward(self, mixed: Tensor, cos: Tensor, sin: Tensor, packed: PackedDocuments) -> Tensor:
-        """[T, heads, query, key or value, d] before RoPE -> [T, heads, d]; cos and sin are [T, d]."""
-        if self.window is not None and takes_local_attention(mixed):
+    def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, packed: PackedDocuments) -> Tensor:
+        """Map [T, heads, 3, d] before RoPE to [T, heads, d]; cos and sin are [T, d]."""
+        if self.window is not None and takes_local_attention(qkv):
             after = 0 if packed.causal else self.window
-            return local_attention(mixed, cos, sin, packed.documents, self.window, after)
-        return self.attend(*rotate(mixed, cos, sin), packed)
+            return local_attention(qkv, cos, sin, packed.documents, self.window, after)
+        return self.attend(*rotate(qkv, cos, sin), packed)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
-        """[T, heads, d] each -> [T, heads, d]."""
+        """Map q, k and v after RoPE, [T, heads, d] each, to [T, heads, d]."""
         raise NotImplementedError
 
 
 class BlockedAttention(_CoreAttention):
-    """Any device and dtype. Local layers cost by window, global ones by document, never by the square of the row."""
+    """Attention by torch's SDPA on any device, in any dtype.
+
+    A local layer costs as much as its window, a global one as its documents; neither costs the square of the row.
+    """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """Attend within bands of queries in local layers, and document by document in global ones."""
         if self.window is None:
             return self._by_document(query, key, value, packed)
         return self._by_band(query, key, value, packed, self.window)
@@ -162,7 +185,7 @@ class BlockedAttention(_CoreAttention):
     @staticmethod
     def _by_document(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
         groups = packed.groups()
-        # Cut by one `split`: the gradients of slices would be added up in a whole tensor of zeros for each.
+        # One `split`, because the gradient of each slice would be a zero-padded tensor of the whole size.
         sizes = [end - start for start, end, _ in groups]
         queries, keys, values = (x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in (query, key, value))
         outputs = [
@@ -187,9 +210,10 @@ class BlockedAttention(_CoreAttention):
 
 
 class _Band(torch.autograd.Function):
-    """[T, heads, d] -> [blocks, heads, before + BAND + after, d]: what each block of BAND queries may see.
+    """The keys that each block of BAND queries may see, [T, heads, d] -> [blocks, heads, before + BAND + after, d].
 
-    A view of the padded states. torch's own gradient of `unfold` adds element by element.
+    The result is a view of the padded states. The gradient is written here, because torch's own gradient of `unfold`
+    adds element by element.
     """
 
     @staticmethod
@@ -204,20 +228,21 @@ class _Band(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         blocks, heads, keys, dim = grads[0].shape
         padded = grads[0].new_zeros((blocks + keys // BAND) * BAND, heads, dim)
-        for first in range(0, keys, BAND):  # of each block the keys first..., which lie BAND apart from block to block
+        for first in range(0, keys, BAND):  # the same keys of two neighbouring blocks lie BAND apart
             part = grads[0][:, :, first : first + BAND].transpose(1, 2)
             padded[first : first + blocks * BAND].view(blocks, BAND, heads, dim)[:, : part.shape[1]] += part
         return padded[ctx.before : ctx.before + ctx.shape[0]], None, None, None
 
 
 class FlashAttention(_CoreAttention):
-    """torch's variable-length FlashAttention: CUDA, fp16 or bf16."""
+    """FlashAttention for packed documents from torch; needs CUDA and fp16 or bf16."""
 
     def __init__(self, config: Any, layer_number: int, **more: Any) -> None:
         super().__init__(config, layer_number, **more)
         _take_newest_flash_attention()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """Attend with the window of the layer."""
         from torch.nn.attention.varlen import varlen_attn
 
         reach = -1 if self.window is None else self.window
@@ -230,7 +255,7 @@ class FlashAttention(_CoreAttention):
 
 @functools.cache
 def _take_newest_flash_attention() -> None:
-    """FlashAttention-3 in place of the 2 in torch, on a Hopper GPU where its package is installed."""
+    """Activate FlashAttention-3 in torch on a Hopper GPU, if its package is installed; else torch has version 2."""
     implementations: tuple[str, ...] = getattr(
         torch.nn.attention, "list_flash_attention_impls", tuple
     )()  # not in every torch 2.11
@@ -240,9 +265,9 @@ def _take_newest_flash_attention() -> None:
 
 
 class TransformerEngineAttention(_CoreAttention):
-    """Transformer Engine's attention: CUDA, fp16 or bf16.
+    """Transformer Engine's attention; needs CUDA and fp16 or bf16.
 
-    It picks a backend a call, cuDNN's or the flash-attn package's, and raises where none takes the size of the heads.
+    Per call it picks cuDNN's kernels or those of the flash-attn package, and raises if neither takes the head size.
     """
 
     def __init__(self, config: Any, layer_number: int, **more: Any) -> None:
@@ -252,6 +277,7 @@ class TransformerEngineAttention(_CoreAttention):
         self.inner = TEDotProductAttention(config, layer_number, **more)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """Attend with the window of the layer."""
         mask = AttnMaskType.padding_causal if packed.causal else AttnMaskType.padding
         context: Tensor = self.inner(query, key, value, None, attn_mask_type=mask, packed_seq_params=packed)
         return context.view(query.shape)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
+from configs.hub import download_snapshot, is_hub_id
 from configs.schema import Model
 from datapipe.tokenizer import Tokenizer
+from engine.modernbert.huggingface import encoder_fields
+from monitoring.run_directory import RunDirectory
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4},
@@ -18,17 +22,45 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 2624, "num_attention_heads": 16},
 }
 CONFIG_FILE = "detour.json"
-"""Inside a Detour checkpoint: everything that is not a tensor."""
+"""File of a checkpoint that holds everything but the tensors."""
 
 VOCABULARY_MULTIPLE = 128
-"""The vocabulary is padded to this multiple, whatever the tensor-parallel size: a checkpoint fits all of them, and each
-of up to 8 slices suits FP8. The added entries take no part in the loss and are dropped at export."""
+"""Multiple to which the vocabulary is padded, whatever the tensor-parallel size.
+
+A checkpoint then fits every size up to 8, and each slice suits FP8. The added entries take no part in the loss and are
+dropped at export.
+"""
+
+
+FIXED_BY_WEIGHTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_activation",
+    "classifier_activation",
+    "norm_bias",
+    "norm_eps",
+    "attention_bias",
+    "mlp_bias",
+    "decoder_bias",
+    "tie_word_embeddings",
+    "layer_types",
+    "global_attn_every_n_layers",
+)
+"""Keys that trained weights depend on: an override that contradicts the file would drop or misread some of them."""
+WEIGHT_FILES = (".pt", ".bin")
 
 
 def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig:
-    """The model a run trains, from `model.size`, a Hugging Face directory or hub id, or a checkpoint, plus overrides.
+    """Build the configuration of the model that a run trains.
 
-    Raises InputError where the shape cannot be built or the tokenizer does not fit it.
+    Args:
+        model: The recipe's section: `size`, or `init` (a Hugging Face directory, hub id or checkpoint), and overrides.
+        tokenizer: The run's tokenizer; it gives a new model its vocabulary and special ids.
+
+    Raises:
+        InputError: The shape cannot be built, the overrides contradict the weights, or the tokenizer does not fit.
     """
     overrides = model.model_dump(exclude={"init", "size"}, exclude_none=True)
     if model.init == "scratch":
@@ -38,71 +70,176 @@ def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig
         fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **ids, **base}
     else:
         fields = read_config(model.init)
+        if not _is_checkpoint(locate(model.init)):  # a checkpoint knows its shape, and is compared with it when loaded
+            _require_no_contradiction(overrides, fields, model.init)
     if "global_attn_every_n_layers" in overrides or "num_hidden_layers" in overrides:
         fields.pop("layer_types", None)  # they follow from the number of layers, which is no longer the file's
     for old, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
         if old in overrides and "rope_parameters" in fields:
             fields["rope_parameters"] = {**fields["rope_parameters"], kind: {"rope_theta": overrides.pop(old)}}
-    return _checked(ModernBertConfig(**{**fields, **overrides}), tokenizer)
+    architecture = build_config({**fields, **overrides}, "the recipe" if model.init == "scratch" else model.init)
+    if architecture.vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"model.vocab_size: {architecture.vocab_size} entries, but tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size}; set tokenizer to the model's own",
+            key="model.vocab_size",
+            code="tokenizer-too-large",
+        )
+    return architecture
+
+
+def build_config(fields: Mapping[str, Any], origin: str) -> ModernBertConfig:
+    """Build a ModernBertConfig and check that Detour can train it; `origin` is named in messages.
+
+    Raises:
+        InputError: A field has the wrong type or a value that Detour's ModernBERT does not have.
+    """
+    try:
+        config = ModernBertConfig(**fields)
+        _require_supported(config, origin)
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises type, value, key, attribute and dataclass errors of its own
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"model: the configuration of {origin} cannot be used ({type(error).__name__}: {reason}); "
+            "mend the value in its config.json or in the recipe's model section",
+            key="model",
+            code="config-invalid",
+        ) from None
+    return config
 
 
 def read_config(init: str) -> dict[str, Any]:
-    """The config.json of a Hugging Face directory or hub id, or the one inside a Detour checkpoint."""
-    folder = local_model(init)
-    if (folder / CONFIG_FILE).is_file():
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["architecture"]
+    """Read the fields of a model's configuration, as those of an encoder.
+
+    Args:
+        init: A Hugging Face directory or hub id, a weight file with a config.json beside it, or a Detour checkpoint.
+
+    Raises:
+        InputError: There is no configuration, it is not readable, or it is not one of the ModernBERT family.
+    """
+    path = locate(init)
+    folder = path.parent if path.is_file() else path
+    if _is_checkpoint(folder):
+        config: dict[str, Any] = _read_json(folder / CONFIG_FILE)["architecture"]
         return config
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "config.json").is_file():
+        beside = (
+            f"put the model's config.json beside {path.name}"
+            if path.is_file()
+            else ("give a Hugging Face model directory, a hub id or a Detour checkpoint")
+        )
         raise InputError(
-            f"model.init: {folder} holds neither config.json nor {CONFIG_FILE}; "
-            "give a Hugging Face model directory, a hub id or a Detour checkpoint"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"model.init: {folder / 'config.json'} is not valid JSON: {error}") from None
+            f"model.init: {folder} holds neither config.json nor {CONFIG_FILE}; {beside}",
+            key="model.init",
+            code="config-missing",
+        )
+    config = _read_json(folder / "config.json")
     kind = config.get("model_type")
+    if kind == "modernbert-decoder":
+        return encoder_fields(config)
     if kind != "modernbert":
         raise InputError(
-            f"model.init: {init} is a model of type {kind!r}; Detour trains ModernBERT (model_type 'modernbert')"
+            f"model.init: {init} is a model of type {kind!r}; Detour trains ModernBERT (model_type 'modernbert' or "
+            "'modernbert-decoder')",
+            key="model.init",
+            code="model-type",
         )
     return config
 
 
-def local_model(init: str) -> Path:
-    """The directory of `model.init`; a hub id is downloaded (safetensors only, never pickled weights)."""
-    if Path(init).is_dir():
-        return Path(init)
-    if init.count("/") != 1 or init.startswith((".", "/", "~")):
-        raise InputError(f"model.init: no directory {init}; give an existing directory or a hub id such as org/model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def locate(init: str) -> Path:
+    """Return the directory, or the weight file, of `model.init`; a hub id is downloaded.
 
+    safetensors are taken where the repository has them, else its `pytorch_model.bin`.
+
+    Raises:
+        InputError: Nothing lies there.
+    """
+    path = Path(init).expanduser()
+    run = RunDirectory(path)
+    if run.config.is_file():
+        raise InputError(
+            f"model.init: {init} is a run directory; give its export, {run.export}, or a checkpoint, such as "
+            f"{run.checkpoints / 'step-00000500'}",
+            key="model.init",
+            code="run-directory",
+        )
+    if path.is_dir() or (path.is_file() and path.suffix in WEIGHT_FILES):
+        return path
+    if not is_hub_id(init):
+        raise InputError(
+            f"model.init: no directory {init}; give an existing directory or a hub id such as org/model",
+            key="model.init",
+            code="model-missing",
+        )
+    folder = download_snapshot(init, ["*.json", "*.safetensors"], "model.init")
+    if not list(folder.glob("*.safetensors")):
+        folder = download_snapshot(init, ["*.json", "pytorch_model*.bin"], "model.init")
+    return folder
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return Path(snapshot_download(init, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"model.init: {init} is no directory here and cannot be had from the hub: {reason}") from None
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.init: {path} is not valid JSON ({error}); download or save the model again",
+            key="model.init",
+            code="config-invalid",
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"model.init: {path} holds a {type(content).__name__} and not a mapping; download or save the model again",
+            key="model.init",
+            code="config-invalid",
+        )
+    return content
+
+
+def _require_no_contradiction(overrides: Mapping[str, Any], fields: Mapping[str, Any], init: str) -> None:
+    """Refuse overrides that would drop or misread trained weights."""
+    stored = build_config(fields, init)
+    stored_pattern = {"global_attn_every_n_layers": fields.get("global_attn_every_n_layers", 3)}
+    for key in FIXED_BY_WEIGHTS:
+        if key not in overrides:
+            continue
+        asked, trained = overrides[key], stored_pattern.get(key, getattr(stored, key, None))
+        if asked != (tuple(trained) if isinstance(trained, list) else trained):
+            raise InputError(
+                f"model.{key}: {init} was trained with {trained!r}, and {asked!r} would change what its weights "
+                "compute; remove the override, or train from scratch with model.size",
+                key=f"model.{key}",
+                code="override-contradicts",
+            )
 
 
 def padded_vocabulary(size: int) -> int:
+    """Round a vocabulary up to a multiple of VOCABULARY_MULTIPLE."""
     return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def parameter_count(architecture: ModernBertConfig) -> int:
-    """Parameters of the whole model, the tied decoder counted once."""
+    """Count the parameters of the whole model; the tied decoder counts once."""
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
     layers = architecture.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * inner + 2 * hidden) - hidden
     return layers + architecture.vocab_size * (hidden + 1) + hidden * hidden + 3 * hidden
 
 
-def _checked(config: ModernBertConfig, tokenizer: Tokenizer) -> ModernBertConfig:
+def _require_supported(config: ModernBertConfig, origin: str) -> None:
+    """Refuse what Detour's ModernBERT does not compute, rather than leave trained parameters out."""
+
     def refuse(key: str, why: str) -> None:
-        raise InputError(f"model.{key}: {why}")
+        raise InputError(f"model.{key}: {origin}: {why}", key=f"model.{key}", code="architecture-unsupported")
 
     for key in ("norm_bias", "attention_bias", "mlp_bias"):
         if getattr(config, key):
-            refuse(key, "ModernBERT's layers have no biases here; set it to false")
+            refuse(key, "biases in norms, attention and MLP are not supported; take a model without them")
     for key in ("attention_dropout", "embedding_dropout", "mlp_dropout"):
         if getattr(config, key):
             refuse(key, "dropout is not supported: ModernBERT is trained without it; set it to 0")
@@ -110,8 +247,9 @@ def _checked(config: ModernBertConfig, tokenizer: Tokenizer) -> ModernBertConfig
         refuse("hidden_activation", f"only 'gelu' is supported, got {config.hidden_activation!r}")
     if config.classifier_activation not in ("gelu", "silu", "relu"):
         refuse("classifier_activation", f"the head knows gelu, silu and relu, got {config.classifier_activation!r}")
-    if not (config.decoder_bias and config.tie_word_embeddings):
-        refuse("decoder_bias, tie_word_embeddings", "only a tied decoder with a bias is supported; set both")
+    for key in ("decoder_bias", "tie_word_embeddings"):
+        if not getattr(config, key):
+            refuse(key, "only a decoder that is tied to the embedding and has a bias is supported")
     if config.hidden_size % config.num_attention_heads or (config.hidden_size // config.num_attention_heads) % 2:
         refuse(
             "num_attention_heads",
@@ -122,10 +260,5 @@ def _checked(config: ModernBertConfig, tokenizer: Tokenizer) -> ModernBertConfig
     for kind, rope in config.rope_parameters.items():
         if rope.get("rope_type", "default") != "default":
             refuse("rope_parameters", f"{kind} asks for rope_type {rope['rope_type']!r}; only 'default' is supported")
-    if config.vocab_size < tokenizer.vocab_size:
-        refuse(
-            "vocab_size",
-            f"{config.vocab_size} entries, but tokenizer {tokenizer.name} has {tokenizer.vocab_size}; "
-            "set tokenizer to the model's own",
-        )
-    return config
+        if not rope["rope_theta"] > 0:
+            refuse("rope_parameters", f"{kind} has rope_theta {rope['rope_theta']}; it must be greater than 0")

@@ -1,8 +1,7 @@
-"""Hugging Face's ModernBERT weights <-> ours: one mapping table and its inverse."""
+"""Mapping between Hugging Face's ModernBERT weights and ours: one table and its inverse."""
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Iterable
@@ -10,31 +9,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import ModernBertConfig
 
-from configs.errors import InputError
 from engine.megatron.names import global_name
-from engine.modernbert.config import local_model, padded_vocabulary
+from engine.modernbert.config import locate, padded_vocabulary
+from engine.modernbert.pretrained import EMBEDDING, PretrainedWeights
 
 if TYPE_CHECKING:
     from engine.modernbert.model import ModernBert
 
 WeightSource = Callable[[str], Tensor]
 """Hugging Face parameter name -> the whole tensor."""
-EMBEDDING = "model.embeddings.tok_embeddings.weight"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `{i}` is a layer number."""
+    """One line of the table; `{i}` stands for a layer number."""
 
     hf: str
     ours: str
     kind: Literal["plain", "vocabulary", "qkv", "glu"] = "plain"
     axis: int | None = None
-    """The axis that tensor parallelism splits; None: every rank holds the whole."""
+    """Axis that tensor parallelism splits; None: every rank holds the whole tensor."""
 
 
 TABLE = (
@@ -56,7 +53,7 @@ TIED = "output_layer.weight"
 
 
 def parameters(architecture: ModernBertConfig) -> list[tuple[str, str, Row]]:
-    """(Hugging Face name, our name, table row) of every parameter of a model."""
+    """List (Hugging Face name, our name, table row) of every parameter of a model."""
     rows = []
     for row in TABLE:
         layers: Iterable[int] = range(architecture.num_hidden_layers) if "{i}" in row.hf else (0,)
@@ -68,7 +65,7 @@ def parameters(architecture: ModernBertConfig) -> list[tuple[str, str, Row]]:
 
 
 def to_ours(tensor: Tensor, row: Row, architecture: ModernBertConfig) -> Tensor:
-    """A whole Hugging Face tensor -> a whole tensor of ours."""
+    """Turn a whole Hugging Face tensor into a whole tensor of ours."""
     if row.kind == "qkv":  # [3, heads, dim] -> [heads, 3, dim], so that a slice of the rows is a slice of the heads
         heads = architecture.num_attention_heads
         return tensor.view(3, heads, -1, tensor.shape[-1]).transpose(0, 1).reshape(tensor.shape)
@@ -79,7 +76,7 @@ def to_ours(tensor: Tensor, row: Row, architecture: ModernBertConfig) -> Tensor:
 
 
 def to_hf(tensor: Tensor, row: Row, architecture: ModernBertConfig) -> Tensor:
-    """The inverse of `to_ours`."""
+    """Invert `to_ours`."""
     if row.kind == "qkv":
         heads = architecture.num_attention_heads
         return tensor.view(heads, 3, -1, tensor.shape[-1]).transpose(0, 1).reshape(tensor.shape)
@@ -87,7 +84,7 @@ def to_hf(tensor: Tensor, row: Row, architecture: ModernBertConfig) -> Tensor:
 
 
 def shard(tensor: Tensor, row: Row, rank: int, size: int) -> Tensor:
-    """This tensor-parallel rank's slice of a whole tensor of ours; each half of a gated layer is split by itself."""
+    """Cut out this tensor-parallel rank's slice of a whole tensor; each half of a gated layer is split alone."""
     if row.axis is None or size == 1:
         return tensor
     if row.kind == "glu":
@@ -97,7 +94,7 @@ def shard(tensor: Tensor, row: Row, rank: int, size: int) -> Tensor:
 
 @torch.no_grad()
 def load_weights(model: ModernBert, source: WeightSource) -> None:
-    """Fill this rank's slice of the model, whatever the tensor- and pipeline-parallel layout."""
+    """Fill this rank's slice of the model, in any tensor- and pipeline-parallel layout."""
     architecture = model.architecture
     by_name = {ours: (hf, row) for hf, ours, row in parameters(architecture)}
     by_name[TIED] = by_name["embedding.word_embeddings.weight"]
@@ -108,8 +105,8 @@ def load_weights(model: ModernBert, source: WeightSource) -> None:
 
 
 def random_weights(architecture: ModernBertConfig, seed: int) -> WeightSource:
-    """ModernBERT's initialisation (upstream `_init_weights`: truncated normals), a pure function of the seed."""
-    shapes = _shapes(architecture)
+    """Initialise as ModernBERT does (truncated normals, transformers' `_init_weights`): a pure function of the seed."""
+    shapes = parameter_shapes(architecture)
     narrow = architecture.initializer_range
     deep = narrow / math.sqrt(2.0 * architecture.num_hidden_layers)
 
@@ -126,41 +123,43 @@ def random_weights(architecture: ModernBertConfig, seed: int) -> WeightSource:
 
 
 def huggingface_weights(init: str, architecture: ModernBertConfig, seed: int) -> WeightSource:
-    """The safetensors of a Hugging Face directory or hub id. A head that an encoder-only model lacks starts fresh."""
-    folder = local_model(init)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", framework="pt") as handle:
-            files = dict.fromkeys(handle.keys(), folder / "model.safetensors")
-    else:
-        raise InputError(
-            f"model.init: {folder} holds no model.safetensors; pickled weights are refused: "
-            "save the model again with transformers' save_pretrained"
-        )
-    shapes, fresh = _shapes(architecture), random_weights(architecture, seed)
+    """Open the weights of a model of the family; a prediction head that an encoder lacks starts fresh.
+
+    Args:
+        init: `model.init`: a Hugging Face directory, hub id, or weight file.
+        architecture: The model to fill.
+        seed: Seed of a fresh head.
+
+    Raises:
+        InputError: The files do not hold exactly this model, or cannot be read. Reading a tensor raises it as well
+            where values are not finite.
+    """
+    stored = open_weights(init, architecture)[0]
+    fresh = random_weights(architecture, seed)
 
     def source(name: str) -> Tensor:
-        key = name if name in files else name.removeprefix("model.")
-        if key not in files:
-            if name.startswith(("head.", "decoder.")):
-                return fresh(name)
-            raise InputError(f"model.init: {folder} lacks the weight {name}; it is not a whole ModernBERT")
-        with safe_open(files[key], framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(key)
-        if tuple(tensor.shape) != shapes[name]:
-            raise InputError(
-                f"model.init: {name} in {folder} has shape {tuple(tensor.shape)}, the model {shapes[name]}; "
-                "remove the overrides of its shape under model"
-            )
-        return tensor
+        return stored.tensor(name) if name in stored else fresh(name)
 
     return source
 
 
-def _shapes(architecture: ModernBertConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape."""
+def open_weights(init: str, architecture: ModernBertConfig) -> tuple[PretrainedWeights, list[str]]:
+    """Check that files and model agree, by headers alone; return the weights, and what a user should be told of them.
+
+    Raises:
+        InputError: As `huggingface_weights`.
+    """
+    stored = PretrainedWeights(locate(init))
+    shapes = parameter_shapes(architecture)
+    fresh = stored.require(shapes, [name for name in shapes if name.startswith(("head.", "decoder."))])
+    notes = [f"{', '.join(fresh)}: not in the files, so they start fresh"] if fresh else []
+    if dropped := stored.dropped():
+        notes.append(f"{', '.join(dropped)}: a classifier takes no part in pretraining and is left out")
+    return stored, notes
+
+
+def parameter_shapes(architecture: ModernBertConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by its Hugging Face name."""
     hidden, inner, vocabulary = architecture.hidden_size, architecture.intermediate_size, architecture.vocab_size
     by_suffix: dict[str, tuple[int, ...]] = {
         "tok_embeddings.weight": (vocabulary, hidden),

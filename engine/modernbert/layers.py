@@ -1,7 +1,7 @@
-"""Layer specifications: the same modules and checkpoint keys on Megatron's own linear layers and Transformer Engine's.
+"""Layer specifications: Megatron's linear layers or Transformer Engine's, with the same modules and checkpoint keys.
 
-Norms stay separate modules: Transformer Engine's fused LayerNorm-Linear always has a norm bias, which ModernBERT has
-not, and other keys, so that a checkpoint could not move between a CPU and a GPU.
+Norms stay separate modules. Transformer Engine's fused LayerNorm-Linear always has a norm bias, which ModernBERT lacks,
+and its keys differ, so a checkpoint could not move between a CPU and a GPU.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ from engine.modernbert.attention import (
     PackedDocuments,
     TransformerEngineAttention,
 )
-from engine.modernbert.fused import add_and_norm, geglu
+from engine.modernbert.ops import add_and_norm, geglu
 
 AttentionKernel = Literal["torch", "transformer_engine"]
 
 
 class LayerNorm(torch.nn.Module):
-    """LayerNorm with a weight and no bias, built as Megatron's specs build one."""
+    """LayerNorm with a weight and no bias, with the constructor of Megatron's specs."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron sums the gradient over tensor-parallel ranks where each of them saw its share of the tokens.
+        # With sequence parallelism each rank sees a share of the tokens, so Megatron must sum the gradient over ranks.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, states: Tensor) -> Tensor:
+        """Normalise [..., h] over its last axis."""
         return F.layer_norm(states, self.weight.shape, self.weight, None, self.eps)
 
     def after(self, states: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The states plus the other, for a residual connection around what follows, and the norm of the sum."""
+        """Return `states + other`, which the next residual connection carries, and the norm of the sum."""
         return add_and_norm(states, other, self.weight, self.eps)
 
 
 class NoNorm(torch.nn.Module):
-    """Of the first layer, which the embedding's norm serves."""
+    """Stands in for the first layer's attention norm: the embedding is normalised already."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
     def after(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states twice."""
         return states, states
 
 
 class ModernBertLayer(TransformerLayer):
-    """Megatron's layer without what ModernBERT has not (biases, dropout), so that each norm and the residual connection
-    around it are one.
-    """
+    """TransformerLayer without biases and dropout, so that each norm is fused with the residual addition before it."""
 
     def forward(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackedDocuments, **_: Any
     ) -> tuple[Tensor, None]:
-        """[T, 1, hidden] -> ([T, 1, hidden], Megatron's context of cross-attention)."""
+        """Map [T, 1, hidden] to ([T, 1, hidden], None); Megatron's second value belongs to cross-attention."""
         states, normed = self.input_layernorm.after(hidden_states)
         attended, _bias = self.self_attention(
             normed, attention_mask=None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
@@ -84,13 +84,14 @@ class ModernBertLayer(TransformerLayer):
 
 
 class GatedMLP(MLP):
-    """Megatron's projections around the exact-GELU gate of ModernBERT; Megatron's own fused gate is the tanh GELU."""
+    """Megatron's projections around ModernBERT's exact-GELU gate; Megatron's own fused gate is the tanh GELU."""
 
     def __init__(self, *args: Any, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any) -> None:
-        """The two named ones Megatron 0.19 gives to any MLP; the group it needs of the first is in the spec."""
+        """Accept the two arguments that Megatron 0.19 gives any MLP; the tensor-parallel group comes from the spec."""
         super().__init__(*args, **kwargs)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """Map [T, 1, hidden] to ([T, 1, hidden], bias)."""
         output: tuple[Tensor, Tensor | None] = self.linear_fc2(geglu(self.linear_fc1(hidden_states)[0]))
         return output
 
@@ -98,7 +99,13 @@ class GatedMLP(MLP):
 def block_spec(
     config: TransformerConfig, *, transformer_engine: bool, attention: AttentionKernel = "torch"
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm; `attention` is the kernel of GPUs in half precision."""
+    """Describe the layers of this pipeline stage and the final norm.
+
+    Args:
+        config: Megatron's description of the model.
+        transformer_engine: Use Transformer Engine's linear layers; needs a GPU.
+        attention: Attention kernel of a GPU in half precision.
+    """
     first = get_transformer_layer_offset(config)
     count = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(

@@ -21,48 +21,60 @@ from transformers import ModernBertConfig
 
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.config import padded_vocabulary
-from engine.modernbert.head import linear_cross_entropy
 from engine.modernbert.layers import AttentionKernel, LayerNorm, block_spec
+from engine.modernbert.linear_cross_entropy import Scratch, linear_cross_entropy
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
-"""Of the prediction head, by Hugging Face's names."""
+"""Activations of the prediction head, by Hugging Face's names."""
 
 
 class PredictionHead(MegatronModule):
-    """Dense, activation, norm; the same on every tensor-parallel rank."""
+    """Dense layer, activation and norm, replicated on every tensor-parallel rank."""
 
     def __init__(self, config: TransformerConfig, architecture: ModernBertConfig) -> None:
         super().__init__(config=config)
         self.activation = ACTIVATIONS[architecture.classifier_activation]  # upstream's MLM head takes the classifier's
         self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, bias=False, dtype=config.params_dtype)
         self.norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
-        # The head sees all tokens on every rank, so its gradient is whole already.
+        # The head sees all tokens on every rank, so its gradient needs no sum over ranks.
         self.norm.weight.sequence_parallel = False
 
     def forward(self, states: Tensor) -> Tensor:
+        """Map [N, hidden] to [N, hidden]."""
         output: Tensor = self.norm(self.activation(self.dense(states)))
         return output
 
 
 class OutputLayer(ColumnParallelLinear):
-    """The decoder over the vocabulary. A module's forward is where Megatron waits for the weights that it uses."""
+    """The decoder over the vocabulary. The loss is computed in its forward, where Megatron waits for its weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scratch = Scratch()
 
     def forward(self, states: Tensor, weight: Tensor, labels: Tensor | None, vocabulary: int) -> Tensor:
-        """States [N, hidden] -> logits [N, V] of this rank's slice; with labels [N], what `linear_cross_entropy` gives.
+        """Compute logits, or the loss where there are labels.
 
-        vocabulary: entries of the whole vocabulary without padding.
+        Args:
+            states: [N, hidden]
+            weight: [V, hidden], this rank's slice of the tied embedding.
+            labels: [N] int64, or None.
+            vocabulary: Entries of the whole vocabulary without padding.
+
+        Returns:
+            Logits [N, V] of this rank's slice; with labels, the result of `linear_cross_entropy`.
         """
         if labels is None:
             return F.linear(states, weight, self.bias)
         rank, size = self.tp_group.rank(), self.tp_group.size()
-        part = (rank * weight.shape[0], vocabulary)
-        return linear_cross_entropy(states, weight, self.bias, labels, part, self.tp_group if size > 1 else None)
+        part, group = (rank * weight.shape[0], vocabulary), self.tp_group if size > 1 else None
+        return linear_cross_entropy(states, weight, self.bias, labels, part, group, self._scratch)
 
 
 class ModernBert(LanguageModule):
     """One pipeline stage of ModernBERT with its prediction head, which serves both objectives.
 
-    Each batch's `PackedDocuments` says whether attention is causal: switching the objective changes nothing here.
+    `PackedDocuments` says for each batch whether attention is causal, so the model is the same for every objective.
     """
 
     def __init__(
@@ -99,7 +111,7 @@ class ModernBert(LanguageModule):
         if self.post_process:
             self.lm_head = PredictionHead(config, architecture)
             plain = copy(config)
-            plain.gradient_accumulation_fusion = False  # for which Megatron's own layers ask for Apex
+            plain.gradient_accumulation_fusion = False  # because Megatron's own layers need Apex for it
             self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocabulary,
@@ -111,22 +123,28 @@ class ModernBert(LanguageModule):
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Called by Megatron's pipeline schedule with the previous stage's output."""
+        """Take the previous stage's output; Megatron's pipeline schedule calls it."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
         self,
         input_ids: Tensor,
         packed: PackedDocuments,
-        paying: Tensor | None = None,
+        label_positions: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """input_ids [1, T] int64 -> this stage's output.
+        """Run this stage.
 
-        Before the last stage: hidden states [T, 1, hidden]. On the last one: with `paying` [N], the positions that pay
-        loss, and their `labels` [N], summed cross-entropy and count of right answers, [2] fp32; without them, logits
-        [T, vocabulary]
-        (this rank's slice of the padded vocabulary).
+        Args:
+            input_ids: [1, T] int64
+            packed: Documents of the row.
+            label_positions: [N] int64, positions that carry a label.
+            labels: [N] int64, token ids to predict there.
+
+        Returns:
+            Hidden states [T, 1, hidden] before the last stage. On the last stage: with labels, the summed cross-entropy
+            and the number of correct predictions, [2] fp32; without labels, this rank's slice of the logits over the
+            padded vocabulary, [T, V].
         """
         states = None
         if self.pre_process:
@@ -142,16 +160,18 @@ class ModernBert(LanguageModule):
         if self.config.sequence_parallel:
             states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
         states = states.squeeze(1)
-        if paying is not None:
-            states = states.index_select(0, paying)  # whose gradient costs less than indexing's
+        if label_positions is not None:
+            states = states.index_select(0, label_positions)  # its backward is cheaper than advanced indexing's
         output: Tensor = self.output_layer(
             self.lm_head(states), self.shared_embedding_or_output_weight(), labels, self.architecture.vocab_size
         )
         return output
 
     def _rotary(self, packed: PackedDocuments) -> Tensor:
-        """[global or local, cos or sin, T, head dim] in the computing dtype, by position in the document."""
-        length = 1 << (packed.max_seqlen_q - 1).bit_length()  # powers of two: a few tables serve all micro-batches
+        """Return [global or local, cos or sin, T, d] in the computing dtype, by position in the document."""
+        length = (
+            1 << (packed.max_seqlen_q - 1).bit_length()
+        )  # a power of two, so that a few tables serve all micro-batches
         if length not in self._rotary_tables:
             self._rotary_tables[length] = self._rotary_table(length, packed.cu_seqlens_q.device)
         return self._rotary_tables[length][:, :, packed.positions]
@@ -176,7 +196,16 @@ def transformer_config(
     dtype: torch.dtype = torch.float32,
     **extra: Any,
 ) -> TransformerConfig:
-    """Megatron's description of a ModernBERT."""
+    """Translate a ModernBERT's configuration for Megatron.
+
+    Args:
+        architecture: The model's configuration.
+        tensor: Tensor-parallel size.
+        pipeline: Pipeline-parallel size.
+        sequence: Sequence parallelism.
+        dtype: dtype of weights and activations.
+        **extra: Further fields of Megatron's TransformerConfig, such as those of FP8.
+    """
     half = architecture.local_attention // 2
     return TransformerConfig(
         num_layers=architecture.num_hidden_layers,
@@ -202,13 +231,13 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # `engine.modernbert.convert` fills in the weights, so that any layout starts equal. Megatron's initialisation
-        # must run all the same: it marks the weights that tensor parallelism splits, which the gradient norm needs.
+        # `engine.modernbert.convert` fills in the weights, so that every layout starts from the same ones. Megatron's
+        # initialisation must still run: it marks the weights that tensor parallelism splits, for the gradient norm.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         use_cpu_initialization=not torch.cuda.is_available(),
-        hetereogenous_dist_checkpoint=True,  # Megatron's spelling; the first layer has no norm, so keys are by layer
+        hetereogenous_dist_checkpoint=True,  # Megatron's spelling; keys go by layer, since the first has no norm
         calculate_per_token_loss=True,
         **extra,
     )

@@ -105,24 +105,86 @@ def test_the_export_is_the_trained_model(shards: Path, alone_run: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code"),
     [
-        ({"model_type": "bert"}, "is a model of type 'bert'"),
-        (None, "neither config.json nor detour.json"),
-        ({"model_type": "modernbert", **SHAPE, "vocab_size": 50368}, "holds no model.safetensors"),
-        ({"model_type": "modernbert", **SHAPE, "vocab_size": 100}, "model.vocab_size: 100 entries, but tokenizer"),
+        ({"model_type": "bert"}, "model-type"),
+        (None, "config-missing"),
+        ([1, 2], "config-invalid"),
+        ({"model_type": "modernbert", **SHAPE, "vocab_size": 50368}, "weights-missing"),
+        ({"model_type": "modernbert", **SHAPE, "vocab_size": 100}, "tokenizer-too-large"),
+        ({"model_type": "modernbert", **SHAPE, "num_hidden_layers": "64"}, "config-invalid"),
+        ({"model_type": "modernbert", **SHAPE, "hidden_size": None}, "config-invalid"),
+        ({"model_type": "modernbert", **SHAPE, "rope_parameters": {"rope_theta": 1e4}}, "config-invalid"),
+        ({"model_type": "modernbert", **SHAPE, "vocab_size": 50368, "norm_bias": True}, "architecture-unsupported"),
+        (
+            {"model_type": "modernbert", **SHAPE, "vocab_size": 50368, "global_rope_theta": -1},
+            "architecture-unsupported",
+        ),
     ],
 )
-def test_a_directory_that_cannot_be_imported(content: Any, message: str, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_imported(content: Any, code: str, tmp_path: Path) -> None:
     from configs.schema import Model
     from engine.modernbert.config import resolve_architecture
     from engine.modernbert.convert import huggingface_weights
 
     if content is not None:
         (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as refusal:
         architecture = resolve_architecture(Model(init=str(tmp_path)), load_tokenizer("package://tokenizer/modernbert"))
         huggingface_weights(str(tmp_path), architecture, 0)
+    assert refusal.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("num_hidden_layers", 2),
+        ("hidden_activation", "silu"),
+        ("norm_bias", True),
+        ("tie_word_embeddings", False),
+        ("layer_types", ("full_attention",) * SHAPE["num_hidden_layers"]),
+        ("global_attn_every_n_layers", 2),
+    ],
+)
+def test_an_override_that_contradicts_the_weights_is_refused(override: str, value: Any, hf_model: Path) -> None:
+    from configs.schema import Model
+    from engine.modernbert.config import resolve_architecture
+
+    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    with pytest.raises(InputError) as refusal:
+        resolve_architecture(Model(init=str(hf_model), **{override: value}), tokenizer)
+    assert (refusal.value.key, refusal.value.code) == (f"model.{override}", "override-contradicts")
+
+
+def test_an_override_that_says_what_the_file_says_is_taken(hf_model: Path) -> None:
+    from configs.schema import Model
+    from engine.modernbert.config import resolve_architecture
+
+    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    model = Model(init=str(hf_model), hidden_size=SHAPE["hidden_size"], global_rope_theta=640_000.0)
+    assert resolve_architecture(model, tokenizer).rope_parameters["full_attention"]["rope_theta"] == 640_000.0
+
+
+@pytest.mark.parametrize(
+    ("init", "code"),
+    [
+        ("models/my model", "hub-unavailable"),
+        ("org/model@revision", "hub-unavailable"),
+        ("no/such/directory", "model-missing"),
+        ("~/nothing-here", "model-missing"),
+        ("run", "run-directory"),
+    ],
+)
+def test_an_init_that_is_not_there(init: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.modernbert.config import locate
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(InputError) as refusal:
+        locate(init)
+    assert (refusal.value.key, refusal.value.code) == ("model.init", code)
 
 
 def test_import_writes_a_step_0_checkpoint(hf_model: Path, shards: Path, tmp_path: Path) -> None:

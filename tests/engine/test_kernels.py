@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.modernbert import fused
+from engine.modernbert import ops
 from engine.modernbert.attention import BlockedAttention, PackedDocuments
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytest.importorskip("triton")
 
 from engine.modernbert.kernels.attention import LocalAttention  # noqa: E402
-from engine.modernbert.kernels.pointwise import SHARE, AddAndNorm, GeGLU, Rotate, exponentials_  # noqa: E402
+from engine.modernbert.kernels.pointwise import ROWS_PER_PROGRAM, AddAndNorm, GeGLU, Rotate, exponentials_  # noqa: E402
 
 BAR = 1e-5
 """Relative to the largest value; all but attention computes in fp32 throughout."""
@@ -61,27 +61,27 @@ def angles(tokens: int, dim: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, 
 @pytest.mark.parametrize("rows", [1, 37])
 def test_geglu(rows: int) -> None:
     ours, reference = pair(rows, 1, 2 * 72)
-    compare((GeGLU.apply(ours),), (fused.geglu(reference),), [(ours, reference)])
+    compare((GeGLU.apply(ours),), (ops.geglu(reference),), [(ours, reference)])
 
 
 def test_rotate() -> None:
     ours, reference = pair(29, 3, 3, 16)
     mine, theirs = angles(29, 16)
-    compare(Rotate.apply(ours, *mine), fused.rotate(reference, *theirs), [(ours, reference)])
+    compare(Rotate.apply(ours, *mine), ops.rotate(reference, *theirs), [(ours, reference)])
 
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_add_and_norm(adds: bool) -> None:
-    states, other, weight = pair(2 * SHARE + 9, 1, 72), pair(2 * SHARE + 9, 1, 72), pair(72)
+    states, other, weight = pair(2 * ROWS_PER_PROGRAM + 9, 1, 72), pair(2 * ROWS_PER_PROGRAM + 9, 1, 72), pair(72)
     found = AddAndNorm.apply(states[0], other[0] if adds else None, weight[0], 1e-5)
-    expected = fused.add_and_norm(states[1], other[1] if adds else None, weight[1], 1e-5)
+    expected = ops.add_and_norm(states[1], other[1] if adds else None, weight[1], 1e-5)
     compare(found, (expected[0] * 1.0, expected[1]), [states, weight, *([other] if adds else [])])
 
 
 def test_exponentials() -> None:
     ours, reference = (x.detach() for x in pair(9, 10_001))
     peak = reference.amax(dim=1, keepdim=True)
-    near(exponentials_(ours, peak.to(ours.device)), fused.exponentials_(reference, peak))
+    near(exponentials_(ours, peak.to(ours.device)), ops.exponentials_(reference, peak))
     near(ours, reference)
 
 
@@ -98,7 +98,7 @@ def test_local_attention(lengths: tuple[int, ...], window: int, causal: bool) ->
     ours, reference = pair(tokens, 2, 3, 32)
     mine, theirs = angles(tokens, 32)
     packed = PackedDocuments.from_lengths(lengths, causal, torch.device("cpu"))
-    expected = BlockedAttention._by_band(*fused.rotate(reference, *theirs), packed, window)
+    expected = BlockedAttention._by_band(*ops.rotate(reference, *theirs), packed, window)
     documents = packed.documents.to(ours.device)
     found = LocalAttention.apply(ours, *mine, documents, window, 0 if causal else window)
     near(found, expected, bar)

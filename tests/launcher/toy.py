@@ -18,8 +18,8 @@ import yaml
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
-TRAIN = [sys.executable, "-c", "from launcher.cli import train_main; train_main()"]
-DETOUR = [sys.executable, "-c", "from launcher.cli import main; main()"]
+TRAIN = [sys.executable, "-c", "import detour_train; detour_train.train_main()"]
+DETOUR = [sys.executable, "-m", "detour_train"]
 
 
 def recipe(shards: Path, **changes: Any) -> dict[str, Any]:
@@ -58,11 +58,15 @@ def write(path: Path, tree: dict[str, Any]) -> Path:
 
 
 def run(
-    *command: str | Path, cwd: Path, path: Path | None = ROOT, timeout: float = 500
+    *command: str | Path,
+    cwd: Path,
+    path: Path | None = ROOT,
+    timeout: float = 500,
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end. `path` is where it finds Detour; None: where it is installed."""
+    """Run a command to its end. `path` is where it finds Detour; None: where it is installed. `env` replaces both."""
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment(path), capture_output=True, text=True, timeout=timeout
+        list(map(str, command)), cwd=cwd, env=env or environment(path), capture_output=True, text=True, timeout=timeout
     )
 
 

@@ -1,1 +1,1 @@
-"""Triton kernels; imported only where they can be built. `engine.modernbert.fused` chooses between them and torch."""
+"""Triton kernels; imported only where they can be built. `engine.modernbert.ops` chooses between them and torch."""

@@ -1,4 +1,18 @@
-"""RoPE and attention of a local layer, forward and backward, in Triton."""
+"""RoPE and attention of a local layer in Triton, in the letters of FlashAttention-2 (arXiv 2307.08691).
+
+For a query i and the keys j that it sees, with scale = 1 / sqrt(d):
+
+    s_ij = scale * q_i . k_j        lse_i = log2 sum_j 2^(s_ij log2 e)        p_ij = 2^(s_ij log2 e - lse_i)
+    o_i = sum_j p_ij v_j
+
+and backward, with delta_i = do_i . o_i:
+
+    dv_j = sum_i p_ij do_i          ds_ij = p_ij (do_i . v_j - delta_i)
+    dq_i = scale * sum_j ds_ij k_j  dk_j = scale * sum_i ds_ij q_i
+
+q and k are turned by RoPE when they are loaded, dq and dk are turned back when they are stored. RoPE pairs element e
+with e + d/2, so a tile of q or k is two halves, q1 and q2, and q . k is q1 . k1 + q2 . k2.
+"""
 
 from __future__ import annotations
 
@@ -10,163 +24,171 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64
-"""Queries, and keys, of a tile."""
+"""Queries, and keys, per tile."""
 
 
 class LocalAttention(torch.autograd.Function):
     """RoPE and attention of a local layer, [T, heads, 3, d] -> [T, heads, d].
 
-    A query sees keys of its own document at most `before` places to the left and `after` to the right. FlashAttention
-    goes through tiles of 128 keys for windows of 65 or 129, and has a program for every tile of the longest document in
-    each document. documents: [T], the document of each token.
+    A query sees the keys of its own document at most `before` places to the left and `after` to the right.
+    FlashAttention itself visits tiles of 128 keys for windows of 65 or 129, and starts a program per tile of the
+    longest document in each document. `documents` is [T] int32, the document of each token; cos and sin are [T, d].
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, before: int, after: int
-    ) -> Tensor:
-        tokens, heads, _, dim = mixed.shape
-        mixed = mixed.contiguous()
-        context = mixed.new_empty(tokens, heads, dim)
-        sums = torch.empty(heads, tokens, dtype=torch.float32, device=mixed.device)
-        ctx.numbers = (tokens, heads, dim, before, after, BLOCK)
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, before: int, after: int) -> Tensor:
+        """Compute the output; lse [heads, T] fp32 is kept for the gradient."""
+        tokens, heads, _, dim = qkv.shape
+        qkv = qkv.contiguous()
+        out = qkv.new_empty(tokens, heads, dim)
+        lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
+        ctx.sizes = (tokens, heads, dim, before, after, BLOCK)
         ctx.grid = (triton.cdiv(tokens, BLOCK), heads)
-        _local[ctx.grid](mixed, cos, sin, documents, context, sums, *ctx.numbers, num_stages=1)
-        ctx.save_for_backward(mixed, cos, sin, documents, context, sums)
-        return context
+        _forward[ctx.grid](qkv, cos, sin, documents, out, lse, *ctx.sizes, num_stages=1)
+        ctx.save_for_backward(qkv, cos, sin, documents, out, lse)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        mixed, cos, sin, documents, context, sums = ctx.saved_tensors
-        result = torch.empty_like(mixed)
-        inputs = (mixed, cos, sin, documents, context, sums, grads[0].contiguous(), result)
-        _local_backward[ctx.grid](*inputs, *ctx.numbers, num_stages=1)
-        return result, None, None, None, None, None
+        """Compute the gradient of qkv."""
+        qkv, cos, sin, documents, out, lse = ctx.saved_tensors
+        dqkv = torch.empty_like(qkv)
+        tensors = (qkv, cos, sin, documents, out, lse, grads[0].contiguous(), dqkv)
+        _backward[ctx.grid](*tensors, *ctx.sizes, num_stages=1)
+        return dqkv, None, None, None, None, None
 
 
 @triton.jit
-def _turned(source, cos, sin, place, angle, inside, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Both halves of a tile of queries or keys after RoPE, in the dtype of the matrix products."""
-    first = tl.load(source + place, inside, 0.0).to(tl.float32)
-    second = tl.load(source + place + HALF, inside, 0.0).to(tl.float32)
-    c = tl.load(cos + angle, inside, 0.0).to(tl.float32)
-    s = tl.load(sin + angle, inside, 0.0).to(tl.float32)
+def _load_turned(source, cos, sin, offs, offs_angle, mask, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load both halves of a tile of q or k and turn them by RoPE, in the dtype of the matrix products."""
+    x1 = tl.load(source + offs, mask, 0.0).to(tl.float32)
+    x2 = tl.load(source + offs + HALF, mask, 0.0).to(tl.float32)
+    c = tl.load(cos + offs_angle, mask, 0.0).to(tl.float32)
+    s = tl.load(sin + offs_angle, mask, 0.0).to(tl.float32)
     dtype = source.dtype.element_ty
-    return (first * c - second * s).to(dtype), (second * c + first * s).to(dtype)
+    return (x1 * c - x2 * s).to(dtype), (x2 * c + x1 * s).to(dtype)
 
 
 @triton.jit
-def _store_turned_back(target, cos, sin, place, angle, inside, first, second, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    c = tl.load(cos + angle, inside, 0.0).to(tl.float32)
-    s = tl.load(sin + angle, inside, 0.0).to(tl.float32)
-    tl.store(target + place, first * c + second * s, inside)
-    tl.store(target + place + HALF, second * c - first * s, inside)
+def _store_turned_back(target, cos, sin, offs, offs_angle, mask, d1, d2, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Turn both halves of a tile of dq or dk back and store them."""
+    c = tl.load(cos + offs_angle, mask, 0.0).to(tl.float32)
+    s = tl.load(sin + offs_angle, mask, 0.0).to(tl.float32)
+    tl.store(target + offs, d1 * c + d2 * s, mask)
+    tl.store(target + offs + HALF, d2 * c - d1 * s, mask)
 
 
 @triton.jit
-def _sees(document, row, documents, column, there, BEFORE: tl.constexpr, AFTER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[rows, columns]: of one document, and the column at most so many places before the row, or after it."""
-    distance = row[:, None] - column[None, :]
+def _tile(start, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens of a tile: their numbers, whether they exist, and the numbers as an int64 column for pointers."""
+    offs = tl.program_id(0) * BLOCK + start + tl.arange(0, BLOCK)
+    return offs, (offs >= 0) & (offs < tokens), offs.to(tl.int64)[:, None]
+
+
+@triton.jit
+def _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE: tl.constexpr, AFTER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[M, N]: both tokens are of one document, and n lies at most BEFORE places before m or AFTER places after it."""
+    distance = offs_m[:, None] - offs_n[None, :]
     near = (distance <= BEFORE) & (distance >= -AFTER)
-    return near & (document[:, None] == tl.load(documents + column, there, -2)[None, :])
+    return near & (document_m[:, None] == tl.load(documents + offs_n, mask_n, -2)[None, :])
 
 
 @triton.jit
-def _gradient_and_level(grad, context, place, inside):  # type: ignore[no-untyped-def]
-    """A tile of the output's gradient, and its product with the output, by row."""
-    above = tl.load(grad + place, inside, 0.0)
-    return above, tl.sum(above.to(tl.float32) * tl.load(context + place, inside, 0.0).to(tl.float32), 1)
+def _load_do_and_delta(grad, out, offs, mask):  # type: ignore[no-untyped-def]
+    """Load a tile of do, and compute its delta, row by row."""
+    do = tl.load(grad + offs, mask, 0.0)
+    return do, tl.sum(do.to(tl.float32) * tl.load(out + offs, mask, 0.0).to(tl.float32), 1)
 
 
 @triton.jit
-def _local(  # type: ignore[no-untyped-def]
-    mixed, cos, sin, documents, context, sums, tokens,
+def _forward(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, documents, out, lse, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Compute the output of one tile of queries of one head."""
     HALF: tl.constexpr = DIM // 2
-    SCALE: tl.constexpr = 1.4426950408889634 / DIM**0.5  # for powers of 2
+    SCALE: tl.constexpr = 1.4426950408889634 / DIM**0.5  # log2(e) / sqrt(d)
     head = tl.program_id(1)
-    half, whole = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
-    mixed += head * 3 * DIM
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside, wide = row < tokens, row.to(tl.int64)[:, None]
-    q1, q2 = _turned(mixed, cos, sin, wide * (3 * HEADS * DIM) + half, wide * DIM + half, inside[:, None], HALF)
-    document = tl.load(documents + row, inside, -1)
-    peak, total = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
-    output = tl.zeros([BLOCK, DIM], tl.float32)
+    offs_half, offs_d = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
+    qkv += head * 3 * DIM
+    offs_m, mask_m, m = _tile(0, tokens, BLOCK)
+    q1, q2 = _load_turned(qkv, cos, sin, m * (3 * HEADS * DIM) + offs_half, m * DIM + offs_half, mask_m[:, None], HALF)
+    document_m = tl.load(documents + offs_m, mask_m, -1)
+    m_i, l_i = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, DIM], tl.float32)
     for start in range(-BEFORE, BLOCK + AFTER, BLOCK):
-        column = tl.program_id(0) * BLOCK + start + tl.arange(0, BLOCK)
-        there, long = (column >= 0) & (column < tokens), column.to(tl.int64)[:, None]
-        place = long * (3 * HEADS * DIM)
-        k1, k2 = _turned(mixed + DIM, cos, sin, place + half, long * DIM + half, there[:, None], HALF)
-        value = tl.load(mixed + 2 * DIM + place + whole, there[:, None], 0.0)
-        seen = _sees(document, row, documents, column, there, BEFORE, AFTER)
-        logits = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
-        logits = tl.where(seen, logits, float("-inf"))
-        highest = tl.maximum(peak, tl.max(logits, 1))
-        finite = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen so far
-        weights, shrink = tl.exp2(logits - finite[:, None]), tl.exp2(peak - finite)
-        total = total * shrink + tl.sum(weights, 1)
-        output = tl.dot(weights.to(value.dtype), value, output * shrink[:, None])
-        peak = highest
-    total = tl.where(inside, total, 1.0)
-    tl.store(context + wide * (HEADS * DIM) + head * DIM + whole, output / total[:, None], inside[:, None])
-    tl.store(sums + head * tokens + row, peak + tl.log2(total), inside)
+        offs_n, mask_n, n = _tile(start, tokens, BLOCK)
+        row_n = n * (3 * HEADS * DIM)
+        k1, k2 = _load_turned(qkv + DIM, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
+        v = tl.load(qkv + 2 * DIM + row_n + offs_d, mask_n[:, None], 0.0)
+        mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
+        qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
+        qk = tl.where(mask, qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # where no key was visible so far
+        p, alpha = tl.exp2(qk - shift[:, None]), tl.exp2(m_i - shift)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        m_i = m_new
+    l_i = tl.where(mask_m, l_i, 1.0)
+    tl.store(out + m * (HEADS * DIM) + head * DIM + offs_d, acc / l_i[:, None], mask_m[:, None])
+    tl.store(lse + head * tokens + offs_m, m_i + tl.log2(l_i), mask_m)
 
 
 @triton.jit
-def _local_backward(  # type: ignore[no-untyped-def]
-    mixed, cos, sin, documents, context, sums, grad, result, tokens,
+def _backward(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, documents, out, lse, grad, dqkv, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program forms the gradients of its block's queries, and then those of its keys and values."""
+    """Compute dq of one tile of tokens of one head, and then dk and dv of the same tokens."""
     HALF: tl.constexpr = DIM // 2
     SCALE: tl.constexpr = 1.4426950408889634 / DIM**0.5
     head = tl.program_id(1)
-    half, whole = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
-    mixed += head * 3 * DIM
-    result += head * 3 * DIM
-    context += head * DIM
+    offs_half, offs_d = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
+    qkv += head * 3 * DIM
+    dqkv += head * 3 * DIM
+    out += head * DIM
     grad += head * DIM
-    sums += head * tokens
-    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside, wide = mine < tokens, mine.to(tl.int64)[:, None]
-    place, angle, flat = wide * (3 * HEADS * DIM), wide * DIM + half, wide * (HEADS * DIM) + whole
-    document = tl.load(documents + mine, inside, -1)
+    lse += head * tokens
+    offs_m, mask_m, m = _tile(0, tokens, BLOCK)
+    row_m, angle_m, flat_m = m * (3 * HEADS * DIM), m * DIM + offs_half, m * (HEADS * DIM) + offs_d
+    document_m = tl.load(documents + offs_m, mask_m, -1)
 
-    q1, q2 = _turned(mixed, cos, sin, place + half, angle, inside[:, None], HALF)
-    above, level = _gradient_and_level(grad, context, flat, inside[:, None])
-    norm = tl.load(sums + mine, inside, 0.0)
-    d1, d2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
+    q1, q2 = _load_turned(qkv, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], HALF)
+    do, delta = _load_do_and_delta(grad, out, flat_m, mask_m[:, None])
+    lse_m = tl.load(lse + offs_m, mask_m, 0.0)
+    dq1, dq2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
     for start in range(-BEFORE, BLOCK + AFTER, BLOCK):
-        column = tl.program_id(0) * BLOCK + start + tl.arange(0, BLOCK)
-        there, long = (column >= 0) & (column < tokens), column.to(tl.int64)[:, None]
-        other = long * (3 * HEADS * DIM)
-        k1, k2 = _turned(mixed + DIM, cos, sin, other + half, long * DIM + half, there[:, None], HALF)
-        value = tl.load(mixed + 2 * DIM + other + whole, there[:, None], 0.0)
-        seen = _sees(document, mine, documents, column, there, BEFORE, AFTER)
-        logits = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
-        weights = tl.where(seen, tl.exp2(logits - norm[:, None]), 0.0)
-        change = (weights * (tl.dot(above, tl.trans(value)) - level[:, None])).to(value.dtype)
-        d1, d2 = tl.dot(change, k1, d1), tl.dot(change, k2, d2)
+        offs_n, mask_n, n = _tile(start, tokens, BLOCK)
+        row_n = n * (3 * HEADS * DIM)
+        k1, k2 = _load_turned(qkv + DIM, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
+        v = tl.load(qkv + 2 * DIM + row_n + offs_d, mask_n[:, None], 0.0)
+        mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
+        qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
+        p = tl.where(mask, tl.exp2(qk - lse_m[:, None]), 0.0)
+        ds = (p * (tl.dot(do, tl.trans(v)) - delta[:, None])).to(v.dtype)
+        dq1, dq2 = tl.dot(ds, k1, dq1), tl.dot(ds, k2, dq2)
     scale: tl.constexpr = 1.0 / DIM**0.5
-    _store_turned_back(result, cos, sin, place + half, angle, inside[:, None], d1 * scale, d2 * scale, HALF)
+    _store_turned_back(dqkv, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], dq1 * scale, dq2 * scale, HALF)
 
-    k1, k2 = _turned(mixed + DIM, cos, sin, place + half, angle, inside[:, None], HALF)
-    value = tl.load(mixed + 2 * DIM + place + whole, inside[:, None], 0.0)
-    d1, d2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
-    d_value = tl.zeros([BLOCK, DIM], tl.float32)
+    # The tokens m are keys from here on, and n queries: a key sees queries BEFORE and AFTER the other way round.
+    k1, k2 = _load_turned(qkv + DIM, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], HALF)
+    v = tl.load(qkv + 2 * DIM + row_m + offs_d, mask_m[:, None], 0.0)
+    dk1, dk2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
+    dv = tl.zeros([BLOCK, DIM], tl.float32)
     for start in range(-AFTER, BLOCK + BEFORE, BLOCK):
-        column = tl.program_id(0) * BLOCK + start + tl.arange(0, BLOCK)  # of a query now
-        there, long = (column >= 0) & (column < tokens), column.to(tl.int64)[:, None]
-        q1, q2 = _turned(mixed, cos, sin, long * (3 * HEADS * DIM) + half, long * DIM + half, there[:, None], HALF)
-        above, level = _gradient_and_level(grad, context, long * (HEADS * DIM) + whole, there[:, None])
-        norm = tl.load(sums + column, there, 0.0)
-        seen = _sees(document, mine, documents, column, there, AFTER, BEFORE)  # a key's view of the queries
-        logits = tl.dot(k2, tl.trans(q2), tl.dot(k1, tl.trans(q1))) * SCALE
-        weights = tl.where(seen, tl.exp2(logits - norm[None, :]), 0.0)
-        d_value = tl.dot(weights.to(above.dtype), above, d_value)
-        change = (weights * (tl.dot(value, tl.trans(above)) - level[None, :])).to(above.dtype)
-        d1, d2 = tl.dot(change, q1, d1), tl.dot(change, q2, d2)
-    _store_turned_back(result + DIM, cos, sin, place + half, angle, inside[:, None], d1 * scale, d2 * scale, HALF)
-    tl.store(result + 2 * DIM + place + whole, d_value, inside[:, None])
+        offs_n, mask_n, n = _tile(start, tokens, BLOCK)
+        row_n = n * (3 * HEADS * DIM)
+        q1, q2 = _load_turned(qkv, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
+        do, delta = _load_do_and_delta(grad, out, n * (HEADS * DIM) + offs_d, mask_n[:, None])
+        lse_n = tl.load(lse + offs_n, mask_n, 0.0)
+        mask = _visible(document_m, offs_m, documents, offs_n, mask_n, AFTER, BEFORE)
+        qk = tl.dot(k2, tl.trans(q2), tl.dot(k1, tl.trans(q1))) * SCALE
+        p = tl.where(mask, tl.exp2(qk - lse_n[None, :]), 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv)
+        ds = (p * (tl.dot(v, tl.trans(do)) - delta[None, :])).to(do.dtype)
+        dk1, dk2 = tl.dot(ds, q1, dk1), tl.dot(ds, q2, dk2)
+    _store_turned_back(
+        dqkv + DIM, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], dk1 * scale, dk2 * scale, HALF
+    )
+    tl.store(dqkv + 2 * DIM + row_m + offs_d, dv, mask_m[:, None])

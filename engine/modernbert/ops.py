@@ -1,0 +1,147 @@
+"""Operations between the matrix products: one Triton kernel each on a GPU, torch's operations elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import device
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Whether this process can build Triton kernels; asked at the first operation, since it initialises CUDA."""
+    return device.compiles_kernels()
+
+
+def geglu(states: Tensor) -> Tensor:
+    """Compute the exact GELU of the first half times the second half, [..., 2 n] -> [..., n]."""
+    if states.is_cuda and _has_kernels():
+        from engine.modernbert.kernels import pointwise
+
+        output: Tensor = pointwise.GeGLU.apply(states)
+        return output
+    gated: Tensor = _GeGLU.apply(states)
+    return gated
+
+
+class _GeGLU(torch.autograd.Function):
+    """Writes both halves' gradients in place, because autograd would allocate two zero-padded copies."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        first, second = states.chunk(2, dim=-1)
+        gate = F.gelu(first)
+        ctx.save_for_backward(states, gate)
+        return gate * second
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        states, gate = ctx.saved_tensors
+        (first, second), result = states.chunk(2, dim=-1), torch.empty_like(states)
+        grad_first, grad_second = result.chunk(2, dim=-1)
+        torch.ops.aten.gelu_backward.grad_input(grads[0] * second, first, grad_input=grad_first)
+        torch.mul(grads[0], gate, out=grad_second)
+        return result
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [T, heads, 3, d] into q, k and v, [T, heads, d] each, with RoPE applied to q and k.
+
+    The rotation is the half-split one of Hugging Face; cos and sin are [T, d] with two equal halves.
+    """
+    if qkv.is_cuda and _has_kernels():
+        from engine.modernbert.kernels import pointwise
+
+        rotated: tuple[Tensor, Tensor, Tensor] = pointwise.Rotate.apply(qkv, cos, sin)
+        return rotated
+    q, k, v = _Rotate.apply(qkv, cos, sin)
+    return q, k, v
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        q, k, v = qkv.unbind(2)
+        return _turn(q, cos, sin), _turn(k, cos, sin), v.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        dq, dk, dv = grads
+        tokens, heads, dim = dv.shape
+        dqkv = dv.new_empty(tokens, heads, 3, dim)
+        _turn(dq, cos, -sin, dqkv[:, :, 0])
+        _turn(dk, cos, -sin, dqkv[:, :, 1])
+        dqkv[:, :, 2] = dv
+        return dqkv, None, None
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor, result: Tensor | None = None) -> Tensor:
+    """Rotate [T, heads, d] into `result`, or into a new tensor."""
+    result = torch.empty_like(states, memory_format=torch.contiguous_format) if result is None else result
+    half = states.shape[-1] // 2
+    (first, second), (left, right) = states.split(half, dim=-1), result.split(half, dim=-1)
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1.0)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return result
+
+
+def takes_local_attention(qkv: Tensor) -> bool:
+    """Whether `local_attention` can be called: on a GPU in half precision, for heads of 32, 64 or 128."""
+    return bool(qkv.is_cuda and qkv.dtype != torch.float32 and qkv.shape[-1] in (32, 64, 128) and _has_kernels())
+
+
+def local_attention(qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, before: int, after: int) -> Tensor:
+    """Apply RoPE and the attention of a local layer, [T, heads, 3, d] -> [T, heads, d].
+
+    Args:
+        qkv: Queries, keys and values before RoPE.
+        cos: [T, d]
+        sin: [T, d]
+        documents: [T] int32, the document of each token; no token sees another document.
+        before: Keys that a query sees to its left, itself not counted.
+        after: Keys that a query sees to its right.
+    """
+    from engine.modernbert.kernels.attention import LocalAttention
+
+    out: Tensor = LocalAttention.apply(qkv, cos, sin, documents, before, after)
+    return out
+
+
+def add_and_norm(states: Tensor, other: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `states + other` and the LayerNorm of the sum, with a weight and no bias, [..., h] each.
+
+    A GPU adds the gradients of both results in the norm's backward pass.
+    """
+    if states.is_cuda and _has_kernels():
+        from engine.modernbert.kernels import pointwise
+
+        both: tuple[Tensor, Tensor] = pointwise.AddAndNorm.apply(states, other, weight, eps)
+        return both
+    total = states if other is None else states + other
+    return total, F.layer_norm(total, weight.shape, weight, None, eps)
+
+
+def exponentials_(logits: Tensor, largest: Tensor | None) -> Tensor:
+    """Turn logits [N, V] into exp(logits - largest) in place, and return their sums, [N, 1] fp32.
+
+    `largest` is [N, 1] fp32; None subtracts nothing.
+    """
+    if largest is not None and logits.is_cuda and _has_kernels():
+        from engine.modernbert.kernels import pointwise
+
+        sums: Tensor = pointwise.exponentials_(logits, largest)
+        return sums
+    exponentials = logits.float()
+    if largest is not None:
+        exponentials.sub_(largest)
+    sums = exponentials.exp_().sum(dim=1, keepdim=True)
+    logits.copy_(exponentials)  # in fp32 both are the same memory
+    return sums
