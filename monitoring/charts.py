@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours and fonts come from the page's style sheet, so a chart follows its theme."""
+"""Line charts as inline SVG. Colours and fonts come from the style sheet of the page, so a chart follows its theme."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDE, HALF = (1064, 320), (514, 240)
-"""Size of a chart over the full page and over one of two columns, in pixels."""
+"""Width and height in pixels, for the full page and for one of two columns."""
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 24, 34
+"""Margins in pixels."""
 MOST_POINTS = 900
-"""Points drawn of one line; what is left out of a longer one never hides a peak."""
+"""Most points drawn per line. A longer line is thinned, and its peaks are kept."""
 
 NOTHING = Markup('<p class="empty">Nothing logged yet.</p>')
-"""Stands in the place of a chart without data."""
+"""Stands in place of a chart without data."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. `color` is a class of the style sheet; a faint one is the raw data behind its smoothed curve."""
+    """One curve. `color` is a class of the style sheet; a faint line is the raw data behind a smoothed line."""
 
     name: str
     points: Sequence[Point]
@@ -42,7 +43,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Band:
-    """A named stretch of the horizontal axis, for instance a phase."""
+    """A named range of the horizontal axis, for instance a phase."""
 
     start: float
     end: float
@@ -62,12 +63,18 @@ def line_chart(
     from_zero: bool = False,
     size: tuple[int, int] = HALF,
 ) -> Markup:
-    """An accessible `<svg>` of lines over one horizontal axis; points that are not finite are gaps.
+    """Draw an accessible `<svg>` of lines. Points that are not finite are gaps.
 
     Args:
-        title: Names the chart to a screen reader.
+        title: Name of the chart, for screen readers.
+        lines: The curves.
         number: Formats a value of the vertical axis, with its unit.
+        x_name: Name of the horizontal axis.
+        x_number: Formats a value of the horizontal axis.
+        marks: Moments to mark.
+        bands: Ranges to shade behind the curves.
         from_zero: The vertical axis starts at zero.
+        size: Width and height in pixels.
     """
     width, height = size
     finite = [point for line in lines for point in line.points if math.isfinite(point[1])]
@@ -131,7 +138,7 @@ def line_chart(
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Exponential moving average over about a fortieth of the points, corrected for its start; gaps are left out."""
+    """Average exponentially over about a fortieth of the points, corrected for the start. Gaps are left out."""
     keep = 1 - 1 / max(1.0, len(points) / 40)
     total = weight = 0.0
     result = []
@@ -143,7 +150,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers that enclose [low, high]."""
+    """Choose about `count` round numbers that enclose [low, high]."""
     if high - low <= max(1e-30, 1e-9 * abs(low), 1e-9 * abs(high)):
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     rough = (high - low) / count
@@ -154,7 +161,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:
-    """At most MOST_POINTS: of each stretch its lowest and its highest, in order."""
+    """At most MOST_POINTS points: the lowest and the highest of each stretch, in order."""
     if len(points) <= MOST_POINTS:
         return points
     size = math.ceil(len(points) / (MOST_POINTS / 2))
