@@ -26,9 +26,9 @@ CURRENT = "and on (instance, job, run, objective) detour_train_phase == 1"
 """PromQL that keeps the current objective, because the series of an earlier objective stands still."""
 WARN, BAD = "orange", "red"
 
-Key = str | int | tuple[str, ...]
-"""A label's value, or a tuple of values for several labels."""
-Value = float | Histogram | Mapping[str, float] | Mapping[int, float] | Mapping[tuple[str, ...], float] | None
+ByLabel = Mapping[str, float] | Mapping[int, float] | Mapping[tuple[str, str], float]
+"""Numbers by the value of a label, or by the values of two labels."""
+Value = float | Histogram | ByLabel | None
 Sample = tuple[dict[str, str], float | Histogram]
 """Labels and value."""
 
@@ -93,12 +93,10 @@ class Metric:
             return []
         return self._labelled(value) if isinstance(value, Mapping) else [({}, value)]
 
-    def _labelled(
-        self, values: Mapping[str, float] | Mapping[int, float] | Mapping[tuple[str, ...], float]
-    ) -> list[Sample]:
-        keys = (key if isinstance(key, tuple) else (str(key),) for key in values)
+    def _labelled(self, values: ByLabel) -> list[Sample]:
         return [
-            (dict(zip(self.labels, key, strict=True)), value) for key, value in zip(keys, values.values(), strict=True)
+            (dict(zip(self.labels, key if isinstance(key, tuple) else (str(key),), strict=True)), value)
+            for key, value in values.items()
         ]
 
 

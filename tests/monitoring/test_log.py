@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,11 @@ def write_steps(directory: Path, steps: range) -> None:
 
 def test_lines_come_back_exactly_and_not_finite_numbers_are_null(tmp_path: Path) -> None:
     writer = LineWriter(tmp_path / METRICS)
-    records = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": float("inf")}]
+    records: list[dict[str, Any]] = [
+        {"step": 1, "loss": 0.1 + 0.2},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3, "loss": float("inf")},
+    ]
     records.append({"step": 4, "eval_loss": {"clm": float("nan"), "mlm": 2.5}})
     for record in records:
         writer.append(record)

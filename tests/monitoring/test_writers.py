@@ -62,11 +62,18 @@ class Broken:
         raise AssertionError("it was dropped before")
 
 
+class Refused(Broken):
+    """Fails when it is made."""
+
+    def __init__(self, config: object, directory: Path, step: int) -> None:
+        raise PermissionError("no account")
+
+
 def test_a_writer_that_fails_is_dropped_with_one_warning_and_the_others_go_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(monitoring={"every": "4 steps", "writers": ["tensorboard", "wandb"]})
-    writers = Writers(config, tmp_path, 0, {"tensorboard": Broken, "wandb": lambda *arguments: 1 / 0})  # type: ignore[dict-item,return-value]
+    writers = Writers(config, tmp_path, 0, {"tensorboard": Broken, "wandb": Refused})
     for step in range(1, 9):
         writers.write({"step": step})
     writers.close()
