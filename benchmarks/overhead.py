@@ -1,9 +1,9 @@
-"""What watching costs: the recorder's share of a step, and the time of a scrape.
+"""The cost of monitoring: the recorder's share of a step, and the time of a scrape.
 
-Steps are slept through, so that telemetry is written as often as in training; only the recorder's calls are timed. The
-fastest of the rounds counts: what other programs on the machine took drops out. What the trainer does to get a logged
-step's record is not in it: one all_gather of four numbers a rank, for which the device is waited for. It is part of the
-training loop's own share of a step (benchmarks/README.md).
+The benchmark sleeps through its steps, so that telemetry is written as often as in training, and times the recorder's
+calls alone. The fastest round counts, because it contains the least of other programs' time. How the trainer gets the
+record of a logged step is not timed here: it gathers a few numbers per rank and waits for the device for that. That
+time belongs to the training loop's share of a step (benchmarks/README.md).
 
     python -m benchmarks.overhead [--quick] [--json FILE]
 """
@@ -19,13 +19,16 @@ from urllib.request import urlopen
 from benchmarks.table import Row, arguments, report
 from configs.load import load_config
 from configs.schema import RunConfig
+from monitoring.events import CheckpointSaved
+from monitoring.events import record as record_event
 from monitoring.exporter import Exporter
-from monitoring.log import append_event
-from monitoring.recorder import Recorder, StepRecord, WorkerRecord
+from monitoring.recorder import Recorder, StepRecord
+from monitoring.telemetry import WorkerRecord
 
 SHARE = 0.005
-"""Of a step, that watching may take at most."""
+"""Largest share of a step that monitoring may take."""
 SCRAPE_MS = 100.0
+"""Longest time that a scrape may take."""
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def recording(config: RunConfig, rounds: int, ranks: int, step: float, steps: in
         return spent / steps
 
     spent = _fastest(rounds, one_round)
-    return Row.at_most(f"recorder, {ranks} ranks, step of {step:g} s", spent * 1e3, step * 1e3, SHARE, "ms a step")
+    return Row.at_most(f"recorder, {ranks} ranks, step of {step:g} s", spent * 1e3, step * 1e3, SHARE, "ms per step")
 
 
 def scraping(config: RunConfig, rounds: int, ranks: int, events: int) -> Row:
@@ -67,8 +70,9 @@ def scraping(config: RunConfig, rounds: int, ranks: int, events: int) -> Row:
         recorder.step(_record(1, 1.0, ranks))
         recorder.close()
         for number in range(events):
-            append_event(folder, "checkpoint_saved", step=number, seconds=1.0, path="checkpoints/step-00000000")
-        with Exporter(folder, config.name, "127.0.0.1", 9464) as exporter:
+            path = "checkpoints/step-00000000"
+            record_event(folder, CheckpointSaved(step=number, seconds=1.0, stall_seconds=0.1, path=path))
+        with Exporter(folder, config.name, "127.0.0.1", 0) as exporter:
             urlopen(exporter.url).read()
             began = time.perf_counter()
             urlopen(exporter.url).read()
@@ -79,11 +83,11 @@ def scraping(config: RunConfig, rounds: int, ranks: int, events: int) -> Row:
 
 
 def _fastest(rounds: int, one_round: Callable[[Path], float]) -> float:
-    found = []
+    times = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            found.append(one_round(Path(folder)))
-    return min(found)
+            times.append(one_round(Path(folder)))
+    return min(times)
 
 
 def _recorder(folder: Path, config: RunConfig) -> Recorder:

@@ -107,7 +107,7 @@ def monitor(
     once: Annotated[bool, typer.Option("--once", help="Print the state once.")] = False,
 ) -> None:
     """Show the live state of a run: phase, loss, throughput, time left, restarts, alerts."""
-    from monitoring.live import watch
+    from monitoring.monitor import watch
 
     watch(target, prometheus, once)
 

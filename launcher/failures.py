@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.errors import RunFailedError
 from launcher.group import WorkerError
-from monitoring.telemetry import TELEMETRY
+from monitoring.run_directory import RunDirectory
 
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, at most."""
@@ -55,7 +55,7 @@ class HangWatch:
     """
 
     def __init__(self, directory: Path, timeout: float) -> None:
-        self._path, self._timeout = directory / TELEMETRY, timeout
+        self._path, self._timeout = RunDirectory(directory).telemetry, timeout
         self._seen, self._since = self._written(), time.monotonic()
 
     def check(self) -> None:

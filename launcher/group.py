@@ -25,6 +25,7 @@ from configs.schema import RunConfig
 from launcher.cluster import Node, alive_nodes, is_reachable
 from launcher.directory import token_of
 from launcher.worker import STOP, Ending, Place, Seat, Worker
+from monitoring.events import Reason
 
 POLL_SECONDS = 0.5
 GATHER_SECONDS = 3.0
@@ -74,7 +75,7 @@ class NoRoomError(InputError):
 class WorkerError(Exception):
     """Workers ended before their time."""
 
-    def __init__(self, reason: str, rank: int | None, detail: str) -> None:
+    def __init__(self, reason: Reason, rank: int | None, detail: str) -> None:
         super().__init__(detail if rank is None else f"rank {rank}: {detail}")
         self.reason = reason
         """`died`, `out_of_memory`, `node_lost`, `exception` or `hung`."""

@@ -247,7 +247,7 @@ def _attempts(run: _Run, stop: StopRequest, progress: Progress) -> Ending:
             if ending.reason == RESIZED:
                 record(run.directory, Resized(step=ending.step))
             else:
-                record(run.directory, Preempted(step=ending.step, reason=PREEMPTED))
+                record(run.directory, Preempted(step=ending.step))
                 preemptions += 1
                 if preemptions > run.config.cluster.max_preemptions:
                     reason = f"preemption {preemptions} and cluster.max_preemptions allows {preemptions - 1}"

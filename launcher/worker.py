@@ -18,10 +18,10 @@ import ray
 from configs.errors import InputError
 from configs.schema import RunConfig
 from launcher.directory import token_of
+from monitoring.run_directory import RunDirectory
 
 STOP = "detour-stop"
 """In the store that the process group meets at: asks rank 0 to stop, and says why."""
-LOGS = "logs"
 GRACE_SECONDS = 60
 """How much longer than the launcher, which can name it, the process group waits for a rank that hangs."""
 
@@ -80,7 +80,7 @@ class Worker:
             raise InputError(
                 f"--output {directory} is not the same directory on node {address}; put it on storage all nodes share"
             )
-        _redirect_output(directory / LOGS / f"worker-{seat.rank}.log")
+        _redirect_output(RunDirectory(directory).logs / f"worker-{seat.rank}.log")
         logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
         logging.getLogger("engine").setLevel(logging.INFO)
         self._seat = seat

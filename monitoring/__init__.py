@@ -1,1 +1,1 @@
-"""What a run tells about itself: JSONL logs, telemetry, the metrics endpoint, live progress and the report."""
+"""What a run reports: logs, events, telemetry, metrics endpoint, live progress, report, dashboards."""

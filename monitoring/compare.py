@@ -10,25 +10,34 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import InputError
+from configs.files import write_atomically
 from configs.units import format_count
 from monitoring.charts import HALF, NOTHING, WIDE, Line, Point, line_chart, smoothed
-from monitoring.progress import format_seconds
-from monitoring.report import Figure, percent, render, scientific
-from monitoring.rundir import Row, RunFiles, curve, open_run
+from monitoring.formatting import format_seconds, percent, plain, scientific
+from monitoring.page import Figure, render
+from monitoring.run_files import Row, RunFiles, curve, open_run
 
 MOST_RUNS = 8
-"""As many as there are colours that can be told apart."""
+"""The charts have as many colours that can be told apart."""
 
 Cell = str
 
 
 def compare(directories: Sequence[Path], out: Path, console: Console | None = None) -> Path:
-    """Print a table of the runs and write the page `out`; returns its path.
+    """Print a table of the runs, write a page of their curves, and return its path.
 
-    Raises InputError for fewer than two runs, more than eight, or a directory that is none.
+    Args:
+        directories: Two to eight run directories.
+        out: The page.
+        console: Where the table is printed.
+
+    Raises:
+        InputError: There are too few or too many directories, or one of them holds no run.
     """
     if not 2 <= len(directories) <= MOST_RUNS:
-        raise InputError(f"compare takes 2 to {MOST_RUNS} run directories, got {len(directories)}")
+        raise InputError(
+            f"compare takes 2 to {MOST_RUNS} run directories, got {len(directories)}", code="number-of-runs"
+        )
     runs = [open_run(directory) for directory in directories]
     names = _names(runs)
     columns = _columns(runs)
@@ -48,21 +57,21 @@ def compare(directories: Sequence[Path], out: Path, console: Console | None = No
         figures=_figures(runs, names),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_atomically(out, page)
     return out
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:
-    """The runs' names; with the directory where two have the same, and its path where that is the same too."""
+    """Names that tell the runs apart: the run's name, with its directory or its path where names are equal."""
     names = [run.config.name for run in runs]
-    for where in (lambda run: run.directory.name, lambda run: str(run.directory)):
-        named = [f"{run.config.name} ({where(run)})" for run in runs]
-        names = [name if names.count(name) == 1 else longer for name, longer in zip(names, named, strict=True)]
+    for location in (lambda run: run.directory.name, lambda run: str(run.directory)):
+        longer_names = [f"{run.config.name} ({location(run)})" for run in runs]
+        names = [name if names.count(name) == 1 else longer for name, longer in zip(names, longer_names, strict=True)]
     return names
 
 
 def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
-    """Rows of the table: title -> a cell for each run."""
+    """Rows of the table: title -> one cell per run."""
     rows: dict[str, Callable[[RunFiles], Cell]] = {
         "model": lambda run: str(run.info.get("model", run.config.model.size or run.config.model.init)),
         "phases": lambda run: " then ".join(phase.objective.upper() for phase in run.config.phases),
@@ -73,11 +82,11 @@ def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
         "last CLM loss": lambda run: _last_loss(run, "clm"),
         "last MLM loss": lambda run: _last_loss(run, "mlm"),
         "held-out MLM loss": lambda run: _last(run.evaluations("mlm")),
-        "tokens a second": lambda run: _number(run.median("tokens_per_second"), format_count),
-        "a device": lambda run: _number(_per_device(run), format_count),
-        "scaling efficiency": lambda run: _number(_efficiency(run, runs), percent),
+        "tokens per second": lambda run: _number(run.median("tokens_per_second"), format_count),
+        "per device": lambda run: _number(_per_device(run), format_count),
+        "scaling efficiency": lambda run: _number(scaling_efficiency(run, runs), percent),
         "MFU": lambda run: _number(run.median("mfu"), percent),
-        "waiting for data": lambda run: _number(_waiting(run), percent),
+        "waiting for data": lambda run: _number(_wait_share(run), percent),
         "interruptions": lambda run: str(run.interruptions),
         "time": lambda run: format_seconds(run.seconds),
     }
@@ -85,7 +94,7 @@ def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
 
 
 def _figures(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
-    """The first chart carries the legend of all; a chart that no run has data for is left out."""
+    """Charts of all runs. The first has the legend; a chart without data is left out."""
 
     def figure(
         title: str,
@@ -108,14 +117,14 @@ def _figures(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
         return Figure(title, chart, note, drawn if wide else (), wide)
 
     figures = [
-        figure("Training loss", _losses, _plain, "smoothed; a jump is the switch of objective", wide=True),
-        figure("Masked loss from the switch", _decay, _plain, "the last MLM phase, by its own tokens"),
-        figure("Held-out masked loss", _held_out, _plain, "by tokens trained on"),
+        figure("Training loss", _losses, plain, "smoothed; a jump is the switch of objective", wide=True),
+        figure("Masked loss from the switch", _last_phase, plain, "the last MLM phase, over its own tokens"),
+        figure("Held-out masked loss", _held_out, plain, "over the tokens trained on"),
         figure(
             "Throughput",
             lambda run: smoothed(_by_tokens(run, "tokens_per_second")),
             format_count,
-            "tokens a second, all devices",
+            "tokens per second, all devices",
             from_zero=True,
         ),
         figure(
@@ -129,7 +138,7 @@ def _figures(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
         figure(
             "Gradient norm",
             lambda run: smoothed(_by_tokens(run, "grad_norm")),
-            _plain,
+            plain,
             "before clipping",
             from_zero=True,
         ),
@@ -138,7 +147,7 @@ def _figures(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
 
 
 def _losses(run: RunFiles) -> list[Point]:
-    """Smoothed phase by phase, with a gap at each switch."""
+    """Training loss, smoothed per phase, with a gap at each switch."""
     points: list[Point] = []
     for index in range(len(run.config.phases)):
         part = smoothed(curve(run.phase(index), "loss", "tokens"))
@@ -146,7 +155,7 @@ def _losses(run: RunFiles) -> list[Point]:
     return points
 
 
-def _decay(run: RunFiles) -> list[Point]:
+def _last_phase(run: RunFiles) -> list[Point]:
     last = len(run.config.phases) - 1
     if run.config.phases[last].objective != "mlm":
         return []
@@ -174,7 +183,7 @@ def _last(points: Sequence[Point]) -> Cell:
 
 
 def _per_device(run: RunFiles, objective: str | None = None) -> float:
-    """Median tokens a second of a device; of the steps of one objective alone where it is given."""
+    """Median tokens per second per device; with an objective, over its steps alone."""
     now = run.now
     if now is None or not now.tokens_per_second:
         return math.nan
@@ -182,30 +191,26 @@ def _per_device(run: RunFiles, objective: str | None = None) -> float:
     return run.median("tokens_per_second", objective) * share
 
 
-def _efficiency(run: RunFiles, runs: Sequence[RunFiles]) -> float:
-    """Throughput of a device, as a share of the best among the runs of that model and precision.
+def scaling_efficiency(run: RunFiles, runs: Sequence[RunFiles]) -> float:
+    """Throughput per device, as a share of the best run of the same model and precision.
 
-    All over the objective that the run trained last: a causal and a masked step do not take the same time.
+    Only steps of the run's last objective count, because causal and masked steps take different times.
     """
     if not run.rows:
         return math.nan
     objective = run.rows[-1]["objective"]
 
-    def kind(one: RunFiles) -> tuple[object, object]:
-        return one.info.get("model"), one.info.get("precision")
+    def group(run: RunFiles) -> tuple[object, object]:
+        return run.info.get("model"), run.info.get("precision")
 
-    speeds = [_per_device(other, objective) for other in runs if kind(other) == kind(run)]
+    speeds = [_per_device(other, objective) for other in runs if group(other) == group(run)]
     return _per_device(run, objective) / max((speed for speed in speeds if math.isfinite(speed)), default=math.nan)
 
 
-def _waiting(run: RunFiles) -> float:
+def _wait_share(run: RunFiles) -> float:
     seconds = run.median("step_seconds")
     return run.median("data_wait_seconds") / seconds if seconds else math.nan
 
 
 def _number(value: float, number: Callable[[float], str]) -> Cell:
     return number(value) if math.isfinite(value) else "-"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.4g}"

@@ -1,6 +1,6 @@
-"""How Prometheus finds the runs of this machine: one file a run, and the same list over HTTP.
+"""How Prometheus finds the runs of this machine: one file per run, and the same list over HTTP.
 
-Both formats are Prometheus' own: https://prometheus.io/docs/prometheus/latest/http_sd/
+Both formats are defined by Prometheus: https://prometheus.io/docs/prometheus/latest/http_sd/
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,16 +18,21 @@ from typing import Any
 import psutil
 
 from configs.errors import InputError
+from configs.files import write_atomically
 
 CLOCK_SECONDS = 60.0
-"""By which the time at which a process was created may seem to move, as the machine's clock is set."""
+"""Largest apparent change of a process' creation time, because the machine's clock may be set."""
 
 
 @contextmanager
 def announced(targets: Path, target: str) -> Iterator[None]:
-    """While open, `targets` holds a file that names `target` (host:port) as a Detour run.
+    """Name a run to Prometheus while the context is open, by a file in `targets`.
 
-    A directory that cannot be written is a warning: the run goes on unannounced.
+    A directory that cannot be written gives a warning, and the run goes on unannounced.
+
+    Args:
+        targets: Directory of the files, shared by all runs of the machine.
+        target: `host:port` of the run's endpoint.
     """
     try:
         path = _announce(targets, target)
@@ -45,28 +49,28 @@ def announced(targets: Path, target: str) -> Iterator[None]:
 
 
 def live_targets(targets: Path) -> list[dict[str, Any]]:
-    """The target groups of every run that is alive; files that killed runs of this machine left are removed."""
+    """Read the target groups of the runs that are alive. Files of killed runs of this machine are removed."""
     groups: list[dict[str, Any]] = []
     for path in sorted(targets.glob("*.json")):
         if _is_dead(path.stem):
-            with suppress(OSError):  # of another user
+            with suppress(OSError):  # the file belongs to another user
                 path.unlink()
             continue
         try:
             groups += json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # gone or foreign since it was listed
+            continue  # removed since it was listed, or not one of our files
     return groups
 
 
 def _is_dead(name: str) -> bool:
-    """Whether a file HOST-PORT-PROCESS-CREATED is of a process of this machine that is no more.
+    """Whether a file HOST-PORT-PROCESS-CREATED names a process of this machine that has ended.
 
-    A number is given to another process later, so the time of its creation counts too.
+    The creation time is compared too, because process numbers are used again.
     """
-    host, _, numbers = name.partition(f"{socket.gethostname()}-")
+    other_host, _, numbers = name.partition(f"{socket.gethostname()}-")
     parts = numbers.split("-")
-    if host or len(parts) != 3 or not all(part.isdigit() for part in parts):
+    if other_host or len(parts) != 3 or not all(part.isdigit() for part in parts):
         return False
     process, created = int(parts[1]), int(parts[2])
     try:
@@ -76,9 +80,12 @@ def _is_dead(name: str) -> bool:
 
 
 def serve_targets(targets: Path, address: str, port: int) -> ThreadingHTTPServer:
-    """A server for Prometheus' `http_sd_configs` that answers every path with the live target groups.
+    """Make a server for Prometheus' `http_sd_configs`, which answers every path with the live target groups.
 
-    Call `serve_forever()` on it. Raises InputError where the address cannot be listened on.
+    The caller runs its `serve_forever()`.
+
+    Raises:
+        InputError: The address cannot be listened on.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -96,18 +103,18 @@ def serve_targets(targets: Path, address: str, port: int) -> ThreadingHTTPServer
     try:
         return ThreadingHTTPServer((address, port), Handler)
     except OSError as error:
-        raise InputError(f"cannot listen on {address}:{port}: {error.strerror or error}; choose another port") from None
+        raise InputError(
+            f"cannot listen on {address}:{port}: {error.strerror or error}; choose another port", key="--port"
+        ) from None
 
 
 def _announce(targets: Path, target: str) -> Path:
     if not targets.exists():
         targets.mkdir(parents=True, exist_ok=True)
-        targets.chmod(0o1777)  # shared by the users of the machine, as /tmp is; each removes only their own
+        targets.chmod(0o1777)  # every user of the machine writes here, as in /tmp, and removes only their own files
     live_targets(targets)
     port = target.rpartition(":")[2]
     path = targets / f"{socket.gethostname()}-{port}-{os.getpid()}-{psutil.Process().create_time():.0f}.json"
-    with tempfile.NamedTemporaryFile("w", dir=targets, prefix=".", delete=False, encoding="utf-8") as file:
-        json.dump([{"targets": [target], "labels": {"job": "detour"}}], file)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    write_atomically(path, json.dumps([{"targets": [target], "labels": {"job": "detour"}}]))
+    path.chmod(0o644)  # Prometheus is another user
     return path

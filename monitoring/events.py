@@ -1,39 +1,52 @@
 """The events of a run: one type per kind of line in events.jsonl.
 
-What metrics, report, dashboards and alerts need to know of a kind is said here, by its class: they derive their lists
-from `EVENT_TYPES`. A new kind is one class.
+The class attributes of a type say how metrics, report, dashboards and documents treat its events. They derive their
+lists from `EVENT_TYPES`, so a new kind is one class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from monitoring.log import append_event
 
-State = Literal["unborn", "running", "stopped", "failed", "finished"]
-"""Where a run stands. `unborn`: no worker has started yet."""
+State = Literal["not_started", "running", "stopped", "failed", "finished"]
+"""Where a run stands. `not_started`: no worker has started yet."""
+
+Reason = Literal["died", "out_of_memory", "node_lost", "exception", "hung", "preempted"]
+"""Why the workers were interrupted."""
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+Layer = Literal["Phases", "Checkpoints", "Interruptions", "Run"]
+"""A set of vertical lines on the dashboards, which Grafana shows or hides together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A line of events.jsonl; its fields are the line's, after `time` and `event`."""
+    """A line of events.jsonl. The line holds the time, the kind and the fields of the event."""
 
     KIND: ClassVar[str]
+    """Value of `event` in the line, and label of `detour_events_total`."""
     STATE: ClassVar[State | None] = None
-    """State of the run from this event on; None: the event does not change it."""
+    """State of the run from this event on. None: the event does not change the state."""
     INTERRUPTS: ClassVar[bool] = False
-    """The workers are started again after it."""
+    """The workers are started again after the event. Its field `reason` is a `Reason`."""
     ENDS_WORKERS: ClassVar[bool] = False
-    """No worker trains after it, until others start."""
+    """No worker trains after the event until new workers start."""
     FAULT: ClassVar[bool] = False
-    """Something went wrong: reports mark it, and dashboards annotate it."""
+    """Something went wrong. The report marks the event in red."""
+    WARNING: ClassVar[bool] = False
+    """Training goes on as before, but a person should know. The Health dashboard counts faults and warnings."""
+    LAYER: ClassVar[Layer | None] = None
+    """Layer of the dashboards that marks the event. None: the dashboards do not mark it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersStarted(Event):
-    """Worker processes stand ready on these addresses, one per worker."""
+    """The worker processes are ready; `workers` holds the address of each."""
 
     KIND = "workers_started"
     STATE = "running"
@@ -46,16 +59,7 @@ class Started(Event):
     """The first training of this run begins."""
 
     KIND = "started"
-    STATE = "running"
-    step: int
-    precision: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resumed(Event):
-    """Training goes on after `step` completed steps."""
-
-    KIND = "resumed"
+    LAYER = "Run"
     STATE = "running"
     step: int
     precision: str
@@ -66,6 +70,7 @@ class PhaseStarted(Event):
     """Phase `phase`, counted from 0, begins after `step` completed steps."""
 
     KIND = "phase_started"
+    LAYER = "Phases"
     step: int
     phase: int
     objective: str
@@ -73,21 +78,23 @@ class PhaseStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A checkpoint is complete; training stood still for `stall_seconds` of the `seconds` it took."""
+    """A checkpoint is complete. Training stood still for `stall_seconds` of the `seconds` that it took."""
 
     KIND = "checkpoint_saved"
+    LAYER = "Checkpoints"
     step: int
     seconds: float
     stall_seconds: float
     path: str
-    """Relative to the run directory where it lies in it."""
+    """Path of the checkpoint, relative to the run directory if it lies inside."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFailed(Event):
-    """A checkpoint could not be written or mirrored; older ones are untouched."""
+    """A checkpoint could not be written or mirrored. Older checkpoints are untouched."""
 
     KIND = "checkpoint_failed"
+    LAYER = "Interruptions"
     FAULT = True
     reason: str
 
@@ -97,37 +104,40 @@ class CheckpointDamaged(Event):
     """A checkpoint failed its check at a resume and was set aside."""
 
     KIND = "checkpoint_damaged"
+    LAYER = "Interruptions"
     FAULT = True
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailed(Event):
-    """A worker died, hung or raised; `step` is the last one reported."""
+    """A worker died, hung or raised an error. `step` is the last one reported."""
 
     KIND = "worker_failed"
+    LAYER = "Interruptions"
     STATE = "running"
     INTERRUPTS = ENDS_WORKERS = FAULT = True
     step: int
-    reason: str
+    reason: Reason
     rank: int | None
     detail: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preempted(Event):
-    """A node is about to be taken away; everything is saved at `step`."""
+    """A node is about to be taken away. Everything is saved at `step`."""
 
     KIND = "preempted"
+    LAYER = "Interruptions"
     STATE = "running"
     INTERRUPTS = ENDS_WORKERS = FAULT = True
     step: int
-    reason: str
+    reason: Reason = "preempted"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resized(Event):
-    """The workers ended at `step` to go on with another number of nodes."""
+    """The workers ended at `step`, to start again on another number of nodes."""
 
     KIND = "resized"
     ENDS_WORKERS = True
@@ -135,12 +145,24 @@ class Resized(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resumed(Event):
+    """Training goes on from the checkpoint of `step`."""
+
+    KIND = "resumed"
+    LAYER = "Run"
+    STATE = "running"
+    step: int
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stopped(Event):
-    """The run ended early with everything saved at `step`."""
+    """The run ended early, with everything saved at `step`."""
 
     KIND = "stopped"
+    LAYER = "Interruptions"
     STATE = "stopped"
-    ENDS_WORKERS = FAULT = True
+    ENDS_WORKERS = True
     step: int
     reason: str | None
 
@@ -150,6 +172,7 @@ class Failed(Event):
     """The run was given up."""
 
     KIND = "failed"
+    LAYER = "Interruptions"
     STATE = "failed"
     ENDS_WORKERS = FAULT = True
     step: int
@@ -161,6 +184,7 @@ class Exported(Event):
     """The final model was written to `path`, relative to the run directory."""
 
     KIND = "exported"
+    LAYER = "Run"
     step: int
     path: str
 
@@ -170,6 +194,7 @@ class Finished(Event):
     """The run has trained its last step and exported its model."""
 
     KIND = "finished"
+    LAYER = "Run"
     STATE = "finished"
     ENDS_WORKERS = True
     step: int
@@ -177,9 +202,10 @@ class Finished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StepSkipped(Event):
-    """A step's loss or gradient was not finite, so the weights stayed; `where` names the sequences."""
+    """The loss or the gradient of a step was not finite, so the weights stayed. `where` names the sequences."""
 
     KIND = "step_skipped"
+    LAYER = "Interruptions"
     FAULT = True
     step: int
     loss: float
@@ -192,6 +218,8 @@ class LossSpike(Event):
     """The loss was far above `usual`, its running mean."""
 
     KIND = "loss_spike"
+    WARNING = True
+    LAYER = "Interruptions"
     step: int
     loss: float
     usual: float
@@ -199,9 +227,10 @@ class LossSpike(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class DataDamaged(Event):
-    """`data.on_error: skip` leaves out damaged shards of a source, found before training; `first` is one of them."""
+    """`data.on_error: skip` leaves out `problems` damaged shards of a source; `first` names the first."""
 
     KIND = "data_damaged"
+    WARNING = True
     source: str
     problems: int
     first: str
@@ -209,9 +238,10 @@ class DataDamaged(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentsSkipped(Event):
-    """Damaged documents of a source were left out since the event before."""
+    """Damaged documents of a source were left out; `documents` counts them since the event before."""
 
     KIND = "documents_skipped"
+    WARNING = True
     step: int
     source: str
     documents: int
@@ -220,6 +250,11 @@ class DocumentsSkipped(Event):
 EVENT_TYPES: tuple[type[Event], ...] = tuple(Event.__subclasses__())
 
 
+def kinds_where(condition: Callable[[type[Event]], object]) -> tuple[str, ...]:
+    """List the kinds of the event types that meet the condition, in the order of `EVENT_TYPES`."""
+    return tuple(event.KIND for event in EVENT_TYPES if condition(event))
+
+
 def record(directory: Path, event: Event) -> None:
-    """Append an event to the run's events.jsonl, with the time of day; safe from several processes at once."""
+    """Append an event to the run's events.jsonl, with the time. Several processes may do so at once."""
     append_event(directory, event.KIND, **asdict(event))

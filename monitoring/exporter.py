@@ -1,86 +1,111 @@
-"""The run's metrics endpoint. It lives in the launcher's process, so it outlives the workers."""
+"""The metrics endpoint of a run. It lives in the launcher's process, so it outlives the workers."""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from socketserver import ThreadingMixIn
+from threading import Thread
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from configs.errors import InputError
-from monitoring.log import EVENTS, Follower
-from monitoring.metrics import Metric, run_metrics, seen_after
+from monitoring.log import Follower
+from monitoring.metrics import METRICS, Metric, Sample, collect
+from monitoring.run_directory import RunDirectory
+from monitoring.run_state import RunState
 from monitoring.telemetry import Histogram, Telemetry
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
 PORTS_TRIED = 200
+STATE_PATH = "/telemetry.json"
+"""Path at which the exporter serves the `RunState`; every other path gives the metrics."""
 
 
-class RunCollector(Collector):
-    """Reads telemetry.json and events.jsonl of a run at every scrape. Telemetry stands while it cannot be read."""
+class RunReader:
+    """Reads the state of a run from its files. The latest telemetry stays while the file cannot be read."""
 
     def __init__(self, directory: Path, run: str) -> None:
         self._directory, self._run = directory, run
-        self._events = Follower(directory / EVENTS)
+        self._events = Follower(RunDirectory(directory).events)
         self._latest: Telemetry | None = None
 
-    def collect(self) -> Iterator[Family]:
+    def read(self) -> RunState:
+        """Read what the files hold now."""
         events = self._events.read()
         self._latest = Telemetry.read(self._directory) or self._latest
-        for metric in run_metrics(seen_after(events, self._latest), events):
-            yield self._family(metric)
+        return RunState.of(self._run, self._latest, events)
 
-    def _family(self, metric: Metric) -> Family:
-        name = metric.name
-        family = Family(name.removesuffix("_total"), metric.help, metric.kind)
-        for labels, value in metric.samples:
-            labels = {"run": self._run} | labels
-            if isinstance(value, Histogram):
-                bounds = [*map(str, value.bounds), "+Inf"]
-                for bound, count in zip(bounds, [*value.counts, value.count], strict=True):
-                    family.add_sample(f"{name}_bucket", labels | {"le": bound}, count)
-                family.add_sample(f"{name}_count", labels, value.count)
-                family.add_sample(f"{name}_sum", labels, value.sum)
-            else:
-                family.add_sample(name, labels, value)
-        return family
+
+class RunCollector(Collector):
+    """Gives Prometheus' client the metrics of a run, from its files, at every scrape."""
+
+    def __init__(self, reader: RunReader, metrics: Sequence[Metric] = METRICS) -> None:
+        self._reader, self._metrics = reader, metrics
+
+    def collect(self) -> Iterator[Family]:
+        """Yield the metrics of the run as they are now."""
+        run = self._reader.read()
+        for metric, samples in collect(run, self._metrics):
+            yield _family(metric, samples, run.run)
+
+
+def _family(metric: Metric, samples: Sequence[Sample], run: str) -> Family:
+    name = metric.name
+    family = Family(name.removesuffix("_total"), metric.help, metric.type)
+    for labels, value in samples:
+        labels = {"run": run} | labels
+        if isinstance(value, Histogram):
+            bounds = [*map(str, value.bounds), "+Inf"]
+            for bound, count in zip(bounds, [*value.counts, value.count], strict=True):
+                family.add_sample(f"{name}_bucket", labels | {"le": bound}, count)
+            family.add_sample(f"{name}_count", labels, value.count)
+            family.add_sample(f"{name}_sum", labels, value.sum)
+        else:
+            family.add_sample(name, labels, value)
+    return family
 
 
 class Exporter:
-    """Serves `/metrics` of one run from a thread, from the first free port at or after `port`.
+    """Serves `/metrics` and `/telemetry.json` of a run from threads.
 
-    Raises InputError where the address is not one of this machine or no port is free.
+    Args:
+        directory: The run directory.
+        name: Name of the run, the label `run` of every metric.
+        address: Address to listen on.
+        port: The exporter takes the first free port from this one on.
+        metrics: The table of metrics.
+
+    Raises:
+        InputError: The address does not belong to this machine, or no port is free.
     """
 
-    def __init__(self, directory: Path, name: str, address: str, port: int) -> None:
+    def __init__(
+        self, directory: Path, name: str, address: str, port: int, metrics: Sequence[Metric] = METRICS
+    ) -> None:
+        reader = RunReader(directory, name)
         registry = CollectorRegistry()
-        registry.register(RunCollector(directory, name))
-        for candidate in range(port, min(port + PORTS_TRIED, 65536)):
-            try:
-                self._server, self._thread = start_http_server(candidate, address, registry)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    reason = error.strerror or error
-                    raise InputError(
-                        f"monitoring: cannot listen on {address}:{candidate}: {reason}; "
-                        "change monitoring.address or monitoring.port"
-                    ) from None
-            else:
-                self.port = candidate
-                break
-        else:
-            raise InputError(f"monitoring.port: no free port from {port} on {address}; choose another")
+        registry.register(RunCollector(reader, metrics))
+        self._server = _listen(address, port, _application(reader, make_wsgi_app(registry)))
+        self._thread = Thread(target=self._server.serve_forever, name="exporter", daemon=True)
+        self._thread.start()
+        self.port = self._server.server_port
         self.target = f"{_reachable(address)}:{self.port}"
-        """`host:port` under which Prometheus finds it."""
+        """`host:port` at which Prometheus finds the exporter."""
         self.url = f"http://{self.target}/metrics"
 
     def close(self) -> None:
+        """Stop serving and free the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -94,8 +119,53 @@ class Exporter:
         self.close()
 
 
+Application = Callable[..., Any]
+"""A WSGI application."""
+
+
+def _application(reader: RunReader, metrics: Application) -> Application:
+    def application(environment: WSGIEnvironment, start_response: StartResponse) -> Any:
+        if environment["PATH_INFO"] != STATE_PATH:
+            return metrics(environment, start_response)
+        body = reader.read().model_dump_json().encode()
+        start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    return application
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def _listen(address: str, port: int, application: Application) -> WSGIServer:
+    """Listen on the first free port from `port` on."""
+    for candidate in range(port, min(port + PORTS_TRIED, 65536)):
+        try:
+            family = socket.getaddrinfo(address, candidate)[0][0]
+            server = _Server6 if family == socket.AF_INET6 else _Server
+            return make_server(address, candidate, application, server, _SilentHandler)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise InputError(
+                    f"monitoring: cannot listen on {address}:{candidate}: {error.strerror or error}; "
+                    "change monitoring.address or monitoring.port",
+                    key="monitoring.address",
+                ) from None
+    raise InputError(f"monitoring.port: no free port from {port} on {address}; choose another", key="monitoring.port")
+
+
 def _reachable(address: str) -> str:
-    """The host part of a URL that reaches a listening address; for "all addresses", this machine's own."""
+    """The host part of a URL that reaches a listening address. For "all addresses" it is this machine's own address."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

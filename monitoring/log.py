@@ -1,6 +1,6 @@
 """The JSON-lines files of a run directory: metrics.jsonl and events.jsonl.
 
-A number that is not finite is written as null, so that every line is strict JSON.
+Numbers that are not finite are written as null, so that every line is strict JSON.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
-_held: dict[Path, bytes] = {}
+from monitoring.run_directory import RunDirectory
+
+_held_lines: dict[Path, bytes] = {}
+"""Lines that a full disk has not taken yet, by file."""
 _lock = threading.Lock()
 
 
 @contextmanager
 def surviving_full_disk(path: Path) -> Iterator[None]:
-    """Training is worth more than its log: a full disk is a warning, any other error is raised."""
+    """Warn where the disk is full and raise any other error, because training is worth more than its log."""
     try:
         yield
     except OSError as error:
@@ -36,7 +37,7 @@ def surviving_full_disk(path: Path) -> Iterator[None]:
 
 
 class LineWriter:
-    """Appends JSON lines. A full disk never stops the run: what could not be written is held and written later."""
+    """Appends JSON lines to a file. Lines that a full disk refuses are held in memory and written later."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -44,6 +45,7 @@ class LineWriter:
         self._held = b""
 
     def append(self, record: dict[str, Any]) -> None:
+        """Write one line."""
         self._held += _encode(record)
         self._write_held()
 
@@ -53,6 +55,7 @@ class LineWriter:
         os.fsync(self._file)
 
     def close(self) -> None:
+        """Write the held lines, then close the file."""
         self._write_held()
         os.close(self._file)
 
@@ -65,42 +68,43 @@ class LineWriter:
 def append_event(directory: Path, kind: str, **fields: Any) -> None:
     """Append `{"time": ISO 8601 with zone, "event": kind, **fields}` to the run's events.jsonl.
 
-    One O_APPEND write, so several processes may do it at once. What a full disk does not take is held, and written
-    with a later event of this process.
+    Product code calls `monitoring.events.record` instead. Several processes may append at once, because each append is
+    one O_APPEND write. Lines that a full disk refuses are held and written with the next event of this process.
     """
-    path = directory / EVENTS
+    path = RunDirectory(directory).events
     line = _encode({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **fields})
     with _lock:
-        _held[path] = lines = _held.get(path, b"") + line
+        _held_lines[path] = lines = _held_lines.get(path, b"") + line
         with surviving_full_disk(path):
             file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 size = os.fstat(file).st_size
                 torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
                 written = os.write(file, b"\n" + lines if torn else lines)
-                whole = lines.rfind(b"\n", 0, max(0, written - torn)) + 1
-                _held[path] = lines[whole:]
-                if _held[path] and os.fstat(file).st_size == size + written:  # nobody has written behind it
-                    os.ftruncate(file, size + torn + whole)
+                complete = lines.rfind(b"\n", 0, max(0, written - torn)) + 1
+                _held_lines[path] = lines[complete:]
+                if _held_lines[path] and os.fstat(file).st_size == size + written:  # no other process wrote after it
+                    os.ftruncate(file, size + torn + complete)
             finally:
                 os.close(file)
 
 
 def held_events(directory: Path) -> Counter[str]:
-    """Events of this process that a full disk has not taken yet, by kind."""
+    """Count the events of this process that a full disk has not taken yet, by kind."""
     with _lock:
-        return Counter(json.loads(line)["event"] for line in _held.get(directory / EVENTS, b"").splitlines())
+        held = _held_lines.get(RunDirectory(directory).events, b"")
+    return Counter(json.loads(line)["event"] for line in held.splitlines())
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
-    """Every event of the run, oldest first."""
-    return list(_read(directory / EVENTS))
+    """Read every event of the run, oldest first."""
+    return list(_read(RunDirectory(directory).events))
 
 
 class Follower:
-    """Reads a file of JSON lines again and again, each line once, from any thread; a file cut back is read anew.
+    """Reads a growing file of JSON lines, each line once, from any thread.
 
-    What cannot be read now is read the next time.
+    A file that became shorter is read again from its start. A file that cannot be read now is tried again next time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +114,7 @@ class Follower:
         self._lock = threading.Lock()
 
     def read(self) -> list[dict[str, Any]]:
-        """Every line up to now, oldest first."""
+        """Return every line so far, oldest first."""
         with self._lock:
             with suppress(OSError), self._path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < self._offset:
@@ -126,16 +130,16 @@ class Follower:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Every logged step of the run, in order."""
-    return list(_read(directory / METRICS))
+    """Read every logged step of the run, in order."""
+    return list(_read(RunDirectory(directory).metrics))
 
 
 def rewind_metrics(directory: Path, step: int) -> None:
-    """Cut metrics.jsonl back to the lines of completed steps up to `step`, dropping a torn last line.
+    """Cut metrics.jsonl back to the lines of the steps up to `step`, and drop a torn last line.
 
-    A run that resumes at `step` will log the later ones again.
+    A run that resumes at `step` logs the later steps again.
     """
-    path = directory / METRICS
+    path = RunDirectory(directory).metrics
     if not path.exists():
         return
     keep = 0
@@ -158,7 +162,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        logging.getLogger(__name__).warning("%s: %s; what could be read of it counts", path, error.strerror)
+        logging.getLogger(__name__).warning("%s: %s; only the lines before this error are used", path, error.strerror)
 
 
 def _encode(record: dict[str, Any]) -> bytes:
@@ -166,14 +170,14 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """The same JSON with null in the place of what is not finite."""
+    """Replace each number that is not finite by None."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
-    """The object of a complete line; None for a torn one, which a process killed while writing leaves behind."""
+    """Decode a complete line; None for a torn line, which a process that was killed while writing leaves behind."""
     if not line.endswith(b"\n"):
         return None
     try:

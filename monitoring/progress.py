@@ -14,17 +14,19 @@ from rich.live import Live
 from rich.text import Text
 
 from configs.units import format_count
+from monitoring.formatting import format_seconds
 from monitoring.telemetry import Telemetry
 
 REFRESH_SECONDS = 0.5
 LINE_SECONDS = 10.0
+"""Seconds between two lines where the output is no terminal."""
 
 
 class Progress:
     """Prints where a run stands while the context is open.
 
-    On a terminal this is one line that stays at the bottom; elsewhere it is a line every ten seconds, and one at each
-    new phase and at the last step.
+    On a terminal it keeps one line at the bottom. Elsewhere it prints a line every ten seconds, at each new phase and
+    at the last step.
     """
 
     def __init__(self, directory: Path, console: Console | None = None) -> None:
@@ -37,7 +39,7 @@ class Progress:
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def note(self, text: str) -> None:
-        """What is happening until the next step, for instance `starting 2 workers`."""
+        """Say what happens until the next step, for instance `starting 2 workers`."""
         self._note, self._stale = text, Telemetry.read(self._directory)
 
     def __enter__(self) -> Self:
@@ -68,7 +70,7 @@ class Progress:
                 printed, shown, last = time.monotonic(), state, text
 
     def _current(self) -> Telemetry | None:
-        """The telemetry, once there is a step newer than the latest note."""
+        """The telemetry, if a step has ended since the latest note."""
         now = Telemetry.read(self._directory)
         if now is None or now.step_time is None:
             return None
@@ -82,7 +84,7 @@ class Progress:
 
 
 def describe(now: Telemetry) -> str:
-    """One line: phase, objective, step, loss, throughput and time left."""
+    """Say phase, objective, step, loss, throughput and time left in one line."""
     left = (now.total_steps - now.step) * now.step_seconds
     loss = now.loss.get(now.objective)
     return " · ".join(
@@ -94,17 +96,3 @@ def describe(now: Telemetry) -> str:
             f"{format_seconds(left)} left" if now.step < now.total_steps else "done",
         ]
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """42 -> `42 s`, 200 -> `3 min 20 s`, 7320 -> `2 h 2 min`, 200000 -> `2 d 7 h`; `?` where it is not known."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    for index, (unit, size) in enumerate(units):
-        if whole >= size:
-            smaller = units[index + 1 : index + 2]
-            rest = [f"{whole % size // below} {name}" for name, below in smaller if whole % size // below]
-            return " ".join([f"{whole // size} {unit}", *rest])
-    return "0 s"

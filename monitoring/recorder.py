@@ -1,4 +1,4 @@
-"""What the trainer's global rank 0 reports: every step, into metrics.jsonl and telemetry.json."""
+"""What global rank 0 of the trainer reports: each step, into metrics.jsonl and telemetry.json."""
 
 from __future__ import annotations
 
@@ -11,63 +11,61 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
 from configs.schema import RunConfig
 from monitoring.events import CheckpointSaved, PhaseStarted, WorkersStarted
 from monitoring.events import record as record_event
 from monitoring.log import LineWriter, held_events, read_events, rewind_metrics
 from monitoring.run_directory import RunDirectory
-from monitoring.telemetry import Counters, Telemetry, WorkerRecord, highest
+from monitoring.telemetry import Counters, Rates, StepValues, Telemetry, WorkerRecord, highest
 from monitoring.writers import Writers
 
 RECENT_STEPS = 50
-"""Steps whose mean time tells the time left."""
+"""Number of steps whose mean time gives the time left."""
 TELEMETRY_INTERVAL = 1.0
-"""Seconds between two writings of telemetry.json."""
+"""Seconds between two writes of telemetry.json."""
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step, summed over all ranks."""
+class StepRecord(StepValues):
+    """One optimizer step, summed over all ranks. The fields of `StepValues` belong to it."""
+
+    model_config = ConfigDict(frozen=True)
 
     step: int
-    """Completed steps, so the first is 1."""
+    """Number of completed steps, so the first is 1."""
     phase: int
-    """Index into the configuration's phases, from 0."""
+    """Index into the phases of the configuration, from 0."""
     objective: str
     loss: float
-    """Mean over the positions that paid."""
+    """Mean over the label positions."""
     tokens: int
-    """Real tokens, padding not counted."""
-    learning_rate: float
-    grad_norm: float
-    """Before clipping."""
+    """Real tokens, without padding."""
     step_seconds: float
-    """Wall time, waiting for data included."""
+    """Wall time, with the wait for data."""
     data_wait_seconds: float
     flops: float
-    """Floating-point operations the model needs for it, forward and backward."""
-    packing_ratio: float
-    """Real tokens as a share of the token slots."""
+    """Floating-point operations that the model needs for the step, forward and backward."""
     epochs: dict[str, int]
-    """Epoch each source has reached, from 0."""
+    """Epoch that each source has reached, from 0."""
     workers: list[WorkerRecord] | None
-    """Every rank's view at a due step; None at other steps."""
+    """One record per rank at a due step; None at other steps."""
     eval_loss: dict[str, float] | None = None
-    """Loss of each objective on the held-out set, at the steps that evaluate."""
+    """Held-out loss by objective, at the steps that evaluate."""
     eval_accuracy: dict[str, float] | None = None
-    """Share of those positions, from 0 to 1, at which the model's likeliest token is the right one."""
+    """Share of the held-out label positions, from 0 to 1, at which the likeliest token is the right one."""
     drawn: dict[str, tuple[int, int, int]] | None = None
-    """At a due step, of each source over all ranks: tokens, documents, damaged documents left out."""
+    """At a due step, as `Counters.drawn`, summed over all ranks."""
 
 
 def due(config: RunConfig, step: int) -> bool:
-    """Whether a line of metrics.jsonl is written after this many completed steps."""
-    return step % config.monitoring.every.value == 0 or step == config.total_steps
+    """Whether `step` completed steps give a line of metrics.jsonl."""
+    return config.monitoring.every.is_due(step, config.tokens_per_step) or step == config.total_steps
 
 
 @dataclass
 class _Window:
-    """Sums over the steps since something was last written."""
+    """Sums over the steps since the last report."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -82,17 +80,16 @@ class _Window:
         self.tokens += record.tokens
         self.flops += record.flops
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else math.nan
+    def rates(self, peak_flops: float) -> Rates:
+        """`peak_flops`: operations per second of all devices, or 0 if unknown."""
+        if not self.seconds:
+            return Rates(tokens_per_second=math.nan, mfu=math.nan)
+        mfu = self.flops / (self.seconds * peak_flops) if peak_flops else math.nan
+        return Rates(tokens_per_second=self.tokens / self.seconds, mfu=mfu)
 
-    def mfu(self, peak_flops: float) -> float:
-        """Model FLOPs utilisation: the share of the devices' peak that the model's own operations took."""
-        return self.flops / (self.seconds * peak_flops) if self.seconds and peak_flops else math.nan
 
-
-def _describe(config: RunConfig, directory: Path) -> dict[str, str | int | float]:
-    """The labels that dashboards compare runs by. Nodes are those the workers were started on, else the most."""
+def _labels(config: RunConfig, directory: Path) -> dict[str, str | int | float]:
+    """Labels of `detour_run_info` that tell runs apart. Nodes are those of the latest start, else the most allowed."""
     started = [event["workers"] for event in read_events(directory) if event["event"] == WorkersStarted.KIND]
     nodes = config.cluster.nodes
     return {
@@ -102,22 +99,17 @@ def _describe(config: RunConfig, directory: Path) -> dict[str, str | int | float
     }
 
 
-def _interval(config: RunConfig, step_seconds: float) -> float:
-    """Seconds between two checkpoints, as configured."""
-    return config.checkpoint.every.seconds(config.tokens_per_step, step_seconds)
-
-
 class Recorder:
-    """Logs a run from its trainer. On resume it cuts metrics.jsonl back to the resumed step and goes on from there.
+    """Logs a run from its trainer. On a resume it first cuts metrics.jsonl back to the resumed step.
 
     Args:
         directory: The run directory.
         config: The resolved configuration.
-        info: Labels of `detour_run_info`, for instance precision, model size, workers and versions.
-        devices: Devices the throughput is divided by.
-        peak_flops: Floating-point operations a second one device can do; 0 where it is not known (no MFU then).
-        state: `Recorder.state()` of the checkpoint resumed from; None for a fresh run.
-        step: Completed steps of that checkpoint; 0 for a fresh run.
+        info: Further labels of `detour_run_info`, for instance precision, workers and versions.
+        devices: Number of devices, by which the throughput is divided.
+        peak_flops: Floating-point operations per second of one device; 0 if unknown, and then there is no MFU.
+        state: `Recorder.state()` of the resumed checkpoint; None for a new run.
+        step: Completed steps of that checkpoint; 0 for a new run.
     """
 
     def __init__(
@@ -146,7 +138,7 @@ class Recorder:
             | known
             | {
                 "run": config.name,
-                "info": _describe(config, directory) | info,
+                "info": _labels(config, directory) | info,
                 "objectives": [phase.objective for phase in config.phases],
                 "total_steps": config.total_steps,
                 "step": step,
@@ -162,11 +154,11 @@ class Recorder:
         self._writing.result()
 
     def due(self, step: int) -> bool:
-        """Whether `step` gets a line in metrics.jsonl."""
+        """Whether `step` gets a line of metrics.jsonl."""
         return due(self._config, step)
 
     def phase_started(self, index: int, objective: str, step: int) -> None:
-        """Phase `index` begins after `step` completed steps. A phase begun again after a rollback is one event."""
+        """Note that phase `index` begins after `step` steps. A phase repeated after a rollback is recorded once."""
         self._telemetry.phase = index
         begun = [event["phase"] for event in read_events(self._directory) if event["event"] == PhaseStarted.KIND]
         if index not in begun:
@@ -174,7 +166,7 @@ class Recorder:
         self.flush()
 
     def step(self, record: StepRecord) -> None:
-        """Take in one step; call it after every step, in order."""
+        """Take in one step. Call it after every step, in order."""
         counters, telemetry = self._counters, self._telemetry
         counters.tokens[record.objective] = counters.tokens.get(record.objective, 0) + record.tokens
         counters.data_wait_seconds += record.data_wait_seconds
@@ -186,8 +178,9 @@ class Recorder:
         telemetry.step, telemetry.step_time = record.step, time.time()
         telemetry.phase = record.phase
         telemetry.loss[record.objective] = record.loss
-        telemetry.learning_rate, telemetry.grad_norm = record.learning_rate, record.grad_norm
-        telemetry.packing_ratio, telemetry.epochs = record.packing_ratio, record.epochs
+        telemetry.epochs = record.epochs
+        for name, value in record.step_values().items():
+            setattr(telemetry, name, value)
         if record.workers is not None:
             telemetry.workers = record.workers
         if record.drawn is not None:
@@ -204,25 +197,33 @@ class Recorder:
             self._writing = self._start_writing()
 
     def checkpoint_saved(self, step: int, seconds: float, path: Path, stall: float = 0.0) -> None:
-        """The checkpoint after `step` steps is complete; saving took `seconds`, for `stall` of which training stood."""
+        """Note that a checkpoint is complete.
+
+        Args:
+            step: Its step.
+            seconds: Time to save it.
+            path: Where it lies.
+            stall: Part of `seconds` in which training stood still.
+        """
         self._counters.checkpoint_seconds.observe(seconds)
         self._telemetry.checkpoint_step, self._telemetry.checkpoint_time = step, time.time()
-        where = path.relative_to(self._directory) if path.is_relative_to(self._directory) else path
-        times = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
-        record_event(self._directory, CheckpointSaved(step=step, **times, path=str(where)))
+        name = str(path.relative_to(self._directory) if path.is_relative_to(self._directory) else path)
+        event = CheckpointSaved(step=step, seconds=round(seconds, 3), stall_seconds=round(stall, 3), path=name)
+        record_event(self._directory, event)
         self.flush()
 
     def state(self) -> dict[str, Any]:
-        """JSON for the checkpoint, so that every total goes on exactly. The lines up to here are on disk after it."""
+        """Return JSON for the checkpoint, so that every total continues exactly; the lines so far are on disk then."""
         self._lines.sync()
         return {"counters": self._counters.model_dump(mode="json"), "since_line": asdict(self._since_line)}
 
     def flush(self) -> None:
-        """Write telemetry.json now; otherwise a thread does about once a second, off the training step."""
+        """Write telemetry.json now. Otherwise a thread writes it about once per second, beside the training steps."""
         self._writing.result()
         self._start_writing().result()
 
     def close(self) -> None:
+        """Write telemetry.json a last time and close every file."""
         self.flush()
         self._disk.shutdown()
         self._lines.close()
@@ -230,35 +231,33 @@ class Recorder:
 
     def _line(self, record: StepRecord) -> dict[str, Any]:
         window = self._since_line
-        return {
+        line = {
             "step": record.step,
             "phase": record.phase,
             "objective": record.objective,
             "loss": record.loss,
             "tokens": sum(self._counters.tokens.values()),
-            "learning_rate": record.learning_rate,
-            "grad_norm": record.grad_norm,
+            **record.step_values(),
             "step_seconds": window.seconds / window.steps,
-            "tokens_per_second": window.tokens_per_second,
-            "mfu": window.mfu(self._peak_flops),
             "data_wait_seconds": window.wait / window.steps,
-            "packing_ratio": record.packing_ratio,
-            **({"eval_loss": record.eval_loss} if record.eval_loss is not None else {}),
-            **({"eval_accuracy": record.eval_accuracy} if record.eval_accuracy is not None else {}),
+            **window.rates(self._peak_flops).rates(),
         }
+        held_out = {"eval_loss": record.eval_loss, "eval_accuracy": record.eval_accuracy}
+        return line | {name: values for name, values in held_out.items() if values is not None}
 
     def _start_writing(self) -> Future[None]:
-        """Counters shown never fall: after a rollback they stand still until the run is past where it had been."""
+        """Write telemetry.json in the thread. Its counters never fall: after a rollback they wait at their highest."""
         window, telemetry = self._since_written, self._telemetry
         if window.steps:
-            telemetry.tokens_per_second = window.tokens_per_second
-            telemetry.tokens_per_second_per_device = window.tokens_per_second / self._devices
-            telemetry.mfu = window.mfu(self._peak_flops)
+            rates = window.rates(self._peak_flops)
+            telemetry.tokens_per_second_per_device = rates.tokens_per_second / self._devices
             telemetry.step_seconds = statistics.fmean(self._recent)
+            for name, value in rates.rates().items():
+                setattr(telemetry, name, value)
             self._since_written = _Window()
         steps = self._counters.step_seconds
-        telemetry.checkpoint_interval_seconds = _interval(
-            self._config, steps.sum / steps.count if steps.count else math.nan
+        telemetry.checkpoint_interval_seconds = self._config.checkpoint.every.seconds(
+            self._config.tokens_per_step, steps.sum / steps.count if steps.count else math.nan
         )
         shown = Counters.model_validate(highest(self._counters.model_dump(mode="json"), self._floor))
         held = dict(held_events(self._directory))

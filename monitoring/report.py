@@ -6,53 +6,46 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from configs.files import write_atomically
 from configs.load import dump_config
 from configs.units import format_count
 from monitoring.charts import HALF, WIDE, Band, Line, Mark, Point, line_chart, smoothed
-from monitoring.metrics import INTERRUPTIONS
-from monitoring.progress import format_seconds
-from monitoring.rundir import Row, RunFiles, curve, open_run
+from monitoring.events import CheckpointSaved, PhaseStarted, kinds_where
+from monitoring.formatting import format_seconds, percent, perplexity, plain, scientific
+from monitoring.page import Figure, render
+from monitoring.run_directory import RunDirectory
+from monitoring.run_files import Row, RunFiles, curve, open_run
 
-REPORT = "report.html"
-FAULTS = (*INTERRUPTIONS, "failed", "checkpoint_failed", "checkpoint_damaged", "step_skipped")
-"""Events shown as faults."""
+FAULTS = kinds_where(lambda event: event.FAULT)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure in large type."""
+    """A number in large type."""
 
     name: str
     value: str
     note: str
 
 
-@dataclass(frozen=True)
-class Figure:
-    title: str
-    chart: Markup
-    note: str = ""
-    keys: Sequence[Line] = ()
-    """Lines named in the caption."""
-    wide: bool = False
-
-
 def write_report(directory: Path) -> Path:
-    """Write `report.html` of a run directory from its configuration, metrics, events and telemetry; returns its path.
+    """Write `report.html` from the files of a run directory, and return its path.
 
-    A run that has logged nothing yet gets a report that says so. Raises InputError where there is no run.
+    The report of a run that has logged nothing yet says so.
+
+    Raises:
+        InputError: The directory holds no run.
     """
     run = open_run(directory)
+    files = RunDirectory(directory)
     again = directory.with_name(f"{directory.name}-again")
-    command = shlex.join(["detour-train", str(directory / "config.yaml"), "--output", str(again)])
+    command = shlex.join(["detour-train", str(files.config), "--output", str(again)])
     page = render(
         "report.html",
         title=f"{run.config.name}: report",
@@ -63,47 +56,22 @@ def write_report(directory: Path) -> Path:
         figures=_figures(run),
         learned=[_learned(run, index) for index in range(len(run.config.phases))],
         events=[_event(event) for event in run.events],
-        command=f"cd {shlex.quote(str(Path.cwd()))} && {command}",  # relative paths of the configuration start there
+        command=f"cd {shlex.quote(str(Path.cwd()))} && {command}",  # relative paths of the configuration start here
+        config_name=files.config.name,
         yaml=dump_config(run.config),
     )
-    path = directory / REPORT
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-def render(template: str, **values: Any) -> str:
-    """A page of monitoring/pages; everything that is not Markup is escaped."""
-    environment = Environment(
-        loader=PackageLoader("monitoring", "pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    written = f"detour-train {version('detour-train')} on {datetime.now(UTC):%-d %B %Y, %H:%M} UTC"
-    return environment.get_template(template).render(written=written, **values)
-
-
-def percent(value: float) -> str:
-    return f"{value * 100:.3g} %"
-
-
-def scientific(value: float) -> str:
-    """0.00015 -> `1.5e-4`."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
-
-
-def perplexity(loss: float) -> str:
-    """exp(loss), for a mean cross-entropy in nats."""
-    value = math.exp(loss) if loss < 20 else math.inf
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    write_atomically(files.report, page)
+    return files.report
 
 
 def _state(run: RunFiles) -> str:
-    where = f"step {run.step:,} of {run.config.total_steps:,}"
+    step = f"step {run.step:,} of {run.config.total_steps:,}"
     return {
         "finished": "Finished",
-        "running": f"Running, {where}",
-        "stopped": f"Stopped early at {where}, everything saved",
-        "failed": f"Failed at {where}",
-        "unborn": "Not started",
+        "running": f"Running, {step}",
+        "stopped": f"Stopped early at {step}, everything saved",
+        "failed": f"Failed at {step}",
+        "not_started": "Not started",
     }[run.state]
 
 
@@ -114,7 +82,7 @@ def _lead(run: RunFiles) -> str:
     )
     return (
         f"{config.model.size or config.model.init}, {phases}; {config.batch.sequences:,} sequences of "
-        f"{config.data.sequence_length:,} token slots a step, peak learning rate {config.optimizer.lr:g}"
+        f"{config.data.sequence_length:,} token slots per step, peak learning rate {config.optimizer.lr:g}"
     )
 
 
@@ -129,10 +97,10 @@ def _tiles(run: RunFiles) -> list[Tile]:
         mfu = run.median("mfu")
         tiles.append(Tile("Tokens", format_count(run.rows[-1]["tokens"]), f"in {run.step:,} steps"))
         note = f"median; MFU {mfu:.1%}" if math.isfinite(mfu) else "median"
-        tiles.append(Tile("Tokens a second", format_count(run.median("tokens_per_second")), note))
+        tiles.append(Tile("Tokens per second", format_count(run.median("tokens_per_second")), note))
     if run.seconds:
         tiles.append(Tile("Time", format_seconds(run.seconds), "from the first event to the last"))
-    saved = run.kinds["checkpoint_saved"]
+    saved = run.kinds[CheckpointSaved.KIND]
     tiles.append(Tile("Interruptions", str(run.interruptions), f"{saved} checkpoint{'s' * (saved != 1)} saved"))
     return tiles
 
@@ -156,23 +124,23 @@ def _figures(run: RunFiles) -> list[Figure]:
     figures = [
         Figure(
             "Training loss",
-            line_chart("Training loss", losses, number=_plain, bands=bands, marks=marks, size=WIDE),
-            "logged steps, and smoothed; triangles are checkpoints, red lines faults",
+            line_chart("Training loss", losses, number=plain, bands=bands, marks=marks, size=WIDE),
+            "logged steps, and smoothed; triangles are checkpoints, red lines are faults",
             wide=True,
         ),
         figure("Learning rate", curve(rows, "learning_rate"), scientific),
-        figure("Throughput", curve(rows, "tokens_per_second"), format_count, "real tokens a second, all devices"),
+        figure("Throughput", curve(rows, "tokens_per_second"), format_count, "real tokens per second, all devices"),
         figure("Model FLOPs utilisation", curve(rows, "mfu"), percent, "share of the devices' peak"),
         figure("Data wait", waits, percent, "share of the step spent waiting for its data"),
-        figure("Gradient norm", curve(rows, "grad_norm"), _plain, "before clipping"),
+        figure("Gradient norm", curve(rows, "grad_norm"), plain, "before clipping"),
         figure("Packing", curve(rows, "packing_ratio"), percent, "real tokens in the token slots", False),
     ]
     if held_out:
-        chart = line_chart("Held-out loss", held_out, number=_plain, bands=bands, marks=marks)
+        chart = line_chart("Held-out loss", held_out, number=plain, bands=bands, marks=marks)
         figures.insert(1, Figure("Held-out loss", chart, keys=held_out))
-    if placed := [event for event in run.events if event.get("step") is not None]:
+    if with_step := [event for event in run.events if event.get("step") is not None]:
         figures.append(
-            Figure("Progress over time", _timeline(placed), "steps by the events; a fall is work done again")
+            Figure("Progress over time", _timeline(with_step), "steps of the events; a fall is work that is repeated")
         )
     return figures
 
@@ -191,32 +159,32 @@ def _held_out_lines(run: RunFiles) -> list[Line]:
     return [line for line in lines if line.points]
 
 
-def _timeline(placed: Sequence[Row]) -> Markup:
-    """Completed steps over wall time, from the events that say a step."""
-    start = datetime.fromisoformat(placed[0]["time"])
+def _timeline(events: Sequence[Row]) -> Markup:
+    """Completed steps over wall time, from events that have a step."""
+    start = datetime.fromisoformat(events[0]["time"])
 
     def minutes(event: Row) -> float:
         return (datetime.fromisoformat(event["time"]) - start).total_seconds() / 60
 
-    points = [(minutes(event), float(event["step"])) for event in placed]
+    points = [(minutes(event), float(event["step"])) for event in events]
     marks = [
         Mark(minutes(event), "fault" if event["event"] in FAULTS else "checkpoint", _name(event))
-        for event in placed
-        if event["event"] in (*FAULTS, "checkpoint_saved")
+        for event in events
+        if event["event"] in (*FAULTS, CheckpointSaved.KIND)
     ]
     return line_chart(
         "Progress over time",
         [Line("step", points, "ink")],
         number=lambda y: f"{y:,.0f}",
         x_name="minutes",
-        x_number=_plain,
+        x_number=plain,
         marks=marks,
         from_zero=True,
     )
 
 
 def _learned(run: RunFiles, index: int) -> Row:
-    """What a phase taught: training and held-out loss of its objective, first and last, as perplexities too."""
+    """First and last training loss, held-out loss and held-out accuracy of a phase's objective."""
     objective = run.config.phases[index].objective
     losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
     steps = [row["step"] for row in run.phase(index)]
@@ -240,7 +208,7 @@ def _change(values: Sequence[float], number: Callable[[float], str] = lambda y: 
 
 
 def _bands(run: RunFiles) -> list[Band]:
-    """The phases as far as the run has come."""
+    """Bands of the phases that the run has reached."""
     bands: list[Band] = []
     start = 0
     for phase in run.config.phases:
@@ -252,7 +220,7 @@ def _bands(run: RunFiles) -> list[Band]:
 
 
 def _marks(run: RunFiles) -> list[Mark]:
-    kinds = {"phase_started": "switch", "checkpoint_saved": "checkpoint"} | dict.fromkeys(FAULTS, "fault")
+    kinds = {PhaseStarted.KIND: "switch", CheckpointSaved.KIND: "checkpoint"} | dict.fromkeys(FAULTS, "fault")
     return [
         Mark(event["step"], kinds[event["event"]], _name(event))
         for event in run.events
@@ -278,7 +246,3 @@ def _event(event: Row) -> Row:
 
 def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _plain(value: float) -> str:
-    return f"{value:.4g}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where each file of the run in `path` lies; nothing is read, and no file need exist."""
+    """The paths of the files of the run in `path`. The class reads nothing, and the files need not exist."""
 
     path: Path
 
@@ -29,7 +29,7 @@ class RunDirectory:
 
     @property
     def telemetry(self) -> Path:
-        """The live state, replaced about once per second."""
+        """The live state of the run, replaced about once per second."""
         return self.path / "telemetry.json"
 
     @property
@@ -54,7 +54,7 @@ class RunDirectory:
 
     @property
     def lock(self) -> Path:
-        """Locked by the job that owns the directory; holds that job's token."""
+        """Lock file of the job that owns the directory; it holds the job's token."""
         return self.path / ".lock"
 
     @property

@@ -1,6 +1,6 @@
-"""telemetry.json: the live state of a run in one small file, replaced atomically by the trainer.
+"""telemetry.json: the live state of a run in one small file, which the trainer replaces about once per second.
 
-The metrics endpoint, the progress line and `detour monitor` read nothing but this file and events.jsonl, so they
+The metrics endpoint, the progress line and `detour monitor` read only this file and events.jsonl. Therefore they
 outlive the workers.
 """
 
@@ -14,22 +14,24 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
+from configs.files import write_atomically
 from monitoring.log import surviving_full_disk
+from monitoring.run_directory import RunDirectory
 
-TELEMETRY = "telemetry.json"
-BLOCK = 4096
-"""Of a disk: a document that ends within the last one of the old can replace it where there is no room for another."""
+DISK_BLOCK = 4096
+"""Bytes. The file is padded to whole blocks, so that a later document fits into the same blocks of a full disk."""
 
 STEP_SECONDS = tuple(float(f"{0.01 * 30_000 ** (index / 46):.3g}") for index in range(47))
-"""From 0.01 to 300, each a quarter more than the one before: as fine as a quantile of any run's steps needs."""
+"""Histogram bounds from 0.01 to 300 seconds; each bound is a quarter above the one before."""
 CHECKPOINT_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Histogram bounds, in seconds."""
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A float that is null in JSON where it is not finite."""
+"""A float. JSON holds null where it is not finite."""
 
 
 class Histogram(BaseModel):
-    """A Prometheus histogram. `counts[i]` observations were at most `bounds[i]` seconds, `count` there were in all."""
+    """A Prometheus histogram of `count` observations; `counts[i]` of them were at most `bounds[i]` seconds."""
 
     bounds: tuple[float, ...]
     counts: list[int]
@@ -37,10 +39,12 @@ class Histogram(BaseModel):
     sum: float = 0.0
 
     @classmethod
-    def of(cls, bounds: tuple[float, ...]) -> Self:
+    def empty(cls, bounds: tuple[float, ...]) -> Self:
+        """Make a histogram without observations."""
         return cls(bounds=bounds, counts=[0] * len(bounds))
 
     def observe(self, value: float) -> None:
+        """Count one observation."""
         self.count += 1
         self.sum += value
         for index, bound in enumerate(self.bounds):
@@ -48,112 +52,138 @@ class Histogram(BaseModel):
 
 
 class Counters(BaseModel):
-    """What only grows. Saved in checkpoints, so that a resumed run goes on from the exact totals of its step."""
+    """Totals that only grow. Checkpoints hold them, so that a resumed run continues from the totals of its step."""
 
     tokens: dict[str, int] = {}
     """Real tokens trained on, by objective."""
     data_wait_seconds: float = 0.0
+    """Time that steps waited for their data."""
     drawn: dict[str, tuple[int, int, int]] = {}
-    """Of each source: tokens and documents that entered the streams, and damaged documents left out."""
-    step_seconds: Histogram = Histogram.of(STEP_SECONDS)
-    checkpoint_seconds: Histogram = Histogram.of(CHECKPOINT_SECONDS)
+    """By source: tokens and documents that entered the streams, and damaged documents left out."""
+    step_seconds: Histogram = Histogram.empty(STEP_SECONDS)
+    checkpoint_seconds: Histogram = Histogram.empty(CHECKPOINT_SECONDS)
 
 
 @dataclass(frozen=True)
 class WorkerRecord:
-    """One rank's own view of its last step."""
+    """How one rank saw its last step."""
 
     rank: int
     step_seconds: float
-    """Its own part: waiting for data, forward and backward, up to where it first waits for the data-parallel ranks."""
+    """Time of the rank's own work: data wait, forward and backward, until it first waits for another rank."""
     memory_bytes: int
+    """On a GPU the peak of its allocator, else the resident memory of the process."""
     gpu_utilization: float | None = None
-    """Share of the last second in which its GPU ran a kernel, by NVML; None without one."""
+    """Share of the last second in which the GPU ran a kernel, by NVML. None without NVML."""
 
 
-class Telemetry(BaseModel):
+class StepValues(BaseModel):
+    """Numbers of one step. metrics.jsonl and telemetry.json hold them under these names."""
+
+    learning_rate: Number = math.nan
+    grad_norm: Number = math.nan
+    """Global norm before clipping."""
+    packing_ratio: Number = math.nan
+    """Real tokens as a share of the token slots."""
+
+    def step_values(self) -> dict[str, float]:
+        """The fields declared here, by name."""
+        return {name: getattr(self, name) for name in StepValues.model_fields}
+
+
+class Rates(BaseModel):
+    """Means over the steps since the last report. metrics.jsonl and telemetry.json hold them under these names."""
+
+    tokens_per_second: Number = 0.0
+    """Real tokens per second over all devices."""
+    mfu: Number = 0.0
+    """Model FLOPs utilisation: share of the devices' peak spent on the model's own operations. NaN: peak unknown."""
+
+    def rates(self) -> dict[str, float]:
+        """The fields declared here, by name."""
+        return {name: getattr(self, name) for name in Rates.model_fields}
+
+
+class Telemetry(StepValues, Rates):
     """The state of a run after `step` completed steps. Times are seconds since the epoch."""
 
     run: str
     info: dict[str, str | int | float]
+    """Labels of `detour_run_info`."""
     objectives: list[str]
-    """Of each phase, in order."""
+    """Objective of each phase, in order."""
     total_steps: int
     time: float = 0.0
-    """When this was written."""
+    """When this document was written."""
     start_time: float = 0.0
     """When the run was first started."""
     step: int = 0
     resume_time: float = 0.0
     """When training was started or last resumed."""
     step_time: float | None = None
-    """When the last step since then ended."""
+    """When the latest step since `resume_time` ended. None before that step."""
     phase: int = 0
+    """Index of the current phase, from 0."""
     loss: dict[str, Number] = {}
-    """By objective, at the latest step that had it."""
+    """Training loss by objective, at the latest step of each. Empty before the first step."""
     eval_loss: dict[str, Number] = {}
-    """By objective, on the held-out set; empty without one."""
+    """Held-out loss by objective. Empty without a held-out set."""
     eval_accuracy: dict[str, Number] = {}
-    learning_rate: Number = math.nan
-    grad_norm: Number = math.nan
-    tokens_per_second: Number = 0.0
+    """Held-out accuracy by objective, from 0 to 1."""
     tokens_per_second_per_device: Number = 0.0
-    mfu: Number = 0.0
-    """Means of the steps since the last writing, as the two above."""
     step_seconds: Number = math.nan
-    """Mean of the latest steps, for the time left."""
-    packing_ratio: Number = math.nan
+    """Mean of the latest steps, from which the time left is estimated."""
     epochs: dict[str, int] = {}
+    """Epoch that each source has reached, from 0."""
     workers: list[WorkerRecord] = []
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None
     checkpoint_interval_seconds: Number = math.nan
-    """As configured; an interval in steps or tokens at the run's mean step time."""
+    """Configured interval; an interval in steps or tokens is converted by the run's mean step time."""
     counters: Counters = Counters()
     unwritten: dict[str, int] = {}
     """Events that a full disk has not taken yet, by kind."""
 
     @property
     def objective(self) -> str:
+        """Objective of the current phase."""
         return self.objectives[self.phase]
 
     def stopped(self) -> Self:
-        """The same state with nobody working on it: no ranks, no throughput."""
-        idle = {"workers": [], "tokens_per_second": 0.0, "tokens_per_second_per_device": 0.0, "mfu": 0.0}
+        """Return a copy without workers and with rates of 0."""
+        idle = Rates().rates() | {"tokens_per_second_per_device": 0.0, "workers": []}
         return self.model_copy(update=idle)
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
-        """The latest telemetry of a run; None before the first, or where it is damaged or cannot be read."""
+        """Read the latest telemetry of a run; None if it is missing, damaged or unreadable."""
         try:
-            return cls.model_validate_json((directory / TELEMETRY).read_bytes())
+            return cls.model_validate_json(RunDirectory(directory).telemetry.read_bytes())
         except (OSError, ValidationError):
             return None
 
     @staticmethod
     def write(directory: Path, document: str) -> None:
-        """Replace telemetry.json by `model_dump_json()`; a reader sees the old one or the new one, never a part.
+        """Replace telemetry.json by `model_dump_json()`; a reader sees the old document or the new one.
 
-        On a full disk it is written over the old one, which takes no more room, or else only touched: that it changes
-        is how the launcher knows that the workers do not hang.
+        A full disk has no room for a second file, so the document then overwrites the old one in place. If that fails
+        too, the file is only touched: the launcher takes a change of its time as a sign that the workers do not hang.
         """
-        path, new = directory / TELEMETRY, directory / f".{TELEMETRY}.new"
+        path = RunDirectory(directory).telemetry
         content = document.encode()
-        content = content.ljust((len(content) // BLOCK + 1) * BLOCK)
-        with surviving_full_disk(new):
-            new.write_bytes(content)
-            new.replace(path)
+        content = content.ljust((len(content) // DISK_BLOCK + 1) * DISK_BLOCK)
+        with surviving_full_disk(path):
+            write_atomically(path, content)
             return
-        new.unlink(missing_ok=True)
         with surviving_full_disk(path), path.open("r+b") as file:
             file.write(content.ljust(path.stat().st_size))
         os.utime(path)
 
 
 def highest(left: Any, right: Any) -> Any:
-    """Element by element the larger of two equally shaped trees of counts; a key that one lacks is kept.
+    """Merge two trees of counts, taking the larger count of each leaf and every key of either tree.
 
-    Lists of different lengths are histograms of different versions of Detour: the left one counts.
+    Lists of different lengths are histograms of different versions of Detour. The left list is taken then.
     """
     if isinstance(left, dict):
         return {key: highest(left.get(key, right.get(key)), right.get(key, left.get(key))) for key in left | right}

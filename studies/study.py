@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
-from monitoring.rundir import RunFiles, open_run
+from monitoring.run_files import RunFiles, open_run
 from monitoring.telemetry import Telemetry
 from studies.evaluate import evaluate
 from studies.finetune import Job

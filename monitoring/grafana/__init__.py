@@ -1,1 +1,1 @@
-"""Grafana dashboards as code, and the JSON files that come of it."""
+"""Grafana dashboards as code, and the JSON files written from it."""

@@ -1,100 +1,114 @@
-"""What the dashboards have in common: their frame, variables, annotations and parts of queries."""
+"""What the dashboards share: frame, layout, variables, annotations and parts of queries."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from grafana_foundation_sdk.builders import dashboard as builders
-from grafana_foundation_sdk.models import dashboard as models
+from monitoring.events import Layer, kinds_where
+from monitoring.grafana.panels import DATASOURCE, Json
+from monitoring.metrics import CURRENT
 
-from monitoring.grafana.panels import DATASOURCE
-
-RUN = '{run=~"$run"}'
-ONE = '{run="$run"}'
-"""On the board of a single run, whose name is not a pattern there."""
+RUNS = '{run=~"$run"}'
+"""Selector of the runs that a dashboard of several runs shows."""
 ME = "on (instance, job, run)"
-CURRENT = "and on (instance, job, run, objective) detour_train_phase == 1"
-"""Keeps the series of the objective that is trained now; the other one's last value is history."""
-STEP_TIME = f"rate(detour_train_step_seconds_sum{RUN}[5m]) / (rate(detour_train_step_seconds_count{RUN}[5m]) > 0)"
-"""Over minutes: where a step takes longer than Grafana's own interval, no step ends within one."""
-LABELLED = f"{ME} group_left (model, nodes, precision, phases) detour_run_info{RUN}"
+STEP_TIME = f"rate(detour_train_step_seconds_sum{RUNS}[5m]) / (rate(detour_train_step_seconds_count{RUNS}[5m]) > 0)"
+"""Mean step time over minutes, because no step may end within Grafana's own interval."""
+LABELLED = f"{ME} group_left (model, nodes, precision, phases) detour_run_info{RUNS}"
 """Joins the description of the run onto a series."""
-
-WARN, BAD = "orange", "red"
-
-
-def new_board(uid: str, title: str, description: str) -> builders.Dashboard:
-    return (
-        builders.Dashboard(title)
-        .uid(uid)
-        .description(description)
-        .tags(["detour"])
-        .timezone("browser")
-        .tooltip(models.DashboardCursorSync.CROSSHAIR)
-        .refresh("5s")
-        .time("now-1h", "now")
-        .link(
-            builders.DashboardLink("Detour")
-            .type(models.DashboardLinkType.DASHBOARDS)
-            .tags(["detour"])
-            .as_dropdown(True)
-            .keep_time(True)
-            .include_vars(True)
-        )
-        .with_variable(builders.DatasourceVariable("datasource").label("Datasource").type("prometheus"))
-        .annotations([])
-    )
+LAYERS: dict[Layer, str] = {"Phases": "blue", "Checkpoints": "green", "Interruptions": "red", "Run": "purple"}
+"""Colour of each layer of annotations."""
 
 
-def fill(board: builders.Dashboard, *panels: Any) -> None:
-    for panel in panels:
-        board.with_panel(panel)
+def new_board(
+    uid: str, title: str, description: str, panels: Sequence[Json], *, several: bool, annotations: Sequence[Json] = ()
+) -> Json:
+    """Make a dashboard of these panels, for one run or for several."""
+    link = {"title": "Detour", "type": "dashboards", "tags": ["detour"], "asDropdown": True, "includeVars": True}
+    return {
+        "uid": uid,
+        "title": title,
+        "description": description,
+        "tags": ["detour"],
+        "timezone": "browser",
+        "editable": True,
+        "graphTooltip": 1,  # one crosshair over all panels
+        "time": {"from": "now-1h", "to": "now"},
+        "refresh": "5s",
+        "schemaVersion": 41,
+        "links": [link | {"keepTime": True, "targetBlank": False, "icon": "", "tooltip": ""}],
+        "templating": {"list": [_datasource_variable(), _run_variable(several)]},
+        "annotations": {"list": list(annotations)},
+        "panels": _laid_out(panels),
+    }
 
 
-def run_variable(several: bool) -> builders.QueryVariable:
-    variable = (
-        builders.QueryVariable("run")
-        .label("Run")
-        .query("label_values(detour_run_info, run)")
-        .datasource(DATASOURCE)
-        .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .sort(models.VariableSort.ALPHABETICAL_ASC)
-        .multi(several)
-        .include_all(several)
-    )
-    return variable.current(models.VariableOption(text="All", value="$__all")) if several else variable
+def _laid_out(panels: Sequence[Json]) -> list[Json]:
+    """Place the panels from left to right and from top to bottom, and number them."""
+    x = y = height = 0
+    placed = []
+    for number, panel in enumerate(panels, start=1):
+        size = panel["gridPos"]
+        if x + size["w"] > 24:
+            x, y, height = 0, y + height, 0
+        placed.append(panel | {"id": number, "gridPos": {"x": x, "y": y} | size})
+        x, height = x + size["w"], max(height, size["h"])
+    return placed
+
+
+def _datasource_variable() -> Json:
+    return {"type": "datasource", "name": "datasource", "label": "Datasource", "query": "prometheus"}
+
+
+def _run_variable(several: bool) -> Json:
+    variable: Json = {
+        "type": "query",
+        "name": "run",
+        "label": "Run",
+        "query": "label_values(detour_run_info, run)",
+        "datasource": DATASOURCE,
+        "refresh": 2,  # when the time range changes
+        "sort": 1,  # by name
+        "multi": several,
+        "includeAll": several,
+    }
+    return variable | ({"current": {"text": "All", "value": "$__all"}} if several else {})
 
 
 def last(selector: str) -> str:
-    """The latest value within the time shown, so that a finished run has one too."""
+    """The latest value within the time shown, so that a finished run has a value too."""
     return f"last_over_time({selector}[$__range])"
 
 
 def current_loss(selector: str) -> str:
-    """Of the objective that is trained now or was last; a live run comes before what it was at another address."""
+    """Loss of the current or last objective. A live run's series comes before those of its earlier addresses."""
     loss, phase = f"detour_train_loss{selector}", f"detour_train_phase{selector}"
     ended = f"{last(loss)} and on (instance, job, run, objective) {last(phase)} == 1"
     return f"max by (run) ({loss} {CURRENT}) or max by (run) ({ended})"
 
 
-def annotate(board: builders.Dashboard, several: bool) -> None:
-    """Vertical lines at the events of the run, or of several."""
-    match = "=~" if several else "="
-    for name, color, events in (
-        ("Phases", "blue", "phase_started"),
-        ("Checkpoints", "green", "checkpoint_saved"),
-        (
-            "Interruptions",
-            "red",
-            "worker_failed|preempted|stopped|failed|checkpoint_failed|checkpoint_damaged|step_skipped|loss_spike",
-        ),
-        ("Run", "purple", "started|resumed|exported|finished"),
-    ):
-        board.annotation(
-            builders.AnnotationQuery()
-            .name(name)
-            .datasource(DATASOURCE)
-            .enable(name != "Checkpoints")
-            .icon_color(color)
-            .expr(f'increase(detour_events_total{{run{match}"$run",event=~"{events}"}}[$__rate_interval]) > 0')
-        )
+def event_annotations(selector: str) -> list[Json]:
+    """Vertical lines at the events of the selected runs, one layer per colour."""
+    return [
+        {
+            "name": name,
+            "datasource": DATASOURCE,
+            "enable": name != "Checkpoints",
+            "iconColor": color,
+            "hide": False,
+            "builtIn": 0,
+            "expr": f"increase({events(selector, layer_kinds(name))}[$__rate_interval]) > 0",
+            "titleFormat": "{{event}}",
+            "step": "5s",
+        }
+        for name, color in LAYERS.items()
+    ]
+
+
+def layer_kinds(layer: Layer) -> tuple[str, ...]:
+    """Kinds of the events that a layer marks."""
+    return kinds_where(lambda event: layer == event.LAYER)
+
+
+def events(selector: str, kinds: Sequence[str]) -> str:
+    """PromQL of the number of events of these kinds."""
+    return f'detour_events_total{selector[:-1]},event=~"{"|".join(kinds)}"}}'

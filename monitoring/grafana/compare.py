@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
-from grafana_foundation_sdk.builders import dashboard as builders
+from monitoring.grafana.board import LABELLED, ME, RUNS, STEP_TIME, current_loss, last, new_board
+from monitoring.grafana.panels import Json, against, graph, ranking, row
+from monitoring.metrics import CURRENT
 
-from monitoring.grafana.board import (
-    CURRENT,
-    LABELLED,
-    ME,
-    RUN,
-    STEP_TIME,
-    current_loss,
-    fill,
-    last,
-    new_board,
-    run_variable,
-)
-from monitoring.grafana.panels import against, graph, ranking
+HELD_OUT = 'detour_eval_loss{run=~"$run",objective="mlm"}'
+TOKENS = f"max by (run) (sum by (run, instance) (detour_train_tokens_total{RUNS}))"
+PER_DEVICE = f"detour_train_tokens_per_second_per_device{RUNS}"
+OBJECTIVE = f"{ME} group_left (objective) (detour_train_phase{RUNS} == 1)"
+SPEED = f"({PER_DEVICE} * {OBJECTIVE} * {LABELLED})"
 
 
-def compare() -> builders.Dashboard:
-    """Runs side by side: model size, nodes, precision, the detour and its twin."""
-    board = new_board("detour-compare", "Detour: compare and scale", "Runs side by side: speed, scaling and learning.")
-    board.with_variable(run_variable(several=True))
-    held_out = 'detour_eval_loss{run=~"$run",objective="mlm"}'
-    tokens = f"max by (run) (sum by (run, instance) (detour_train_tokens_total{RUN}))"
-    per_device = f"detour_train_tokens_per_second_per_device{RUN}"
-    objective = f"{ME} group_left (objective) (detour_train_phase{RUN} == 1)"
-    speed = f"({per_device} * {objective} * {LABELLED})"
-    fill(
-        board,
+def compare() -> Json:
+    """Runs side by side: model size, nodes, precision, the detour and its matched MLM baseline."""
+    return new_board(
+        "detour-compare",
+        "Detour: compare and scale",
+        "Runs side by side: speed, scaling and learning.",
+        _panels(),
+        several=True,
+    )
+
+
+def _panels() -> list[Json]:
+    return [
         ranking(
             "Runs",
             "What each run is and where it stands or ended; speeds are the last ones of the time shown.",
             {"run": "Run", "model": "Model", "phases": "Phases", "nodes": "Nodes", "precision": "Precision"},
             {
                 "Progress": (
-                    f"max by (run) ({last(f'detour_train_step{RUN}')} / {last(f'detour_train_steps_planned{RUN}')})",
+                    f"max by (run) ({last(f'detour_train_step{RUNS}')} / {last(f'detour_train_steps_planned{RUNS}')})",
                     "percentunit",
                 ),
-                "Training loss": (current_loss(RUN), "none"),
-                "Held-out MLM loss": (f"max by (run) ({last(held_out)})", "none"),
+                "Training loss": (current_loss(RUNS), "none"),
+                "Held-out MLM loss": (f"max by (run) ({last(HELD_OUT)})", "none"),
                 "Tokens": (
-                    f"max by (run) (sum by (run, instance) ({last(f'detour_train_tokens_total{RUN}')}))",
+                    f"max by (run) (sum by (run, instance) ({last(f'detour_train_tokens_total{RUNS}')}))",
                     "short",
                 ),
-                "Tokens a second": (_last_speed("detour_train_tokens_per_second"), "short"),
-                "Tokens a second a device": (_last_speed("detour_train_tokens_per_second_per_device"), "short"),
+                "Tokens per second": (_last_speed("detour_train_tokens_per_second"), "short"),
+                "Tokens per second per device": (_last_speed("detour_train_tokens_per_second_per_device"), "short"),
                 "MFU": (_last_speed("detour_train_mfu_ratio"), "percentunit"),
             },
             describing="max by (run, model, nodes, precision, phases) "
@@ -54,19 +50,19 @@ def compare() -> builders.Dashboard:
         ),
         against(
             "Held-out masked loss against tokens",
-            "Where a detour and its twin compare: the same objective on the same text, whatever each trains on.",
+            "Compares a detour with its matched MLM baseline: the same objective on the same text.",
             "none",
-            y=f"max by (run) ({held_out})",
-            x=tokens,
+            y=f"max by (run) ({HELD_OUT})",
+            x=TOKENS,
             x_name="tokens",
             by="run",
         ),
         against(
             "Training loss against tokens",
-            "Each run's current objective over the real tokens it has trained on; a jump is the switch.",
+            "Loss of each run's current objective over its real tokens; a jump is the switch.",
             "none",
-            y=f"max by (run) (detour_train_loss{RUN} {CURRENT})",
-            x=tokens,
+            y=f"max by (run) (detour_train_loss{RUNS} {CURRENT})",
+            x=TOKENS,
             x_name="tokens",
             by="run",
         ),
@@ -79,36 +75,33 @@ def compare() -> builders.Dashboard:
         ),
         graph(
             "Training loss",
-            "Each run's current objective.",
+            "Loss of each run's current objective.",
             "none",
-            (f"detour_train_loss{RUN} {CURRENT}", "{{run}} {{objective}}"),
+            (f"detour_train_loss{RUNS} {CURRENT}", "{{run}} {{objective}}"),
             width=12,
         ),
-    )
-    board.with_row(builders.Row("Speed and scaling"))
-    fill(
-        board,
+        row("Speed and scaling"),
         graph(
-            "Tokens a second",
+            "Tokens per second",
             "All devices of a run.",
             "short",
-            (f"detour_train_tokens_per_second{RUN} * {LABELLED}", "{{run}} (nodes: {{nodes}})"),
+            (f"detour_train_tokens_per_second{RUNS} * {LABELLED}", "{{run}} (nodes: {{nodes}})"),
             low=0,
         ),
         graph(
-            "Tokens a second on one device",
+            "Tokens per second per device",
             "By model and precision.",
             "short",
-            (f"{per_device} * {LABELLED}", "{{run}} ({{model}}, {{precision}})"),
+            (f"{PER_DEVICE} * {LABELLED}", "{{run}} ({{model}}, {{precision}})"),
             low=0,
         ),
         graph(
             "Scaling efficiency",
-            "Tokens a second on one device, over the best of the chosen runs of that model, precision and objective.",
+            "Tokens per second per device, over the best of the chosen runs of that model, precision and objective.",
             "percentunit",
             (
-                f"{speed} / on (model, precision, objective) group_left () "
-                f"max by (model, precision, objective) {speed}",
+                f"{SPEED} / on (model, precision, objective) group_left () "
+                f"max by (model, precision, objective) {SPEED}",
                 "{{run}} {{objective}} (nodes: {{nodes}})",
             ),
             low=0,
@@ -118,15 +111,14 @@ def compare() -> builders.Dashboard:
             "Model FLOPs utilisation",
             "By model and precision.",
             "percentunit",
-            (f"detour_train_mfu_ratio{RUN} * {LABELLED}", "{{run}} ({{model}}, {{precision}})"),
+            (f"detour_train_mfu_ratio{RUNS} * {LABELLED}", "{{run}} ({{model}}, {{precision}})"),
             width=12,
             low=0,
         ),
         graph("Step time", "Mean of five minutes.", "s", (STEP_TIME, "{{run}}"), width=12, low=0),
-    )
-    return board
+    ]
 
 
 def _last_speed(metric: str) -> str:
-    """The latest while the run was at work: one that has ended or waits for workers has a speed of 0."""
-    return f"max by (run) (last_over_time(({metric}{RUN} > 0)[$__range:$__interval]))"
+    """The latest speed while the run was at work, because a run without workers has a speed of 0."""
+    return f"max by (run) (last_over_time(({metric}{RUNS} > 0)[$__range:$__interval]))"

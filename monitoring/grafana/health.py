@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from grafana_foundation_sdk.builders import dashboard as builders
+from monitoring.events import kinds_where
+from monitoring.grafana.board import ME, RUNS, event_annotations, events, new_board
+from monitoring.grafana.panels import Json, figure, graph, ranking
+from monitoring.metrics import BAD, WARN
+from monitoring.run_state import INTERRUPTIONS
 
-from monitoring.grafana.board import BAD, ME, RUN, WARN, annotate, fill, new_board, run_variable
-from monitoring.grafana.panels import figure, graph, ranking
+HEALTHY = f"0 * group by (run) (detour_run_info{RUNS})"
+CHECKPOINT_AGE = f"run:detour_checkpoint_age_seconds{RUNS}"
+TYPICAL = f"{ME} group_left () run:detour_worker_step_seconds:typical{RUNS}"
+SLOWEST = f"topk(10, detour_worker_step_seconds{RUNS} / {TYPICAL})"
 
 
-def health() -> builders.Dashboard:
+def health() -> Json:
     """What needs a person: alerts, stragglers, memory, data, checkpoints, interruptions."""
-    board = new_board("detour-health", "Detour: health", "What needs a person, over all chosen runs.")
-    board.with_variable(run_variable(several=True))
-    annotate(board, several=True)
-    healthy = f"0 * group by (run) (detour_run_info{RUN})"
-    age = f"run:detour_checkpoint_age_seconds{RUN}"
-    slowdown = f"detour_worker_step_seconds{RUN} / {ME} group_left () run:detour_worker_step_seconds:typical{RUN}"
-    slowest = f"topk(10, {slowdown})"
-    fill(
-        board,
+    return new_board(
+        "detour-health",
+        "Detour: health",
+        "What needs a person, over all chosen runs.",
+        _panels(),
+        several=True,
+        annotations=event_annotations(RUNS),
+    )
+
+
+def _panels() -> list[Json]:
+    return [
         figure(
             "Alerts firing",
             "Sum over the chosen runs.",
@@ -30,28 +39,28 @@ def health() -> builders.Dashboard:
         ),
         figure(
             "Since the last step",
-            "The longest of the chosen runs.",
+            "The longest time of the chosen runs.",
             "s",
-            (f"max(time() - detour_train_step_timestamp_seconds{RUN})", "longest"),
+            (f"max(time() - detour_train_step_timestamp_seconds{RUNS})", "longest"),
             width=6,
             thresholds=[(300, WARN), (900, BAD)],
             decimals=0,
         ),
         figure(
             "Oldest checkpoint",
-            "The longest training without one, of the chosen runs that are alive.",
+            "The longest training time without a checkpoint, over the chosen runs that are alive.",
             "s",
-            (f"max({age})", "oldest"),
+            (f"max({CHECKPOINT_AGE})", "oldest"),
             width=6,
             thresholds=[(1800, WARN), (7200, BAD)],
             decimals=1,
         ),
         figure(
             "Interruptions",
-            "In the time shown.",
+            "Interruptions of the workers in the time shown.",
             "none",
             (
-                'sum(increase(detour_events_total{run=~"$run",event=~"worker_failed|preempted"}[$__range]))',
+                f"sum(increase({events(RUNS, INTERRUPTIONS)}[$__range]))",
                 "interruptions",
             ),
             width=6,
@@ -60,11 +69,11 @@ def health() -> builders.Dashboard:
         ),
         graph(
             "Alerts by run",
-            "Firing ones by name; none is zero.",
+            "Firing alerts by name; 0 without alerts.",
             "none",
             (
                 'count by (run, alertname) (ALERTS{alertname=~"Detour.+",alertstate="firing",run=~"$run"}) '
-                f"or on (run) {healthy}",
+                f"or on (run) {HEALTHY}",
                 "{{run}} {{alertname}}",
             ),
             low=0,
@@ -72,37 +81,37 @@ def health() -> builders.Dashboard:
         ),
         graph(
             "Stragglers",
-            "Slowest rank over the median rank; of two ranks, over the other.",
+            "Slowest rank over the median rank; with two ranks, over the other rank.",
             "none",
-            (f"run:detour_worker_straggler:ratio{RUN}", "{{run}}"),
+            (f"run:detour_worker_straggler:ratio{RUNS}", "{{run}}"),
             thresholds=[(1.15, WARN), (1.3, BAD)],
             low=1,
         ),
         graph(
             "Step time of the ranks",
-            "Each one's own part of the step.",
+            "Time of each rank's own work in the step.",
             "s",
-            (f"max by (run, instance) (detour_worker_step_seconds{RUN})", "{{run}} slowest"),
-            (f"run:detour_worker_step_seconds:typical{RUN}", "{{run}} median"),
+            (f"max by (run, instance) (detour_worker_step_seconds{RUNS})", "{{run}} slowest"),
+            (f"run:detour_worker_step_seconds:typical{RUNS}", "{{run}} median"),
             low=0,
         ),
         ranking(
             "Slowest ranks",
-            "The ten that take longest, as a multiple of the median rank.",
+            "The ten slowest ranks, as a multiple of the median rank.",
             {"run": "Run", "instance": "Endpoint", "rank": "Rank"},
             {
-                "Times the median": (f"max by (run, instance, rank) ({slowest})", "none"),
-                "Step time": (f"max by (run, instance, rank) (detour_worker_step_seconds{RUN} and ({slowest}))", "s"),
-                "Memory": (f"max by (run, instance, rank) (detour_worker_memory_bytes{RUN} and ({slowest}))", "bytes"),
+                "Times the median": (f"max by (run, instance, rank) ({SLOWEST})", "none"),
+                "Step time": (f"max by (run, instance, rank) (detour_worker_step_seconds{RUNS} and ({SLOWEST}))", "s"),
+                "Memory": (f"max by (run, instance, rank) (detour_worker_memory_bytes{RUNS} and ({SLOWEST}))", "bytes"),
             },
             width=12,
         ),
         graph(
             "Memory of the ranks",
-            "On a GPU the most its allocator has held at once, else what the process holds.",
+            "On a GPU the peak of its allocator, else the resident memory of the process.",
             "bytes",
-            (f"max by (run, instance) (detour_worker_memory_bytes{RUN})", "{{run}} most"),
-            (f"quantile by (run, instance) (0.5, detour_worker_memory_bytes{RUN})", "{{run}} median"),
+            (f"max by (run, instance) (detour_worker_memory_bytes{RUNS})", "{{run}} most"),
+            (f"quantile by (run, instance) (0.5, detour_worker_memory_bytes{RUNS})", "{{run}} median"),
             width=6,
             low=0,
         ),
@@ -110,51 +119,50 @@ def health() -> builders.Dashboard:
             "GPU utilisation of the ranks",
             "Share of the time in which a kernel ran; empty without GPUs.",
             "percentunit",
-            (f"min by (run, instance) (detour_worker_gpu_utilization_ratio{RUN})", "{{run}} least"),
-            (f"quantile by (run, instance) (0.5, detour_worker_gpu_utilization_ratio{RUN})", "{{run}} median"),
+            (f"min by (run, instance) (detour_worker_gpu_utilization_ratio{RUNS})", "{{run}} least"),
+            (f"quantile by (run, instance) (0.5, detour_worker_gpu_utilization_ratio{RUNS})", "{{run}} median"),
             width=6,
             low=0,
             high=1,
         ),
         graph(
             "Checkpoint age",
-            "Training since the newest one, and how often one is asked for.",
+            "Training time since the newest checkpoint, and the configured interval.",
             "s",
-            (age, "{{run}}"),
-            (f"detour_checkpoint_interval_seconds{RUN}", "{{run}} interval"),
+            (CHECKPOINT_AGE, "{{run}}"),
+            (f"detour_checkpoint_interval_seconds{RUNS}", "{{run}} interval"),
             low=0,
         ),
         graph(
             "Interruptions by reason",
-            "In total.",
+            "Total by reason.",
             "none",
-            (f"detour_launcher_restarts_total{RUN}", "{{run}} {{reason}}"),
+            (f"detour_launcher_restarts_total{RUNS}", "{{run}} {{reason}}"),
             low=0,
         ),
         graph(
             "Failures among the events",
-            "Of workers, checkpoints and steps, in total.",
+            "Total of the events that are faults or warnings, by kind.",
             "none",
-            ('detour_events_total{run=~"$run",event=~".*(failed|damaged|skipped|spike)"}', "{{run}} {{event}}"),
+            (events(RUNS, kinds_where(lambda event: event.FAULT or event.WARNING)), "{{run}} {{event}}"),
             low=0,
         ),
         graph(
             "Data wait",
             "Share of the step spent waiting for data.",
             "percentunit",
-            (f"run:detour_train_data_wait:ratio{RUN}", "{{run}}"),
+            (f"run:detour_train_data_wait:ratio{RUNS}", "{{run}}"),
             width=12,
             low=0,
             thresholds=[(0.05, WARN), (0.1, BAD)],
         ),
         graph(
             "Documents left out",
-            "Damaged ones, where data.on_error is skip.",
+            "Damaged documents, with data.on_error: skip.",
             "none",
-            (f"detour_data_skipped_documents_total{RUN}", "{{run}} {{source}}"),
+            (f"detour_data_skipped_documents_total{RUNS}", "{{run}} {{source}}"),
             width=12,
             low=0,
             thresholds=[(1, WARN)],
         ),
-    )
-    return board
+    ]

@@ -1,23 +1,24 @@
-"""Panels in Detour's one style: a unit, a legend, a description and thresholds each, and the datasource variable."""
+"""The kinds of panels in Grafana's JSON. Each has a unit, a legend, a description, thresholds and the datasource."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_uppercase
 from typing import Any
 
-from grafana_foundation_sdk.builders import common, prometheus, stat, table, timeseries, xychart
-from grafana_foundation_sdk.builders import dashboard as builders
-from grafana_foundation_sdk.models import common as common_models
-from grafana_foundation_sdk.models import dashboard
-from grafana_foundation_sdk.models.prometheus import PromQueryFormat
-from grafana_foundation_sdk.models.xychart import SeriesMapping, XYShowMode
+from monitoring.metrics import Query, Steps
 
-DATASOURCE = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
+Json = dict[str, Any]
 
-Query = tuple[str, str]
-"""PromQL and the legend of its series."""
-Steps = Sequence[tuple[float, str]]
-"""From this value on, this colour; below the first it is green."""
+DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
+"""The datasource that the user of the dashboard chooses."""
+LEGEND: Json = {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []}
+MERGE: Json = {"id": "merge", "options": {}}
+
+
+def row(title: str) -> Json:
+    """A heading; the panels after it belong to it."""
+    return {"type": "row", "title": title, "collapsed": False, "panels": [], "gridPos": {"w": 24, "h": 1}}
 
 
 def graph(
@@ -29,40 +30,25 @@ def graph(
     thresholds: Steps = (),
     low: float | None = None,
     high: float | None = None,
-    logarithmic: bool = False,
-) -> timeseries.Panel:
+) -> Json:
     """Lines over time."""
-    panel = (
-        timeseries.Panel()
-        .title(title)
-        .description(description)
-        .datasource(DATASOURCE)
-        .unit(unit)
-        .span(width)
-        .height(8)
-        .line_width(2)
-        .fill_opacity(4)
-        .show_points(common_models.VisibilityMode.NEVER)
-        .thresholds(_thresholds(thresholds))
-        .thresholds_style(
-            common.GraphThresholdsStyleConfig().mode(
-                common_models.GraphThresholdsStyleMode.DASHED
-                if thresholds
-                else common_models.GraphThresholdsStyleMode.OFF
-            )
-        )
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(common_models.LegendDisplayMode.LIST)
-            .placement(common_models.LegendPlacement.BOTTOM)
-            .show_legend(True)
-        )
-        .tooltip(common.VizTooltipOptions().mode(common_models.TooltipDisplayMode.MULTI))
-        .targets(_targets(queries))
-    )
-    if logarithmic:
-        panel.scale_distribution(common.ScaleDistributionConfig().type(common_models.ScaleDistribution.LOG).log(10))
-    return _bounded(panel, low, high)
+    targets = [
+        _target(*query, letter) | {"instant": False, "range": True}
+        for letter, query in zip(ascii_uppercase, queries, strict=False)
+    ]
+    options = {"legend": LEGEND, "tooltip": {"mode": "multi", "sort": "asc"}}
+    panel = _panel("timeseries", title, description, unit, (width, 8), targets, options, thresholds)
+    panel["fieldConfig"]["defaults"] |= {
+        key: value for key, value in (("min", low), ("max", high)) if value is not None
+    } | {
+        "custom": {
+            "thresholdsStyle": {"mode": "dashed" if thresholds else "off"},
+            "lineWidth": 2,
+            "fillOpacity": 4,
+            "showPoints": "never",
+        }
+    }
+    return panel
 
 
 def figure(
@@ -73,29 +59,26 @@ def figure(
     *,
     width: int = 4,
     thresholds: Steps = (),
-    decimals: float | None = None,
+    decimals: int | None = None,
     by_name: bool = False,
-) -> stat.Panel:
-    """The value now in large type, or the name of the series where that is the message.
+) -> Json:
+    """The value now in large type, or the legend of the series with `by_name`.
 
-    The query is an instant one: over a range, what was true of an earlier phase would be a second value.
+    The query is an instant one, because a range would add the value of an earlier phase.
     """
-    panel = (
-        stat.Panel()
-        .title(title)
-        .description(description)
-        .datasource(DATASOURCE)
-        .unit(unit)
-        .span(width)
-        .height(4)
-        .graph_mode(common_models.BigValueGraphMode.NONE)
-        .text_mode(common_models.BigValueTextMode.NAME if by_name else common_models.BigValueTextMode.VALUE)
-        .color_mode(common_models.BigValueColorMode.VALUE)
-        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-        .thresholds(_thresholds(thresholds))
-        .targets([_target(*query, "A").instant()])
-    )
-    return panel if decimals is None else panel.decimals(decimals)
+    options = {
+        "graphMode": "none",
+        "colorMode": "value",
+        "justifyMode": "auto",
+        "textMode": "name" if by_name else "value",
+        "wideLayout": True,
+        "reduceOptions": {"calcs": ["lastNotNull"]},
+        "orientation": "auto",
+    }
+    targets = [_target(*query, "A") | {"instant": True, "range": False}]
+    panel = _panel("stat", title, description, unit, (width, 4), targets, options, thresholds)
+    panel["fieldConfig"]["defaults"] |= {} if decimals is None else {"decimals": decimals}
+    return panel
 
 
 def ranking(
@@ -106,117 +89,85 @@ def ranking(
     *,
     describing: str | None = None,
     width: int = 24,
-) -> table.Panel:
-    """A row for each combination of labels.
+) -> Json:
+    """A table with one row per combination of labels.
 
     Args:
-        labels: Columns of labels: the label, and the name of its column.
-        columns: Columns of numbers by name: PromQL and unit.
+        title: Title of the panel.
+        description: Text behind the panel's information mark.
+        labels: Name of the column of each label.
+        columns: PromQL and unit of each column of numbers.
         describing: PromQL whose labels are shown and whose value is not.
+        width: Of 24 columns.
     """
-    queries = {name: expression for name, (expression, _) in columns.items()}
-    queries |= {"": describing} if describing else {}
-    letters = {name: chr(ord("A") + index) for index, name in enumerate(queries)}
+    queries = [expression for expression, _ in columns.values()] + ([describing] if describing else [])
+    letters = dict(zip([*columns, *([""] if describing else [])], ascii_uppercase, strict=False))
     order = [*labels, *(f"Value #{letters[name]}" for name in columns)]
-    panel = (
-        table.Panel()
-        .title(title)
-        .description(description)
-        .datasource(DATASOURCE)
-        .unit("short")
-        .span(width)
-        .height(8)
-        .thresholds(_thresholds(()))
-        .targets(
-            [
-                _target(expression, "{{run}}", letters[name]).instant().format(PromQueryFormat.TABLE)
-                for name, expression in queries.items()
-            ]
-        )
-        .with_transformation(dashboard.DataTransformerConfig(id_val="merge", options={}))
-        .with_transformation(
-            dashboard.DataTransformerConfig(
-                id_val="organize",
-                options={
-                    "excludeByName": {"Time": True} | ({f"Value #{letters['']}": True} if describing else {}),
-                    "indexByName": {name: index for index, name in enumerate(order)},
-                    "renameByName": labels | {f"Value #{letters[name]}": name for name in columns},
-                },
-            )
-        )
-    )
-    for name, (_, unit) in columns.items():
-        panel.override_by_name(name, [dashboard.DynamicConfigValue(id_val="unit", value=unit)])
-    return panel
-
-
-def against(title: str, description: str, unit: str, y: str, x: str, x_name: str, by: str, width: int = 12) -> Any:
-    """One curve for each value of the label `by`: PromQL `y` over PromQL `x`, both with that label alone."""
-    return (
-        xychart.Panel()
-        .title(title)
-        .description(description)
-        .datasource(DATASOURCE)
-        .unit(unit)
-        .span(width)
-        .height(9)
-        .show(XYShowMode.LINES)
-        .thresholds(_thresholds(()))
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(common_models.LegendDisplayMode.LIST)
-            .placement(common_models.LegendPlacement.BOTTOM)
-            .show_legend(True)
-        )
-        .targets(
-            [
-                _target(x, "{{" + by + "}}", "X").format(PromQueryFormat.TABLE),
-                _target(y, "{{" + by + "}}", "Y").format(PromQueryFormat.TABLE),
-            ]
-        )
-        .with_transformation(dashboard.DataTransformerConfig(id_val="merge", options={}))
-        .with_transformation(
-            dashboard.DataTransformerConfig(
-                id_val="organize",
-                options={"excludeByName": {"Time": True}, "renameByName": {"Value #X": x_name, "Value #Y": title}},
-            )
-        )
-        .with_transformation(
-            dashboard.DataTransformerConfig(
-                id_val="partitionByValues", options={"fields": [by], "naming": {"asLabels": True}, "keepFields": False}
-            )
-        )
-        .mapping(SeriesMapping.AUTO)
-        .override_by_name(x_name, [dashboard.DynamicConfigValue(id_val="unit", value="short")])
-    )
-
-
-def _target(expression: str, legend: str, letter: str) -> prometheus.Dataquery:
-    return prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(letter).datasource(DATASOURCE)
-
-
-def _targets(queries: Sequence[Query]) -> list[Any]:
-    return [
-        _target(expression, legend, chr(ord("A") + index)).range() for index, (expression, legend) in enumerate(queries)
+    targets = [
+        _target(expression, "{{run}}", letter) | {"instant": True, "range": False, "format": "table"}
+        for expression, letter in zip(queries, letters.values(), strict=True)
     ]
-
-
-def _bounded(panel: timeseries.Panel, low: float | None, high: float | None) -> timeseries.Panel:
-    if low is not None:
-        panel.min(low)
-    if high is not None:
-        panel.max(high)
+    hidden = ["Time", *([f"Value #{letters['']}"] if describing else [])]
+    organize = {
+        "excludeByName": dict.fromkeys(hidden, True),
+        "indexByName": {name: index for index, name in enumerate(order)},
+        "renameByName": labels | {f"Value #{letters[name]}": name for name in columns},
+    }
+    panel = _panel("table", title, description, "short", (width, 8), targets)
+    panel["transformations"] = [MERGE, {"id": "organize", "options": organize}]
+    panel["fieldConfig"]["overrides"] = [_unit_of(name, unit) for name, (_, unit) in columns.items()]
     return panel
 
 
-def _thresholds(steps: Steps) -> Any:
-    return (
-        builders.ThresholdsConfig()
-        .mode(dashboard.ThresholdsMode.ABSOLUTE)
-        .steps(
-            [
-                dashboard.Threshold(value=None, color="green"),
-                *(dashboard.Threshold(value=value, color=color) for value, color in steps),
-            ]
-        )
-    )
+def against(title: str, description: str, unit: str, y: str, x: str, x_name: str, by: str, width: int = 12) -> Json:
+    """One curve per value of the label `by`: PromQL `y` over PromQL `x`, both with that label alone."""
+    targets = [
+        _target(expression, "{{" + by + "}}", letter) | {"format": "table"}
+        for letter, expression in (("X", x), ("Y", y))
+    ]
+    organize = {"excludeByName": {"Time": True}, "renameByName": {"Value #X": x_name, "Value #Y": title}}
+    partition = {"fields": [by], "naming": {"asLabels": True}, "keepFields": False}
+    options = {"mapping": "auto", "legend": LEGEND, "tooltip": {"mode": "single", "sort": "asc"}, "series": []}
+    panel = _panel("xychart", title, description, unit, (width, 9), targets, options)
+    panel["transformations"] = [
+        MERGE,
+        {"id": "organize", "options": organize},
+        {"id": "partitionByValues", "options": partition},
+    ]
+    panel["fieldConfig"]["defaults"]["custom"] = {"show": "lines", "fillOpacity": 50}
+    panel["fieldConfig"]["overrides"] = [_unit_of(x_name, "short")]
+    return panel
+
+
+def _panel(
+    type: str,
+    title: str,
+    description: str,
+    unit: str,
+    size: tuple[int, int],
+    targets: Sequence[Json],
+    options: Json | None = None,
+    thresholds: Steps = (),
+) -> Json:
+    steps = [{"value": None, "color": "green"}, *({"value": value, "color": color} for value, color in thresholds)]
+    return {
+        "type": type,
+        "title": title,
+        "description": description,
+        "datasource": DATASOURCE,
+        "gridPos": {"w": size[0], "h": size[1]},
+        "targets": list(targets),
+        **({"options": options} if options else {}),
+        "fieldConfig": {
+            "defaults": {"unit": unit, "thresholds": {"mode": "absolute", "steps": steps}},
+            "overrides": [],
+        },
+    }
+
+
+def _target(expression: str, legend: str, letter: str) -> Json:
+    return {"expr": expression, "legendFormat": legend, "refId": letter, "datasource": DATASOURCE}
+
+
+def _unit_of(column: str, unit: str) -> Json:
+    return {"matcher": {"id": "byName", "options": column}, "properties": [{"id": "unit", "value": unit}]}

@@ -17,8 +17,7 @@ from markupsafe import Markup
 
 from configs.units import format_count
 from monitoring.charts import NOTHING, Band, Line, Mark, line_chart
-from monitoring.progress import format_seconds
-from monitoring.report import percent
+from monitoring.formatting import format_seconds, percent
 from tests.monitoring.dashboards import fill_in
 from tests.monitoring.prometheus import Server
 

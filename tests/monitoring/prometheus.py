@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -56,22 +56,21 @@ def prometheus(folder: Path, targets: Path, interval: str = "5s") -> Iterator[Se
     for path in folder.glob("config/**/*.yml"):
         text = path.read_text().replace("/tmp/detour/targets", str(targets))
         path.write_text(text.replace("interval: 5s", f"interval: {interval}").replace("15s", interval))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    log = (folder / "prometheus.log").open("wb")
+    log_file = folder / "prometheus.log"
+    log = log_file.open("wb")
     process = subprocess.Popen(
         [
             "prometheus",
             f"--config.file={folder}/config/prometheus.yml",
             f"--storage.tsdb.path={folder}/data",
-            f"--web.listen-address={address}",
+            "--web.listen-address=127.0.0.1:0",
         ],
         stdout=log,
         stderr=log,
     )
     try:
-        server = Server(f"http://{address}")
+        listening = wait_until(lambda: re.search(r'"Listening on" address=([\d.:]+)', log_file.read_text()), 30)
+        server = Server(f"http://{listening[1]}")
         wait_until(lambda: _ready(server.url), 30)
         yield server
     finally:

@@ -1,4 +1,4 @@
-"""A run without a model: the real Recorder fed with invented steps."""
+"""A run without a model: the real Recorder, fed with invented steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 from configs.load import dump_config, validate
 from configs.schema import RunConfig
-from monitoring.recorder import Recorder, StepRecord, WorkerRecord
+from monitoring.events import Failed, Finished, Resized, Resumed, Started, Stopped, WorkerFailed
+from monitoring.recorder import Recorder, StepRecord
+from monitoring.run_directory import RunDirectory
+from monitoring.telemetry import WorkerRecord
 
 TREE: dict[str, Any] = {
     "name": "toy",
@@ -22,13 +25,21 @@ TREE: dict[str, Any] = {
 }
 INFO: dict[str, str | int | float] = {"model": "tiny", "precision": "fp32", "nodes": 1, "workers": 2}
 
+STARTED = Started(step=0, precision="fp32")
+RESUMED = Resumed(step=0, precision="fp32")
+DIED = WorkerFailed(step=0, reason="died", rank=1, detail="exit by signal 9")
+RESIZED = Resized(step=0)
+STOPPED = Stopped(step=0, reason="signal")
+FAILED = Failed(step=0, detail="no space left")
+FINISHED = Finished(step=0)
+
 
 def make_config(**changes: Any) -> RunConfig:
     return validate(RunConfig, TREE | changes, "toy")
 
 
 def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) -> StepRecord:
-    """A step whose every number is a pure function of its place."""
+    """A step whose numbers depend on its number alone."""
     first = config.phases[0].length(config.tokens_per_step)
     phase = int(step > first)
     seconds = 0.2 + 0.01 * (step % 5)
@@ -57,7 +68,7 @@ def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) ->
 
 def make_recorder(directory: Path, config: RunConfig, state: dict[str, Any] | None = None, step: int = 0) -> Recorder:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    RunDirectory(directory).config.write_text(dump_config(config), encoding="utf-8")
     return Recorder(directory, config, INFO, devices=2, peak_flops=1e11, state=state, step=step)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from monitoring.live import DirectorySource, EndpointSource
 from monitoring.log import read_events, read_metrics
+from monitoring.monitor import DirectorySource, EndpointSource
 from tests.monitoring.dashboards import expressions, fill_in
 from tests.monitoring.prometheus import Server, needs_prometheus, prometheus, wait_until
 from tests.monitoring.test_exporter import ENDPOINT
@@ -92,9 +92,9 @@ def _family(pid: int) -> list[psutil.Process]:
 def test_a_real_run_is_watched_through_the_loss_of_a_worker(watched: Watched) -> None:
     """One test, because the run goes on meanwhile."""
     server, window = watched.server, time.time() - watched.began
-    live = EndpointSource(watched.url).read()
-    assert live.now
-    assert (live.now.run, live.now.total_steps, live.restarts["died"]) == ("watched", 180, 1)
+    state = EndpointSource(watched.url.replace("/metrics", "/telemetry.json")).read().run
+    assert state.telemetry
+    assert (state.run, state.telemetry.total_steps, state.restarts["died"]) == ("watched", 180, 1)
 
     for name, (kind, labels) in ENDPOINT.items():
         series = server.query_range(f'{name}{"_bucket" if kind == "histogram" else ""}{{run="watched"}}', window)
@@ -120,5 +120,5 @@ def test_the_log_of_that_run_has_every_step_once(watched: Watched) -> None:
     wait_until((watched.directory / "report.html").exists, 300)  # the last thing that a run writes
     assert [line["step"] for line in read_metrics(watched.directory)] == list(range(1, 181))
     assert [event["event"] for event in read_events(watched.directory)].count("phase_started") == 2
-    assert DirectorySource(watched.directory).read().state == "finished"
+    assert DirectorySource(watched.directory).read().run.state == "finished"
     assert (watched.directory / "report.html").stat().st_size > 20_000

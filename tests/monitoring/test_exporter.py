@@ -9,11 +9,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from configs.errors import InputError
+from monitoring.events import REASONS, record
 from monitoring.exporter import Exporter
-from monitoring.log import EVENTS, append_event
-from monitoring.metrics import REASONS, run_metrics
-from monitoring.telemetry import TELEMETRY, Telemetry, WorkerRecord
-from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
+from monitoring.run_directory import RunDirectory
+from monitoring.run_state import RunState
+from monitoring.telemetry import Telemetry
+from tests.monitoring.synthetic import DIED, STARTED, drive, make_config, make_recorder
 
 ENDPOINT = {
     "detour_train_loss": ("gauge", {"objective"}),
@@ -65,10 +66,10 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
     recorder = make_recorder(tmp_path, config)
     drive(recorder, config, range(1, 25))
     recorder.checkpoint_saved(24, 0.7, tmp_path / "checkpoints" / "step-00000024")
-    append_event(tmp_path, "worker_failed", reason="died")
+    record(tmp_path, DIED)
     drive(recorder, config, range(25, 31))
     recorder.close()
-    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
         found = scrape(exporter)
         for name, (kind, labels) in ENDPOINT.items():
             assert found[name][0] == kind, name
@@ -91,24 +92,9 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
             assert steps[str(bound)] == sum(seconds <= bound for seconds in taken), bound
 
 
-def test_the_documentation_lists_every_metric_as_it_is(tmp_path: Path) -> None:
-    config = make_config()
-    recorder = make_recorder(tmp_path, config)
-    recorder.step(make_record(config, 20, workers=[WorkerRecord(0, 0.2, 10**9, gpu_utilization=0.9)]))
-    recorder.close()
-    rows = []
-    for metric in run_metrics(Telemetry.read(tmp_path), []):
-        labels = sorted({f"`{label}`" for labels, _ in metric.samples for label in labels})
-        if metric.name == "detour_run_info":
-            labels = ["`model`, `phases`, `nodes`, `precision` and others"]
-        rows.append(f"| `{metric.name}` | {metric.kind} | {', '.join(labels)} | {metric.help} |")
-    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
-    assert [line for line in page.splitlines() if line.startswith("| `detour_")] == rows
-
-
 def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(tmp_path: Path) -> None:
     config = make_config()
-    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
         early = {"detour_run_info", "detour_launcher_restarts_total", "detour_events_total"}
         assert scrape(exporter).keys() == early
         recorder = make_recorder(tmp_path, config)
@@ -116,7 +102,7 @@ def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(
         recorder.close()
         assert values(exporter, "detour_worker_step_seconds").keys() == {"0", "1"}
         assert values(exporter, "detour_train_tokens_per_second")[""] > 0
-        append_event(tmp_path, "worker_failed")
+        record(tmp_path, DIED)
         assert scrape(exporter)["detour_worker_step_seconds"][1] == []
         assert values(exporter, "detour_train_tokens_per_second") == {"": 0}
         smaller = make_recorder(tmp_path, config, None, 0)
@@ -131,14 +117,15 @@ def test_what_cannot_be_read_for_a_while_is_no_gap(tmp_path: Path) -> None:
     recorder = make_recorder(tmp_path, config)
     drive(recorder, config, range(1, 9))
     recorder.close()
-    append_event(tmp_path, "started")
-    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+    record(tmp_path, STARTED)
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
         assert values(exporter, "detour_train_step") == {"": 8}
-        (tmp_path / TELEMETRY).write_text('{"step": 9')
+        files = RunDirectory(tmp_path)
+        files.telemetry.write_text('{"step": 9')
         assert values(exporter, "detour_train_step") == {"": 8}
-        for name in (TELEMETRY, EVENTS):
-            (tmp_path / name).unlink()
-            (tmp_path / name).mkdir()
+        for path in (files.telemetry, files.events):
+            path.unlink()
+            path.mkdir()
         assert Telemetry.read(tmp_path) is None
         assert values(exporter, "detour_train_step") == {"": 8}
         assert values(exporter, "detour_events_total")["started"] == 1
@@ -148,7 +135,7 @@ def test_counters_never_fall_across_a_rollback(tmp_path: Path) -> None:
     config = make_config()
     counters = [name for name, (kind, _) in ENDPOINT.items() if kind in ("counter", "histogram")]
     seen: dict[tuple[str, str], float] = {}
-    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
 
         def check() -> None:
             found = scrape(exporter)
@@ -166,7 +153,7 @@ def test_counters_never_fall_across_a_rollback(tmp_path: Path) -> None:
         drive(recorder, config, range(9, 23))
         recorder.close()
         check()
-        append_event(tmp_path, "worker_failed")
+        record(tmp_path, DIED)
         resumed = make_recorder(tmp_path, config, state, 8)
         check()
         assert values(exporter, "detour_train_step") == {"": 8}
@@ -192,8 +179,37 @@ def test_a_busy_port_gives_the_next_one_and_closing_frees_it(tmp_path: Path) -> 
 
 
 def test_an_address_of_another_machine_is_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"monitoring: cannot listen on 192\.0\.2\.1:9464"):
+    with pytest.raises(InputError, match=r"192\.0\.2\.1:9464") as error:
         Exporter(tmp_path, "toy", "192.0.2.1", 9464)
+    assert error.value.key == "monitoring.address"
+
+
+def test_the_state_is_served_beside_the_metrics(tmp_path: Path) -> None:
+    config = make_config()
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
+
+        def state() -> RunState:
+            with urlopen(f"http://{exporter.target}/telemetry.json") as answer:
+                assert answer.headers["Content-Type"] == "application/json"
+                return RunState.model_validate_json(answer.read())
+
+        early = state()
+        assert (early.run, early.state, early.telemetry) == ("toy", "not_started", None)
+        record(tmp_path, STARTED)
+        recorder = make_recorder(tmp_path, config)
+        drive(recorder, config, range(1, 9))
+        recorder.close()
+        now = state()
+        assert now.telemetry
+        read = Telemetry.read(tmp_path)
+        assert read
+        assert now.telemetry.model_dump_json() == read.model_dump_json()
+        assert (now.state, now.events["started"], now.restarts["died"]) == ("running", 1, 0)
+        record(tmp_path, DIED)
+        now = state()
+        assert (now.state, now.restarts["died"]) == ("running", 1)
+        assert now.telemetry
+        assert now.telemetry.workers == []
 
 
 def test_a_scrape_of_512_ranks_is_quick_and_whole(tmp_path: Path) -> None:
@@ -201,7 +217,7 @@ def test_a_scrape_of_512_ranks_is_quick_and_whole(tmp_path: Path) -> None:
     recorder = make_recorder(tmp_path, config)
     drive(recorder, config, range(1, 5), ranks=512)
     recorder.close()
-    with Exporter(tmp_path, "toy", "127.0.0.1", 9464) as exporter:
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
         assert len(scrape(exporter)["detour_worker_step_seconds"][1]) == 512
         spent = []
         for _ in range(5):

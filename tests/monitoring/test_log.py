@@ -1,14 +1,14 @@
 import json
 import multiprocessing
+import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from monitoring.log import (
-    EVENTS,
-    METRICS,
     Follower,
     LineWriter,
     append_event,
@@ -16,6 +16,9 @@ from monitoring.log import (
     read_metrics,
     rewind_metrics,
 )
+from monitoring.run_directory import RunDirectory
+
+METRICS, EVENTS = RunDirectory(Path()).metrics.name, RunDirectory(Path()).events.name
 
 
 def write_steps(directory: Path, steps: range) -> None:
@@ -27,7 +30,11 @@ def write_steps(directory: Path, steps: range) -> None:
 
 def test_lines_come_back_exactly_and_not_finite_numbers_are_null(tmp_path: Path) -> None:
     writer = LineWriter(tmp_path / METRICS)
-    records = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": float("inf")}]
+    records: list[dict[str, Any]] = [
+        {"step": 1, "loss": 0.1 + 0.2},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3, "loss": float("inf")},
+    ]
     records.append({"step": 4, "eval_loss": {"clm": float("nan"), "mlm": 2.5}})
     for record in records:
         writer.append(record)
@@ -122,15 +129,18 @@ def test_events_of_several_processes_never_mix(tmp_path: Path) -> None:
     assert sorted(numbers) == [(writer, number) for writer in range(3) for number in range(200)]
 
 
-def test_a_full_disk_holds_lines_back_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_holds_lines_back_and_loses_none() -> None:
     """/dev/full is a real full disk; the file descriptor then gets room by being pointed at a real file."""
-    import os
-
     writer = LineWriter(Path("/dev/full"))
     writer.append({"step": 1})
     writer.append({"step": 2})
     reader, room = os.pipe()
-    os.dup2(room, writer._file)
+    (opened,) = [
+        int(link.name)
+        for link in Path("/proc/self/fd").iterdir()
+        if link.is_char_device() and link.samefile("/dev/full")
+    ]
+    os.dup2(room, opened)
     writer.append({"step": 3})
     assert os.read(reader, 1000) == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     writer.close()

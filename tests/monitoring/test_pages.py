@@ -13,8 +13,9 @@ from rich.console import Console
 
 from monitoring import log
 from monitoring.compare import compare
-from monitoring.log import append_event
-from monitoring.report import REPORT, write_report
+from monitoring.events import Exported, Finished, Resumed, Started, WorkerFailed, WorkersStarted, record
+from monitoring.report import write_report
+from monitoring.run_directory import RunDirectory
 from tests.monitoring.browser import needs_chromium, photograph
 from tests.monitoring.synthetic import make_config, make_record, make_recorder
 
@@ -41,8 +42,8 @@ def make_run(directory: Path, name: str, seed: int, floor: float, objective: str
     config = make_config(name=name, phases=phases, monitoring={"every": "5 steps"})
     Clock.step, Clock.lost = 0, 0.0
     recorder = make_recorder(directory, config)
-    append_event(directory, "workers_started", workers=["10.0.0.1", "10.0.0.2"], seconds=8.2)
-    append_event(directory, "started", step=0)
+    record(directory, WorkersStarted(workers=["10.0.0.1", "10.0.0.2"], seconds=8.2))
+    record(directory, Started(step=0, precision="bf16"))
     recorder.phase_started(0, objective, 0)
     for step in range(1, sum(STEPS) + 1):
         Clock.step = step
@@ -73,13 +74,13 @@ def make_run(directory: Path, name: str, seed: int, floor: float, objective: str
         if step % 200 == 0 or step == sum(STEPS):
             recorder.checkpoint_saved(step, 0.7, directory / "checkpoints" / f"step-{step:08d}")
         if step == 530 and seed == 1:
-            append_event(directory, "worker_failed", step=step, reason="killed", rank=1, detail="exit by signal 9")
+            record(directory, WorkerFailed(step=step, reason="died", rank=1, detail="exit by signal 9"))
             Clock.lost = 12.0
-            append_event(directory, "resumed", step=400)
+            record(directory, Resumed(step=400, precision="bf16"))
             Clock.lost += 0.95 * 130  # the steps since that checkpoint, done again
     recorder.close()
-    append_event(directory, "exported", step=sum(STEPS), path="hf")
-    append_event(directory, "finished", step=sum(STEPS))
+    record(directory, Exported(step=sum(STEPS), path="hf"))
+    record(directory, Finished(step=sum(STEPS)))
     return directory
 
 
@@ -107,7 +108,7 @@ def test_the_report_opens_without_a_complaint(
         patch.chdir(runs[0].parent)
         patch.setattr(Path, "cwd", lambda: Path("/home/ada/runs"))
         write_report(Path(runs[0].name))
-    assert photograph(runs[0] / REPORT, name, size, dark) == []
+    assert photograph(RunDirectory(runs[0]).report, name, size, dark) == []
 
 
 @needs_chromium

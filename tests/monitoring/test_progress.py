@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from monitoring.progress import Progress, describe, format_seconds
+from monitoring.formatting import format_seconds
+from monitoring.progress import Progress, describe
 from monitoring.telemetry import Telemetry
 from tests.monitoring.synthetic import drive, make_config, make_recorder
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import yaml
 
 from configs.schema import RunConfig
 from monitoring.discovery import announced
+from monitoring.events import Resumed, Started, WorkerFailed, record
 from monitoring.exporter import Exporter
-from monitoring.log import append_event
-from monitoring.recorder import WorkerRecord
+from monitoring.telemetry import WorkerRecord
 from tests.monitoring.browser import needs_chromium, photograph
 from tests.monitoring.dashboards import boards, expressions, fill_in
 from tests.monitoring.preview import preview
@@ -53,7 +53,7 @@ class SteadyRun(threading.Thread):
 
     def run(self) -> None:
         recorder = make_recorder(self.directory, self.config)
-        append_event(self.directory, "started")
+        record(self.directory, Started(step=0, precision="fp32"))
         recorder.phase_started(0, self.config.phases[0].objective, 0)
         step, state, failed = 0, None, not self.fails
         while step < self.config.total_steps:
@@ -62,19 +62,20 @@ class SteadyRun(threading.Thread):
             if step == 41:
                 recorder.phase_started(1, "mlm", 40)
             gpus = [WorkerRecord(rank, 0.12 + 0.01 * rank, (9 + rank) * 2**30, 0.9) for rank in range(3)]
-            record = make_record(self.config, step, step_seconds=0.125 * self.worse, workers=gpus)
-            held_out = {name: loss * self.worse for name, loss in (record.eval_loss or {}).items()}
-            recorder.step(replace(record, loss=record.loss * self.worse, eval_loss=held_out or None))
+            one = make_record(self.config, step, step_seconds=0.125 * self.worse, workers=gpus)
+            held_out = {name: loss * self.worse for name, loss in (one.eval_loss or {}).items()}
+            worse = {"loss": one.loss * self.worse, "eval_loss": held_out or None}
+            recorder.step(one.model_copy(update=worse))
             if step % 20 == 0:
                 state = (step, recorder.state())
                 recorder.checkpoint_saved(step, 0.2, self.directory / "checkpoints" / f"step-{step:08d}")
             if step == 68 and not failed and state:
                 failed = True
-                append_event(self.directory, "worker_failed", reason="died", step=step)
+                record(self.directory, WorkerFailed(step=step, reason="died", rank=1, detail="killed"))
                 time.sleep(1.5)
                 step = state[0]
                 recorder = make_recorder(self.directory, self.config, state[1], step)
-                append_event(self.directory, "resumed", step=step)
+                record(self.directory, Resumed(step=step, precision="fp32"))
         recorder.close()
 
 

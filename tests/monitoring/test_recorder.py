@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from monitoring.log import METRICS, append_event, read_events, read_metrics
+from monitoring.events import WorkersStarted, record
+from monitoring.log import read_events, read_metrics
 from monitoring.recorder import Recorder, due
+from monitoring.run_directory import RunDirectory
 from monitoring.telemetry import Telemetry
 from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
 
 KEYS = [
-    *("step", "phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "step_seconds"),
-    *("tokens_per_second", "mfu", "data_wait_seconds", "packing_ratio"),
+    *("step", "phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "packing_ratio"),
+    *("step_seconds", "data_wait_seconds", "tokens_per_second", "mfu"),
 ]
 
 
@@ -52,13 +54,13 @@ def test_a_resumed_run_writes_the_same_bytes_as_an_undisturbed_one(tmp_path: Pat
     drive(first, config, range(1, saved + 1))
     state = json.loads(json.dumps(first.state())) if saved else None
     drive(first, config, range(saved + 1, min(saved + 7, 30)))
-    with (tmp_path / "broken" / METRICS).open("ab") as file:
+    with RunDirectory(tmp_path / "broken").metrics.open("ab") as file:
         file.write(b'{"step": 3')
     second = make_recorder(tmp_path / "broken", config, state, saved)
     drive(second, config, range(saved + 1, 31))
     second.close()
 
-    ours, theirs = ((tmp_path / name / METRICS).read_bytes() for name in ("broken", "straight"))
+    ours, theirs = (RunDirectory(tmp_path / name).metrics.read_bytes() for name in ("broken", "straight"))
     assert ours == theirs
     ended = [Telemetry.read(tmp_path / name) for name in ("broken", "straight")]
     assert ended[0] is not None
@@ -91,7 +93,7 @@ def test_the_nodes_of_an_elastic_run_are_those_it_has(tmp_path: Path) -> None:
         return now and now.info["nodes"]
 
     assert nodes() == 8
-    append_event(tmp_path, "workers_started", workers=["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3"])
+    record(tmp_path, WorkersStarted(workers=["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3"], seconds=1.0))
     assert nodes() == 3
 
 

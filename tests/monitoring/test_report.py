@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from configs.errors import InputError
 from monitoring.charts import Line, line_chart, smoothed, ticks
-from monitoring.log import METRICS, append_event
+from monitoring.events import record
+from monitoring.log import append_event
 from monitoring.report import write_report
-from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
+from monitoring.run_directory import RunDirectory
+from tests.monitoring.synthetic import FINISHED, STARTED, drive, make_config, make_record, make_recorder
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 
@@ -55,7 +57,7 @@ def read(directory: Path) -> Page:
 
 def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
-    append_event(tmp_path, "started")
+    record(tmp_path, STARTED)
     recorder = make_recorder(tmp_path, config)
     recorder.phase_started(0, "clm", 0)
     drive(recorder, config, range(1, 21))
@@ -64,7 +66,7 @@ def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path, monkeypatch:
     append_event(tmp_path, "worker_failed", step=24, reason="<b>killed</b>")
     drive(recorder, config, range(21, 31))
     recorder.close()
-    append_event(tmp_path, "finished", step=30)
+    record(tmp_path, FINISHED)
     monkeypatch.chdir(tmp_path.parent)
     page = read(tmp_path)
     assert f"cd {tmp_path.parent} && detour-train {tmp_path}/config.yaml --output {tmp_path}-again" in page.said
@@ -121,9 +123,10 @@ def test_an_axis_from_zero_stays_there_when_all_is_zero() -> None:
 
 
 def test_a_directory_that_is_no_run_is_bad_input(tmp_path: Path) -> None:
-    (tmp_path / METRICS).touch()
-    with pytest.raises(InputError, match=r"config\.yaml"):
+    RunDirectory(tmp_path).metrics.touch()
+    with pytest.raises(InputError, match=r"config\.yaml") as error:
         write_report(tmp_path)
+    assert error.value.code == "not-a-run"
 
 
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e9), st.integers(2, 12))

@@ -1,4 +1,4 @@
-"""Everything a finished or running run left in its directory, read once."""
+"""What a run has left in its directory, read once."""
 
 from __future__ import annotations
 
@@ -16,43 +16,52 @@ from configs.errors import InputError
 from configs.load import load_config
 from configs.schema import RunConfig
 from monitoring.charts import Point
+from monitoring.events import State
 from monitoring.log import read_events, read_metrics
-from monitoring.metrics import INTERRUPTIONS, State, state_of
+from monitoring.run_directory import RunDirectory
+from monitoring.run_state import INTERRUPTIONS, state_of
 from monitoring.telemetry import Telemetry
 
 Row = dict[str, Any]
+"""A line of metrics.jsonl or events.jsonl."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of a run directory."""
+    """The contents of a run directory."""
 
     directory: Path
     config: RunConfig
     rows: list[Row]
-    """Of metrics.jsonl."""
+    """Lines of metrics.jsonl."""
     events: list[Row]
+    """Lines of events.jsonl."""
     now: Telemetry | None
+    """Latest telemetry; None before the first."""
 
     @property
     def info(self) -> dict[str, str | int | float]:
+        """Labels that describe the run; empty before the first telemetry."""
         return self.now.info if self.now else {}
 
     @property
     def step(self) -> int:
-        """The last logged one; 0 before the first."""
+        """The last logged step; 0 before the first."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     @cached_property
     def kinds(self) -> Counter[str]:
+        """Number of events by kind."""
         return Counter(event["event"] for event in self.events)
 
     @property
     def interruptions(self) -> int:
+        """Number of times that the workers were interrupted."""
         return sum(self.kinds[kind] for kind in INTERRUPTIONS)
 
     @property
     def state(self) -> State:
+        """Where the run stands."""
         return state_of(self.events)
 
     @property
@@ -64,33 +73,45 @@ class RunFiles:
         return (last - first).total_seconds()
 
     def phase(self, index: int) -> list[Row]:
+        """Logged steps of a phase."""
         return [row for row in self.rows if row["phase"] == index]
 
     def median(self, key: str, objective: str | None = None) -> float:
-        """Of the logged values, or those of one objective; NaN without any."""
+        """Median of the logged values, or of the values of one objective; NaN without values."""
         rows = [row for row in self.rows if objective in (None, row["objective"])]
         values = [row[key] for row in rows if row[key] is not None]
         return statistics.median(values) if values else math.nan
 
     def evaluations(self, objective: str, key: str = "eval_loss") -> list[Point]:
-        """(step, held-out loss) of an objective; or accuracy, with key `eval_accuracy`."""
+        """Points (step, held-out loss) of an objective; with key `eval_accuracy`, the held-out accuracy."""
         held_out = [(row["step"], row[key].get(objective)) for row in self.rows if row.get(key)]
         return [(step, math.nan if value is None else value) for step, value in held_out]
 
 
 def open_run(directory: Path) -> RunFiles:
-    """InputError where there is no run."""
-    if not (directory / "config.yaml").exists():
-        raise InputError(f"{directory}: not a run directory, it has no config.yaml")
+    """Read a run directory.
+
+    Raises:
+        InputError: The directory holds no run.
+    """
+    config = require_run(directory).config
     return RunFiles(
-        directory,
-        load_config(str(directory / "config.yaml")),
-        read_metrics(directory),
-        read_events(directory),
-        Telemetry.read(directory),
+        directory, load_config(str(config)), read_metrics(directory), read_events(directory), Telemetry.read(directory)
     )
 
 
+def require_run(directory: Path) -> RunDirectory:
+    """Return the paths of a run directory.
+
+    Raises:
+        InputError: The directory holds no run.
+    """
+    files = RunDirectory(directory)
+    if not files.config.exists():
+        raise InputError(f"{directory}: not a run directory, it has no {files.config.name}", code="not-a-run")
+    return files
+
+
 def curve(rows: Sequence[Row], key: str, x: str = "step") -> list[Point]:
-    """(x, value) of one key; a null is not a number."""
+    """Points (x, value) of one key; null becomes NaN."""
     return [(row[x], math.nan if row[key] is None else row[key]) for row in rows]

@@ -1,4 +1,4 @@
-"""What `detour monitor` draws."""
+"""The screen of `detour monitor`."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.units import format_count
-from monitoring.metrics import State
-from monitoring.progress import format_seconds
+from monitoring.formatting import format_seconds
+from monitoring.run_state import RunState
 from monitoring.telemetry import Telemetry, WorkerRecord
 
 SPARK_WIDTH = 48
+"""Characters of the curve of the losses."""
 LONG_SECONDS = 300.0
-"""Without a step, from which on a person should look."""
+"""Time since the last step that is shown in yellow, because a person should look then."""
 COLORS = {"clm": "dark_orange", "mlm": "dodger_blue1"}
 
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of a run."""
+    """What the screen shows."""
 
-    now: Telemetry | None
-    """None until the first workers are up."""
-    restarts: dict[str, int]
-    losses: Sequence[float]
-    """Of the current objective, oldest first."""
-    state: State = "running"
+    run: RunState
+    losses: Sequence[float] = ()
+    """Losses of the current phase, oldest first."""
 
     @property
     def ended(self) -> bool:
-        return self.state in ("finished", "stopped", "failed")
+        """Whether the run has ended."""
+        return self.run.state in ("finished", "stopped", "failed")
 
 
-def screen(view: View, alerts: list[str] | None) -> RenderableType:
-    """The whole screen. `alerts` is None where no Prometheus answers."""
-    now = view.now
+def draw(view: View, alerts: list[str] | None) -> RenderableType:
+    """Draw the whole screen. `alerts` are the names of firing alerts; None: no Prometheus answers."""
+    now = view.run.telemetry
     if now is None:
         return Panel(Text("workers are starting", style="dim"), title="detour", title_align="left")
     color = COLORS.get(now.objective, "white")
@@ -52,10 +51,10 @@ def screen(view: View, alerts: list[str] | None) -> RenderableType:
     rows: dict[str, RenderableType] = {
         "loss": loss,
         "speed": _join(
-            f"{format_count(_average(now) if view.ended else now.tokens_per_second)} tokens/s",
-            f"{now.step_seconds:.3g} s a step",
+            f"{format_count(_mean_rate(now) if view.ended else now.tokens_per_second)} tokens/s",
+            f"{now.step_seconds:.3g} s per step",
             f"MFU {now.mfu:.1%}" if math.isfinite(now.mfu) and not view.ended else "",
-            f"{_share(now):.1%} waiting for data",
+            f"{_wait_share(now):.1%} waiting for data",
         ),
         "training": _join(
             f"{format_count(sum(now.counters.tokens.values()))} tokens",
@@ -66,7 +65,7 @@ def screen(view: View, alerts: list[str] | None) -> RenderableType:
         "last step": _last_step(now, view.ended),
         "ranks": Text(_ranks(now.workers)),
         "checkpoint": Text(_checkpoint(now)),
-        "restarts": _restarts(view.restarts),
+        "restarts": _restarts(view.run.restarts),
         "alerts": _alert_text(alerts),
     }
     table = Table.grid(padding=(0, 2))
@@ -75,13 +74,13 @@ def screen(view: View, alerts: list[str] | None) -> RenderableType:
     for name, value in rows.items():
         table.add_row(name, value)
     left = f"{format_seconds((now.total_steps - now.step) * now.step_seconds)} left"
-    ending = (view.state, "bold red" if view.state == "failed" else "bold") if view.ended else left
+    ending = (view.run.state, "bold red" if view.run.state == "failed" else "bold") if view.ended else left
     head = Table.grid(expand=True)
     head.add_column()
     head.add_column(justify="right")
     phase = f"phase {now.phase + 1} of {len(now.objectives)}: {now.objective}"
-    where = Text.assemble(f"step {now.step:,} of {now.total_steps:,} · ", ending)
-    head.add_row(Text(phase, style=f"bold {color}"), where)
+    progress = Text.assemble(f"step {now.step:,} of {now.total_steps:,} · ", ending)
+    head.add_row(Text(phase, style=f"bold {color}"), progress)
     bar = ProgressBar(total=now.total_steps, completed=now.step, complete_style=color, finished_style="green")
     return Panel(
         Group(head, bar, Text(), table), title=f"[bold]{now.run}[/]", title_align="left", padding=(1, 2), width=96
@@ -89,7 +88,7 @@ def screen(view: View, alerts: list[str] | None) -> RenderableType:
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
-    """A line of block characters; of each stretch the mean, the lowest of all at the bottom."""
+    """Draw values as block characters, the mean of one stretch per character and the lowest at the bottom."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -128,7 +127,7 @@ def _ranks(workers: Sequence[WorkerRecord]) -> str:
     if not workers:
         return "none at work"
     times = [worker.step_seconds for worker in workers]
-    pair = len(times) == 2  # whose median is their mean, which hides the slower one
+    pair = len(times) == 2  # the median of two ranks is their mean, which hides the slower rank
     usual, name = (min(times), "other") if pair else (statistics.median(times), "median")
     slowest = max(workers, key=lambda worker: worker.step_seconds)
     memory = max(worker.memory_bytes for worker in workers) / 2**30
@@ -136,13 +135,13 @@ def _ranks(workers: Sequence[WorkerRecord]) -> str:
     return " · ".join(part for part in (str(len(workers)), share, f"at most {memory:.1f} GiB each") if part)
 
 
-def _average(now: Telemetry) -> float:
-    """Tokens per second of all steps, which is what is left to say of a run that works no more."""
+def _mean_rate(now: Telemetry) -> float:
+    """Tokens per second over all steps, for a run that has ended and has no current rate."""
     seconds = now.counters.step_seconds.sum
     return sum(now.counters.tokens.values()) / seconds if seconds else 0.0
 
 
-def _share(now: Telemetry) -> float:
+def _wait_share(now: Telemetry) -> float:
     seconds = now.counters.step_seconds.sum
     return now.counters.data_wait_seconds / seconds if seconds else 0.0
 

@@ -1,0 +1,131 @@
+"""The table of metrics, and what is made from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+import yaml
+
+from monitoring.docs import PAGE, events_table, metrics_table, with_tables
+from monitoring.events import EVENT_TYPES, REASONS, kinds_where
+from monitoring.exporter import Exporter
+from monitoring.grafana.board import LAYERS, layer_kinds
+from monitoring.grafana.run import run as run_dashboard
+from monitoring.metrics import METRICS, RUN, Metric, Panel, collect
+from monitoring.run_state import RunState, count_restarts, state_of
+from monitoring.telemetry import Telemetry, WorkerRecord
+from tests.monitoring.dashboards import boards
+from tests.monitoring.prometheus import SHIPPED
+from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
+
+ROOT = Path(__file__).parents[2]
+KINDS = [event.KIND for event in EVENT_TYPES]
+
+
+def test_a_new_metric_is_one_row(tmp_path: Path) -> None:
+    row = Metric(
+        "detour_train_objectives",
+        "gauge",
+        "Objectives met so far",
+        "objectives",
+        lambda now: len(now.loss),
+        panel=Panel("Learning", "Objectives", "Objectives met so far."),
+    )
+    table = (*METRICS, row)
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 25))
+    recorder.close()
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0, table) as exporter, urlopen(exporter.url) as answer:
+        lines = answer.read().decode().splitlines()
+    assert "# TYPE detour_train_objectives gauge" in lines
+    assert 'detour_train_objectives{run="toy"} 2.0' in lines
+    assert "| `detour_train_objectives` | gauge | objectives |  | Objectives met so far |" in metrics_table(table)
+    titles = [panel["title"] for panel in run_dashboard(table)["panels"]]
+    assert titles[titles.index("Learning") : titles.index("Speed")].count("Objectives") == 1
+    (panel,) = [panel for panel in run_dashboard(table)["panels"] if panel["title"] == "Objectives"]
+    assert [(target["expr"], target["legendFormat"]) for target in panel["targets"]] == [
+        (f"detour_train_objectives{RUN}", "objectives")
+    ]
+
+
+def test_the_tables_of_the_document_are_up_to_date() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert metrics_table() in page, "run python -m monitoring.docs"
+    assert events_table() in page, "run python -m monitoring.docs"
+    assert with_tables(page) == page, "run python -m monitoring.docs"
+
+
+def test_names_follow_prometheus_conventions() -> None:
+    for metric in METRICS:
+        assert metric.name.startswith("detour_")
+        assert metric.name.endswith("_total") == (metric.type == "counter"), metric.name
+        for unit in ("seconds", "bytes", "ratio"):
+            assert (metric.unit == unit) == (unit in metric.name.split("_")[-2:] and "per" not in metric.name), (
+                metric.name
+            )
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+def test_every_row_gives_samples_with_its_labels(tmp_path: Path) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    recorder.step(make_record(config, 20, workers=[WorkerRecord(0, 0.2, 10**9, gpu_utilization=0.9)]))
+    recorder.checkpoint_saved(20, 0.5, tmp_path / "checkpoints")
+    recorder.close()
+    now = Telemetry.read(tmp_path)
+    for metric, samples in collect(RunState.of("toy", now, [])):
+        assert samples, metric.name
+        for labels, _ in samples:
+            assert set(metric.labels) <= labels.keys(), metric.name
+            assert metric.free_labels or labels.keys() == set(metric.labels), metric.name
+
+
+def test_known_kinds_and_reasons_are_counted_from_zero_and_unknown_ones_too() -> None:
+    line = {"time": "2026-11-27T09:00:00+00:00"}
+    lines = [line | {"event": "worker_failed", "reason": "odd"}, line | {"event": "preempted"}, line | {"event": "new"}]
+    state = RunState.of("toy", None, lines)
+    assert state.events == dict.fromkeys(KINDS, 0) | {"worker_failed": 1, "preempted": 1, "new": 1}
+    assert count_restarts(lines) == dict.fromkeys(REASONS, 0) | {"odd": 1, "preempted": 1}
+    assert [state_of(lines[:count]) for count in (0, 1)] == ["not_started", "running"]
+
+
+@pytest.mark.parametrize("event", [event for event in EVENT_TYPES if event.INTERRUPTS])
+def test_an_interruption_has_a_reason(event: type) -> None:
+    assert "reason" in event.__dataclass_fields__  # type: ignore[attr-defined]
+
+
+def matched(pattern: str) -> list[str]:
+    return [kind for kind in KINDS if re.fullmatch(pattern, kind)]
+
+
+def test_alerts_watch_the_kinds_that_the_event_types_name() -> None:
+    rules = yaml.safe_load((SHIPPED / "rules" / "alerts.yml").read_text())["groups"][0]["rules"]
+    watched = {
+        rule["alert"]: matched(pattern)
+        for rule in rules
+        for pattern in re.findall(r'detour_events_total\{event=~?"([^"]+)"', rule["expr"])
+    }
+    checkpoints = [kind for kind in kinds_where(lambda event: event.FAULT) if kind.startswith("checkpoint_")]
+    assert watched == {
+        "DetourLossNotFinite": ["step_skipped"],
+        "DetourCheckpointFailing": checkpoints,
+        "DetourRestartStorm": list(kinds_where(lambda event: event.INTERRUPTS)),
+    }
+
+
+def test_dashboards_name_known_events_alone() -> None:
+    layers = [kind for layer in LAYERS for kind in layer_kinds(layer)]
+    assert sorted(layers) == sorted(kinds_where(lambda event: event.LAYER))
+    for board in boards().values():
+        for pattern in re.findall(r'event=~\\?"([^"\\]+)', str(board)):
+            assert matched(pattern) == sorted(pattern.split("|"), key=KINDS.index), pattern
+
+
+def test_the_runbook_speaks_of_every_fault() -> None:
+    page = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    for kind in kinds_where(lambda event: event.FAULT or event.WARNING):
+        assert f"`{kind}`" in page, kind
