@@ -29,7 +29,7 @@ from datapipe.loader import Loader
 from datapipe.manifest import Manifest, TokenizerIdentity, read_manifest, write_manifest
 from datapipe.packing import packing_ratio
 from datapipe.prepare import prepare
-from datapipe.samples import local_path
+from datapipe.paths import local_path
 from datapipe.shards import ShardReader, ShardWriter
 from datapipe.targets import Masked
 from datapipe.text import read_texts

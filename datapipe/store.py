@@ -1,34 +1,43 @@
-"""Where shards lie: a local directory, or a remote one behind a bounded local cache."""
+"""Places of shards: a local directory, or a remote directory behind a bounded local cache.
+
+Remote shards are fetched by fsspec (s3, gs, http, https). WebDataset's own openers are not used, because they build a
+shell command from the URL (`aws s3 cp`, `gsutil cat`, `curl`) and read `pipe:` URLs; here no URL reaches a shell.
+"""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError, RunFailedError
+from configs.files import exclusive_lock, partial_path
 from configs.schema import Data
+from datapipe.disk import disk_errors_as_input_errors
 from datapipe.manifest import NAME, Manifest, Shard, parse_manifest, read_manifest
-from datapipe.samples import local_path
+from datapipe.paths import local_path
 from datapipe.shards import DamagedError, read_index
 
 CHUNK = 8 * 2**20
-"""Bytes asked of a remote store at once: what a dropped connection costs."""
+"""Bytes per request to a remote store: the most that a dropped connection costs."""
 STALL = 30
-"""Seconds without a byte after which a request is given up and made again."""
+"""Seconds without a byte after which a request is repeated."""
 PAUSE = 0.25
-"""Seconds before a request is made again for the first time; they double."""
+"""Seconds before the first repetition of a request; the pause doubles each time."""
+LONGEST_PAUSE = 30
+LOCK_PAUSE = 0.1
+"""Seconds between two attempts to take a lock of the cache."""
 SCHEMES = ("s3", "gs", "https", "http")
 REMEDY = "copy it again, or run `detour prepare` into a new directory"
 DENIED = (401, 403)
@@ -36,50 +45,76 @@ BEYOND_THE_END = 416
 _log = logging.getLogger(__name__)
 
 
+class StoreClosedError(Exception):
+    """The store was closed while a thread waited for it; the thread ends, and nobody is told."""
+
+
 class Store(Protocol):
     """A directory of shards."""
 
     name: str
-    """As the user named it."""
+    """The directory as the user named it."""
 
     def manifest(self) -> Manifest | None:
-        """None where there is no manifest.json. Raises InputError."""
+        """Read the manifest; None if there is no manifest.json.
+
+        Raises:
+            InputError: It is wrong.
+        """
         ...
 
     def tars(self) -> list[str]:
-        """Names of the tars there, in order. Raises InputError where they cannot be listed."""
+        """Names of the tars, in order.
+
+        Raises:
+            InputError: They cannot be listed.
+        """
         ...
 
     def open(self, shard: Shard) -> IO[bytes]:
-        """The shard's bytes, unbuffered. Raises DamagedError where they are not there, InputError."""
+        """Open a shard, unbuffered.
+
+        Raises:
+            DamagedError: The shard is not there.
+            InputError: The machine cannot read it.
+        """
         ...
 
     def index(self, shard: Shard) -> NDArray[np.int64] | None:
-        """Where its documents lie, if that is known without reading the shard."""
+        """Spans of the documents, if they are known without reading the shard."""
         ...
 
-    def ahead(self, shard: Shard) -> None:
-        """The shard will be needed soon."""
+    def prefetch(self, shard: Shard) -> None:
+        """Start fetching a shard that will be needed soon."""
         ...
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel what is under way."""
         ...
 
 
-def open_store(reference: str, data: Data, closed: threading.Event) -> tuple[Store, str]:
-    """The store that `source.shards` names, and the glob its shards must match. Raises InputError.
+def open_store(reference: str, data: Data, cancelled: threading.Event) -> tuple[Store, str]:
+    """The store that `source.shards` names, and the glob that its shards must match.
 
-    closed: When set, whoever waits for a remote store gives up.
+    Args:
+        reference: Directory or URL; its last part may be a glob of tars.
+        data: Settings of the cache.
+        cancelled: When set, a wait for a remote store ends with StoreClosedError.
+
+    Raises:
+        InputError: There is no such store.
     """
     directory, slash, last = reference.rstrip("/").rpartition("/")
     pattern = last if last.endswith(".tar") else "*"
     directory = directory + slash if last.endswith(".tar") else reference
     scheme = reference.partition("://")[0] if "://" in reference else ""
     if scheme in SCHEMES:
-        return RemoteStore(directory.rstrip("/"), data, closed), pattern
+        return RemoteStore(directory.rstrip("/"), data, cancelled), pattern
     if scheme not in ("", "package"):
-        raise InputError(f"{reference}: Detour reads shards from local directories and {', '.join(SCHEMES)} URLs")
+        raise InputError(
+            f"{reference}: Detour reads shards from local directories and {', '.join(SCHEMES)} URLs",
+            code="unknown-scheme",
+        )
     return LocalStore(local_path(directory or ".")), pattern
 
 
@@ -90,52 +125,66 @@ class LocalStore:
         self.name = str(directory)
         self._directory = directory
         if not directory.is_dir():
-            raise InputError(f"no directory {directory}; make it with `detour prepare`, or give the source `text`")
+            raise InputError(
+                f"no directory {directory}; make it with `detour prepare`, or give the source `text`",
+                code="no-such-directory",
+            )
 
     def manifest(self) -> Manifest | None:
+        """Read manifest.json, if there is one."""
         return read_manifest(self._directory) if (self._directory / NAME).is_file() else None
 
     def tars(self) -> list[str]:
+        """List the directory."""
         return sorted(path.name for path in self._directory.glob("*.tar"))
 
     def open(self, shard: Shard) -> IO[bytes]:
+        """Open the file."""
         path = self._directory / shard.name
         try:
             return path.open("rb", buffering=0)
         except FileNotFoundError:
-            raise DamagedError(f"shard {path} is missing; {REMEDY}") from None
-        except OSError as error:  # the machine's fault, not the shard's, so nothing is skipped for it
-            raise InputError(f"shard {path} cannot be read: {error.strerror}") from None
+            raise DamagedError(f"shard {path} is missing; {REMEDY}", code="shard-missing") from None
+        except OSError as error:  # a fault of the machine, not of the shard, so that no document is skipped for it
+            raise InputError(f"shard {path} cannot be read: {error.strerror}", code="not-readable") from None
 
     def index(self, shard: Shard) -> NDArray[np.int64] | None:
+        """Read the .idx beside the shard, if there is one."""
         return read_index((self._directory / shard.name).with_suffix(".idx"), shard)
 
-    def ahead(self, shard: Shard) -> None:
-        pass
+    def prefetch(self, shard: Shard) -> None:
+        """Do nothing, because the file is here."""
 
     def close(self) -> None:
-        pass
+        """Do nothing, because nothing is under way."""
 
 
 class RemoteStore:
-    """Shards behind a URL, fetched whole, in pieces that are retried, and checked against the manifest's sha256.
+    """Shards behind a URL, fetched whole and checked against the manifest's sha256.
 
-    The cache is shared by the processes of a machine. A file there is named by its content, so a cached shard never
-    passes for another; removing one that is open elsewhere is safe, since its reader keeps the bytes.
+    A shard is fetched in pieces, and a failed piece is requested again. The processes of a machine share the cache. A
+    cached file is named by its content, so it never passes for another shard. It may be removed while it is open,
+    because its reader keeps the bytes.
+
+    Args:
+        url: The directory.
+        data: Patience, cache and its bound.
+        cancelled: When set, every wait ends with StoreClosedError; `close` sets it.
     """
 
-    def __init__(self, url: str, data: Data, closed: threading.Event) -> None:
+    def __init__(self, url: str, data: Data, cancelled: threading.Event) -> None:
         self.name = url
         self._patience = data.patience
         self._limit = int(data.cache_gb * 1e9)
         self._cache = Path(data.cache).expanduser()
         self._system, self._root = _file_system(url, min(STALL, data.patience))
-        self._ahead = ThreadPoolExecutor(2, "detour-read-ahead")
-        self._closed = closed
-        self._damaged: dict[str, str] = {}
-        """Shards that were fetched and are not the manifest's, by name: fetching them again would cost as much."""
+        self._prefetching = ThreadPoolExecutor(2, "detour-read-ahead")
+        self._cancelled = cancelled
+        self._damaged: dict[str, DamagedError] = {}
+        """Faults of fetched shards by name, because fetching them again would give the same."""
 
     def manifest(self) -> Manifest | None:
+        """Fetch manifest.json, if there is one."""
         try:
             content = self._patiently(lambda: self._system.cat_file(f"{self._root}/{NAME}"))
         except FileNotFoundError:
@@ -143,57 +192,68 @@ class RemoteStore:
         return parse_manifest(content, f"{self.name}/{NAME}")
 
     def tars(self) -> list[str]:
-        raise InputError(f"{self.name} has no {NAME}; make the shards with `detour prepare`, or copy it there as well")
+        """Raise InputError, because a remote directory needs a manifest."""
+        raise InputError(
+            f"{self.name} has no {NAME}; make the shards with `detour prepare`, or copy it there as well",
+            code="manifest-missing",
+        )
 
     def open(self, shard: Shard) -> IO[bytes]:
+        """Open the cached shard, and fetch it first if need be."""
         path = self._cache / f"{shard.sha256[:20]}-{shard.name}"
-        try:
+        with disk_errors_as_input_errors(
+            self._cache,
+            key="data.cache",
+            if_full="free some space there, or lower data.cache_gb",
+            remedy="set data.cache to a directory of yours",
+        ):
             self._cache.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(".lock").open("a") as lock:
-                while not _taken(lock):  # one download for all the processes of this machine
-                    self._pause(0.1)
+            with self._locked(path.with_suffix(".lock")) as lock:  # one download for all processes of this machine
                 while True:
                     try:
                         file = path.open("rb", buffering=0)
-                    except FileNotFoundError:  # or evicted by another process since it was there
+                    except FileNotFoundError:  # not fetched yet, or just evicted by another process
                         self._fetch(shard, path, lock)
                         continue
-                    fcntl.flock(file, fcntl.LOCK_SH)  # in use, for as long as it is open
+                    fcntl.flock(file, fcntl.LOCK_SH)  # marks it as in use for as long as it is open
                     os.utime(file.fileno())
                     return file
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            remedy = (
-                "free some space there, or lower data.cache_gb" if full else "set data.cache to a directory of yours"
-            )
-            raise InputError(f"data.cache: {self._cache} cannot be written: {error.strerror}; {remedy}") from None
 
     def index(self, shard: Shard) -> NDArray[np.int64] | None:
-        return None  # against fetching the shard, the walk through its headers is nothing
+        """None, because walking through the headers costs nothing beside fetching the shard."""
+        return None
 
-    def ahead(self, shard: Shard) -> None:
-        # Whatever goes wrong here goes wrong again, or is remembered, and is reported when the shard is needed.
-        self._ahead.submit(lambda: self.open(shard).close())
+    def prefetch(self, shard: Shard) -> None:
+        """Fetch a shard in another thread. A fault is reported when the shard is opened."""
+        self._prefetching.submit(lambda: self.open(shard).close())
 
     def close(self) -> None:
-        self._closed.set()
-        self._ahead.shutdown(wait=False, cancel_futures=True)
+        """Cancel every wait and every fetch."""
+        self._cancelled.set()
+        self._prefetching.shutdown(wait=False, cancel_futures=True)
 
-    def _fetch(self, shard: Shard, path: Path, lock: IO[str]) -> None:
+    def _fetch(self, shard: Shard, path: Path, lock: BinaryIO) -> None:
         """Download the shard whose lock is held. Raises DamagedError, at once if it did so before."""
         if shard.name in self._damaged:
-            raise DamagedError(self._damaged[shard.name])
+            raise self._damaged[shard.name].copy()
         lock.truncate(0)
         self._make_room(shard.bytes, lock)
         try:
-            self._download(shard, path)
+            self.download(shard, path)
         except DamagedError as error:
-            self._damaged[shard.name] = str(error)
+            self._damaged[shard.name] = error.copy()
             raise
 
-    def _download(self, shard: Shard, path: Path) -> None:
+    def download(self, shard: Shard, path: Path) -> None:
+        """Fetch a shard to `path`, which appears only when its sha256 is right.
+
+        Raises:
+            DamagedError: The shard is missing, or not the manifest's.
+            InputError: Access is denied.
+            RunFailedError: The store does not answer.
+        """
         url = f"{self._root}/{shard.name}"
-        partial = path.with_suffix(".partial")
+        partial = partial_path(path)
         digest = hashlib.sha256()
         try:
             with partial.open("wb") as file:
@@ -209,25 +269,30 @@ class RemoteStore:
             raise
         if digest.hexdigest() != shard.sha256:
             partial.unlink()
-            raise DamagedError(f"shard {url} is truncated or was changed: its sha256 is not its manifest's; {REMEDY}")
+            raise DamagedError(
+                f"shard {url} is truncated or was changed: its sha256 is not its manifest's; {REMEDY}",
+                code="shard-changed",
+            )
         partial.replace(path)
 
     def _piece(self, url: str, start: int, end: int) -> bytes:
         try:
             content: bytes = self._system.cat_file(url, start=start, end=end)
         except FileNotFoundError:
-            raise DamagedError(f"shard {url} is missing; {REMEDY}") from None
+            raise DamagedError(f"shard {url} is missing; {REMEDY}", code="shard-missing") from None
         except Exception as error:
             if _status(error) == BEYOND_THE_END:
                 return b""
             raise
-        # A server that knows no ranges answers with the whole file.
+        # A server without range requests answers with the whole file.
         return content[start:end] if len(content) > end - start else content
 
     def _patiently(self, request: Callable[[], bytes]) -> bytes:
-        """The answer to a request, made again with growing pauses until `patience` seconds have passed.
+        """Repeat a request with growing pauses until it is answered, for `patience` seconds at most.
 
-        Raises RunFailedError then, InputError where waiting cannot help.
+        Raises:
+            RunFailedError: The time is over.
+            InputError: Waiting cannot help.
         """
         began, pause = time.monotonic(), PAUSE
         while True:
@@ -236,45 +301,59 @@ class RemoteStore:
             except (FileNotFoundError, DamagedError):
                 raise
             except Exception as error:  # every store's client has its own family of errors
-                what = f"{type(error).__name__}: {error}"
+                reason = f"{type(error).__name__}: {error}"
                 if _denied(error):
-                    raise InputError(f"{self.name}: access denied ({what}); check the credentials") from None
+                    raise InputError(
+                        f"{self.name}: access denied ({reason}); check the credentials", code="access-denied"
+                    ) from None
                 if time.monotonic() - began + pause > self._patience:
                     raise RunFailedError(
-                        f"{self.name}: no answer for {self._patience} s ({what}); check the network and the store, or "
-                        "raise data.patience; the run continues from its last checkpoint"
+                        f"{self.name}: no answer for {self._patience} s ({reason}); check the network and the store, "
+                        "or raise data.patience; the run continues from its last checkpoint"
                     ) from None
                 if pause == PAUSE:
-                    _log.warning("%s: %s; asked again for up to %s s", self.name, what, self._patience)
+                    _log.warning("%s: %s; repeating the request for up to %s s", self.name, reason, self._patience)
                 self._pause(pause)
-                pause = min(2 * pause, 30)
+                pause = min(2 * pause, LONGEST_PAUSE)
 
     def _pause(self, seconds: float) -> None:
-        if self._closed.wait(seconds):
-            raise InputError(f"{self.name}: closed")
+        if self._cancelled.wait(seconds):
+            raise StoreClosedError(self.name)
 
-    def _make_room(self, needed: int, lock: IO[str]) -> None:
-        """Delete the shards used longest ago until `needed` bytes fit, and note in `lock` that they are taken."""
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[BinaryIO]:
+        """Hold an exclusive lock; unlike a blocking `flock`, the wait for it can be cancelled."""
+        with ExitStack() as stack:
+            while True:
+                try:
+                    lock = stack.enter_context(exclusive_lock(path, wait=False))
+                    break
+                except BlockingIOError:
+                    self._pause(LOCK_PAUSE)
+            yield lock
+
+    def _make_room(self, needed: int, lock: BinaryIO) -> None:
+        """Delete the shards used longest ago until `needed` bytes fit, and reserve the bytes in `lock`."""
         if needed > self._limit:
             raise InputError(
-                f"data.cache_gb: a shard of {needed / 1e9:.2f} GB is larger than the whole cache; raise it"
+                f"data.cache_gb: a shard of {needed / 1e9:.2f} GB is larger than the whole cache; raise it",
+                key="data.cache_gb",
+                code="cache-too-small",
             )
-        with (self._cache / "room").open("w") as room:
-            while True:
-                fcntl.flock(room, fcntl.LOCK_EX)
+        while True:
+            with exclusive_lock(self._cache / "room"):
                 if self._evict(needed):
-                    lock.write(str(needed))
+                    lock.write(str(needed).encode())
                     lock.flush()
                     return
-                fcntl.flock(room, fcntl.LOCK_UN)  # downloads under way fill the cache, and will be there to delete
-                self._pause(0.1)
+            self._pause(LOCK_PAUSE)  # downloads under way fill the cache, and can be deleted when they are done
 
     def _evict(self, needed: int) -> bool:
-        # First, since a download that ends meanwhile must count twice rather than not at all.
+        # Reservations are read first: a download that ends meanwhile counts twice then, and not zero times.
         reserved = sum(map(_reserved, self._cache.glob("*.lock")))
-        found = [(path, path.stat()) for path in self._cache.glob("*.tar")]
-        # One that is read now would go on taking up room, so it goes last.
-        shards = sorted((_in_use(path), stat.st_mtime, stat.st_size, path) for path, stat in found)
+        cached = [(path, path.stat()) for path in self._cache.glob("*.tar")]
+        # Open shards go last, because their bytes stay on the disk until they are closed.
+        shards = sorted((_in_use(path), stat.st_mtime, stat.st_size, path) for path, stat in cached)
         excess = sum(size for _, _, size, _ in shards) + reserved + needed - self._limit
         for _, _, size, path in shards:
             if excess <= 0:
@@ -286,36 +365,34 @@ class RemoteStore:
 
 def _reserved(path: Path) -> int:
     """Bytes that a download under way will take: those noted in its lock, if the lock is held."""
-    with path.open() as lock:
-        return 0 if _taken(lock) else int(lock.read() or 0)
+    try:
+        with exclusive_lock(path, wait=False):
+            return 0
+    except BlockingIOError:
+        return int(path.read_bytes() or 0)
 
 
 def _in_use(path: Path) -> bool:
-    """Whether a cached shard is open somewhere on this machine."""
-    with path.open("rb") as file:
-        return not _taken(file)
-
-
-def _taken(file: IO[Any]) -> bool:
-    """Lock a file until it is closed; False where another holds it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    """Whether a process of this machine has a cached shard open."""
+    with path.open("rb") as file:  # not `exclusive_lock`, which would create a shard that is gone
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status behind an error: aiohttp and gcsfs have it as a number, botocore in the answer's headers."""
-    for known in (error, error.__cause__):
-        answer = getattr(known, "response", None)
+    """HTTP status behind an error: a number in aiohttp and gcsfs, in the answer's headers in botocore."""
+    for exception in (error, error.__cause__):
+        answer = getattr(exception, "response", None)
         if isinstance(answer, dict):
             return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return getattr(error, "status", None) or getattr(error, "code", None)
 
 
 def _denied(error: Exception) -> bool:
-    """Whether no patience helps: the store knows who asks and refuses, or there are no credentials to ask with."""
+    """Whether the store refuses this user, or there are no credentials."""
     return isinstance(error, PermissionError) or _status(error) in DENIED or "Credentials" in type(error).__name__
 
 
@@ -326,7 +403,7 @@ def _file_system(url: str, stall: int) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     try:
         if scheme == "s3":
-            # The retries are ours, so that patience means the same for every store.
+            # `_patiently` repeats requests, so that patience means the same for every store.
             config = {"connect_timeout": stall, "read_timeout": stall, "retries": {"max_attempts": 1}}
             options = {"config_kwargs": config}
         elif scheme in ("http", "https"):
@@ -335,5 +412,5 @@ def _file_system(url: str, stall: int) -> tuple[Any, str]:
             options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=stall, sock_read=stall)}}
         system, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        raise InputError(f"{url}: {error}; pip install 'detour-train[remote]'") from None
+        raise InputError(f"{url}: {error}; pip install 'detour-train[remote]'", code="not-installed") from None
     return system, root
