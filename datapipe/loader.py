@@ -220,7 +220,7 @@ class Loader:
 
 
 def end_of_data(step: int) -> InputError:
-    """The error of a run whose sources end before its phases."""
+    """The error for sources that end before the phases of the run."""
     return InputError(
         f"data.sources: all have reached their `epochs` at step {step}, before the phases end; `detour export` takes "
         "what the checkpoints hold, and for another run shorten the phases, or let a source repeat",

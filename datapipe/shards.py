@@ -63,8 +63,9 @@ class Member(NamedTuple):
 
     name: bytes
     offset: int
-    """Of its content, in bytes."""
+    """Byte at which its content begins."""
     size: int
+    """Bytes of its content."""
 
 
 class ShardReader:

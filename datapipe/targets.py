@@ -127,7 +127,7 @@ def row_keys(seed: int, row: PackedSequence) -> NDArray[np.uint32]:
 def position_hashes(key: NDArray[np.uint32], positions: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """A uniform uint32 per position; `key` and `positions` are broadcast.
 
-    It takes only uint32 additions, multiplications, exclusive ors and shifts, whose bits are the same in every backend.
+    It takes only uint32 additions, multiplications, exclusive ors and shifts. Every backend gives the same bits.
     """
     return mix(mix(positions * np.uint32(0x9E3779B9) + key) + key)
 

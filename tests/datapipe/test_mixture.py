@@ -43,7 +43,7 @@ def streams(data: Data, tokenizer: Tokenizer) -> list[Stream]:
 
 
 def shares(rows: list[PackedSequence], sources: int) -> np.ndarray:
-    """Of the tokens, special ones included; a document's source is its one ordinary token."""
+    """Share of the tokens per source, special tokens included; a document's one ordinary token is its source."""
     counts = np.zeros(sources + 1)
     for row in rows:
         ends = np.cumsum(row.lengths)
@@ -82,7 +82,7 @@ def test_upsampling_multiplies_a_sources_own_size(tmp_path: Path, tokenizer: Tok
 
 
 def test_a_source_that_ends_leaves_its_share(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Every document of a source with `epochs: 2` is met twice, and then the other one goes on alone."""
+    """Every document of a source with `epochs: 2` is met twice, and then the other source continues alone."""
     rng = np.random.default_rng(2)
     texts = {name: [[1000 * n + i] * int(rng.integers(5, 60)) for i in range(90)] for n, name in enumerate(("a", "b"))}
     paths = {name: str(write_shards(tmp_path / name, [ids[:50], ids[50:]], tokenizer)) for name, ids in texts.items()}

@@ -304,7 +304,7 @@ def test_disk_full_is_told_and_can_be_continued(
 def test_an_output_inside_the_input_and_a_source_called_dot(
     corpus: Path, prepared: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an interruption leaves there is not taken for input when it goes on."""
+    """The files of an interrupted preparation are not input when it continues."""
     (tmp_path / "shards").mkdir()
     shutil.copy(corpus, tmp_path)
     partial_path(tmp_path / "shards" / "000001.tar").symlink_to("/dev/full")
