@@ -65,7 +65,7 @@ class Buffer:
         return self._pieces.pop(arrival)
 
     def best_fit(self, space: int) -> Piece | None:
-        """Remove and return the longest piece of at most `space` tokens, the oldest among equals; None if all are longer."""
+        """Remove and return the longest piece of at most `space` tokens, the oldest of equals; None if none fits."""
         fitting = bisect_right(self._lengths, (space, 0))
         if fitting == 0:
             return None
