@@ -40,6 +40,8 @@ PICKLED = (b".pkl", b".pickle", b".pyd", b".pt", b".pth")
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '<u([24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.S
 )
+REMEDY = "copy it again, or run `detour prepare` into a new directory"
+"""End of the message about a shard that is not what its manifest says."""
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _CRC = re.compile(rb'"crc32": (\d+)')
 Span = tuple[int, int, int]

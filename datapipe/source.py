@@ -18,8 +18,8 @@ from configs.errors import InputError
 from configs.schema import Data
 from configs.schema import Source as SourceConfig
 from datapipe.manifest import NAME, Shard, TokenizerIdentity
-from datapipe.shards import DamagedError, ShardReader
-from datapipe.store import REMEDY, LocalStore, Store, open_store
+from datapipe.shards import REMEDY, DamagedError, ShardReader
+from datapipe.store import LocalStore, Store, open_store
 from datapipe.tokenizer import Tokenizer
 
 KEY = "data.sources"
