@@ -1,7 +1,7 @@
-"""The data path against plain webdataset, plain tokenizers, reading from the start, and the time of a step.
+"""Measure the data path against plain webdataset, plain tokenizers, reading from the start, and the time of a step.
 
-Both sides of a line read the same shards or texts, by turns, and the fastest of their turns counts: what other programs
-on the machine took drops out. Lines of one process are in processor time, which a busy machine distorts less.
+Both sides of a line read the same shards or texts, by turns. The fastest turn counts, because other programs of the
+machine slow the others down. Lines of one process are in processor time, which a busy machine distorts less.
 
     python -m benchmarks.data [--quick] [--json FILE]
 """
@@ -28,8 +28,8 @@ from configs.schema import Data, Source
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest, TokenizerIdentity, read_manifest, write_manifest
 from datapipe.packing import packing_ratio
+from datapipe.paths import local_path
 from datapipe.prepare import prepare
-from datapipe.samples import local_path
 from datapipe.shards import ShardReader, ShardWriter
 from datapipe.targets import Masked
 from datapipe.text import read_texts
@@ -37,7 +37,7 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 CORPORA = ("medquad", "tico19_en", "tico19_fr")
 H100 = 300_000
-"""Tokens per second that one H100 eats (ModernBERT base)."""
+"""Tokens per second that one H100 trains on (ModernBERT base)."""
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def packing(folder: Path) -> list[Row]:
-    """Share of the rows that is real tokens, best-fit and as they come."""
+    """Share of tokens that are not padding, with best-fit packing and with documents in their order."""
     rows = []
     for corpus in CORPORA:
         lengths = [len(ids) + 2 for ids in documents(folder / corpus)]
@@ -73,7 +73,7 @@ def packing(folder: Path) -> list[Row]:
 
 
 def sequential(lengths: list[int], row: int) -> float:
-    """Documents as they come; one that no longer fits starts the next row."""
+    """The same share with documents in their order; a document that no longer fits starts the next row."""
     rows, used = 1, 0
     for length in lengths:
         for part in (min(row, length - start) for start in range(0, length, row)):
@@ -90,12 +90,12 @@ def documents(directory: Path) -> list[np.ndarray]:
 
 
 def reading(directory: Path, tokenizer: Tokenizer, rounds: int) -> list[Row]:
-    """One process: read, pack and mask, against webdataset that reads and decodes and does nothing else."""
+    """Read, pack and mask in one process, against webdataset, which only reads and decodes."""
     total = read_manifest(directory).tokens
     urls = [str(directory / shard.name) for shard in read_manifest(directory).shards]
     masked = Masked(0.3, (0.8, 0.1, 0.1), 0, tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids)
 
-    import webdataset  # not above: the processes of `prepare` import this module as well, and it imports torch
+    import webdataset  # not above, because it imports torch, and the processes of `prepare` import this module
 
     def plain() -> int:
         samples = webdataset.WebDataset(urls, shardshuffle=False).decode()
@@ -121,7 +121,7 @@ def reading(directory: Path, tokenizer: Tokenizer, rounds: int) -> list[Row]:
 
 
 def race(runners: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-    """Tokens per second of processor time of each, by turns: one process, so on an idle core the same as seconds."""
+    """Tokens per second of processor time per runner, by turns; on an idle core the same as per second."""
     speeds = dict.fromkeys(runners, 0.0)
     for _ in range(rounds):
         for name, run in runners.items():
@@ -132,7 +132,7 @@ def race(runners: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]
 
 
 def preparing(folder: Path, tokenizer: Tokenizer, copies: int, rounds: int) -> list[Row]:
-    """`detour prepare`, from file to shards and with its processes' start, against encode_batch of texts in memory."""
+    """`detour prepare` from file to shards, with the start of its processes, against encode_batch in memory."""
     texts = [text.text.decode() for text in read_texts(local_path("package://corpus/medquad.jsonl.gz"))]
     many = [f"{copy} {text}" for copy in range(copies) for text in texts]
     path = folder / "many.jsonl"
@@ -140,7 +140,7 @@ def preparing(folder: Path, tokenizer: Tokenizer, copies: int, rounds: int) -> l
     size = path.stat().st_size / 1e6
 
     def bare() -> None:
-        for start in range(0, len(many), 1000):  # all at once would need gigabytes
+        for start in range(0, len(many), 1000):  # in parts, because all at once would need gigabytes
             tokenizer.backend.encode_batch(many[start : start + 1000], add_special_tokens=False)
 
     def ours() -> None:
@@ -162,15 +162,15 @@ def preparing(folder: Path, tokenizer: Tokenizer, copies: int, rounds: int) -> l
 
 
 def memory(folder: Path, megabytes: int) -> Row:
-    """Peak memory of `detour prepare` and its processes, of a text of so many MB and one document of 100 MB more."""
+    """Peak memory of `detour prepare` and its processes for text of this size and a document of 100 MB."""
     texts = [text.text.decode() for text in read_texts(local_path("package://corpus/medquad.jsonl.gz"))]
     path, size, copy = folder / "huge.jsonl", 0, 0
     with path.open("w") as file:
         while size < megabytes * 1e6:
             copy += 1
             size += sum(file.write(json.dumps({"text": f"{copy} {text}"}) + "\n") for text in texts)
-        whole = " ".join(texts)
-        file.write(json.dumps({"text": whole * (int(100e6) // len(whole) + 1)}) + "\n")
+        joined = " ".join(texts)
+        file.write(json.dumps({"text": joined * (int(100e6) // len(joined) + 1)}) + "\n")
     tokenizer = ["--tokenizer", "package://tokenizer/modernbert"]
     detour = str(Path(sys.executable).with_name("detour"))
     process = psutil.Popen(
@@ -178,7 +178,7 @@ def memory(folder: Path, megabytes: int) -> Row:
     )
     peak = 0
     while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # one of them ended meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):  # a process ended meanwhile
             family = [process, *process.children(recursive=True)]
             peak = max(peak, sum(member.memory_full_info().pss for member in family))
         time.sleep(0.2)
@@ -188,7 +188,7 @@ def memory(folder: Path, megabytes: int) -> Row:
 
 
 def restoring(directory: Path, tokenizer: Tokenizer) -> Row:
-    """To the first batch after a restart in the middle of 1 GB of shards, against reading there from the start."""
+    """Time to the first batch after a restart in the middle of 1 GB of shards, against reading from the start."""
     directory.mkdir()
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 50_000, 2**20).astype(np.uint16)

@@ -1,1 +1,1 @@
-"""Text -> shards -> exact, elastic streams -> packed -> masked batches. Knows nothing of the model."""
+"""Text -> shards -> exact, elastic streams -> packed rows -> masked batches. Knows nothing of the model."""

@@ -1,28 +1,29 @@
-"""What the data pipeline hands to training."""
+"""The batches that the data pipeline hands to training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 IGNORE = -100
-"""Label of a position that pays no loss."""
+"""Label of a position that carries no loss."""
 Ids = NDArray[np.int64]
 
 
 class Origin(NamedTuple):
-    """Where a row comes from."""
+    """The place of a row in its stream."""
 
     stream: int
-    """The logical stream."""
+    """Number of the logical stream."""
     number: int
-    """Its place in that stream, from 0; never restarts."""
+    """Rows of the stream before this row; never restarts."""
     documents: tuple[tuple[int, int, int, int], ...]
-    """Of each of its documents: source, epoch, position in the epoch, part."""
+    """(source, epoch, position in the epoch, part) per document."""
 
 
 @dataclass(frozen=True)
@@ -30,31 +31,31 @@ class PackedSequence:
     """Documents laid end to end in one row of `sequence_length` tokens, padded at the end."""
 
     ids: NDArray[np.int32]
-    """[sequence_length]"""
+    """`[sequence_length]`, token ids."""
     lengths: tuple[int, ...]
-    """Tokens of each document, in order; their sum is the real (not padding) tokens of the row."""
+    """Tokens per document, in order; their sum is the row's tokens without padding."""
     stream: int
-    """The logical stream it comes from."""
+    """Number of the logical stream that the row belongs to."""
     number: int
-    """Its place in that stream, from 0; never restarts."""
+    """Rows of the stream before this row; never restarts."""
     documents: tuple[tuple[int, int, int, int], ...] = ()
-    """Of each document: source, epoch, position in the epoch, part."""
+    """(source, epoch, position in the epoch, part) per document."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed sequences laid end to end; T = micro-batch sequences x sequence length, padding included."""
+    """Packed sequences laid end to end; T = sequences x sequence length, padding included."""
 
     inputs: Ids
-    """[T] token ids as the model sees them."""
+    """`[T]`, token ids as the model sees them."""
     labels: Ids
-    """[T] token ids to predict; IGNORE where no loss is paid."""
+    """`[T]`, token ids to predict; IGNORE at positions without a loss."""
     cu_seqlens: NDArray[np.int32]
-    """[documents + 1] from 0 to T; the padding at the end of a row counts as a document of its own."""
+    """`[documents + 1]`, document boundaries from 0 to T; the padding of a row is a document of its own."""
     tokens: int
-    """Real tokens, padding not counted."""
+    """Tokens without padding."""
     origins: tuple[Origin, ...] = ()
-    """Of its rows, in order."""
+    """One origin per row, in order."""
 
 
 class Drawn(NamedTuple):
@@ -64,7 +65,7 @@ class Drawn(NamedTuple):
     """Special tokens included."""
     documents: int
     skipped: int
-    """Damaged documents left out (`on_error: skip`)."""
+    """Damaged documents that `on_error: skip` left out."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +73,40 @@ class StepData:
     """One data-parallel rank's share of a global batch."""
 
     step: int
-    """0-based step this batch belongs to."""
+    """0-based number of the step."""
     micro_batches: tuple[MicroBatch, ...]
-    state: dict[str, Any]
-    """JSON: where each of this rank's streams stands after this batch, by stream. The union over ranks is whole."""
+    encode_state: Callable[[], dict[str, Any]] = field(repr=False, compare=False)
+    """Encodes the positions that this rank's streams have after the batch; they are kept as an immutable snapshot."""
     epochs: dict[str, int]
-    """Epoch (from 0) each source has reached on this rank's streams."""
+    """Epoch per source, from 0: the highest that this rank's streams have reached."""
     drawn: dict[str, Drawn] = field(default_factory=dict)
-    """What was taken from each source since the run's first step, on this rank's streams."""
+    """Documents per source that this rank's streams have drawn since the run's first step."""
     ends: bool = False
     """Whether this rank's streams have no batch for the next step."""
     staged: tuple[Any, ...] = ()
-    """What `stage` of `Loader.steps` made of the micro-batches."""
+    """Results of the `stage` of `Loader.steps`, one per micro-batch."""
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """JSON by stream number, from which the next step continues; the union over ranks is the whole state.
+
+        It is encoded when it is first asked for, because few steps are saved.
+        """
+        return self.encode_state()
 
 
-def frame(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids) -> MicroBatch:
-    """Rows end to end, with the padding of each as a document of its own; inputs and labels are of these rows."""
+def collate(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids) -> MicroBatch:
+    """Join rows into a micro-batch.
+
+    Args:
+        rows: Packed sequences.
+        inputs: `[T]`, made from these rows.
+        labels: `[T]`, made from these rows.
+    """
     lengths = [0]
     for row in rows:
         padding = len(row.ids) - sum(row.lengths)
         lengths += [*row.lengths, padding] if padding else row.lengths
-    ends, tokens = np.cumsum(lengths, dtype=np.int32), sum(sum(row.lengths) for row in rows)
-    return MicroBatch(
-        inputs, labels, ends, tokens, tuple(Origin(row.stream, row.number, row.documents) for row in rows)
-    )
+    cu_seqlens, tokens = np.cumsum(lengths, dtype=np.int32), sum(sum(row.lengths) for row in rows)
+    origins = tuple(Origin(row.stream, row.number, row.documents) for row in rows)
+    return MicroBatch(inputs, labels, cu_seqlens, tokens, origins)

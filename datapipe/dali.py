@@ -1,4 +1,4 @@
-"""The same batches made by NVIDIA DALI: padding and masking in its operators, on the GPU where there is one."""
+"""The batches of the NumPy backend, made by NVIDIA DALI's operators; on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from configs.errors import InputError
-from datapipe.batch import IGNORE, MicroBatch, PackedSequence, frame
-from datapipe.targets import Masked, Targets, keys, threshold
+from datapipe.batch import IGNORE, MicroBatch, PackedSequence, collate
+from datapipe.targets import Masked, Targets, row_keys, threshold
 
 try:
     from nvidia.dali import Pipeline, fn, types
@@ -18,28 +18,41 @@ except ImportError:
 
 
 KEYS = ("choice", "action", "draw")
-"""Inputs of the pipeline: the three keys of `targets.keys`, one number each."""
+"""Inputs of the pipeline: the three numbers of `targets.row_keys`."""
 
 
 def require_dali() -> None:
-    """Raises InputError where DALI is not installed."""
+    """Raise InputError if DALI is not installed."""
     if Pipeline is None:
-        raise InputError("data.backend: DALI is not installed; pip install 'detour-train[dali]', or choose numpy")
+        raise InputError(
+            "data.backend: DALI is not installed; pip install 'detour-train[dali]', or choose numpy",
+            key="data.backend",
+            code="not-installed",
+        )
 
 
 class DaliBatches:
-    """Micro-batches of `micro` rows from a DALI pipeline that the exact stream feeds.
+    """Makes micro-batches in a DALI pipeline that the exact streams feed.
 
-    On a GPU, `inputs` and `labels` are int64 torch tensors there; on the CPU they are NumPy arrays. Raises InputError
-    where DALI is not installed.
+    On a GPU, `inputs` and `labels` are int64 torch tensors there. On the CPU they are NumPy arrays.
+
+    Args:
+        targets: Objective.
+        micro_batch_size: Rows per micro-batch.
+        length: Tokens per row.
+        pad_id: Padding token.
+        device: GPU, or None for the CPU.
+
+    Raises:
+        InputError: DALI is not installed.
     """
 
-    def __init__(self, targets: Targets, micro: int, length: int, pad_id: int, device: int | None) -> None:
+    def __init__(self, targets: Targets, micro_batch_size: int, length: int, pad_id: int, device: int | None) -> None:
         require_dali()
         self._targets, self._device = targets, device
         self._positions = np.arange(length, dtype=np.uint32)
-        # The loader's thread works ahead, by `data.prefetch` steps; a second queue in the pipeline would gain nothing.
-        self._pipeline = Pipeline(micro, 2, device, exec_async=False, exec_pipelined=False)
+        # No queue inside the pipeline, because the loader's thread already works ahead.
+        self._pipeline = Pipeline(micro_batch_size, 2, device, exec_async=False, exec_pipelined=False)
         with self._pipeline:
             ids = fn.pad(self._source("ids", types.INT64), fill_value=pad_id, axes=(0,), shape=(length,))
             if isinstance(targets, Masked):
@@ -51,13 +64,13 @@ class DaliBatches:
         self._pipeline.build()
 
     def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
-        """Rows of each micro-batch -> the micro-batches."""
-        made = []
+        """Make one micro-batch from each list of rows."""
+        micro_batches = []
         for rows in batches:
             self._feed(rows)
             inputs, labels = self._pipeline.run()
-            made.append(frame(rows, self._flat(inputs), self._flat(labels)))
-        return made
+            micro_batches.append(collate(rows, self._flat(inputs), self._flat(labels)))
+        return micro_batches
 
     def _source(self, name: str, dtype: Any) -> Any:
         node = fn.external_source(name=name, dtype=dtype, ndim=1)
@@ -66,49 +79,50 @@ class DaliBatches:
     def _feed(self, rows: Sequence[PackedSequence]) -> None:
         if isinstance(self._targets, Masked):
             self._pipeline.feed_input("ids", [row.ids[: sum(row.lengths)].astype(np.int64) for row in rows])
-            row_keys = [keys(self._targets.seed, row) for row in rows]
+            keys = [row_keys(self._targets.seed, row) for row in rows]
             for number, name in enumerate(KEYS):
-                self._pipeline.feed_input(name, [row_key[number : number + 1] for row_key in row_keys])
+                self._pipeline.feed_input(name, [key[number : number + 1] for key in keys])
             self._pipeline.feed_input("positions", [self._positions] * len(rows))
         else:
-            for name, made in zip(("ids", "labels"), self._targets(rows), strict=True):
-                self._pipeline.feed_input(name, [ids[: sum(row.lengths)] for row, ids in zip(rows, made, strict=True)])
+            for name, arrays in zip(("ids", "labels"), self._targets(rows), strict=True):
+                unpadded = [ids[: sum(row.lengths)] for row, ids in zip(rows, arrays, strict=True)]
+                self._pipeline.feed_input(name, unpadded)
 
     def _masked(self, ids: Any, targets: Masked) -> tuple[Any, Any]:
-        """The operators of `Masked.__call__`, on whole rows."""
+        """Apply the arithmetic of `Masked.__call__` to whole rows."""
         positions = self._source("positions", types.UINT32)
         choice, action, draw = (_hashes(self._source(name, types.UINT32), positions) for name in KEYS)
         chosen = choice < _uint32(threshold(targets.rate))
         for special in targets.special_ids:  # the padding token is one of them
             chosen &= ids != special
         masked = chosen & (action < _uint32(threshold(targets.split[0])))
-        randomised = chosen & (action < _uint32(threshold(sum(targets.split[:2]))))  # of those that are not masked
+        randomised = chosen & (action < _uint32(threshold(sum(targets.split[:2]))))  # where it is not masked
         ranks = fn.cast(draw, dtype=types.UINT64) * types.Constant(
             targets.vocab_size - len(targets.special_ids), types.UINT64
         )
         replacement = fn.cast(ranks >> types.Constant(32, types.UINT64), dtype=types.INT64)
-        for special in targets.special_ids:  # ascending: from the rank among the other tokens to the id
+        for special in targets.special_ids:  # ascending, so that a rank among ordinary tokens becomes an id
             replacement += fn.cast(replacement >= special, dtype=types.INT64)
         inputs = _where(masked, targets.mask_id, _where(randomised, replacement, ids))
         return inputs, _where(chosen, ids, IGNORE)
 
     def _flat(self, output: Any) -> Any:
-        """[micro, length] -> [micro * length], copied: DALI uses its buffers again."""
+        """Copy `[rows, length]` to `[rows * length]`, because DALI reuses its buffers."""
         if self._device is None:
             return np.array(output.as_tensor()).reshape(-1)
         import torch
 
-        # On a stream of its own, which may be waited for: the training's own has steps of work queued.
+        # A stream of its own can be waited for; the training's stream has steps of work queued.
         copying = torch.cuda.Stream(self._device)
         with torch.cuda.stream(copying):
             copied = torch.from_dlpack(output.as_tensor()).reshape(-1).clone()
         copying.synchronize()
-        copied.record_stream(torch.cuda.default_stream(self._device))  # where it is used
+        copied.record_stream(torch.cuda.default_stream(self._device))  # the stream that uses it
         return copied
 
 
 def _hashes(key: Any, positions: Any) -> Any:
-    """`targets.hashes` in DALI's operators; key is uint32 [1]."""
+    """`targets.position_hashes` in DALI's operators; key is `[1] uint32`."""
     return _mix(_mix(positions * _uint32(0x9E3779B9) + key) + key)
 
 
@@ -119,11 +133,11 @@ def _mix(x: Any) -> Any:
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
-    """int64; DALI has no ternary operator."""
+    """Select elements as int64, because DALI has no ternary operator."""
     choice = fn.cast(condition, dtype=types.INT64)
     return choice * yes + (1 - choice) * no
 
 
 def _uint32(value: Any) -> Any:
-    # A plain Python number would widen the arithmetic to int64.
+    # Not a Python number, because it would widen the arithmetic to int64.
     return types.Constant(int(value), types.UINT32)

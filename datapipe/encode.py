@@ -1,18 +1,20 @@
-"""The work of the processes that tokenize: documents of a shard -> the shard."""
+"""Tokenizing the documents of a shard and writing it, in this process or in one of a pool."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datapipe.disk import writing
+from datapipe.disk import disk_errors_as_input_errors
 from datapipe.manifest import Shard
 from datapipe.selection import Block, Selection
 from datapipe.shards import ShardWriter
@@ -20,74 +22,103 @@ from datapipe.text import Text
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 
-class Written(NamedTuple):
+class WrittenShard(NamedTuple):
+    """A finished shard and what became of the documents that were meant for it."""
+
     shard: Shard
     sources: dict[str, dict[str, int]]
-    """Source -> what became of its documents: kept `documents` and `tokens`, and those left out, by reason."""
+    """Per source: `documents` and `tokens` kept, and documents left out, by reason."""
 
 
-class Here(Executor):
-    """Works in this process, at once: for input so small that starting others would take longer."""
+@dataclass(frozen=True)
+class ShardEncoder:
+    """Turns blocks of text into shards of an output directory."""
 
-    def __init__(self, tokenizer: Tokenizer, encoded: Any) -> None:
-        global _tokenizer, _encoded
-        _tokenizer, _encoded = tokenizer, encoded
+    tokenizer: Tokenizer
+    output: Path
+    selection: Selection
+    encoded: Any
+    """`multiprocessing.Value`: bytes of text tokenized so far, by all processes."""
+
+    def write(self, block: Block) -> WrittenShard:
+        """Tokenize a block into one shard, which appears only when it is complete.
+
+        Raises:
+            InputError: The disk refuses the shard.
+        """
+        path = self.output / block.name
+        sources: dict[str, Counter[str]] = {}
+        with disk_errors_as_input_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            writer = ShardWriter(path)
+            try:
+                for start in range(0, len(block.texts), 64):
+                    self._write_documents(block.texts[start : start + 64], writer, sources)
+                shard = writer.close()
+            except BaseException:
+                writer.discard()
+                raise
+        return WrittenShard(shard, {name: dict(counts) for name, counts in sources.items()})
+
+    def _write_documents(
+        self, texts: list[tuple[str, Text]], writer: ShardWriter, sources: dict[str, Counter[str]]
+    ) -> None:
+        selection = self.selection
+        encoded = self.tokenizer.encode([text.text.decode() for _, text in texts])
+        for (source, text), ids in zip(texts, encoded, strict=True):
+            counts = sources.setdefault(source, Counter())
+            if len(ids) < max(selection.min_tokens, 1):
+                counts["too short" if len(ids) else "empty"] += 1
+            elif selection.max_tokens is not None and len(ids) > selection.max_tokens:
+                counts["too long"] += 1
+            else:
+                writer.add(ids, {"source": source, "id": text.id})
+                counts.update(documents=1, tokens=len(ids))
+        with self.encoded.get_lock():
+            self.encoded.value += sum(len(text.text) for _, text in texts)
+
+
+class InProcessExecutor(Executor):
+    """Runs each task at once in this process, for inputs so small that a pool would take longer to start."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        """Run the task before returning. What it raises is raised here."""
         future: Future[Any] = Future()
         future.set_result(function(*arguments, **keywords))
         return future
 
 
-_tokenizer: Tokenizer
-_encoded: Any
+_process_encoder: ShardEncoder | None = None
+"""Encoder of this process of a pool: set once by `start_process`, because a task cannot carry a tokenizer."""
 
 
-def start_process(directory: str, encoded: Any) -> None:
-    """Of a process of the pool: the tokenizer to use, and the shared counter of bytes tokenized."""
-    global _tokenizer, _encoded
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _tokenizer, _encoded = load_tokenizer(directory), encoded
+def start_process(directory: str, output: Path, selection: Selection, encoded: Any) -> None:
+    """Initialise a process of the pool.
+
+    Args:
+        directory: Folder of the tokenizer.
+        output: Folder of the shards.
+        selection: Documents to keep.
+        encoded: Counter that all processes share.
+    """
+    global _process_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # because the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # because the parent decides what an interrupt means
+    # webdataset imports torch where it is installed; without it a process starts seconds sooner and is far smaller.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _process_encoder = ShardEncoder(load_tokenizer(directory), output, selection, encoded)
 
 
-def _leave_with_parent() -> None:
-    """A killed parent cannot stop its workers, and theirs would otherwise wait for work for ever."""
+def write_in_process(block: Block) -> WrittenShard:
+    """Write a shard by the encoder of this process of the pool."""
+    assert _process_encoder is not None
+    return _process_encoder.write(block)
+
+
+def _exit_with_parent() -> None:
+    """End this process when its parent dies: a killed parent stops no workers, and they would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def write_shard(block: Block, output: Path, selection: Selection) -> Written:
-    """Tokenize documents into one shard, which appears only when it is complete."""
-    path = output / block.name
-    sources: dict[str, Counter[str]] = {}
-    with writing(path):
-        path.parent.mkdir(exist_ok=True)
-        writer = ShardWriter(path)
-        try:
-            for start in range(0, len(block.texts), 64):
-                _write_documents(block.texts[start : start + 64], writer, selection, sources)
-            shard = writer.close()
-        except BaseException:
-            writer.discard()
-            raise
-    return Written(shard, {name: dict(counts) for name, counts in sources.items()})
-
-
-def _write_documents(
-    texts: list[tuple[str, Text]], writer: ShardWriter, selection: Selection, sources: dict[str, Counter[str]]
-) -> None:
-    for (source, text), ids in zip(texts, _tokenizer.encode([t.text.decode() for _, t in texts]), strict=True):
-        counts = sources.setdefault(source, Counter())
-        if len(ids) < max(selection.min_tokens, 1):
-            counts["too short" if len(ids) else "empty"] += 1
-        elif selection.max_tokens is not None and len(ids) > selection.max_tokens:
-            counts["too long"] += 1
-        else:
-            writer.add(ids, {"source": source, "id": text.id})
-            counts.update(documents=1, tokens=len(ids))
-    with _encoded.get_lock():
-        _encoded.value += sum(len(text.text) for _, text in texts)

@@ -1,13 +1,37 @@
-"""The data of a run, step by step: one data-parallel rank's share of every global batch."""
+"""The data of a run, step by step: one data-parallel rank's share of every global batch.
+
+A batch comes together in these stages, each a pure function of the stage before it and of the seed:
+
+    shard           000003.tar: documents of token ids
+      v   Source          one corpus: any document by (shard, number), with [CLS] and [SEP] around it
+      v   Cursor          position of one stream in one source; an order per epoch
+      v   Mixture         picks the source that is furthest behind its share of the tokens
+      v   Buffer          64 pieces that wait; a piece is a document, or a part of a document longer than a row
+      v   PackedSequence  a row: the oldest piece, then the longest pieces that still fit, then padding
+      v   Targets         inputs and labels of the row, masked by a hash of (seed, stream, row, position)
+    MicroBatch      rows end to end, and `cu_seqlens`, the boundaries of their documents
+
+An example with rows of 8 tokens, C = [CLS], S = [SEP], M = [MASK], _ = padding or no label:
+
+    documents       C a b S     C c S     C d e f S
+    rows            C a b S C c S _       C d e f S _ _ _
+    inputs          C a M S C c S _       C M e f S _ _ _
+    labels          _ _ b _ _ _ _ _       _ d _ _ _ _ _ _
+    cu_seqlens      0 4 7 8 13 16
+
+The unit of exactness is the stream. `data.streams` streams divide the documents among them, and each makes its rows
+alone: `batch.sequences / data.streams` rows per step. Rank r of n serves the streams r, r + n, r + 2n, ... So global
+batches are the same for any number of ranks, and a run continues from the streams' positions with any other number.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import queue
 import threading
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import closing
-from dataclasses import replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,20 +42,47 @@ from datapipe.batch import Drawn, MicroBatch, Origin, PackedSequence, StepData
 from datapipe.mixture import MEMORY
 from datapipe.order import FORMAT
 from datapipe.packing import BUFFER
+from datapipe.prefetch import LaunchGate, prefetched
 from datapipe.source import Source, SourceSummary
-from datapipe.stream import Stream, StreamState
+from datapipe.stream import Stream, StreamSnapshot, StreamState
 from datapipe.targets import NumpyBatches, Targets
 from datapipe.tokenizer import Tokenizer
 
 SCAN_BYTES = 256 * 2**20
-"""Local sources up to this size are read whole when a run starts."""
+"""Largest local source that is read whole when a run starts."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The steps that a caller asks for, and how to make their batches."""
+
+    targets: Targets
+    micro_batch_size: int
+    """Rows per micro-batch."""
+    first: int
+    """0-based step to begin with."""
+    last: int
+    """0-based step to end before."""
+    state: dict[str, Any] | None
+    """The whole `StepData.state` of step `first - 1`; None begins with the data."""
+    stage: Callable[[MicroBatch], Any] | None
+    """Called per micro-batch in the thread that makes it, to bring it to the training device."""
 
 
 class Loader:
-    """Serves rank `rank` of `size` data-parallel ranks: the streams congruent to it, in order.
+    """Serves one data-parallel rank: the streams congruent to it, in order.
 
-    device: the GPU that is trained on, and that the dali backend makes batches on; None for the CPU. Raises InputError
-    where `size` does not divide the streams, the streams not the batch, or a source is unusable.
+    Args:
+        data: Settings of the data.
+        batch_sequences: Rows of the global batch.
+        tokenizer: Tokenizer of the run.
+        rank: Number of the data-parallel rank.
+        size: Number of data-parallel ranks.
+        device: GPU that is trained on, and that the dali backend makes batches on; None for the CPU.
+        gate: Gate that the training step opens; a gate of its own if not given.
+
+    Raises:
+        InputError: `size` does not divide the streams, or the streams do not divide the batch.
     """
 
     def __init__(
@@ -42,137 +93,153 @@ class Loader:
         rank: int,
         size: int,
         device: int | None = None,
+        gate: LaunchGate | None = None,
     ) -> None:
         if data.streams % size:
-            raise InputError(f"data.streams: {size} data-parallel ranks must divide the {data.streams} streams")
+            raise _streams_error(f"{size} data-parallel ranks must divide the {data.streams} streams")
         if batch_sequences % data.streams:
-            raise InputError(f"data.streams: {data.streams} must divide batch.sequences ({batch_sequences})")
+            raise _streams_error(f"{data.streams} must divide batch.sequences ({batch_sequences})")
         self._data = data
         self._tokenizer = tokenizer
         self._device = device
         self._streams = range(rank, data.streams, size)
-        self._rows = batch_sequences // data.streams
-        self._turn = threading.Event()
+        self._rows_per_stream = batch_sequences // data.streams
+        self.gate = gate or LaunchGate()
 
     def steps(
         self,
         targets: Targets,
-        micro: int,
+        micro_batch_size: int,
         first: int,
         last: int,
         state: dict[str, Any] | None,
         stage: Callable[[MicroBatch], Any] | None = None,
     ) -> Generator[StepData, None, None]:
-        """Batches of the 0-based steps first..last-1, prepared ahead in a thread that ends with the generator.
+        """Yield the batches of the 0-based steps first..last-1, made ahead in a thread that ends with the generator.
 
-        `micro` rows make a micro-batch and divide the rows of a rank. `state` is the `state` of step first-1, united
-        over the ranks whatever their number was then; None starts from the beginning. `stage` is called in the thread
-        for each micro-batch, to have it where training takes it. Raises InputError for a state of other data, documents
-        that cannot be read, and the end of the data; RunFailedError where a remote store does not answer.
+        Args:
+            targets: Objective.
+            micro_batch_size: Rows per micro-batch; divides the rows of a rank.
+            first: Step to begin with.
+            last: Step to end before.
+            state: `StepData.state` of step `first - 1`, united over the ranks, whatever their number was. None begins
+                with the data.
+            stage: Called per micro-batch in the thread, to bring it to the training device.
+
+        Raises:
+            InputError: The state is of other data, a document cannot be read, or the data ends.
+            RunFailedError: A remote store does not answer.
         """
-        if len(self._streams) * self._rows % micro:
-            raise InputError(f"batch.micro: {micro} must divide the {len(self._streams) * self._rows} rows of a rank")
-        closed = threading.Event()
-        steps = self._prepare(targets, micro, first, last, state, stage, closed)
-        return _ahead(steps, self._data.prefetch, closed, self._turn, yields=self._device is not None)
+        rows = len(self._streams) * self._rows_per_stream
+        if rows % micro_batch_size:
+            raise InputError(
+                f"batch.micro: {micro_batch_size} must divide the {rows} rows of a rank",
+                key="batch.micro",
+                code="not-a-divisor",
+            )
+        plan = StepPlan(targets, micro_batch_size, first, last, state, stage)
+        cancelled = threading.Event()
+        steps = self._make_steps(plan, cancelled)
+        return prefetched(steps, self._data.prefetch, cancelled, self.gate, closes=self._device is not None)
 
     def launched(self) -> None:
-        """To be called when the host has given a GPU the work of a step and is about to wait for it: further batches
-        are prepared from here on.
-
-        Before, the thread that prepares them would take the interpreter from the one that launches kernels, just when
-        the GPU has none in store: steps of ModernBERT-base on an H100 were 30 ms longer than on batches made before. On
-        a CPU both work at all times.
-        """
-        self._turn.set()
+        """Open the gate: the kernels of a step are launched, and the host is about to wait for them."""
+        self.gate.open()
 
     def describe(self, origin: Origin) -> str:
-        """A row for people: its stream, its number, and the shards and documents it was packed from."""
-        data, sources = self._data, [Source(source, self._data, self._tokenizer) for source in self._data.sources]
-        stream = Stream(sources, data.streams, origin.stream, data.seed, data.sequence_length, self._tokenizer.pad_id)
-        try:
-            found = [stream.locate(*document[:3]) for document in origin.documents]
-        finally:
-            for source in sources:
-                source.close()
-        documents = ", ".join(f"{shard} document {number}" for shard, number in dict.fromkeys(found))
+        """A row for people: its number, its stream, and the shards and documents that it was packed from."""
+        with ExitStack() as stack:
+            stream = self._open_streams(self._open_sources(stack), [origin.stream])[origin.stream]
+            locations = [stream.locate(*document[:3]) for document in origin.documents]
+        documents = ", ".join(f"{shard} document {number}" for shard, number in dict.fromkeys(locations))
         return f"sequence {origin.number} of stream {origin.stream} ({documents})"
 
-    def _prepare(
-        self,
-        targets: Targets,
-        micro: int,
-        first: int,
-        last: int,
-        state: dict[str, Any] | None,
-        stage: Callable[[MicroBatch], Any] | None,
-        closed: threading.Event,
-    ) -> Generator[StepData, None, None]:
-        data, here = self._data, len(self._streams)
-        sources = [Source(source, data, self._tokenizer, here, closed) for source in data.sources]
-        limited = all(source.epochs is not None for source in sources)
-        make = self._batch_maker(targets, micro)
-        prints = {source.name: _fingerprint(data, place, source) for place, source in enumerate(sources)}
-        if data.evaluation is not None:  # its losses before and after a restart are of one curve
-            with closing(Source(data.evaluation.source, data, self._tokenizer)) as held_out:
-                prints["(evaluation)"] = held_out.fingerprint
-        streams = {
-            number: Stream(sources, data.streams, number, data.seed, data.sequence_length, self._tokenizer.pad_id)
-            for number in self._streams
+    def _open_sources(self, stack: ExitStack, *more: Any) -> list[Source]:
+        return [
+            stack.enter_context(closing(Source(config, self._data, self._tokenizer, *more)))
+            for config in self._data.sources
+        ]
+
+    def _open_streams(self, sources: Sequence[Source], numbers: Collection[int]) -> dict[int, Stream]:
+        data, pad_id = self._data, self._tokenizer.pad_id
+        return {
+            number: Stream(sources, data.streams, number, data.seed, data.sequence_length, pad_id) for number in numbers
         }
-        try:
-            if state is not None:
+
+    def _make_steps(self, plan: StepPlan, cancelled: threading.Event) -> Generator[StepData, None, None]:
+        with ExitStack() as stack:
+            sources = self._open_sources(stack, len(self._streams), cancelled)
+            streams = self._open_streams(sources, self._streams)
+            fingerprints = self._fingerprints(sources)
+            if plan.state is not None:
                 for number, stream in streams.items():
-                    stream.restore(StreamState.from_json(_checked(state, number, prints)))
+                    stream.restore(_stream_state(plan.state, number, fingerprints))
+            make_batches = self._batch_maker(plan)
+            limited = all(source.epochs is not None for source in sources)
             rows = None
-            for step in range(first, last):
-                rows = rows or self._take(streams.values())
+            for step in range(plan.first, plan.last):
+                rows = rows or self._next_rows(streams.values())
                 if rows is None:
                     raise end_of_data(step)
-                micro_batches = tuple(make([rows[i : i + micro] for i in range(0, len(rows), micro)]))
+                size = plan.micro_batch_size
+                micro_batches = tuple(make_batches([rows[i : i + size] for i in range(0, len(rows), size)]))
+                snapshots = {str(number): stream.snapshot() for number, stream in streams.items()}
                 made = StepData(
                     step=step,
                     micro_batches=micro_batches,
-                    staged=tuple(map(stage, micro_batches)) if stage else (),
-                    state={
-                        str(number): {"data": prints, **stream.state().to_json()} for number, stream in streams.items()
-                    },
+                    staged=tuple(map(plan.stage, micro_batches)) if plan.stage else (),
+                    encode_state=partial(_encode, snapshots, fingerprints),
                     **_progress(sources, list(streams.values())),
                 )
-                # Ranks reach the end at different steps, so they are told of it while they all still have a batch.
-                more = limited and step + 1 < last
-                rows = self._take(streams.values()) if more else None
-                yield replace(made, ends=more and rows is None)
-        finally:
-            for source in sources:
-                source.close()
+                # Ranks reach the end at different steps, so they are told while they all still have a batch.
+                looks_ahead = limited and step + 1 < plan.last
+                rows = self._next_rows(streams.values()) if looks_ahead else None
+                yield replace(made, ends=looks_ahead and rows is None)
 
-    def _batch_maker(self, targets: Targets, micro: int) -> Callable[[list[list[PackedSequence]]], list[MicroBatch]]:
+    def _fingerprints(self, sources: Sequence[Source]) -> dict[str, str]:
+        data = self._data
+        fingerprints = {source.name: _fingerprint(data, place, source) for place, source in enumerate(sources)}
+        if data.evaluation is not None:  # because losses before and after a restart belong to one curve
+            with closing(Source(data.evaluation.source, data, self._tokenizer)) as held_out:
+                fingerprints["(evaluation)"] = held_out.fingerprint
+        return fingerprints
+
+    def _batch_maker(self, plan: StepPlan) -> Callable[[list[list[PackedSequence]]], list[MicroBatch]]:
         if self._data.backend == "numpy":
-            return NumpyBatches(targets)
+            return NumpyBatches(plan.targets)
         from datapipe.dali import DaliBatches
 
         length, pad_id = self._data.sequence_length, self._tokenizer.pad_id
-        return DaliBatches(targets, micro, length, pad_id, self._device)
+        return DaliBatches(plan.targets, plan.micro_batch_size, length, pad_id, self._device)
 
-    def _take(self, streams: Collection[Stream]) -> list[PackedSequence] | None:
-        """The rows of a step; None where a stream has no more of them."""
-        rows = [row for stream in streams for _ in range(self._rows) if (row := stream.next_row()) is not None]
-        return rows if len(rows) == len(streams) * self._rows else None
+    def _next_rows(self, streams: Collection[Stream]) -> list[PackedSequence] | None:
+        """Rows of the next step; None if a stream has no more of them."""
+        count = self._rows_per_stream
+        rows = [row for stream in streams for _ in range(count) if (row := stream.next_row()) is not None]
+        return rows if len(rows) == len(streams) * count else None
 
 
 def end_of_data(step: int) -> InputError:
+    """The error for sources that end before the phases of the run."""
     return InputError(
         f"data.sources: all have reached their `epochs` at step {step}, before the phases end; `detour export` takes "
-        "what the checkpoints hold, and for another run shorten the phases, or let a source repeat"
+        "what the checkpoints hold, and for another run shorten the phases, or let a source repeat",
+        key="data.sources",
+        code="end-of-data",
     )
 
 
 def check_sources(data: Data, tokenizer: Tokenizer, vocab_size: int) -> list[SourceSummary]:
-    """What the sources, and last the evaluation set if there is one, hold.
+    """Check the sources and the evaluation set, and return a summary of each; the evaluation set comes last.
 
-    Raises InputError for shards of another tokenizer, ids beyond a model of `vocab_size`, and, under `on_error: stop`,
-    for a missing, empty or truncated shard.
+    Args:
+        data: Settings of the data.
+        tokenizer: Tokenizer of the run.
+        vocab_size: Vocabulary of the model.
+
+    Raises:
+        InputError: Shards are of another tokenizer, or their ids are beyond the vocabulary. Under `on_error: stop` also
+            a missing, empty or truncated shard.
     """
     if data.backend == "dali":
         from datapipe.dali import require_dali
@@ -192,30 +259,51 @@ def _checked_summary(source: Source, share: float, vocab_size: int) -> SourceSum
         problems = source.check(vocab_size, SCAN_BYTES)
     if problems and not source.skips:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"source {source.name}: {problems[0]}{more}")
+        raise InputError(f"source {source.name}: {problems[0]}{more}", key="data.sources", code=problems[0].code)
     documents, size = sum(source.documents), sum(shard.bytes for shard in source.shards)
-    return SourceSummary(source.name, len(source.shards), documents, source.tokens, size, share, tuple(problems))
+    texts = tuple(map(str, problems))
+    return SourceSummary(source.name, len(source.shards), documents, source.tokens, size, share, texts)
 
 
 def evaluation_batches(
-    data: Data, targets: Targets, micro: int, tokenizer: Tokenizer, rank: int, size: int
+    data: Data, targets: Targets, micro_batch_size: int, tokenizer: Tokenizer, rank: int, size: int
 ) -> list[MicroBatch]:
     """This rank's share of the evaluation set: the same sequences at every call, and over all ranks at every size.
 
-    Sequences are dealt to the ranks in turn. Every rank gets equally many micro-batches of `micro` rows; rows of
-    padding, which pay no loss, fill them up.
+    Sequences are dealt to the ranks in turn. Every rank gets the same number of micro-batches. Rows of padding, which
+    have no labels, fill them up.
+
+    Args:
+        data: Settings of the data.
+        targets: Objective.
+        micro_batch_size: Rows per micro-batch.
+        tokenizer: Tokenizer of the run.
+        rank: Number of the data-parallel rank.
+        size: Number of data-parallel ranks.
+
+    Raises:
+        InputError: No document of the set can be read.
     """
     assert data.evaluation is not None
     with closing(Source(data.evaluation.source, data, tokenizer)) as source:
         stream = Stream([source], 1, 0, data.seed, data.sequence_length, tokenizer.pad_id)
         rows = [row for row, _ in zip(iter(stream.next_row, None), range(data.evaluation.sequences), strict=False)]
     if not rows:
-        raise InputError("data.evaluation: none of its documents can be read; `detour inspect` names what is damaged")
+        raise InputError(
+            "data.evaluation: none of its documents can be read; `detour inspect` names what is damaged",
+            key="data.evaluation",
+            code="no-usable-document",
+        )
     padding = np.full(data.sequence_length, tokenizer.pad_id, np.int32)
-    while len(rows) % (micro * size):
+    while len(rows) % (micro_batch_size * size):
         rows.append(PackedSequence(padding, (), 0, len(rows)))
-    mine = rows[rank::size]
-    return NumpyBatches(targets)([mine[i : i + micro] for i in range(0, len(mine), micro)])
+    own_rows = rows[rank::size]
+    starts = range(0, len(own_rows), micro_batch_size)
+    return NumpyBatches(targets)([own_rows[i : i + micro_batch_size] for i in starts])
+
+
+def _streams_error(fault: str) -> InputError:
+    return InputError(f"data.streams: {fault}", key="data.streams", code="not-a-divisor")
 
 
 def _progress(sources: Sequence[Source], streams: Sequence[Stream]) -> dict[str, Any]:
@@ -232,77 +320,33 @@ def _progress(sources: Sequence[Source], streams: Sequence[Stream]) -> dict[str,
 
 
 def _fingerprint(data: Data, place: int, source: Source) -> str:
-    """Identity of everything that decides the order of the tokens of a source, the one at `place` of the mixture."""
+    """Identity of everything that decides the token order of the source at this place of the mixture."""
     layout = (data.seed, data.sequence_length, data.streams, BUFFER, MEMORY, FORMAT)
     settings = (source.fingerprint, source.weight, source.epochs, place, *layout)
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
-def _checked(state: dict[str, Any], stream: int, prints: dict[str, str]) -> dict[str, Any]:
+def _encode(snapshots: dict[str, StreamSnapshot], fingerprints: dict[str, str]) -> dict[str, Any]:
+    return {number: {"data": fingerprints, **snapshot.state().to_json()} for number, snapshot in snapshots.items()}
+
+
+def _stream_state(state: dict[str, Any], stream: int, fingerprints: dict[str, str]) -> StreamState:
     """The state of one stream, provided that it is of this data."""
-    found: dict[str, Any] | None = state.get(str(stream))
-    if found is None:
-        raise InputError(f"data.streams: the checkpoint holds no stream {stream}; set the number it was made with")
-    old = found["data"]
-    changed = sorted(name for name in old.keys() | prints.keys() if old.get(name) != prints.get(name))
+    saved: dict[str, Any] | None = state.get(str(stream))
+    if saved is None:
+        raise InputError(
+            f"data.streams: the checkpoint holds no stream {stream}; set the number it was made with",
+            key="data.streams",
+            code="stream-missing",
+        )
+    old = saved["data"]
+    changed = sorted(name for name in old.keys() | fingerprints.keys() if old.get(name) != fingerprints.get(name))
     if changed:
         raise InputError(
             f"source {', '.join(changed)}: its shards, weight, epochs or place among the sources, or data.streams, "
             "seed or sequence_length are not those of the checkpoint, so the run cannot continue exactly; restore "
-            "them, or start another run"
+            "them, or start another run",
+            key="data.sources",
+            code="data-changed",
         )
-    return found
-
-
-def _ahead(
-    steps: Generator[StepData, None, None], depth: int, closed: threading.Event, turn: threading.Event, *, yields: bool
-) -> Generator[StepData, None, None]:
-    """The same steps, `depth` of them made in advance in a thread that ends when the generator is closed.
-
-    closed: Set then, so that the thread does not wait for a store that is not answering. turn: while it is set, steps
-    are made. yields: it is cleared when a step is taken, unless none is left.
-    """
-    ready: queue.Queue[StepData | BaseException | None] = queue.Queue(depth)
-    stop = threading.Event()
-    turn.set()
-
-    def put(item: StepData | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def work() -> None:
-        try:
-            while not stop.is_set():
-                turn.wait()
-                step = next(steps, None)
-                put(step)
-                if step is None:
-                    return
-        except BaseException as error:
-            put(error)
-        finally:
-            steps.close()
-
-    thread = threading.Thread(target=work, name="detour-data", daemon=True)
-    thread.start()
-    try:
-        while True:
-            if ready.empty():
-                turn.set()
-            elif yields:
-                turn.clear()
-            item = ready.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        turn.set()
-        closed.set()
-        thread.join()
+    return StreamState.from_json(saved)

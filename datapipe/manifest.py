@@ -1,8 +1,7 @@
-"""`manifest.json`: what a shard set holds and which tokenizer made it."""
+"""`manifest.json`: the shards of a set and the tokenizer that made them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from configs.files import file_sha256, write_json
 from datapipe.tokenizer import Tokenizer
 
 NAME = "manifest.json"
 FORMAT_VERSION = 1
-_PLAIN_NAME = re.compile(r"[^./\0][^/\0]*\.tar")
+_PLAIN_TAR_NAME = re.compile(r"[^./\0][^/\0]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -24,118 +24,135 @@ class Shard:
     """One tar of a shard set."""
 
     name: str
-    """File name, beside the manifest."""
+    """File name; the file lies beside the manifest."""
     bytes: int
     documents: int
     tokens: int
-    """Without special tokens."""
+    """Special tokens not counted."""
     sha256: str
+    """Hexadecimal, of the whole file."""
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
+    """The facts by which a run recognises the tokenizer of its shards."""
+
     name: str
+    """The reference it was loaded by."""
     sha256: str
+    """Hexadecimal, of its tokenizer.json."""
     vocab_size: int
     special_ids: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerIdentity:
+        """The identity of a loaded tokenizer."""
         return cls(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids)
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """The content of a manifest.json."""
+
     tokenizer: TokenizerIdentity
     shards: tuple[Shard, ...]
     """In the order of their documents."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Source -> its `documents` and `tokens`, and how many documents were left out, by reason."""
+    """Per source: `documents` and `tokens` kept, and documents left out, by reason."""
 
     @property
     def documents(self) -> int:
+        """Documents of all shards."""
         return sum(shard.documents for shard in self.shards)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all shards, special tokens not counted."""
         return sum(shard.tokens for shard in self.shards)
 
 
 def parse_manifest(content: str | bytes, origin: str) -> Manifest:
-    """Read the JSON of a manifest. Raises InputError naming the key that is wrong."""
+    """Read the JSON of a manifest.
+
+    Args:
+        content: The JSON.
+        origin: Path or URL, for messages.
+
+    Raises:
+        InputError: A key is wrong; the message names it.
+    """
     try:
         tree = json.loads(content)
     except ValueError as error:
-        raise InputError(f"{origin} is not valid JSON ({error}); run `detour prepare` again") from None
+        raise _invalid(f"{origin} is not valid JSON ({error})") from None
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(f"{origin}: format_version is {version!r}, this Detour reads {FORMAT_VERSION}")
+        raise InputError(
+            f"{origin}: format_version is {version!r}, this Detour reads {FORMAT_VERSION}", code="manifest-version"
+        )
     try:
         tokenizer = TokenizerIdentity(**{**tree["tokenizer"], "special_ids": tuple(tree["tokenizer"]["special_ids"])})
         shards = tuple(Shard(**shard) for shard in tree["shards"])
         sources = {name: dict(counts) for name, counts in tree.get("sources", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{origin}: missing or unknown key ({error}); run `detour prepare` again") from None
-    for wrong in _wrong_values(tokenizer, shards, sources):
-        raise InputError(f"{origin}: {wrong}; run `detour prepare` again")
+        raise _invalid(f"{origin}: missing or unknown key ({error})") from None
+    for wrong_value in _wrong_values(tokenizer, shards, sources):
+        raise _invalid(f"{origin}: {wrong_value}")
     return Manifest(tokenizer, shards, sources)
+
+
+def _invalid(fault: str) -> InputError:
+    return InputError(f"{fault}; run `detour prepare` again", code="manifest-invalid")
 
 
 def _wrong_values(
     tokenizer: TokenizerIdentity, shards: Iterable[Shard], sources: dict[str, dict[str, Any]]
 ) -> Iterator[str]:
-    """Of the values that files are found and counted by, those that are none; manifests come from anywhere."""
+    """Yield a message per invalid name, count or digest, because manifests come from anywhere."""
     for shard in shards:
-        if not (isinstance(shard.name, str) and _PLAIN_NAME.fullmatch(shard.name)):
+        if not (isinstance(shard.name, str) and _PLAIN_TAR_NAME.fullmatch(shard.name)):
             yield f"shard name {shard.name!r} must be the plain file name of a .tar beside the manifest"
-        yield from _no_counts(f"shard {shard.name}", asdict(shard), ("bytes", "documents", "tokens"))
-        yield from _no_sha256(f"shard {shard.name}", shard.sha256)
-    yield from _no_sha256("tokenizer", tokenizer.sha256)
-    yield from _no_counts("tokenizer", asdict(tokenizer), ("vocab_size",))
+        yield from _wrong_counts(f"shard {shard.name}", asdict(shard), ("bytes", "documents", "tokens"))
+        yield from _wrong_sha256(f"shard {shard.name}", shard.sha256)
+    yield from _wrong_sha256("tokenizer", tokenizer.sha256)
+    yield from _wrong_counts("tokenizer", asdict(tokenizer), ("vocab_size",))
     for name, counts in sources.items():
-        yield from _no_counts(f"source {name}", counts, counts)
+        yield from _wrong_counts(f"source {name}", counts, counts)
 
 
-def _no_counts(what: str, values: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
+def _wrong_counts(owner: str, values: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
         if type(values[key]) is not int or values[key] < 0:
-            yield f"{key} of {what} must be a number from 0, not {values[key]!r}"
+            yield f"{key} of {owner} must be a number from 0, not {values[key]!r}"
 
 
-def _no_sha256(what: str, value: Any) -> Iterator[str]:
+def _wrong_sha256(owner: str, value: Any) -> Iterator[str]:
     if not (isinstance(value, str) and _SHA256.fullmatch(value)):
-        yield f"sha256 of {what} must be 64 hexadecimal digits, not {value!r}"
+        yield f"sha256 of {owner} must be 64 hexadecimal digits, not {value!r}"
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a local shard directory. Raises InputError."""
+    """The manifest of a local shard directory.
+
+    Raises:
+        InputError: The file is missing, unreadable or wrong.
+    """
     path = directory / NAME
     try:
         return parse_manifest(path.read_bytes(), str(path))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; `detour prepare` writes it beside the shards") from None
+        raise InputError(
+            f"{path}: {error.strerror}; `detour prepare` writes it beside the shards", code="manifest-missing"
+        ) from None
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write atomically: a reader sees the whole manifest or none."""
-    tree: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(manifest)}
-    replace_file(directory / NAME, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-
-
-def replace_file(path: Path, content: str) -> None:
-    """Write a small text file so that no reader ever sees a part of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Write manifest.json into a directory, atomically."""
+    write_json(directory / NAME, {"format_version": FORMAT_VERSION, **asdict(manifest)})
 
 
 def verify(directory: Path) -> list[str]:
-    """Every way in which the shards differ from their manifest, one line each; reads all bytes."""
+    """Read all bytes of the shards and return one line per difference from the manifest."""
     problems = []
     for shard in read_manifest(directory).shards:
         path = directory / shard.name

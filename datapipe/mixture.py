@@ -1,4 +1,4 @@
-"""Which document a stream takes next: positions in the sources, and the share of each by tokens."""
+"""The next document of a stream: its position in each source, and the sources' shares of the tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -19,9 +18,9 @@ from datapipe.shards import DamagedError
 from datapipe.source import Source
 
 ENCODE_AHEAD = 64
-"""Documents of raw text that are tokenized at once."""
+"""Documents of raw text tokenized at once."""
 MEMORY = 128
-"""Draws over which the mean of the tokens that wait for a row is taken."""
+"""Draws over which the tokens that wait for a row are averaged."""
 _log = logging.getLogger(__name__)
 
 
@@ -29,16 +28,16 @@ class Document(NamedTuple):
     """A document as a stream draws it."""
 
     ids: NDArray[np.int32]
-    """[CLS] ids [SEP]"""
+    """`[tokens]`, [CLS] and [SEP] included."""
     source: int
+    """Number of the source."""
     epoch: int
     position: int
-    """Among the stream's documents of the source in that epoch."""
+    """Position among the stream's documents of the source in that epoch."""
 
 
-@dataclass(frozen=True)
-class CursorState:
-    """What a cursor needs to go on; its fields are the cursor's."""
+class CursorState(NamedTuple):
+    """The state from which a cursor continues; its fields are the cursor's attributes."""
 
     epoch: int
     position: int
@@ -49,21 +48,22 @@ class CursorState:
 
 
 class Cursor:
-    """Where one stream stands in one source."""
+    """The position of one stream in one source."""
 
     def __init__(self, source: Source, streams: int, stream: int, seed: int) -> None:
         self.source = source
         self.epoch = self.position = 0
         self.tokens = self.documents = self.skipped = 0
-        """Drawn so far, special tokens included and empty documents not; and damaged documents left out."""
+        """Tokens and documents drawn so far, special tokens included, and damaged documents left out."""
         self.waiting = 0.0
-        """Mean tokens drawn that wait for a row."""
+        """Mean of the drawn tokens that wait for a row."""
         self._share = (streams, stream)
         self._key = (seed, source.name)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     @property
     def exhausted(self) -> bool:
+        """Whether the source has reached its `epochs`."""
         return self.epoch == self.source.epochs
 
     def next(self) -> tuple[NDArray[np.int32], int, int] | None:
@@ -73,10 +73,12 @@ class Cursor:
             plan = self._plan(self.epoch)
             if self.position >= len(plan):
                 self.epoch, self.position = self.epoch + 1, 0
-                if self.epoch > started + self._share[0]:  # a stream gets documents once in so many epochs at least
+                if self.epoch > started + self._share[0]:  # within `streams` epochs every stream meets a document
                     if not self.source.usable():
                         raise InputError(
-                            f"source {self.source.name}: every document is empty or damaged; prepare it again"
+                            f"source {self.source.name}: every document is empty or damaged; prepare it again",
+                            key="data.sources",
+                            code="no-usable-document",
                         )
                     started = self.epoch
                 continue
@@ -95,26 +97,29 @@ class Cursor:
         return None
 
     def skip(self, error: DamagedError) -> None:
-        """Count a document as left out. Raises the error where the run is to stop for it."""
+        """Count a document as left out; raise the error if the run stops at damage."""
         if not self.source.skips:
             raise error
         self.skipped += 1
-        if str(error) not in self.source.reported:  # a damaged shard is met once for each of its documents
+        if str(error) not in self.source.reported:  # because a damaged shard is met once per document
             self.source.reported.add(str(error))
             _log.warning("source %s: skipped: %s", self.source.name, error)
 
     def read(self, epoch: int, position: int) -> NDArray[np.int32]:
-        return self.source.wrapped(*self.locate(epoch, position))
+        """A document with its special tokens, without moving the cursor."""
+        return self.source.with_special_tokens(*self.locate(epoch, position))
 
     def locate(self, epoch: int, position: int) -> tuple[int, int]:
         """Shard and document number."""
         return self._plan(epoch).locate(position)
 
     def state(self) -> CursorState:
+        """An immutable snapshot."""
         return CursorState(self.epoch, self.position, self.tokens, self.documents, self.skipped, self.waiting)
 
     def restore(self, state: CursorState) -> None:
-        vars(self).update(vars(state))
+        """Continue from a snapshot."""
+        vars(self).update(state._asdict())
 
     def _plan(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
@@ -124,13 +129,13 @@ class Cursor:
         return self._epochs[epoch]
 
     def _look_ahead(self, plan: _Epoch, position: int) -> None:
-        """Have the next shard fetched, and the next documents of raw text tokenized."""
+        """Start fetching the next shard, and tokenize the next documents of raw text."""
         shard = plan.next_shard(position)
         if shard is not None:
-            self.source.store.ahead(self.source.shards[shard])
+            self.source.store.prefetch(self.source.shards[shard])
         if self.source.raw and position % ENCODE_AHEAD == 0:
             end = min(position + ENCODE_AHEAD, len(plan))
-            self.source.encode_ahead([plan.locate(place) for place in range(position, end)])
+            self.source.encode_ahead([plan.locate(next_position) for next_position in range(position, end)])
 
 
 class _Epoch:
@@ -157,10 +162,10 @@ class _Epoch:
         return segment.shard, segment.first + int(order[position - self._starts[number]])
 
     def next_shard(self, position: int) -> int | None:
-        """The shard after the one that starts at this position, if one starts here and another follows."""
+        """The shard to read after the shard that starts at this position; None unless one starts here."""
         number = bisect_right(self._starts, position)
-        starts = self._starts[number - 1] == position and number < len(self._segments)
-        return self._segments[number].shard if starts else None
+        starts_here = self._starts[number - 1] == position and number < len(self._segments)
+        return self._segments[number].shard if starts_here else None
 
     def _order(self, number: int, segment: Segment) -> NDArray[np.int64]:
         order = self._orders[number] = permutation(segment.count, *self._key, segment.shard, segment.first)
@@ -170,29 +175,37 @@ class _Epoch:
 
 
 class Mixture:
-    """Draws from the sources so that each keeps its share of the tokens in rows, without a random number: the next
-    document is of the source that is furthest behind. One that has reached its `epochs` leaves its share to the others.
+    """Draws documents so that each source keeps its share of the tokens in rows, without a random number.
 
-    Two biases would otherwise add up over the streams. Documents that are hard to fit wait longest for a row, so of
-    some sources more waits than their share: a slow mean of it is not counted. (Its value at the moment would be chased
-    until nothing else waits, and rows would fill badly.) And a draw overshoots by half a document on average.
+    The next document comes from the source that is furthest behind. A source that has reached its `epochs` leaves its
+    share to the others.
+
+    Two biases are corrected, because they would add up over the streams:
+
+    - Documents that are hard to fit wait longest for a row. So the mean of a source's waiting tokens is not counted.
+      The mean is slow: with the present value, one source would fill the buffer, and rows would fill badly.
+    - A draw overshoots by half a document on average.
     """
 
     def __init__(self, sources: Sequence[Source], streams: int, stream: int, seed: int) -> None:
         self.cursors = [Cursor(source, streams, stream, seed) for source in sources]
 
     def next(self, waiting: Sequence[int]) -> Document | None:
-        """None when every source has reached its `epochs`. waiting: tokens of each source that wait for a row."""
+        """Draw the next document; None if every source has reached its `epochs`.
+
+        Args:
+            waiting: Tokens per source that wait for a row.
+        """
         draws = 1 + sum(cursor.documents for cursor in self.cursors)
         for cursor, tokens in zip(self.cursors, waiting, strict=True):
             cursor.waiting += (tokens - cursor.waiting) / min(draws, MEMORY)
         while True:
-            best, number = float("inf"), -1
+            least, number = float("inf"), -1
             for i, cursor in enumerate(self.cursors):
                 half = cursor.tokens / cursor.documents / 2 if cursor.documents else 0.0
                 progress = (cursor.tokens - cursor.waiting + half) / cursor.source.weight
-                if not cursor.exhausted and progress < best:
-                    best, number = progress, i
+                if not cursor.exhausted and progress < least:
+                    least, number = progress, i
             if number < 0:
                 return None
             drawn = self.cursors[number].next()
@@ -201,8 +214,10 @@ class Mixture:
                 return Document(ids, number, epoch, position)
 
     def state(self) -> dict[str, CursorState]:
+        """Immutable snapshots of the cursors, by source."""
         return {cursor.source.name: cursor.state() for cursor in self.cursors}
 
     def restore(self, state: dict[str, CursorState]) -> None:
+        """Continue from snapshots."""
         for cursor in self.cursors:
             cursor.restore(state[cursor.source.name])

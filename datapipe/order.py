@@ -1,4 +1,4 @@
-"""The order of an epoch: a pure hash of (seed, source, epoch). Nothing here has state."""
+"""The order of an epoch: pure functions of (seed, source, epoch), without state."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = 1
-"""Raised when the same data would come in another order, so that checkpoints of the old order are refused."""
+"""Version of the order. A change of it makes runs refuse checkpoints that were made with another order."""
 
 
 def permutation(count: int, *key: str | int) -> NDArray[np.int64]:
     """A permutation of range(count) that depends on nothing but `count` and `key`.
 
-    Sorts by SplitMix64 (Steele, Lea and Flood 2014) of key and number: it is a bijection, so there are no ties, and
-    unlike numpy's generators its bits are the same in every version of every library.
+    It sorts by SplitMix64 (Steele, Lea and Flood 2014) of key and number. That hash is a bijection, so there are no
+    ties. Its bits are the same in every version of every library, unlike those of numpy's generators.
     """
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest()
     x = np.uint64(int.from_bytes(digest, "little")) + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -37,11 +37,18 @@ class Segment:
 
 
 def segments(documents: Sequence[int], streams: int, stream: int, epoch: int, *key: str | int) -> list[Segment]:
-    """What one stream reads of a source in one epoch, given the documents of each shard.
+    """The documents of a source that one stream reads in one epoch.
 
-    The shards in permuted order, laid end to end, are cut into `streams` ranges as equal as can be: every document
-    belongs to exactly one stream, however few the shards, and a stream reads few shards. A stream's range moves on by
-    one each epoch, so that it meets other documents, and so that with fewer documents than streams all get their turn.
+    The shards, in permuted order and laid end to end, are cut into `streams` ranges of nearly equal length. So every
+    document belongs to exactly one stream, and a stream reads few shards. The range of a stream moves on by one per
+    epoch, so that the stream meets other documents. Within `streams` epochs every stream meets every range.
+
+    Args:
+        documents: Documents per shard.
+        streams: Number of logical streams.
+        stream: Number of this stream.
+        epoch: 0-based epoch.
+        key: Key of the order: seed and name of the source.
     """
     shards = permutation(len(documents), *key, epoch).tolist()
     ends = list(accumulate(documents[shard] for shard in shards))

@@ -1,11 +1,9 @@
-"""A logical stream: a sequence of packed rows that can be continued from any of them."""
+"""A logical stream: a sequence of packed rows that continues exactly from any row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,22 +14,25 @@ from datapipe.shards import DamagedError
 from datapipe.source import Source
 
 
-@dataclass(frozen=True)
-class StreamState:
-    """Where a stream stands. Buffered documents are named, not stored."""
+class StreamState(NamedTuple):
+    """The position of a stream. Buffered documents are named, not stored."""
 
     number: int
     """Rows made so far."""
     sources: dict[str, CursorState]
+    """Cursors by source."""
     buffer: tuple[Reference, ...]
+    """Pieces that wait for a row, oldest first."""
     document: Reference | None
-    """The document that is being cut, and its next part."""
+    """The document that is being cut, and the next part of it."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "sources": {name: vars(state) for name, state in self.sources.items()}}
+        """The form in which a checkpoint holds it."""
+        return {**self._asdict(), "sources": {name: state._asdict() for name, state in self.sources.items()}}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> StreamState:
+        """The inverse of `to_json`."""
         return cls(
             tree["number"],
             {name: CursorState(**state) for name, state in tree["sources"].items()},
@@ -44,8 +45,31 @@ def _reference(source: int, epoch: int, position: int, part: int) -> Reference:
     return source, epoch, position, part
 
 
+class StreamSnapshot(NamedTuple):
+    """The position of a stream as it is kept for every step: cheap to take, and shared with the stream, not copied."""
+
+    number: int
+    sources: dict[str, CursorState]
+    pieces: tuple[Piece, ...]
+    document: Reference | None
+
+    def state(self) -> StreamState:
+        """The position without the tokens of the pieces."""
+        buffer = tuple(piece.reference for piece in self.pieces)
+        return StreamState(self.number, self.sources, buffer, self.document)
+
+
 class Stream:
-    """Rows of `length` tokens from the documents one stream owns. A function of its arguments and of nothing else."""
+    """Makes rows from the documents that one stream owns; a function of its arguments and of nothing else.
+
+    Args:
+        sources: The corpora, in the order of the mixture.
+        streams: Number of logical streams.
+        stream: Number of this stream.
+        seed: Seed of the order.
+        length: Tokens per row.
+        pad_id: Padding token.
+    """
 
     def __init__(
         self, sources: Sequence[Source], streams: int, stream: int, seed: int, length: int, pad_id: int
@@ -54,13 +78,13 @@ class Stream:
         self.mixture = Mixture(sources, streams, stream, seed)
         self._number = 0
         self._buffer = Buffer()
-        self._waiting = [0] * len(sources)  # tokens in the buffer
-        # A document is cut as its parts are needed, so that a huge one never fills the buffer.
+        self._waiting = [0] * len(sources)  # tokens in the buffer, per source
+        # A document is cut as its parts are needed, so that a huge document never fills the buffer.
         self._document: Document | None = None
         self._part = 0
 
     def next_row(self) -> PackedSequence | None:
-        """None at the end of the data, which there is only if every source is limited to some epochs."""
+        """Make the next row; None at the end of the data, which comes only if every source has `epochs`."""
         self._fill()
         piece = self._buffer.oldest()
         if piece is None:
@@ -79,25 +103,25 @@ class Stream:
         return PackedSequence(ids, tuple(lengths), self._stream, self._number - 1, tuple(documents))
 
     def locate(self, source: int, epoch: int, position: int) -> tuple[str, int]:
-        """Source and shard, and number in it, of a document."""
+        """The `source/shard` of a document, and its number in that shard."""
         cursor = self.mixture.cursors[source]
         shard, number = cursor.locate(epoch, position)
         return f"{cursor.source.name}/{cursor.source.shards[shard].name}", number
 
-    def state(self) -> StreamState:
+    def snapshot(self) -> StreamSnapshot:
+        """The present position, immutable."""
         document = None if self._document is None else self._piece(self._document, self._part).reference
-        buffer = tuple(map(attrgetter("reference"), self._buffer))  # of every stream, at every step
-        return StreamState(self._number, self.mixture.state(), buffer, document)
+        return StreamSnapshot(self._number, self.mixture.state(), self._buffer.pieces(), document)
 
     def restore(self, state: StreamState) -> None:
-        """Continue from a state of the same stream; reads the buffered documents again and nothing else.
+        """Continue from a state of the same stream; only the buffered documents are read again.
 
-        One that was lost since then is skipped, where that is wanted, like one that is met damaged.
+        A document that was lost meanwhile counts as damaged.
         """
         self._number = state.number
         self.mixture.restore(state.sources)
         pieces = [*state.buffer, *([state.document] if state.document else [])]
-        documents = {place: self._read(*place) for place in dict.fromkeys(piece[:3] for piece in pieces)}
+        documents = {name: self._read(*name) for name in dict.fromkeys(piece[:3] for piece in pieces)}
         for piece in state.buffer:
             if (document := documents[piece[:3]]) is not None:
                 self._add(self._piece(document, piece[3]))
@@ -124,7 +148,7 @@ class Stream:
         return Piece(ids, (document.source, document.epoch, document.position, part))
 
     def _read(self, source: int, epoch: int, position: int) -> Document | None:
-        """A document drawn before; None if it is skipped."""
+        """Read a document that was drawn before; None if it is skipped."""
         cursor = self.mixture.cursors[source]
         try:
             return Document(cursor.read(epoch, position), source, epoch, position)

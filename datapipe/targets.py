@@ -1,4 +1,4 @@
-"""What the model sees and what it must predict, from packed tokens: pure functions of each row."""
+"""Inputs and labels of packed rows: pure functions of each row."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.batch import IGNORE, Ids, MicroBatch, PackedSequence, frame
+from datapipe.batch import IGNORE, Ids, MicroBatch, PackedSequence, collate
 
 
 class Targets(Protocol):
-    def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
-        """Inputs and labels, int64 [rows, sequence_length]; labels are IGNORE where no loss is paid.
+    """An objective as the data sees it."""
 
-        A row's are the same whatever rows come with it: together they take fewer calls of NumPy.
+    def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+        """Inputs and labels, `[rows, sequence_length] int64`; labels are IGNORE at positions without a loss.
+
+        The result for a row does not depend on the other rows. They come together to save NumPy calls.
         """
         ...
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """Causal language modelling: every token of a document but the last predicts the one after it."""
+    """Causal language modelling: every token of a document, except the last, predicts the next token."""
 
     def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+        """Inputs and labels, as `Targets` says."""
         inputs = _ids(rows).astype(np.int64)
         labels = np.full_like(inputs, IGNORE)
         labels[:, :-1] = inputs[:, 1:]
-        for row, paid in zip(rows, labels, strict=True):
-            paid[np.cumsum(row.lengths, dtype=np.int64) - 1] = IGNORE
-            paid[sum(row.lengths) :] = IGNORE
+        for row, row_labels in zip(rows, labels, strict=True):
+            row_labels[np.cumsum(row.lengths, dtype=np.int64) - 1] = IGNORE
+            row_labels[sum(row.lengths) :] = IGNORE
         return inputs, labels
 
 
@@ -41,18 +44,20 @@ class NextToken:
 class Masked:
     """Masked language modelling (Devlin et al. 2019) by an integer hash instead of a random generator.
 
-    Whether and how a position is masked depends on (seed, stream, number of the row, position) only. Special tokens
-    are never masked. A random replacement is uniform over the tokenizer's other tokens: a [CLS] or [SEP] in the middle
-    of a document would tell the model of a boundary that is not there.
+    The treatment of a position depends on (seed, stream, number of the row, position) only. Special tokens are never
+    masked. A random replacement is uniform over the ordinary tokens, because a [CLS] or [SEP] inside a document would
+    tell the model of a boundary that does not exist.
     """
 
     rate: float
-    """Share of the maskable tokens that is predicted."""
+    """Share of the ordinary tokens that is predicted."""
     split: tuple[float, float, float]
-    """Of these: shares replaced by the mask token, by a random token, left as they are."""
+    """Shares of the predicted tokens: replaced by the mask token, replaced by a random token, left as they are."""
     seed: int
+    """Seed of the hash."""
     mask_id: int
     vocab_size: int
+    """Number of ids, special tokens included."""
     special_ids: tuple[int, ...]
     _maskable: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
     _ordinary: Ids = field(init=False, repr=False, compare=False)
@@ -64,42 +69,44 @@ class Masked:
         object.__setattr__(self, "_ordinary", np.flatnonzero(maskable))
 
     def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+        """Inputs and labels, as `Targets` says."""
         ids = _ids(rows)
         inputs = ids.astype(np.int64)
         labels = np.full_like(inputs, IGNORE)
-        choice, action, draw = np.stack([keys(self.seed, row) for row in rows], axis=1)
+        choice, action, draw = np.stack([row_keys(self.seed, row) for row in rows], axis=1)
         ends = np.array([sum(row.lengths) for row in rows])
-        chosen = hashes(choice[:, None], np.arange(ids.shape[1], dtype=np.uint32)) < threshold(self.rate)
-        row, place = np.nonzero(chosen)
-        maskable = self._maskable[ids[row, place]] & (place < ends[row])
-        row, place = row[maskable], place[maskable]
-        labels[row, place] = inputs[row, place]
-        actions = hashes(action[row], place.astype(np.uint32))
-        hidden = actions < threshold(self.split[0])
-        inputs[row[hidden], place[hidden]] = self.mask_id
-        randomised = ~hidden & (actions < threshold(sum(self.split[:2])))
-        row, place = row[randomised], place[randomised]
+        chosen = position_hashes(choice[:, None], np.arange(ids.shape[1], dtype=np.uint32)) < threshold(self.rate)
+        row, position = np.nonzero(chosen)
+        maskable = self._maskable[ids[row, position]] & (position < ends[row])
+        row, position = row[maskable], position[maskable]
+        labels[row, position] = inputs[row, position]
+        actions = position_hashes(action[row], position.astype(np.uint32))
+        masked = actions < threshold(self.split[0])
+        inputs[row[masked], position[masked]] = self.mask_id
+        randomised = ~masked & (actions < threshold(sum(self.split[:2])))
+        row, position = row[randomised], position[randomised]
         # The high half of a 64-bit product maps a uint32 to 0..n-1 evenly.
-        ranks = hashes(draw[row], place.astype(np.uint32)).astype(np.uint64) * np.uint64(len(self._ordinary))
-        inputs[row, place] = self._ordinary[ranks >> np.uint64(32)]
+        draws = position_hashes(draw[row], position.astype(np.uint32)).astype(np.uint64)
+        ranks = draws * np.uint64(len(self._ordinary))
+        inputs[row, position] = self._ordinary[ranks >> np.uint64(32)]
         return inputs, labels
 
 
 @dataclass(frozen=True)
 class NumpyBatches:
-    """Micro-batches on the CPU, by NumPy."""
+    """Makes micro-batches on the CPU, by NumPy."""
 
     targets: Targets
 
     def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
-        """Rows of each micro-batch -> the micro-batches."""
+        """Make one micro-batch from each list of rows."""
         inputs, labels = self.targets(list(chain.from_iterable(batches)))
-        made, first = [], 0
+        micro_batches, first = [], 0
         for rows in batches:
-            here = slice(first, first + len(rows))
-            made.append(frame(rows, inputs[here].reshape(-1), labels[here].reshape(-1)))
-            first = here.stop
-        return made
+            own = slice(first, first + len(rows))
+            micro_batches.append(collate(rows, inputs[own].reshape(-1), labels[own].reshape(-1)))
+            first = own.stop
+        return micro_batches
 
 
 def _ids(rows: Sequence[PackedSequence]) -> NDArray[np.int32]:
@@ -107,26 +114,26 @@ def _ids(rows: Sequence[PackedSequence]) -> NDArray[np.int32]:
 
 
 def threshold(share: float) -> np.uint32:
-    """A uniform uint32 lies below it with probability `share` (to 2**-32)."""
+    """The number that a uniform uint32 falls below with probability `share`, to 2**-32."""
     return np.uint32(min(round(share * 2**32), 2**32 - 1))
 
 
-def keys(seed: int, row: PackedSequence) -> NDArray[np.uint32]:
-    """[3] keys of a row: which positions are predicted, what becomes of each, and the random replacements."""
+def row_keys(seed: int, row: PackedSequence) -> NDArray[np.uint32]:
+    """`[3]` keys of a row: for the positions to predict, for their treatment, and for the random replacements."""
     words = f"{seed} {row.stream} {row.number}".encode()
     return np.frombuffer(hashlib.blake2b(words, digest_size=12).digest(), "<u4")
 
 
-def hashes(key: NDArray[np.uint32], positions: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """A uniform uint32 for each position; the two are broadcast.
+def position_hashes(key: NDArray[np.uint32], positions: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """A uniform uint32 per position; `key` and `positions` are broadcast.
 
-    Only uint32 additions, multiplications, exclusive ors and shifts, which every backend computes to the same bits.
+    It takes only uint32 additions, multiplications, exclusive ors and shifts. Every backend gives the same bits.
     """
     return mix(mix(positions * np.uint32(0x9E3779B9) + key) + key)
 
 
 def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The `lowbias32` integer hash (C. Wellons, "Prospecting for Hash Functions", 2018): a bijection of uint32."""
+    """The integer hash `lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018), a bijection of uint32."""
     x = x ^ (x >> np.uint32(16))
     x *= np.uint32(0x7FEB352D)
     x ^= x >> np.uint32(15)

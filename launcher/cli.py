@@ -72,7 +72,7 @@ def prepare(
     from rich.console import Console
 
     from configs.units import format_count
-    from datapipe.inspect import source_lines
+    from datapipe.shard_report import source_lines
     from datapipe.manifest import NAME, read_manifest
     from datapipe.prepare import prepare as run
     from datapipe.selection import HELD_OUT, Selection

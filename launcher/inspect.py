@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import InputError
-from datapipe.inspect import inspect_shards
+from datapipe.shard_report import inspect_shards
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.tokenizer import load_tokenizer
 from launcher.directory import CONFIG

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.errors import InputError
 from configs.schema import Data
 from datapipe.batch import IGNORE, StepData
 from datapipe.loader import Loader, check_sources, evaluation_batches
+from datapipe.paths import local_path
 from datapipe.prepare import ensure_prepared
-from datapipe.samples import local_path
-from datapipe.shards import TAR_END, tar_member
+from datapipe.shards import DamagedError
 from datapipe.targets import Masked, NextToken, Targets
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer
+from tests.datapipe.conftest import refused
+from tests.datapipe.tars import TAR_END, tar_member
 
 CORPUS = "package://corpus/tico19_fr.jsonl.gz"
 
@@ -66,7 +67,7 @@ def test_dali_makes_the_same_batches(data: Data, tokenizer: Tokenizer, objective
 def test_dali_that_is_not_installed(data: Data, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datapipe.dali.Pipeline", None)
     dali = data.model_copy(update={"backend": "dali"})
-    with pytest.raises(InputError, match=r"data\.backend: DALI is not installed; pip install 'detour-train\[dali\]'"):
+    with refused("not-installed", key="data.backend"):
         check_sources(dali, tokenizer, tokenizer.vocab_size)
 
 
@@ -99,8 +100,9 @@ def test_raw_text_that_is_none(data: Data, tokenizer: Tokenizer, tmp_path: Path)
     (tmp_path / "0.tar").write_bytes(b"".join(members) + TAR_END)
     source = data.sources[0].model_copy(update={"shards": str(tmp_path)})
     raw = data.model_copy(update={"sources": (source,), "streams": 1})
-    with pytest.raises(InputError, match=r"document [12]: neither UTF-8 text nor JSON"):
+    with pytest.raises(DamagedError) as error:
         list(Loader(raw, 1, tokenizer, 0, 1).steps(NextToken(), 1, 0, 1, None))
+    assert error.value.code == "not-text"
     skipping = raw.model_copy(update={"on_error": "skip"})
     (step,) = Loader(skipping, 1, tokenizer, 0, 1).steps(NextToken(), 1, 0, 1, None)
     assert step.drawn["tico"].skipped > 0
@@ -108,16 +110,16 @@ def test_raw_text_that_is_none(data: Data, tokenizer: Tokenizer, tmp_path: Path)
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_evaluation_set_is_the_same_at_every_size(data: Data, tokenizer: Tokenizer, size: int) -> None:
-    def paying(size: int, micro: int) -> list[list[int]]:
+    def labelled_rows(size: int, micro: int) -> list[list[int]]:
         ranks = [evaluation_batches(data, masked(tokenizer), micro, tokenizer, rank, size) for rank in range(size)]
         assert len({len(batches) for batches in ranks}) == 1
         assert all(len(batch.inputs) == micro * 128 for batches in ranks for batch in batches)
         rows = np.concatenate([np.stack([b.inputs, b.labels], 1).reshape(-1, 128, 2) for bs in ranks for b in bs])
         return sorted(row.tolist() for row in rows if (row[:, 1] != IGNORE).any())
 
-    whole = paying(1, 1)
-    assert len(whole) == 21
-    assert paying(size, 4) == whole
+    alone = labelled_rows(1, 1)
+    assert len(alone) == 21
+    assert labelled_rows(size, 4) == alone
 
 
 def test_an_evaluation_set_that_cannot_be_read(data: Data, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_an_evaluation_set_that_cannot_be_read(data: Data, tokenizer: Tokenizer,
     assert data.evaluation is not None
     evaluation = data.evaluation.model_copy(update={"shards": str(tmp_path)})
     skipping = data.model_copy(update={"evaluation": evaluation, "on_error": "skip"})
-    with pytest.raises(InputError, match=r"data\.evaluation: none of its documents can be read"):
+    with refused("no-usable-document", key="data.evaluation"):
         evaluation_batches(skipping, NextToken(), 4, tokenizer, 0, 1)
 
 

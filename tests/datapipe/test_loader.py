@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from configs.schema import Data
 from datapipe.batch import IGNORE, MicroBatch, StepData
 from datapipe.loader import Loader
+from datapipe.prefetch import LaunchGate
 from datapipe.targets import Masked, NextToken
 from datapipe.tokenizer import Tokenizer
 from tests.datapipe.conftest import write_shards
@@ -89,43 +88,59 @@ def test_same_batches_at_every_size_and_restart(
     assert end == states[stop:]
 
 
-def test_beside_a_gpu_batches_are_prepared_while_the_host_waits(
-    data: Data, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Taking one makes no other, until the host says that it has launched its work; without a word all of them come."""
-    made: list[int] = []
-    prepare = Loader._prepare
+class WatchedGate(LaunchGate):
+    """Says when the data thread stands before the closed gate."""
 
-    def counted(self: Loader, *arguments: Any) -> Generator[StepData, None, None]:
-        for step in prepare(self, *arguments):
-            made.append(step.step)
-            yield step
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = threading.Event()
 
-    monkeypatch.setattr(Loader, "_prepare", counted)
-    loader = Loader(data, STREAMS * ROWS, tokenizer, 0, 1, device=0)
-    ahead = data.prefetch + 2  # taken, in the queue, and the next in hand
+    def close(self) -> None:
+        self.held.clear()
+        super().close()
 
-    def stage(micro: MicroBatch) -> tuple[str, MicroBatch]:
+    def wait(self) -> None:
+        if not self._opened.is_set():
+            self.held.set()
+        super().wait()
+
+
+def test_beside_a_gpu_batches_are_made_while_the_host_waits(data: Data, tokenizer: Tokenizer) -> None:
+    """Taking a batch makes no other until the step opens the gate; without that word all of them come still."""
+    gate = WatchedGate()
+    made = threading.Semaphore(0)
+    count = 0
+    loader = Loader(data, STREAMS * ROWS, tokenizer, 0, 1, device=0, gate=gate)
+
+    def stage(micro: MicroBatch) -> tuple[str, MicroBatch]:  # once per step, since a step is one micro-batch here
+        nonlocal count
+        count += 1
+        made.release()
         return threading.current_thread().name, micro
 
-    with closing(loader.steps(NextToken(), 1, 0, 30, None, stage)) as steps:
+    with closing(loader.steps(NextToken(), STREAMS * ROWS, 0, 30, None, stage)) as steps:
         first = next(steps)
-        for (thread, staged), micro in zip(first.staged, first.micro_batches, strict=True):
-            assert staged is micro and thread == "detour-data"
-        wait_for(lambda: len(made) == ahead)
+        ((thread, staged),) = first.staged
+        assert staged is first.micro_batches[0] and thread == "detour-data"
+        ahead = data.prefetch + 2  # taken, in the queue, and the next in hand
+        for _ in range(ahead):
+            assert made.acquire(timeout=60)
         next(steps)
-        time.sleep(0.3)
-        assert len(made) == ahead
+        assert gate.held.wait(60) and count == ahead
         loader.launched()
-        wait_for(lambda: len(made) == ahead + 1)
+        assert made.acquire(timeout=60) and count == ahead + 1
         assert [step.step for step in steps] == list(range(2, 30))
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def test_the_state_is_encoded_only_when_it_is_asked_for(data: Data, tokenizer: Tokenizer) -> None:
+    """And it is the position after its own step, however far the thread has gone on meanwhile."""
+    loader = Loader(data, STREAMS * ROWS, tokenizer, 0, 1)
+    steps = list(loader.steps(NextToken(), 4, 0, 6, None))
+    assert not any("state" in vars(step) for step in steps)
+    resumed = loader.steps(NextToken(), 4, 3, 6, json.loads(json.dumps(steps[2].state)))
+    for one, other in zip(steps[3:], resumed, strict=True):
+        assert one.state == other.state
+        np.testing.assert_array_equal(rows(one, "inputs"), rows(other, "inputs"))
 
 
 def test_next_token_labels_stay_inside_documents(data: Data, tokenizer: Tokenizer) -> None:

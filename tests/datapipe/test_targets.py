@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datapipe.batch import IGNORE, Ids, PackedSequence, frame
+from datapipe.batch import IGNORE, Ids, PackedSequence, collate
 from datapipe.targets import Masked, NextToken, Targets
 
 VOCABULARY, SPECIAL, MASK = 1000, (1, 500, 998, 999), 998
@@ -31,10 +31,10 @@ def masked(rate: float = 0.3, split: tuple[float, float, float] = (0.8, 0.1, 0.1
 def test_labels_are_the_originals_and_special_tokens_stay(ids: list[int], seed: int, stream: int) -> None:
     original = np.array(ids)
     inputs, labels = only(masked(0.5, seed=seed), row(original, stream=stream))
-    paying = labels != IGNORE
-    np.testing.assert_array_equal(labels[paying], original[paying])
-    np.testing.assert_array_equal(inputs[~paying], original[~paying])
-    assert not np.isin(original[paying], SPECIAL).any()
+    labelled = labels != IGNORE
+    np.testing.assert_array_equal(labels[labelled], original[labelled])
+    np.testing.assert_array_equal(inputs[~labelled], original[~labelled])
+    assert not np.isin(original[labelled], SPECIAL).any()
     replaced = inputs[inputs != original]
     assert not np.isin(replaced, [s for s in SPECIAL if s != MASK]).any()
 
@@ -62,9 +62,9 @@ def test_a_row_is_the_same_alone_and_among_others(data: st.DataObject, seed: int
     rows = [one(number) for number in range(data.draw(st.integers(1, 4)))]
     for targets in (NextToken(), masked(0.5, seed=seed)):
         together = zip(*targets(rows), strict=True)
-        for (inputs, labels), (ids, paid) in zip(together, (only(targets, row) for row in rows), strict=True):
+        for (inputs, labels), (ids, alone) in zip(together, (only(targets, row) for row in rows), strict=True):
             np.testing.assert_array_equal(inputs, ids)
-            np.testing.assert_array_equal(labels, paid)
+            np.testing.assert_array_equal(labels, alone)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.15, 0.3, 0.8])
@@ -75,15 +75,15 @@ def test_rates(rate: float, split: tuple[float, float, float]) -> None:
     ids = np.full(count, 7)
     drawn = [only(masked(rate, split), row(ids, number=number)) for number in range(rows)]
     inputs, labels = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    paying = labels != IGNORE
+    labelled = labels != IGNORE
 
     def close(found: int, share: float, total: int) -> bool:
         return abs(found - share * total) <= 5 * np.sqrt(share * (1 - share) * total) + 1e-9
 
-    assert close(paying.sum(), rate, count * rows)
-    assert close((inputs[paying] == MASK).sum(), split[0], paying.sum())
+    assert close(labelled.sum(), rate, count * rows)
+    assert close((inputs[labelled] == MASK).sum(), split[0], labelled.sum())
     ordinary = VOCABULARY - len(SPECIAL)
-    assert close((inputs[paying] == 7).sum(), split[2] + split[1] / ordinary, paying.sum())
+    assert close((inputs[labelled] == 7).sum(), split[2] + split[1] / ordinary, labelled.sum())
 
 
 def test_random_replacements_are_uniform() -> None:
@@ -124,17 +124,17 @@ def test_the_masks_are_the_same_for_ever() -> None:
     assert np.flatnonzero(labels != IGNORE).tolist() == [0, 4, 5, 7, 9, 13, 15]
 
 
-def test_padding_is_a_document_that_pays_nothing() -> None:
+def test_padding_is_a_document_without_labels() -> None:
     ids = np.array([5, 6, 7, 8, 9, 0, 0, 0])
     for targets in (NextToken(), masked(0.9)):
         inputs, labels = only(targets, row(ids, (3, 2)))
         assert (labels[5:] == IGNORE).all() and (inputs[5:] == 0).all()
-        batch = frame([row(ids, (3, 2)), row(ids, (8,))], inputs, labels)
+        batch = collate([row(ids, (3, 2)), row(ids, (8,))], inputs, labels)
         assert batch.cu_seqlens.tolist() == [0, 3, 5, 8, 16]
         assert batch.tokens == 13
     assert only(NextToken(), row(ids, (3, 2)))[1].tolist() == [6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE, IGNORE]
 
 
-def test_an_empty_row_pays_nothing() -> None:
+def test_an_empty_row_has_no_labels() -> None:
     for targets in (NextToken(), masked(0.9)):
         assert (only(targets, PackedSequence(np.full(8, 2, np.int32), (), 0, 0))[1] == IGNORE).all()

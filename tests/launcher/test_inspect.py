@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from datapipe.shards import TAR_END, tar_member
 from datapipe.tokenizer import load_tokenizer
 from launcher.inspect import describe
 from tests.datapipe.conftest import write_shards
+from tests.datapipe.tars import TAR_END, tar_member
 
 
 def test_what_cannot_be_inspected_says_why(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""What a shard set holds, and whether it is what its manifest says."""
+"""The content of a shard set, and the check of it against its manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,44 +17,45 @@ from configs.units import format_count
 from datapipe.manifest import Manifest, read_manifest, verify
 from datapipe.order import permutation
 from datapipe.packing import packing_ratio
-from datapipe.shards import DamagedError, ShardReader, read_index
+from datapipe.shards import DamagedError, ShardReader, read_index, webdataset_samples
 from datapipe.tokenizer import load_tokenizer
 
 PACKED = 20_000
-"""Documents the packing ratio is foretold from."""
+"""Documents from which the packing ratio is estimated."""
 SAMPLES = 3
+"""Shards from which a document is shown."""
 SAMPLE_CHARACTERS = 200
 ROWS = (1024, 8192)
-"""Sequence lengths for which the packing ratio is foretold."""
+"""Sequence lengths for which the packing ratio is estimated."""
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """A shard set that is whole."""
+    """The content of a shard set without damage."""
 
     directory: Path
     manifest: Manifest
     lengths: NDArray[np.int64]
-    """[documents] tokens of each, without special tokens."""
+    """`[documents] int64`, tokens per document, special tokens not counted."""
     samples: tuple[tuple[str, str], ...]
-    """Key and the beginning of the decoded text of some documents; none where the tokenizer is not to be had."""
+    """Key and beginning of the text of some documents; empty if their tokenizer is not available."""
 
     @property
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(from, below, documents) for lengths by powers of two."""
+        """(from, below, documents) per power of two of the lengths."""
         bins = np.maximum(np.log2(np.maximum(self.lengths, 1)).astype(int), 0)
         return [(2**b, 2 ** (b + 1), int(count)) for b, count in zip(*np.unique(bins, return_counts=True), strict=True)]
 
     def packing_ratio(self, row: int) -> float:
-        """Share of real tokens to expect in rows of `row` tokens, special tokens counted."""
+        """Share of tokens that are not padding to expect in rows of `row` tokens, special tokens included."""
         parts = np.split(self.lengths, np.cumsum([shard.documents for shard in self.manifest.shards])[:-1])
-        # As a stream reads them: shard by shard, since documents of a shard may be alike.
+        # In the order of a stream, shard by shard, because documents of a shard may be alike.
         lengths = np.concatenate([part[permutation(len(part), "inspect")] for part in parts])
         return packing_ratio((lengths[:PACKED] + 2).tolist(), row)
 
     def __str__(self) -> str:
         manifest, lengths = self.manifest, self.lengths
-        most = max(count for *_, count in self.histogram)
+        largest = max(count for *_, count in self.histogram)
         lines = [
             f"{self.directory}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
             f"{format_count(manifest.tokens)} tokens; every sha256, count and id is right",
@@ -59,7 +63,7 @@ class ShardReport:
             f"  lengths     {lengths.mean():,.0f} tokens on average, median {np.median(lengths):,.0f}, "
             f"longest {lengths.max():,}",
             *(
-                f"    {low:>9,} - {high - 1:<9,} {'#' * max(1, 40 * count // most)} {count:,}"
+                f"    {low:>9,} - {high - 1:<9,} {'#' * max(1, 40 * count // largest)} {count:,}"
                 for low, high, count in self.histogram
             ),
             "  packing     "
@@ -70,7 +74,7 @@ class ShardReport:
 
 
 def source_lines(manifest: Manifest) -> list[str]:
-    """Of each source, for people: what it holds, and how many of its documents were left out, by reason."""
+    """One line per source for people: its documents, its tokens, and the documents left out, by reason."""
     lines = []
     for name, counts in manifest.sources.items():
         left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why not in ("documents", "tokens"))
@@ -84,20 +88,31 @@ def source_lines(manifest: Manifest) -> list[str]:
 
 
 def inspect_shards(directory: Path) -> ShardReport:
-    """Read every byte of a shard set. Raises InputError naming everything in which it differs from its manifest."""
+    """Read every byte of a shard set.
+
+    Raises:
+        InputError: The set differs from its manifest; the message names every difference.
+    """
     manifest = read_manifest(directory)
     if not manifest.documents:
-        raise InputError(f"{directory} holds no documents; prepare it again from text that has some")
+        raise InputError(
+            f"{directory} holds no documents; prepare it again from text that has some", code="no-documents"
+        )
     problems = verify(directory)
     if not problems:
         lengths, problems = _read(directory, manifest)
     if problems:
-        raise InputError("\n".join([f"{directory} is damaged", *problems]) + "\ncopy it again, or prepare it anew")
+        raise _damaged(directory, problems)
     return ShardReport(directory, manifest, lengths, _samples(directory, manifest))
 
 
+def _damaged(directory: Path, problems: Sequence[str]) -> InputError:
+    message = "\n".join([f"{directory} is damaged", *problems, "copy it again, or prepare it anew"])
+    return InputError(message, code="shards-damaged")
+
+
 def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[str]]:
-    """Tokens of every document, and every document that cannot be used."""
+    """Tokens per document, and a line per problem."""
     lengths: list[int] = []
     problems: list[str] = []
     for shard in manifest.shards:
@@ -105,7 +120,9 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
         reader = ShardReader(path.open("rb", buffering=0), str(path))
         index = read_index(path.with_suffix(".idx"), shard)
         if index is not None and not np.array_equal(index, reader.spans):
-            problems.append(f"{path.with_suffix('.idx')}: not where the documents of {path.name} lie; delete it")
+            problems.append(
+                f"{path.with_suffix('.idx')}: it points to other documents than those of {path.name}; delete it"
+            )
         tokens = 0
         for document in range(len(reader)):
             try:
@@ -117,27 +134,50 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
             tokens += len(ids)
             if len(ids) and int(ids.max()) >= manifest.tokenizer.vocab_size:
                 problems.append(f"{reader.name}, document {document}: id {ids.max()} is beyond the vocabulary")
-        found = (len(reader), tokens)
-        if found != (shard.documents, shard.tokens):
-            problems.append(f"{reader.name}: {found} documents and tokens, not {(shard.documents, shard.tokens)}")
+        if (len(reader), tokens) != (shard.documents, shard.tokens):
+            problems.append(
+                f"{reader.name}: {len(reader):,} documents and {tokens:,} tokens, "
+                f"not {shard.documents:,} and {shard.tokens:,}"
+            )
         reader.close()
     return np.array(lengths, np.int64), problems
 
 
 def _samples(directory: Path, manifest: Manifest) -> tuple[tuple[str, str], ...]:
-    try:
-        tokenizer = load_tokenizer(manifest.tokenizer.name)
-    except InputError:
-        return ()
-    if tokenizer.sha256 != manifest.tokenizer.sha256:  # another one by now lies where the name points to
-        return ()
+    """A document from the middle of some shards, which WebDataset must read as `ShardReader` does."""
+    decode = _decoder(manifest)
     samples: list[tuple[str, str]] = []
     filled: Sequence[int] = [number for number, shard in enumerate(manifest.shards) if shard.documents]
     for shard in (filled[i] for i in permutation(len(filled), "inspect")[:SAMPLES]):
         path = directory / manifest.shards[shard].name
-        reader = ShardReader(path.open("rb", buffering=0), str(path))
-        document = len(reader) // 2
-        text = tokenizer.backend.decode(reader.ids(document)[:SAMPLE_CHARACTERS].tolist())
-        samples.append((f"{path.name}[{document}]", text[:SAMPLE_CHARACTERS]))
-        reader.close()
+        with closing(ShardReader(path.open("rb", buffering=0), str(path))) as reader:
+            _require_same_by_webdataset(directory, path, reader)
+            document = len(reader) // 2
+            if decode is not None:
+                text = decode(reader.ids(document)[:SAMPLE_CHARACTERS].tolist())
+                samples.append((f"{path.name}[{document}]", text[:SAMPLE_CHARACTERS]))
     return tuple(samples)
+
+
+def _decoder(manifest: Manifest) -> Callable[[list[int]], str] | None:
+    """Turns ids into text; None if the shards' tokenizer is not available, or another has its name by now."""
+    try:
+        tokenizer = load_tokenizer(manifest.tokenizer.name)
+    except InputError:
+        return None
+    return tokenizer.backend.decode if tokenizer.sha256 == manifest.tokenizer.sha256 else None
+
+
+def _require_same_by_webdataset(directory: Path, path: Path, reader: ShardReader) -> None:
+    """Raise InputError unless WebDataset reads the same documents from a shard, so that other programs can."""
+    document = -1
+    try:
+        for document, sample in enumerate(webdataset_samples(path)):
+            ids = np.lib.format.read_array(io.BytesIO(sample["ids.npy"]), allow_pickle=False)
+            if not np.array_equal(ids, reader.ids(document)):
+                raise ValueError("other ids")
+    except (KeyError, ValueError, tarfile.TarError, DamagedError) as error:
+        raise _damaged(directory, [f"{path}: WebDataset does not read document {document} ({error})"]) from None
+    if document + 1 != len(reader):
+        fault = f"{path}: WebDataset reads {document + 1:,} documents, not {len(reader):,}"
+        raise _damaged(directory, [fault])
