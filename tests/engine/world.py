@@ -14,8 +14,6 @@ from configs.load import validate
 from configs.schema import RunConfig
 from tests.toy_recipe import toy_recipe
 
-SAMPLES = Path(__file__).parents[2] / "datapipe" / "samples"
-
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, fresh: bool = False) -> list[Any]:
     """`function(*args)` on every rank of a process group of `size`; the results by rank. A rank's error is raised.
