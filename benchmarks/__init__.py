@@ -1,0 +1,1 @@
+"""Benchmarks; each module is a script, and `benchmarks/README.md` lists them."""

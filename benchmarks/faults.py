@@ -1,9 +1,11 @@
-"""What starting, saving and failing cost, and whether any fault costs a step.
+"""The cost of starting, saving and failing, and whether a fault changes the result of a run.
 
-A toy run on a real Ray cluster of several raylets, to which one random fault after another happens, is compared with
-the same run without any. The peers are bars in seconds or steps; the rows named "part" say where the time above went.
+A toy run on a Ray cluster of several raylets, hit by one random fault after another, is compared with the same run
+without faults. The column "peer" holds a bar in seconds or steps. A row named "part" is a part of the row above it.
 
     python -m benchmarks.faults [--quick] [--json FILE]
+
+The environment variable DETOUR_TEST_SEED repeats the faults of an earlier run.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ import psutil
 
 from benchmarks.cpu_vs_transformers import MODEL
 from benchmarks.table import Row, arguments, report
+from monitoring.run_directory import RunDirectory
 from tests.chaos.loopback import LoopbackCluster, LoopbackNode
 from tests.launcher.toy import (
     DETOUR,
@@ -39,12 +43,13 @@ from tests.launcher.toy import (
     workers,
     write,
 )
+from tests.seeds import draw_seed
 
 SAMPLE = "package://corpus/tico19_en.jsonl.gz"
 POISON = Path(__file__).parents[1] / "tests/chaos/poison"
-"""On Python's path, it spoils one batch."""
+"""Folder that spoils one batch if it is on Python's path."""
 INTERVAL = 5
-"""Steps between two checkpoints of the run that faults happen to."""
+"""Steps between two checkpoints of the run with faults."""
 
 
 def main() -> None:
@@ -63,7 +68,7 @@ def main() -> None:
 
 
 def cold_start_and_kill(home: Path, shards: Path) -> list[Row]:
-    """On a local cluster: from the command to the first step, and from a killed worker to the first new step."""
+    """Measure the time from the command to the first step, and from a killed worker to the next new step."""
     home.mkdir()
     tree = recipe(shards, checkpoint={"every": "10 steps"})
     tree["phases"][0]["steps"] = 60
@@ -73,13 +78,13 @@ def cold_start_and_kill(home: Path, shards: Path) -> list[Row]:
         first_step = _when(lambda: 1 in steps(directory), job)
         start = _event(directory, "workers_started")
         wait_for(lambda: 15 in steps(directory), job)
-        last = max(steps(directory))
+        step_at_kill = max(steps(directory))
         killed = time.time()
         workers(job)[-1].kill()
         failed = wait_for(lambda: _event(directory, "worker_failed"), job)
         wait_for(lambda: _event(directory, "resumed"), job)
-        again = _event(directory, "workers_started", -1)
-        new_step = _when(lambda: max(steps(directory)) > last, job)
+        restart = _event(directory, "workers_started", -1)
+        new_step = _when(lambda: max(steps(directory)) > step_at_kill, job)
         assert job.wait(600) == 0
     ready = _time(start) - start["seconds"]
     return [
@@ -89,14 +94,14 @@ def cold_start_and_kill(home: Path, shards: Path) -> list[Row]:
         _part("part: model, data, first step", first_step - _time(start)),
         Row.at_most("worker killed to the first new step", new_step - killed, 20, 1, "s"),
         _part("part: noticed", _time(failed) - killed),
-        _part("part: workers placed, started, imported", _time(again) - _time(failed)),
-        _part("part: model, checkpoint, recomputed steps", new_step - _time(again)),
+        _part("part: workers placed, started, imported", _time(restart) - _time(failed)),
+        _part("part: model, checkpoint, recomputed steps", new_step - _time(restart)),
         _stall("training stall of asynchronous checkpoints, toy", directory),
     ]
 
 
 def stall_of_a_larger_model(home: Path, shards: Path) -> Row:
-    """17 M parameters, 200 MB a checkpoint: what of a save stands in the way of training once it is not all plan."""
+    """Measure the stall of a save with 17 M parameters; a toy's save is mostly planning."""
     home.mkdir()
     tree = recipe(shards, model=MODEL, checkpoint={"every": "5 steps"}, batch={"sequences": 4, "micro": 1})
     tree["phases"][0]["steps"], tree["phases"][1]["steps"] = 29, 1
@@ -106,16 +111,16 @@ def stall_of_a_larger_model(home: Path, shards: Path) -> Row:
 
 
 def _stall(name: str, directory: Path) -> Row:
-    """Over the saves that training went on behind; at the end of a phase it waits for them."""
-    saves = [event for event in lines(directory / "events.jsonl") if event["event"] == "checkpoint_saved"]
+    """Compare the stall with the time of the saves, without the last two, because training waits for these."""
+    saves = [event for event in lines(RunDirectory(directory).events) if event["event"] == "checkpoint_saved"]
     stall, seconds = (sum(save[key] for save in saves[:-2]) for key in ("stall_seconds", "seconds"))
     return Row.at_most(name, stall, seconds, 0.1, "s of saving")
 
 
 def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:
-    """On a cluster of raylets: one fault after another at random steps; then the same run without any.
+    """Hit a run with one fault after another at random steps, then repeat it without faults.
 
-    In both, a batch early on has no finite loss. The run with faults lies on a disk of its own, if one may be mounted.
+    In both runs an early batch has no finite loss. If a disk may be mounted, the run with faults has its own disk.
     """
     home.mkdir()
     disk = home / "disk"
@@ -127,13 +132,11 @@ def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:
         )
     finally:
         if small:
-            subprocess.run(["umount", "--lazy", disk], check=True)  # a killed worker may not have left it yet
+            subprocess.run(["umount", "--lazy", disk], check=True)  # a killed worker may still use it
 
 
 def _random_faults(home: Path, disk: Path, shards: Path, faults: int, kinds: list[Fault]) -> list[Row]:
-    seed = random.randrange(2**32)
-    print(f"faults drawn from seed {seed}", flush=True)
-    draw = random.Random(seed)
+    random.seed(draw_seed())
     tree = recipe(
         shards,
         cluster={"nodes": 2, "workers_per_node": 1, "hang_timeout": 20, "max_failures": 10 * faults},
@@ -141,55 +144,80 @@ def _random_faults(home: Path, disk: Path, shards: Path, faults: int, kinds: lis
     )
     tree["phases"][0]["steps"], tree["phases"][1]["steps"] = 15 * faults, 6
     toy = write(home / "toy.yaml", tree)
-    recomputed: dict[Fault, int] = dict.fromkeys(kinds, 0)
-    recovery, lost, each = [], 0, []
     with LoopbackCluster(3, path=POISON) as cluster:
         job = _Job(cluster, toy, disk / "run")
-        for number in range(faults):
-            fault = draw.choice(kinds)
-            at = max([0, *steps(job.directory)]) + draw.randint(2, 8)
-            job.wait_for_step(at)
-            reached, began = max(steps(job.directory)), time.time()
-            print(f"{number + 1:>3}/{faults} step {reached:>4}  {fault.__name__:<28}", end="", flush=True)
-            noticed = fault(job)
-            if fault is fill_disk:  # it ends no worker: the training goes on without checkpoints, until there is room
-                again = 0
-                job.wait_for_event("checkpoint_saved", since=noticed, count=2)  # the next fault may damage one
-            else:
-                again = max(0, reached - job.wait_for_event("resumed", since=began)["step"])
-            job.wait_for_step(reached + 1)
-            back = time.time() - began
-            recomputed[fault] = max(recomputed[fault], again)
-            recovery.append(back)
-            name = f"fault {number + 1}: {fault.__name__} at step {reached}"
-            each += [_part(f"{name}, noticed", noticed - began), _part(f"{name}, going on", back)]
-            print(f"noticed {noticed - began:5.1f} s  going on {back:5.1f} s  {again} steps recomputed", flush=True)
+        outcomes = []
+        for number in range(1, faults + 1):
+            outcomes.append(_cause(random.choice(kinds), job))
+            print(f"{number:>3}/{faults} {outcomes[-1]}", flush=True)
         job.finish()
         assert "step_skipped" in events(job.directory), "no batch was poisoned"
         clean = _Job(cluster, toy, home / "clean")
         clean.finish()
+    changed = 0
     try:
         assert_same_run(job.directory, clean.directory)
     except AssertionError as error:
-        lost = faults
+        changed = faults
         print(f"the run differs from the undisturbed one: {error}")
-    recovery.sort()
+    return _rows(outcomes, changed)
 
-    def most(faults: Iterable[Fault]) -> int:
-        return max(recomputed[fault] for fault in faults)
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Effect of one fault."""
+
+    fault: Fault
+    step: int
+    """Last completed step when the fault began."""
+    noticed: float
+    """Seconds until Detour noticed the fault."""
+    recovered: float
+    """Seconds until the first new step."""
+    recomputed: int
+    """Steps that were done twice."""
+
+    def __str__(self) -> str:
+        times = f"noticed {self.noticed:5.1f} s  going on {self.recovered:5.1f} s"
+        return f"step {self.step:>4}  {self.fault.__name__:<28}{times}  {self.recomputed} steps recomputed"
+
+
+def _cause(fault: Fault, job: _Job) -> _Outcome:
+    """Cause a fault at a random step, and wait for the first new step."""
+    job.wait_for_step(max([0, *steps(job.directory)]) + random.randint(2, 8))
+    reached, began = max(steps(job.directory)), time.time()
+    noticed = fault(job)
+    recomputed = 0
+    if fault is fill_disk:  # it ends no worker; training continues without checkpoints until there is room
+        job.wait_for_event("checkpoint_saved", since=noticed, count=2)  # two, because the next fault may damage one
+    else:
+        recomputed = max(0, reached - job.wait_for_event("resumed", since=began)["step"])
+    job.wait_for_step(reached + 1)
+    return _Outcome(fault, reached, noticed - began, time.time() - began, recomputed)
+
+
+def _rows(outcomes: Sequence[_Outcome], changed: int) -> list[Row]:
+    recovered = sorted(outcome.recovered for outcome in outcomes)
+    each: list[Row] = []
+    for number, outcome in enumerate(outcomes, 1):
+        name = f"fault {number}: {outcome.fault.__name__} at step {outcome.step}"
+        each += [_part(f"{name}, noticed", outcome.noticed), _part(f"{name}, going on", outcome.recovered)]
+
+    def most(damage: bool) -> int:
+        return max((outcome.recomputed for outcome in outcomes if (outcome.fault in DAMAGE) == damage), default=0)
 
     return [
-        Row.at_most("faults that changed the result", lost, faults, 0, "faults"),
-        Row.at_most("steps recomputed after a fault, most", most(set(kinds) - DAMAGE), INTERVAL, 1, "steps"),
-        Row.at_most("steps recomputed, newest checkpoint damaged", most(DAMAGE), 2 * INTERVAL, 1, "steps"),
-        _part("fault to the first new step, median", recovery[len(recovery) // 2]),
-        _part("fault to the first new step, longest", recovery[-1]),
+        Row.at_most("faults that changed the result", changed, len(outcomes), 0, "faults"),
+        Row.at_most("steps recomputed after a fault, most", most(damage=False), INTERVAL, 1, "steps"),
+        Row.at_most("steps recomputed, newest checkpoint damaged", most(damage=True), 2 * INTERVAL, 1, "steps"),
+        _part("fault to the first new step, median", recovered[len(recovered) // 2]),
+        _part("fault to the first new step, longest", recovered[-1]),
         *each,
     ]
 
 
 class _Job:
-    """A run on the cluster, submitted again whenever its driver has gone."""
+    """A run on the cluster, which is submitted again when its driver has ended."""
 
     def __init__(self, cluster: LoopbackCluster, toy: Path, directory: Path) -> None:
         self.cluster, self.directory = cluster, directory
@@ -215,17 +243,17 @@ class _Job:
         wait_for(lambda: max([0, *steps(self.directory)]) >= step, self.process, timeout=600)
 
     def wait_for_event(self, kind: str, since: float, count: int = 1) -> dict[str, Any]:
-        """The last of at least `count` of them."""
+        """Wait for `count` events of a kind after a time; return the last of them."""
 
-        def found() -> dict[str, Any] | None:
-            those = [event for event in lines(self.directory / "events.jsonl") if event["event"] == kind]
-            return those[-1] if len(those) >= count and _time(those[-count]) > since else None
+        def last() -> dict[str, Any] | None:
+            matching = [event for event in lines(RunDirectory(self.directory).events) if event["event"] == kind]
+            return matching[-1] if len(matching) >= count and _time(matching[-count]) > since else None
 
-        event: dict[str, Any] = wait_for(found, self.process, timeout=600)
+        event: dict[str, Any] = wait_for(last, self.process, timeout=600)
         return event
 
     def member(self, index: int) -> tuple[psutil.Process, LoopbackNode]:
-        """A worker and its node, the head's first."""
+        """Return a worker and its node; the worker on the head node has index 0."""
         return sorted(self.cluster.workers().items(), key=lambda item: item[1].address)[index]
 
 
@@ -236,7 +264,7 @@ def kill_worker(job: _Job) -> float:
 
 
 def stop_worker(job: _Job) -> float:
-    """SIGSTOP: alive, and gets nowhere."""
+    """Suspend a worker, which is then alive without progress."""
     began = time.time()
     job.member(random.choice([0, -1]))[0].suspend()
     return _time(job.wait_for_event("worker_failed", began))
@@ -276,10 +304,10 @@ def terminate_driver(job: _Job) -> float:
 
 
 def truncate_newest_checkpoint(job: _Job) -> float:
-    """And kill the driver, so that it is needed."""
+    """Shorten a file of the newest checkpoint, after a kill of the driver, so that the checkpoint is needed."""
     job.process.kill()
     job.process.wait()
-    saved = sorted((job.directory / "checkpoints").glob("step-*"))
+    saved = sorted(RunDirectory(job.directory).checkpoints.glob("step-*"))
     if len(saved) > 1:
         victim = max(saved[-1].glob("*.distcp"))
         victim.write_bytes(victim.read_bytes()[:-1])
@@ -288,10 +316,10 @@ def truncate_newest_checkpoint(job: _Job) -> float:
 
 
 def delete_newest_checkpoint(job: _Job) -> float:
-    """And kill the driver, so that it is needed."""
+    """Delete the newest checkpoint, after a kill of the driver, so that the checkpoint is needed."""
     job.process.kill()
     job.process.wait()
-    saved = sorted((job.directory / "checkpoints").glob("step-*"))
+    saved = sorted(RunDirectory(job.directory).checkpoints.glob("step-*"))
     if len(saved) > 1:
         shutil.rmtree(saved[-1])
     job.submit_again()
@@ -299,16 +327,16 @@ def delete_newest_checkpoint(job: _Job) -> float:
 
 
 def kill_worker_in_save(job: _Job) -> float:
-    """Rank 0, which ends the save; on a toy the kill may come a blink too late."""
-    saving = job.directory / "checkpoints"
-    wait_for(lambda: list(saving.glob(".step-*.partial")), job.process, pause=0.001)
+    """Kill rank 0, which ends the save. On a toy the kill may come too late."""
+    checkpoints = RunDirectory(job.directory).checkpoints
+    wait_for(lambda: list(checkpoints.glob(".step-*.partial")), job.process, pause=0.001)
     began = time.time()
     job.member(0)[0].kill()
     return _time(job.wait_for_event("worker_failed", began))
 
 
 def fill_disk(job: _Job) -> float:
-    """Until a checkpoint has failed; there is room left for the logs (tests/chaos fills a disk to the last byte)."""
+    """Fill the disk until a checkpoint has failed, but leave room for the logs."""
     began = time.time()
     filler = job.directory.parent / "filler"
     with filler.open("wb", buffering=0) as file:
@@ -322,7 +350,7 @@ def fill_disk(job: _Job) -> float:
 
 
 Fault = Callable[[_Job], float]
-"""Does it, and says when it was noticed."""
+"""Causes a fault, and returns the time at which it was noticed."""
 FAULTS: list[Fault] = [
     kill_worker,
     stop_worker,
@@ -337,7 +365,7 @@ FAULTS: list[Fault] = [
 ]
 
 DAMAGE: set[Fault] = {truncate_newest_checkpoint, delete_newest_checkpoint}
-"""What they leave is the checkpoint before the newest."""
+"""Faults after which the checkpoint before the newest is loaded."""
 
 
 def _when(condition: Callable[[], Any], job: psutil.Popen) -> float:
@@ -346,8 +374,8 @@ def _when(condition: Callable[[], Any], job: psutil.Popen) -> float:
 
 
 def _event(directory: Path, kind: str, number: int = 0) -> dict[str, Any]:
-    found = [event for event in lines(directory / "events.jsonl") if event["event"] == kind]
-    return found[number] if found else {}
+    matching = [event for event in lines(RunDirectory(directory).events) if event["event"] == kind]
+    return matching[number] if matching else {}
 
 
 def _time(event: dict[str, Any]) -> float:

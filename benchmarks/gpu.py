@@ -216,7 +216,7 @@ def fp8_loss_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 
 def attention_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    """Transformer Engine's attention against torch's, which is the default. It may have no kernel for some layers."""
+    """Compare Transformer Engine's attention, the default, with torch's. Some layers may have no kernel in it."""
     for objective in ("clm", "mlm"):
         name = f"base, {objective.upper()}: Transformer Engine's attention against torch's"
         found = {}

@@ -1,46 +1,49 @@
-"""The rows every benchmark prints, and writes with --json."""
+"""The rows that every benchmark prints, and writes with --json."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.files import write_json
+
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement beside what it is measured against."""
+    """One measurement and the value that it is compared with."""
 
     name: str
     ours: float
     peer: float
+    """The other program's value, or a limit."""
     ratio: float
-    """As the line defines it; what the bar is about."""
+    """ours / peer."""
     bar: float | None
-    """None where nothing is promised."""
+    """Goal for the ratio; None without a goal."""
     unit: str
-    """Of ours and peer."""
+    """Unit of `ours` and `peer`."""
     met: bool | None
+    """Whether the ratio reaches the bar; None without a bar."""
 
     @classmethod
     def at_least(cls, name: str, ours: float, peer: float, bar: float | None, unit: str) -> Row:
-        """More is better: ratio = ours / peer, and the bar is its least value."""
+        """Make a row in which more is better: the bar is the least ratio."""
         ratio = ours / peer
         return cls(name, ours, peer, ratio, bar, unit, None if bar is None else ratio >= bar)
 
     @classmethod
     def at_most(cls, name: str, ours: float, peer: float, bar: float | None, unit: str) -> Row:
-        """Less is better: ratio = ours / peer, and the bar is its greatest value."""
+        """Make a row in which less is better: the bar is the greatest ratio."""
         ratio = ours / peer
         return cls(name, ours, peer, ratio, bar, unit, None if bar is None else ratio <= bar)
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """`quick` and `json` of the command line."""
+    """Parse the options `quick` and `json` of the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: within 10 minutes on 2 cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
@@ -48,7 +51,7 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 
 def report(rows: Sequence[Row], file: Path | None) -> None:
-    """Print the table; write it to `file`, if one is given, as the list of rows."""
+    """Print the table, and write the rows to `file` if it is given."""
     width = max(len(row.name) for row in rows)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"{'':<{width}}  {'ours':>12}  {'peer':>12}  {'ratio':>8}  {'bar':>6}")
@@ -62,5 +65,5 @@ def report(rows: Sequence[Row], file: Path | None) -> None:
 
 
 def write(rows: Sequence[Row], file: Path) -> None:
-    """The list of rows, as JSON."""
-    file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    """Write the rows as a JSON list."""
+    write_json(file, [asdict(row) for row in rows])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import InputError
-from datapipe.shard_report import inspect_shards
 from datapipe.manifest import NAME as MANIFEST
+from datapipe.shard_report import inspect_shards
 from datapipe.tokenizer import load_tokenizer
 from launcher.directory import CONFIG
 from monitoring.log import read_events, read_metrics

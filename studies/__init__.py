@@ -1,1 +1,1 @@
-"""Studies: arms of runs compared, scaling laws, layer drift, downstream evaluation, and their reports."""
+"""Studies: grids of runs, paired comparisons, scaling laws, layer drift, downstream tasks, and their reports."""

@@ -1,4 +1,4 @@
-"""What a study may be pointed at: a run, a checkpoint, or a Hugging Face model."""
+"""Models that a study reads: a run, a checkpoint, or a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -8,61 +8,74 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from configs.errors import InputError
+from configs.hub import download_snapshot, is_hub_id
 from configs.load import load_config
 from configs.schema import RunConfig
-
-EXPORT = "hf"
-CONFIG = "config.yaml"
+from monitoring.run_directory import RunDirectory
 
 
 @contextmanager
 def huggingface_directory(model: str) -> Iterator[Path]:
-    """The Hugging Face directory of a model; that of a checkpoint exists as long as the context does.
+    """Yield the Hugging Face directory of a model. The export of a checkpoint is deleted at the end.
 
-    `model` is a run directory (its final export, else its newest checkpoint), a checkpoint, a Hugging Face directory or
-    a hub id. Raises InputError where it is none of them.
+    Args:
+        model: Run directory (its final export, else its newest checkpoint), checkpoint, Hugging Face directory or
+            hub id.
+
+    Raises:
+        InputError: The reference names no model.
     """
-    from engine.checkpoint import latest_valid
     from engine.modernbert.config import CONFIG_FILE
 
     path = Path(model)
     if path.is_dir():
-        if (path / EXPORT / "config.json").is_file():
-            path = path / EXPORT
-        elif (path / CONFIG).is_file():
-            newest, _ = latest_valid(path / "checkpoints")
-            if newest is None:
-                raise InputError(f"{model} is a run without a checkpoint yet; train it first")
-            path = newest
+        path = _export_or_checkpoint(path)
         if (path / CONFIG_FILE).is_file():
             with TemporaryDirectory(prefix="detour-") as folder:
                 yield _export(path, Path(folder))
             return
-    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        path = _download(model)
+    elif is_hub_id(model):
+        path = download_snapshot(model, ["*.json", "*.safetensors", "*.txt"], "MODEL")
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         raise InputError(
-            f"{model} is no model: give a run directory, a checkpoint, a Hugging Face directory with config.json and "
-            "safetensors weights, or a hub id such as answerdotai/ModernBERT-base"
+            f"{model} is no model; give a run directory, a checkpoint, a Hugging Face directory with config.json and "
+            "safetensors weights, or a hub id such as answerdotai/ModernBERT-base",
+            code="not-a-model",
         )
     yield path
 
 
-def quiet() -> None:
-    """Keep transformers from reporting on weights a task does not need, and from its progress bars."""
+def silence_transformers() -> None:
+    """Turn off transformers' progress bars and its reports about weights that a task does not need."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
-def run_of(model: str) -> RunConfig | None:
-    """The configuration of the run a model came from, where the model lies in a run directory."""
+def config_of_run(model: str) -> RunConfig | None:
+    """Load the configuration of the run that a model lies in; None outside a run directory."""
     path = Path(model).absolute()
     for folder in (path, path.parent, path.parent.parent):
-        if (folder / CONFIG).is_file():
-            return load_config(str(folder / CONFIG))
+        config = RunDirectory(folder).config
+        if config.is_file():
+            return load_config(str(config))
     return None
+
+
+def _export_or_checkpoint(directory: Path) -> Path:
+    """Return the model in a run directory; any other directory as it is."""
+    from engine.checkpoint import latest_valid
+
+    run = RunDirectory(directory)
+    if (run.export / "config.json").is_file():
+        return run.export
+    if not run.config.is_file():
+        return directory
+    newest, _ = latest_valid(run.checkpoints)
+    if newest is None:
+        raise InputError(f"{directory} is a run without a valid checkpoint; train it first", code="no-checkpoint")
+    return newest
 
 
 def _export(checkpoint: Path, folder: Path) -> Path:
@@ -73,14 +86,3 @@ def _export(checkpoint: Path, folder: Path) -> Path:
     meta = describe(checkpoint)
     export_hf(checkpoint, folder, load_tokenizer(str((meta.config or {}).get("tokenizer") or meta.source)))
     return folder
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-    except Exception as error:  # the hub's client raises a family of network, HTTP and cache errors
-        raise InputError(
-            f"{hub_id} is neither a directory here nor to be had from the Hugging Face hub ({type(error).__name__})"
-        ) from None

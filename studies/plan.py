@@ -1,4 +1,4 @@
-"""What a study is: a recipe, a grid over its keys, and arms that are compared at every point of the grid."""
+"""The plan of a study: a recipe, a grid over its keys, and arms that are compared at every grid point."""
 
 from __future__ import annotations
 
@@ -9,50 +9,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import Field
 
 from configs.errors import InputError
-from configs.load import differences, load_config, read_mapping, read_yaml, validate
+from configs.load import differences, load_config, read_mapping, validate
 from configs.schema import RunConfig, Section
 from configs.units import parse_count
+from studies.tasks import EvaluatedTask, parse_overrides
+
+if TYPE_CHECKING:
+    from transformers import ModernBertConfig
 
 SHIPPED = resources.files("studies") / "shipped"
 SHARED = ("data.", "tokenizer", "batch.sequences")
-"""Keys that decide the order of the data: the same in all arms."""
+"""Keys that decide the order of the data; all arms have the same values."""
 DERIVED = ("parameters", "decay_share", "frozen_share")
-
-
-class Evaluated(Section):
-    """A task every trained model is fine-tuned on."""
-
-    task: str
-    """A task YAML or the name of a described task."""
-    data: str | None = None
-    """Folder of its files."""
-    seeds: tuple[int, ...] = (17, 18, 19, 20, 21)
-    protocol: dict[str, Any] = Field(default_factory=dict)
-    """What differs from the task's protocol."""
+"""Keys of a study that stand for several keys of the recipe."""
 
 
 class Study(Section):
+    """A study YAML."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     about: str = ""
     recipe: str
-    """A shipped recipe, or a YAML file beside the study's."""
+    """A shipped recipe, or a YAML file in the folder of the study."""
     common: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the recipe set in every trial."""
+    """Keys of the recipe that are set in every trial."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Key -> its values; every combination is a trial. Besides the recipe's keys by dotted path: `parameters` (a model
-    of that size), `decay_share` (the share of all steps that the last phase has) and `frozen_share` ([from, to], the
-    part of the depth that is frozen in the first phase, as [0, 0.34] for the lowest third)."""
+    """Key -> its values; every combination is a grid point. A key is a dotted path of the recipe, or a derived key:
+    `parameters` (size of the model), `decay_share` (the last phase's share of the steps of the last two phases), or
+    `frozen_share` (part of the depth that is frozen in the first phase; [0, 0.34] is the lowest third)."""
     arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Name -> the keys that make this arm. Arms share data and compute at every point of the grid."""
+    """Name -> the keys that make this arm. At each grid point the arms share data and compute."""
     baseline: str | None = None
-    """The arm the others are compared with; the first if not given."""
-    evaluate: tuple[Evaluated, ...] = ()
+    """Arm that the others are compared with; default: the first."""
+    evaluate: tuple[EvaluatedTask, ...] = ()
+    """Tasks that every trained model is fine-tuned on."""
 
 
 @dataclass(frozen=True)
@@ -61,28 +57,42 @@ class Trial:
 
     name: str
     arm: str | None
+    """None if the study has no arms."""
     point: dict[str, Any]
+    """Grid point: key -> value."""
     config: RunConfig
 
 
 def load_study(reference: str, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[Study, Path]:
-    """A study YAML or a shipped name, with another recipe and `key=value` for every trial; and its folder."""
+    """Load a study and the folder that its recipe is looked for in.
+
+    Args:
+        reference: A study YAML or the name of a shipped study.
+        recipe: Recipe that replaces the study's.
+        overrides: `key=value` for every trial.
+
+    Raises:
+        InputError: A key is wrong.
+    """
     tree, folder = read_mapping(reference, "study", SHIPPED)
     study = validate(Study, tree, reference)
-    common = dict(study.common)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        common[key] = read_yaml(value, override)
+    common = {**study.common, **parse_overrides(overrides)}
     return study.model_copy(update={"common": common, "recipe": recipe or study.recipe}), folder
 
 
 def expand(study: Study, folder: Path) -> list[Trial]:
-    """Every trial with its resolved configuration. InputError for a wrong key, or arms that cannot be compared."""
+    """List every trial with its resolved configuration.
+
+    Raises:
+        InputError: A key is wrong, or arms cannot be compared.
+    """
     if study.baseline is not None and study.baseline not in study.arms:
-        raise InputError(f"study {study.name}: baseline: no arm {study.baseline!r}; arms: {', '.join(study.arms)}")
+        raise InputError(
+            f"study {study.name}: baseline: no arm {study.baseline!r}; arms: {', '.join(study.arms)}", key="baseline"
+        )
     for key, values in study.grid.items():
         if not values:
-            raise InputError(f"study {study.name}: grid.{key}: needs one value or more")
+            raise InputError(f"study {study.name}: grid.{key}: needs one value or more", key=f"grid.{key}")
     beside = folder / study.recipe
     recipe = str(beside) if beside.is_file() else study.recipe
     trials = []
@@ -93,10 +103,18 @@ def expand(study: Study, folder: Path) -> list[Trial]:
             _require_comparable(study, arms[0], other)
         trials += arms
     names = [trial.name for trial in trials]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise InputError(f"study {study.name}: the same trial twice: {', '.join(sorted(twice))}; give each value once")
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise InputError(
+            f"study {study.name}: grid: the same trial twice: {', '.join(sorted(repeated))}; give each value once",
+            key="grid",
+        )
     return trials
+
+
+def dump_study(study: Study) -> str:
+    """Write a study as YAML."""
+    return yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
 def _trial(study: Study, recipe: str, arm: str | None, point: dict[str, Any]) -> Trial:
@@ -110,29 +128,23 @@ def _trial(study: Study, recipe: str, arm: str | None, point: dict[str, Any]) ->
         config = load_config(recipe, [*plain, f"name={name}", *derived]) if derived else config
         _require_buildable(config)
     except InputError as error:
-        raise InputError(f"study {study.name}, trial {name}: {error}") from None
+        raise InputError(f"study {study.name}, trial {name}: {error}", key=error.key, code=error.code) from None
     return Trial(name, arm, point, config)
 
 
 def _derived(config: RunConfig, settings: dict[str, Any]) -> list[str]:
-    """The overrides that the derived keys stand for."""
+    """Translate derived keys into overrides of the recipe."""
+    translate = {"parameters": _parameters, "decay_share": _decay_share, "frozen_share": _frozen_share}
     overrides = []
     for key, value in settings.items():
         try:
-            if key == "parameters":
-                overrides += _of_parameters(config, value)
-            elif key == "decay_share":
-                overrides += _of_decay_share(config, float(value))
-            else:
-                first, last = map(float, value)
-                depth = _architecture(config).num_hidden_layers
-                overrides.append(f"phases.0.freeze={list(range(round(first * depth), round(last * depth)))}")
+            overrides += translate[key](config, value)
         except (ValueError, TypeError) as error:
-            raise InputError(f"{key}: {value!r} will not do: {error}") from None
+            raise InputError(f"{key}: {value!r} cannot be used: {error}", key=key) from None
     return overrides
 
 
-def _of_parameters(config: RunConfig, value: Any) -> list[str]:
+def _parameters(config: RunConfig, value: Any) -> list[str]:
     from datapipe.tokenizer import load_tokenizer
     from studies.sizes import model_shape
 
@@ -140,22 +152,27 @@ def _of_parameters(config: RunConfig, value: Any) -> list[str]:
     return ["model.init=scratch", "model.size=null", *(f"model.{key}={number}" for key, number in shape.items())]
 
 
-def _of_decay_share(config: RunConfig, share: float) -> list[str]:
-    """The steps of the last two phases divided anew, their sum kept."""
+def _decay_share(config: RunConfig, value: Any) -> list[str]:
+    """Divide the steps of the last two phases anew; their sum stays."""
+    share = float(value)
     if not 0 < share < 1 or len(config.phases) < 2:
         raise ValueError("it is a share between 0 and 1 of the last two phases")
     last = len(config.phases) - 1
     steps = sum(phase.length(config.tokens_per_step) for phase in config.phases[-2:])
     decay = max(1, round(share * steps))
-    lengths = {last - 1: steps - decay, last: decay}
-    return [
-        o
-        for phase, length in lengths.items()
-        for o in (f"phases.{phase}.tokens=null", f"phases.{phase}.steps={length}")
-    ]
+    overrides = []
+    for phase, length in ((last - 1, steps - decay), (last, decay)):
+        overrides += [f"phases.{phase}.tokens=null", f"phases.{phase}.steps={length}"]
+    return overrides
 
 
-def _architecture(config: RunConfig) -> Any:
+def _frozen_share(config: RunConfig, value: Any) -> list[str]:
+    start, end = map(float, value)
+    depth = _architecture(config).num_hidden_layers
+    return [f"phases.0.freeze={list(range(round(start * depth), round(end * depth)))}"]
+
+
+def _architecture(config: RunConfig) -> ModernBertConfig:
     from datapipe.tokenizer import load_tokenizer
     from engine.modernbert.config import resolve_architecture
 
@@ -169,7 +186,7 @@ def _require_buildable(config: RunConfig) -> None:
 
 
 def _require_comparable(study: Study, one: Trial, other: Trial) -> None:
-    """Arms of one point see the same data in the same order through a model of the same shape for as many steps."""
+    """Require the same data in the same order, the same model shape and the same number of steps in two arms."""
     changed = [
         line
         for line in differences(one.config, other.config)
@@ -183,12 +200,10 @@ def _require_comparable(study: Study, one: Trial, other: Trial) -> None:
         changed.append(f"total steps: {steps[0]:,} -> {steps[1]:,}, of {one.config.tokens_per_step:,} token slots each")
     if changed:
         raise InputError(
-            f"study {study.name}: arms {one.arm!r} and {other.arm!r} share neither data nor compute in full, so a "
-            "difference between them would say nothing\n  "
+            f"study {study.name}: arms {one.arm!r} and {other.arm!r} do not share all data and compute, so their "
+            "difference would not be due to one setting\n  "
             + "\n  ".join(changed)
-            + "\nmove these keys to `grid`, or make them equal"
+            + "\nmove these keys to `grid`, or make them equal",
+            key="arms",
+            code="arms-not-comparable",
         )
-
-
-def dump_study(study: Study) -> str:
-    return yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

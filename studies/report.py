@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,81 +12,84 @@ from typing import Any
 import numpy as np
 
 from configs.errors import InputError
+from configs.files import write_atomically, write_json
 from configs.units import format_count
 from monitoring.charts import WIDE, Line, line_chart
+from monitoring.page import Figure, render
 from studies.differences import Difference, Record, differences, measures, value
-from studies.figures import render
 from studies.plan import Study, dump_study
-from studies.scaling import Optimum, PowerLaw, fit, frontier
+from studies.scaling_law import Optimum, PowerLaw, fit, frontier
+from studies.tables import finite, write_csv
 
 REPORT = "report.html"
-CURVE = 40
-"""Points of a drawn law."""
+CURVE_POINTS = 40
+"""Points that a law is drawn with."""
 
 
 def write_report(study: Study, records: Sequence[Record], output: Path) -> Path:
-    """Write trials.csv, comparison.json, scaling.json, speed.csv and report.html; the path of the last.
+    """Write trials.csv, comparison.json, scaling.json, speed.csv and report.html.
 
-    All but speed.csv and the page's section on speed follow from the configuration and the seeds alone.
+    The configuration and the seeds determine all files but speed.csv, and all of the page but its section on speed.
+
+    Args:
+        study: The study.
+        records: One record per trial, in the order of the trials.
+        output: Existing folder.
+
+    Returns:
+        The path of the page.
     """
     baseline = study.baseline or next(iter(study.arms), None)
     compared = differences(records, baseline) if baseline else []
-    laws = {arm: _law([record for record in records if record["arm"] == arm]) for arm in _arms(records)}
+    by_arm: dict[str | None, list[Record]] = defaultdict(list)
+    for record in records:
+        by_arm[record["arm"]].append(record)
+    laws = {arm: _law(group) for arm, group in by_arm.items()}
     speeds = _speeds(records)
-    rows = [
-        {"trial": record["trial"], "arm": record["arm"] or "", **record["point"]}
-        | {key: record[key] for key in ("parameters", "tokens", "loss", "loss_of")}
-        | {task: value(record, task) for task in measures(records)[1:]}
-        for record in records
-    ]
-    _write_csv(output / "trials.csv", rows)
-    _write_csv(output / "speed.csv", speeds)
-    _write_json(output / "comparison.json", [asdict(difference) for difference in compared])
-    _write_json(
-        output / "scaling.json",
-        [
-            {"arm": arm, "law": asdict(law), "frontier": [asdict(optimum) for optimum in _frontier(law, records)]}
-            if isinstance(law, PowerLaw)
-            else {"arm": arm, "law": None, "why": law}
-            for arm, law in laws.items()
-        ],
-    )
+    rows = [_trial_row(record, measures(records)[1:]) for record in records]
+    write_csv(output / "trials.csv", rows)
+    write_csv(output / "speed.csv", speeds)
+    write_json(output / "comparison.json", finite([asdict(difference) for difference in compared]))
+    write_json(output / "scaling.json", finite([_law_row(arm, laws[arm], by_arm[arm]) for arm in by_arm]))
     page = render(
         "study.html",
+        package="studies",
         title=f"{study.name}: study",
         study=study,
         columns=list(rows[0]),
-        rows=[[_shown(value) for value in row.values()] for row in rows],
-        compared=[_difference(difference) for difference in compared],
-        laws=[_shown_law(arm, law, records) for arm, law in laws.items()],
+        rows=[[_cell(value) for value in row.values()] for row in rows],
+        compared=[_difference_cells(difference) for difference in compared],
+        laws=[_law_section(arm, laws[arm], by_arm[arm]) for arm in by_arm],
         speed_columns=list(speeds[0]),
-        speeds=[[_shown(value) for value in row.values()] for row in speeds],
+        speeds=[[_cell(value) for value in row.values()] for row in speeds],
         charts=_speed_charts(speeds),
         yaml=dump_study(study),
     )
     path = output / REPORT
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
     return path
 
 
-def _arms(records: Sequence[Record]) -> list[str | None]:
-    return list(dict.fromkeys(record["arm"] for record in records))
+def _trial_row(record: Record, tasks: Sequence[str]) -> dict[str, Any]:
+    columns = {key: record[key] for key in ("parameters", "tokens", "loss", "loss_of")}
+    scores = {task: value(record, task) for task in tasks}
+    return {"trial": record["trial"], "arm": record["arm"] or "", **record["point"], **columns, **scores}
 
 
 def _law(records: Sequence[Record]) -> PowerLaw | str:
-    """A law in what the trials vary, or why there is none."""
-    kinds = [name for name in ("parameters", "tokens") if len({record[name] for record in records}) >= 3]
-    if not kinds:
+    """Fit a law in the quantities that the trials vary, or say why no law can be fitted."""
+    names = [name for name in ("parameters", "tokens") if len({record[name] for record in records}) >= 3]
+    if not names:
         return "neither parameters nor tokens take three values or more"
-    x = np.array([[record[name] for name in kinds] for record in records], np.float64)
+    x = np.array([[record[name] for name in names] for record in records], np.float64)
     try:
-        return fit(kinds, x, np.array([record["loss"] for record in records]))
+        return fit(names, x, np.array([record["loss"] for record in records]))
     except InputError as error:
         return str(error)
 
 
 def _frontier(law: PowerLaw, records: Sequence[Record]) -> list[Optimum]:
-    """At the compute of the trials, and one and two powers of ten beyond."""
+    """Compute the frontier at the budgets of the trials, and up to a hundred times beyond."""
     if len(law.names) < 2:
         return []
     spent = [6.0 * record["parameters"] * record["tokens"] for record in records]
@@ -96,10 +97,15 @@ def _frontier(law: PowerLaw, records: Sequence[Record]) -> list[Optimum]:
     return frontier(law, [10.0**power for power in range(low, high + 3)])
 
 
-def _shown_law(arm: str | None, law: PowerLaw | str, records: Sequence[Record]) -> dict[str, Any]:
+def _law_row(arm: str | None, law: PowerLaw | str, records: Sequence[Record]) -> dict[str, Any]:
+    if isinstance(law, str):
+        return {"arm": arm, "law": None, "why": law}
+    return {"arm": arm, "law": asdict(law), "frontier": [asdict(optimum) for optimum in _frontier(law, records)]}
+
+
+def _law_section(arm: str | None, law: PowerLaw | str, records: Sequence[Record]) -> dict[str, Any]:
     if isinstance(law, str):
         return {"arm": arm, "why": law}
-    mine = [record for record in records if record["arm"] == arm]
     terms = " + ".join(
         f"{factor:.4g} / {name}^{exponent.mean:.3f}"
         for name, factor, exponent in zip(law.names, law.factors, law.exponents, strict=True)
@@ -114,9 +120,9 @@ def _shown_law(arm: str | None, law: PowerLaw | str, records: Sequence[Record]) 
         ],
         "residuals": [
             {"trial": record["trial"], "loss": f"{record['loss']:.4f}", "residual": f"{100 * residual:+.2f} %"}
-            for record, residual in zip(mine, law.residuals, strict=True)
+            for record, residual in zip(records, law.residuals, strict=True)
         ],
-        "charts": [_law_chart(law, place, mine) for place in range(len(law.names))],
+        "charts": [_law_chart(law, axis, records) for axis in range(len(law.names))],
         "frontier": [
             {
                 "flops": f"{optimum.flops:.0e}",
@@ -125,32 +131,34 @@ def _shown_law(arm: str | None, law: PowerLaw | str, records: Sequence[Record]) 
                 "loss": f"{optimum.loss:.3f}",
                 "note": "extrapolated" if optimum.extrapolated else "",
             }
-            for optimum in _frontier(law, mine)
+            for optimum in _frontier(law, records)
         ],
     }
 
 
-def _law_chart(law: PowerLaw, place: int, records: Sequence[Record]) -> dict[str, Any]:
-    """Loss against one quantity, a curve for each value of the other; dashed by name where it is extrapolated."""
-    name, others = law.names[place], [other for other in law.names if other != law.names[place]]
+def _law_chart(law: PowerLaw, axis: int, records: Sequence[Record]) -> Figure:
+    """Draw the loss against one quantity, with a curve for each value of the other quantity."""
+    name, others = law.names[axis], [other for other in law.names if other != law.names[axis]]
     groups: dict[float | None, list[Record]] = defaultdict(list)
     for record in records:
         groups[record[others[0]] if others else None].append(record)
-    lines = []
+    low, high = math.log10(law.lowest[axis]), math.log10(law.highest[axis])
+    lines, keys = [], []
     for index, (other, group) in enumerate(sorted(groups.items(), key=lambda item: item[0] or 0)):
+
+        def curve(start: float, end: float, other: float | None = other) -> list[tuple[float, float]]:
+            points = []
+            for log in np.linspace(start, end, CURVE_POINTS):
+                x = [10**log] if other is None else [10**log, other] if axis == 0 else [other, 10**log]
+                points.append((float(log), law.predict(*x)))
+            return points
+
         label = name if other is None else f"{format_count(other)} {others[0]}"
-        points = sorted((math.log10(record[name]), record["loss"]) for record in group)
-        low, high = math.log10(law.lowest[place]), math.log10(law.highest[place])
-
-        def at(log: float, other: float | None = other) -> tuple[float, float]:
-            x = [10**log] if other is None else [10**log, other] if place == 0 else [other, 10**log]
-            return log, law.predict(*x)
-
-        curve = [at(log) for log in np.linspace(low, high, CURVE)]
-        beyond = [at(log) for log in np.linspace(high, high + 1, CURVE)]
         color = f"c{index % 8}"
-        lines += [Line(label, curve, color), Line(f"{label}, extrapolated", beyond, color, faint=True)]
-        lines += [Line(f"{label}, measured", [point], color) for point in points]
+        keys.append(Line(label, curve(low, high), color))
+        lines += [keys[-1], Line(f"{label}, extrapolated", curve(high, high + 1), color, faint=True)]
+        measured = sorted((math.log10(record[name]), record["loss"]) for record in group)
+        lines += [Line(f"{label}, measured", [point], color) for point in measured]
     chart = line_chart(
         f"loss against {name}",
         lines,
@@ -159,13 +167,14 @@ def _law_chart(law: PowerLaw, place: int, records: Sequence[Record]) -> dict[str
         x_number=lambda log: format_count(10**log),
         size=WIDE,
     )
-    keys = [line for line in lines if len(line.points) == CURVE and not line.faint]
-    return {"title": f"Loss against {name} (points: trials; faint: extrapolated)", "chart": chart, "keys": keys}
+    return Figure(f"Loss against {name} (points: trials; faint: extrapolated)", chart, keys=keys, wide=True)
 
 
 def _speeds(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Speed of each trial, and against the one of fewest workers its strong (same batch) and weak (batch grown with the
-    workers) scaling efficiency.
+    """List the speed and the scaling efficiency of each trial.
+
+    The efficiency is relative to the trial with the fewest workers: `strong` with the same batch, `weak` with the same
+    number of sequences per worker.
     """
     rows = []
     for record in records:
@@ -178,17 +187,17 @@ def _speeds(records: Sequence[Record]) -> list[dict[str, Any]]:
             "tokens_per_second": speed["tokens_per_second"],
             "mfu": speed["mfu"],
         }
-        for kind, alike in (("strong", _same_batch), ("weak", _same_share)):
+        for name, is_alike in (("strong", _same_batch), ("weak", _same_batch_per_worker)):
             peers = [
                 other
                 for other in records
                 if other["arm"] == record["arm"]
                 and other["parameters"] == record["parameters"]
-                and alike(other, record)
+                and is_alike(other, record)
             ]
             fewest = min(peers, key=lambda other: other["speed"]["workers"])
-            spread = len({other["speed"]["workers"] for other in peers}) > 1
-            row[f"{kind}_efficiency"] = _each(record) / _each(fewest) if spread else math.nan
+            varied = len({other["speed"]["workers"] for other in peers}) > 1
+            row[f"{name}_efficiency"] = _speed_per_worker(record) / _speed_per_worker(fewest) if varied else math.nan
         rows.append(row)
     return rows
 
@@ -197,41 +206,46 @@ def _same_batch(one: Record, other: Record) -> bool:
     return bool(one["sequences"] == other["sequences"])
 
 
-def _same_share(one: Record, other: Record) -> bool:
+def _same_batch_per_worker(one: Record, other: Record) -> bool:
     return bool(one["sequences"] * other["speed"]["workers"] == other["sequences"] * one["speed"]["workers"])
 
 
-def _each(record: Record) -> float:
+def _speed_per_worker(record: Record) -> float:
     return float(record["speed"]["tokens_per_second"] / record["speed"]["workers"])
 
 
-def _speed_charts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _speed_charts(rows: Sequence[dict[str, Any]]) -> list[Figure]:
     charts = []
     wanted: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-        ("parameters", "tokens_per_second", "Tokens a second against parameters", format_count),
+        ("parameters", "tokens_per_second", "Tokens per second against parameters", format_count),
         ("parameters", "mfu", "MFU against parameters", lambda y: f"{100 * y:.3g} %"),
-        ("workers", "tokens_per_second", "Tokens a second against workers", format_count),
+        ("workers", "tokens_per_second", "Tokens per second against workers", format_count),
     )
     for x, y, title, number in wanted:
         if len({row[x] for row in rows}) < 2:
             continue
-        logs = [(math.log10(row[x]), row[y]) for row in sorted(rows, key=lambda row: row[x])]
-        lines = [Line(title, [point], "c0") for point in logs]
+        points = [(math.log10(row[x]), row[y]) for row in sorted(rows, key=lambda row: row[x])]
         chart = line_chart(
-            title, lines, number=number, x_name=x, x_number=lambda log: format_count(10**log), from_zero=True, size=WIDE
+            title,
+            [Line(title, [point], "c0") for point in points],
+            number=number,
+            x_name=x,
+            x_number=lambda log: format_count(10**log),
+            from_zero=True,
+            size=WIDE,
         )
-        charts.append({"title": title, "chart": chart, "keys": []})
+        charts.append(Figure(title, chart, wide=True))
     return charts
 
 
-def _difference(difference: Difference) -> dict[str, Any]:
+def _difference_cells(difference: Difference) -> dict[str, Any]:
     scale, unit = (1, "nats") if difference.measure == "loss" else (100, "points")
 
     def interval(low: float, high: float) -> str:
         return f"{scale * low:+.3f} to {scale * high:+.3f}" if math.isfinite(low) else "-"
 
     return {
-        "what": f"{difference.arm} - {difference.baseline}",
+        "arms": f"{difference.arm} - {difference.baseline}",
         "measure": difference.measure,
         "mean": f"{scale * difference.bootstrap.mean:+.3f} {unit}",
         "bootstrap": interval(difference.bootstrap.low, difference.bootstrap.high),
@@ -241,27 +255,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
+def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value

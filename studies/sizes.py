@@ -4,56 +4,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
+
+from transformers import ModernBertConfig
 
 from configs.errors import InputError
 from configs.units import format_count
+from engine.modernbert.config import parameter_count
 
-MULTIPLE = 16 * 8
-"""Of widths: FP8 products need multiples of 16, on each of up to 8 tensor-parallel ranks."""
-HEADS = 8
-"""Of head counts, for the same 8 ranks."""
-SLENDERNESS = 36
-"""Width a layer: ModernBERT base and large, and four of the six Ettin sizes, lie between 34 and 38."""
+WIDTH_MULTIPLE = 16 * 8
+"""Divisor of every width: FP8 products need multiples of 16 on each of up to 8 tensor-parallel ranks."""
+HEAD_MULTIPLE = 8
+"""Divisor of every head count, for the same 8 ranks."""
+WIDTH_PER_LAYER = 36
+"""Hidden size / number of layers. ModernBERT base and large and four of the six Ettin sizes lie between 34 and 38."""
 TOLERANCE = 0.08
+"""Largest relative distance between the wanted and the real parameter count."""
 
 
 def model_shape(parameters: int, vocabulary: int) -> dict[str, int]:
-    """The `model` keys of a ModernBERT of about this many parameters, embeddings included (tied, counted once).
+    """Choose the `model` keys of a ModernBERT with about this many parameters.
 
-    Width and depth grow together at 36 units of width a layer; the GLU has 1.5 times the width, heads have about 64
-    dimensions, as in the family. InputError where no shape comes within 8 %.
+    Width and depth grow together. The GLU has 1.5 times the width, and heads have about 64 dimensions.
+
+    Args:
+        parameters: Wanted count, with the tied embeddings counted once.
+        vocabulary: Entries of the tokenizer.
+
+    Raises:
+        InputError: No shape comes within 8 %.
     """
     shapes = list(_shapes(parameters, vocabulary))
     fitting = [shape for shape in shapes if abs(count(shape, vocabulary) / parameters - 1) <= TOLERANCE]
     if not fitting:
-        smallest = format_count(count({**_shape(MULTIPLE), "num_hidden_layers": 2}, vocabulary))
+        smallest = format_count(count({**_width(WIDTH_MULTIPLE), "num_hidden_layers": 2}, vocabulary))
         raise InputError(
-            f"parameters: no shape of {format_count(parameters)} with a vocabulary of {vocabulary:,}, whose smallest "
-            f"model has {smallest}; a smaller tokenizer allows smaller models"
+            f"parameters: no shape of {format_count(parameters)}; with a vocabulary of {vocabulary:,} the smallest "
+            f"model has {smallest}; a smaller tokenizer allows smaller models",
+            key="parameters",
         )
     return min(
-        fitting, key=lambda shape: abs(math.log(shape["hidden_size"] / shape["num_hidden_layers"] / SLENDERNESS))
+        fitting, key=lambda shape: abs(math.log(shape["hidden_size"] / shape["num_hidden_layers"] / WIDTH_PER_LAYER))
     )
 
 
 def count(shape: dict[str, int], vocabulary: int) -> int:
-    """Parameters of a shape, norms included, as engine.modernbert.config.parameter_count has them."""
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    layers = shape["num_hidden_layers"] * (4 * hidden * hidden + 3 * hidden * inner + 2 * hidden) - hidden
-    return layers + vocabulary * (hidden + 1) + hidden * hidden + 3 * hidden
+    """Count the parameters of a shape."""
+    fields: dict[str, Any] = {**shape, "vocab_size": vocabulary}
+    return parameter_count(ModernBertConfig(**fields))
 
 
 def _shapes(parameters: int, vocabulary: int) -> Iterator[dict[str, int]]:
-    for hidden in range(MULTIPLE, 8192 + 1, MULTIPLE):
-        shape = _shape(hidden)
-        without, one = (count({**shape, "num_hidden_layers": layers}, vocabulary) for layers in (0, 1))
-        layers = round((parameters - without) / (one - without))
+    """Yield for each width the depth that comes closest."""
+    for hidden in range(WIDTH_MULTIPLE, 8192 + 1, WIDTH_MULTIPLE):
+        width = _width(hidden)
+        one, two = (count({**width, "num_hidden_layers": layers}, vocabulary) for layers in (1, 2))
+        layers = 1 + round((parameters - one) / (two - one))
         if layers >= 2:
-            yield {**shape, "num_hidden_layers": layers}
+            yield {**width, "num_hidden_layers": layers}
 
 
-def _shape(hidden: int) -> dict[str, int]:
-    fitting = [heads for heads in range(HEADS, hidden // 16 + 1, HEADS) if hidden % (heads * 8) == 0]
-    heads = min(fitting or [HEADS], key=lambda heads: abs(math.log(hidden / heads / 64)))
-    inner = -(-3 * hidden // 2 // MULTIPLE) * MULTIPLE
+def _width(hidden: int) -> dict[str, int]:
+    """Choose the GLU size and the head count that belong to a hidden size."""
+    fitting = [heads for heads in range(HEAD_MULTIPLE, hidden // 16 + 1, HEAD_MULTIPLE) if hidden % (heads * 8) == 0]
+    heads = min(fitting or [HEAD_MULTIPLE], key=lambda heads: abs(math.log(hidden / heads / 64)))
+    inner = -(-3 * hidden // 2 // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     return {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads}

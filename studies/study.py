@@ -8,37 +8,51 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import InputError, RunFailedError
+from configs.files import write_atomically, write_json
 from configs.schema import RunConfig
+from monitoring.events import WorkersStarted
+from monitoring.run_directory import RunDirectory
 from monitoring.run_files import RunFiles, open_run
 from monitoring.telemetry import Telemetry
 from studies.evaluate import evaluate
+from studies.examples import load_examples
 from studies.finetune import Job
-from studies.models import EXPORT
 from studies.plan import Study, Trial, dump_study, expand
 from studies.report import write_report
-from studies.tasks import load_task, read_splits
 
 STUDY = "study.yaml"
 POLL_SECONDS = 0.5
+FEWEST_LOSSES = 8
+"""Logged losses that a final training loss is averaged over, at least."""
 
 
 class Cluster(Protocol):
-    """What a study is handed to run its jobs with."""
+    """The means to run jobs, which a study is handed."""
 
     def room(self, config: RunConfig) -> int:
-        """How many runs like this one the cluster holds at once. InputError for none."""
+        """Return how many runs like this the cluster holds at once.
+
+        Raises:
+            InputError: The cluster is too small for one run.
+        """
         ...
 
     def train(self, config: RunConfig, directory: Path) -> bool:
-        """Run a job to its end; False where it was stopped early, all saved. InputError, RunFailedError."""
+        """Run a job to its end; return False if it was stopped early with everything saved.
+
+        Raises:
+            InputError: The job's input is wrong.
+            RunFailedError: The job failed.
+        """
         ...
 
     def fine_tune(self, function: Callable[[Job], dict[str, Any]], jobs: Sequence[Job]) -> Iterable[dict[str, Any]]:
-        """Call a function for each job; results as they come."""
+        """Call a function for each job, and yield the results as they come."""
         ...
 
     def stop(self) -> None:
@@ -47,18 +61,30 @@ class Cluster(Protocol):
 
 
 def run_study(study: Study, folder: Path, output: Path, cluster: Cluster, console: Console | None = None) -> bool:
-    """Run what is left of a study in `output` and write its report; False where it was stopped early.
+    """Run the trials that are not finished yet, and write the report.
 
-    A finished trial is never run again; one that was interrupted goes on from its checkpoint. Raises InputError for
-    whatever can be found wrong before the first trial starts, and RunFailedError once the others have ended.
+    A finished trial is never repeated. An interrupted trial continues from its checkpoint.
+
+    Args:
+        study: The study.
+        folder: Folder that its recipe is looked for in.
+        output: Folder of the trials, the records and the report.
+        cluster: Runs the jobs.
+        console: Receives the progress.
+
+    Returns:
+        False if the study was stopped early.
+
+    Raises:
+        InputError: The study, a task or the output is wrong; raised before the first trial starts.
+        RunFailedError: A trial failed; raised when the others have ended.
     """
     console = console or Console()
     trials = expand(study, folder)
-    for task in study.evaluate:
-        described, _, place = load_task(task.task, _overrides(task.protocol))
-        read_splits(described, Path(task.data) if task.data else place)
+    for evaluated in study.evaluate:
+        load_examples(evaluated)
     _claim(output, study)
-    left = [trial for trial in trials if not _record(output, trial).exists()]
+    left = [trial for trial in trials if not _record_path(output, trial).exists()]
     if left:
         room = min(min(cluster.room(trial.config) for trial in left), len(left))
         console.print(
@@ -67,7 +93,7 @@ def run_study(study: Study, folder: Path, output: Path, cluster: Cluster, consol
         )
         if not _run_all(study, left, output, cluster, room, console):
             return False
-    records = [json.loads(_record(output, trial).read_text(encoding="utf-8")) for trial in trials]
+    records = [json.loads(_record_path(output, trial).read_text(encoding="utf-8")) for trial in trials]
     console.print(str(write_report(study, records, output)), highlight=False, soft_wrap=True)
     return True
 
@@ -75,7 +101,8 @@ def run_study(study: Study, folder: Path, output: Path, cluster: Cluster, consol
 def _run_all(
     study: Study, trials: Sequence[Trial], output: Path, cluster: Cluster, room: int, console: Console
 ) -> bool:
-    failures: dict[str, Exception] = {}
+    """Run trials, `room` at a time; return False if they were stopped early."""
+    failures: dict[str, RunFailedError] = {}
     stopped = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     total = sum(trial.config.total_steps for trial in trials)
@@ -84,10 +111,8 @@ def _run_all(
         ThreadPoolExecutor(room) as pool,
     ):
         bar = progress.add_task(study.name, total=total)
-        running: dict[Future[bool], Trial] = {
-            pool.submit(_run, study, trial, output, cluster): trial for trial in trials
-        }
-        finished = 0
+        running = {pool.submit(_run, study, trial, output, cluster): trial for trial in trials}
+        ended = 0
         try:
             while running:
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -95,21 +120,16 @@ def _run_all(
                     trial = running.pop(future)
                     if future.cancelled():
                         continue
-                    error = future.exception()
-                    if isinstance(error, InputError):
-                        raise InputError(f"trial {trial.name}: {error}")
-                    finished += 1
-                    if isinstance(error, RunFailedError):
-                        failures[trial.name] = error
-                        console.print(f"{trial.name} failed: {error}", highlight=False)
-                    elif error is not None:
-                        raise error
-                    elif not future.result():
+                    ended += 1
+                    finished = _finished(future, trial, failures)
+                    if trial.name in failures:
+                        console.print(f"{trial.name} failed: {failures[trial.name]}", highlight=False)
+                    elif finished:
+                        console.print(f"{trial.name} is finished, {ended} of {len(trials)}", highlight=False)
+                    else:
                         stopped = True
                         for other in running:
                             other.cancel()
-                    else:
-                        console.print(f"{trial.name} is finished, {finished} of {len(trials)}", highlight=False)
                 progress.update(bar, completed=sum(_steps(output, trial) for trial in trials))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -117,14 +137,25 @@ def _run_all(
             raise
     if failures:
         raise RunFailedError(
-            f"{len(failures)} of {len(trials)} trials failed, the others are kept; the same command runs these again: "
-            + "; ".join(f"{name} ({error})" for name, error in failures.items())
+            f"{len(failures)} of {len(trials)} trials failed, the others are kept; the same command runs the failed "
+            "trials again: " + "; ".join(f"{name} ({error})" for name, error in failures.items())
         )
     return not stopped
 
 
+def _finished(future: Future[bool], trial: Trial, failures: dict[str, RunFailedError]) -> bool:
+    """Return whether a trial has reached its end; a failed trial is added to `failures`."""
+    try:
+        return future.result()
+    except InputError as error:
+        raise InputError(f"trial {trial.name}: {error}", key=error.key, code=error.code) from None
+    except RunFailedError as error:
+        failures[trial.name] = error
+        return False
+
+
 def _run(study: Study, trial: Trial, output: Path, cluster: Cluster) -> bool:
-    """One trial to its record; False where it was stopped early."""
+    """Train and evaluate one trial and write its record; return False if it was stopped early."""
     directory = output / "trials" / trial.name
     if not cluster.train(trial.config, directory):
         return False
@@ -137,31 +168,26 @@ def _run(study: Study, trial: Trial, output: Path, cluster: Cluster) -> bool:
         "scores": {},
         "speed": _speed(run),
     }
-    for task in study.evaluate:
+    for evaluated in study.evaluate:
         summary = evaluate(
-            [str(directory / EXPORT)],
-            task.task,
-            output / "tasks" / trial.name / Path(task.task).stem,
-            data=Path(task.data) if task.data else None,
-            seeds=task.seeds,
-            overrides=_overrides(task.protocol),
+            [str(RunDirectory(directory).export)],
+            evaluated,
+            output / "tasks" / trial.name / Path(evaluated.task).stem,
             parallel=cluster.fine_tune,
             say=lambda line: None,
         )
         record["scores"][summary["task"]] = [run["score"] for run in summary["runs"]]
-    path = _record(output, trial)
+    path = _record_path(output, trial)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, record)
     return True
 
 
 def _outcome(run: RunFiles) -> dict[str, Any]:
-    """What the seeds fix: size, length, and the loss at the end.
+    """Collect the results that the seeds determine: size, length and final loss.
 
-    The loss is that on the held-out set at the last step, of MLM; without such a set the mean training loss over the
-    last tenth of the last phase (8 logged steps at least), in which every arm of one point has the same masks.
+    The final loss is the held-out MLM loss of the last step. Without a held-out set it is the mean training loss over
+    the last tenth of the last phase, in which every arm of one grid point has the same masks.
     """
     from datapipe.tokenizer import load_tokenizer
     from engine.modernbert.config import parameter_count, resolve_architecture
@@ -169,53 +195,63 @@ def _outcome(run: RunFiles) -> dict[str, Any]:
     config = run.config
     architecture = resolve_architecture(config.model, load_tokenizer(config.tokenizer))
     held_out = run.evaluations("mlm")
-    last = [row["loss"] for row in run.phase(len(config.phases) - 1) if row["loss"] is not None]
-    tail = last[-max(8, len(last) // 10) :]
+    losses = [row["loss"] for row in run.phase(len(config.phases) - 1) if row["loss"] is not None]
+    tail = losses[-max(FEWEST_LOSSES, len(losses) // 10) :]
     if not tail:
         raise RunFailedError(f"{run.directory} logged no loss in its last phase; lower monitoring.every")
+    objective = config.phases[-1].objective.upper()
     return {
         "parameters": parameter_count(architecture),
         "tokens": run.rows[-1]["tokens"],
         "sequences": config.batch.sequences,
         "loss": held_out[-1][1] if held_out else sum(tail) / len(tail),
-        "loss_of": "held-out MLM"
-        if held_out
-        else f"training {config.phases[-1].objective.upper()}, {len(tail)} last logged steps",
+        "loss_of": "held-out MLM" if held_out else f"training {objective}, {len(tail)} last logged steps",
     }
 
 
 def _speed(run: RunFiles) -> dict[str, Any]:
-    places = [len(event["workers"]) for event in run.events if event["event"] == "workers_started"]
+    workers = [len(event["workers"]) for event in run.events if event["event"] == WorkersStarted.KIND]
     return {
-        "workers": places[-1] if places else 1,
+        "workers": workers[-1] if workers else 1,
         "tokens_per_second": run.median("tokens_per_second"),
         "mfu": run.median("mfu"),
     }
 
 
 def _steps(output: Path, trial: Trial) -> int:
-    """Completed steps of a trial, for the progress bar."""
-    if _record(output, trial).exists():
+    """Count the completed steps of a trial, for the progress bar."""
+    if _record_path(output, trial).exists():
         return trial.config.total_steps
-    now = Telemetry.read(output / "trials" / trial.name)
-    return now.step if now else 0
+    telemetry = Telemetry.read(output / "trials" / trial.name)
+    return telemetry.step if telemetry else 0
 
 
-def _record(output: Path, trial: Trial) -> Path:
+def _record_path(output: Path, trial: Trial) -> Path:
     return output / "records" / f"{trial.name}.json"
 
 
-def _overrides(protocol: dict[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in protocol.items()]
+def _settings(text: str) -> dict[str, Any]:
+    """Read a dumped study without its description, which may be reworded."""
+    return {key: value for key, value in yaml.safe_load(text).items() if key != "about"}
 
 
 def _claim(output: Path, study: Study) -> None:
-    """Make `output` this study's. InputError where it holds another."""
+    """Write the study into its output folder.
+
+    Raises:
+        InputError: The folder holds another study or cannot be written.
+    """
     path, text = output / STUDY, dump_study(study)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise InputError(f"--output {output} holds a different study ({path}); choose another directory for this one")
+    if path.exists() and _settings(path.read_text(encoding="utf-8")) != _settings(text):
+        raise InputError(
+            f"--output {output} holds a different study ({path}); choose another directory",
+            key="--output",
+            code="another-study",
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_atomically(path, text)
     except OSError as error:
-        raise InputError(f"--output {output} cannot be written: {error.strerror}; choose another") from None
+        raise InputError(
+            f"--output {output} cannot be written: {error.strerror}; choose another directory", key="--output"
+        ) from None

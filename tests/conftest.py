@@ -1,4 +1,4 @@
-"""Fixtures for tests that train through the command line."""
+"""Fixtures and hooks of all tests."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # of the kernels' tests; Triton reads it when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # for the kernels' tests; Triton reads it when it is imported
 
 from tests.launcher.toy import TRAIN, recipe, run, write
+from tests.programs import pytest_terminal_summary  # noqa: F401
+from tests.seeds import drawn_seed  # noqa: F401
 
 CONTRACTS = Path(__file__).parent / "engine" / "megatron" / "test_contracts.py"
 
@@ -23,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The English sample corpus, prepared."""
+    """Shards of the English sample corpus."""
     from datapipe.prepare import prepare
     from datapipe.tokenizer import load_tokenizer
 
@@ -34,7 +36,7 @@ def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a toy run that nothing happened to; its recipe and its output lie beside it."""
+    """The directory of a toy run without faults, in a folder with its recipe and its output."""
     home = tmp_path_factory.mktemp("undisturbed")
     result = run(*TRAIN, write(home / "toy.yaml", recipe(toy_shards)), "--output", "run", cwd=home)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -12,8 +12,7 @@ from typing import Any
 
 from configs.load import validate
 from configs.schema import RunConfig
-
-SAMPLES = Path(__file__).parents[2] / "datapipe" / "samples"
+from tests.toy_recipe import toy_recipe
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, fresh: bool = False) -> list[Any]:
@@ -90,36 +89,17 @@ def train(config: RunConfig, directory: Path, stop_after: int | None = None) -> 
 
 
 def toy_config(shards: Path, **changes: Any) -> RunConfig:
-    """Configure three CLM and two MLM steps over two sources; `changes` replace whole sections or keys in them."""
-    tree: dict[str, Any] = {
-        "name": "toy",
-        "model": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "local_attention": 32,
-        },
-        "tokenizer": "package://tokenizer/modernbert",
-        "data": {
-            "sequence_length": 128,
-            "streams": 4,
-            "sources": [
-                {"name": "en", "text": "package://corpus/tico19_en.jsonl.gz", "shards": str(shards / "en")},
-                {"name": "fr", "text": "package://corpus/tico19_fr.jsonl.gz", "shards": str(shards / "fr")},
-            ],
-        },
-        "batch": {"sequences": 8, "micro": 2},
+    """Configure three CLM and two MLM steps over two sources; `changes` replace whole sections, or keys in them."""
+    sources = [
+        {"name": name, "text": f"package://corpus/tico19_{name}.jsonl.gz", "shards": str(shards / name)}
+        for name in ("en", "fr")
+    ]
+    settings = {
         "phases": [
             {"objective": "clm", "steps": 3, "lr": {"warmup": "1 steps"}},
             {"objective": "mlm", "steps": 2, "mask_rate": 0.3, "lr": {"shape": "1-sqrt", "final": 0.1}},
         ],
-        # A large eps keeps Adam from turning the rounding of a vanishing gradient into a step of full size.
-        "optimizer": {"lr": 2e-4, "eps": 1e-4},
-        "precision": "fp32",
+        "optimizer": {"lr": 2e-4},
         "checkpoint": {"every": "100 steps"},
-        "monitoring": {"every": "1 steps"},
     }
-    for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) and isinstance(value, dict) else value
-    return validate(RunConfig, tree, "toy")
+    return validate(RunConfig, toy_recipe(sources, settings, changes), "toy")

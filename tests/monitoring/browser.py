@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from tests.programs import needs_program
 
-needs_chromium = pytest.mark.skipif(
-    shutil.which("chromium") is None, reason="needs chromium (apt-get install chromium)"
-)
+needs_chromium = needs_program("chromium", "apt-get install chromium")
 
 
 def photograph(page: Path, name: str, size: tuple[int, int], dark: bool = False) -> list[str]:

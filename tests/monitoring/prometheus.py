@@ -15,15 +15,12 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
-import pytest
-
 import monitoring
+from tests.programs import needs_program
 
 SHIPPED = Path(monitoring.__file__).parent / "prometheus"
 
-needs_prometheus = pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="needs the prometheus server (apt-get install prometheus)"
-)
+needs_prometheus = needs_program("prometheus", "apt-get install prometheus")
 
 
 class Server:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import threading
 import time
@@ -27,6 +26,7 @@ from tests.monitoring.preview import preview
 from tests.monitoring.prometheus import SHIPPED, Server, needs_prometheus, prometheus, wait_until
 from tests.monitoring.synthetic import make_config, make_record, make_recorder
 from tests.monitoring.test_exporter import ENDPOINT
+from tests.programs import needs_program
 
 HERE = Path(__file__).parent
 SIZES = {"run": (1760, 2050), "health": (1760, 1500), "compare": (1760, 1700)}
@@ -179,7 +179,7 @@ def test_a_finished_run_leaves_no_series(scene: Scene) -> None:
     assert scene.server.query('detour_train_step{run="beta"}')
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (apt-get install prometheus)")
+@needs_program("promtool", "apt-get install prometheus")
 def test_alerts_fire_and_stay_silent_as_they_should() -> None:
     ran = subprocess.run(["promtool", "test", "rules", HERE / "alerts_test.yml"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -9,12 +9,12 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from datapipe.tokenizer import load_tokenizer
 
-torch.set_num_threads(1)  # a busy machine runs toy models an order of magnitude faster so
+torch.set_num_threads(1)  # on a busy machine toy models are then ten times as fast
 TOKENIZER = "package://tokenizer/modernbert"
 
 
 def save_model(directory: Path, seed: int = 0, **shape: int) -> Path:
-    """A tiny untrained ModernBERT as an export leaves it."""
+    """Write a tiny untrained ModernBERT in the form of an export."""
     tokenizer = load_tokenizer(TOKENIZER)
     defaults = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
     torch.manual_seed(seed)
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, str], Path]:
-    """Write a file of the test's directory."""
+    """Write a file in the test's directory."""
 
     def to(name: str, content: str) -> Path:
         path = tmp_path / name

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -13,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import ortho_group
 
 from configs.errors import InputError
+from configs.load import dump_config, load_config
 from studies.drift import drift, linear_cka, pooled_states
+from studies.models import config_of_run, huggingface_directory
 from tests.studies.conftest import save_model
 
 shapes = st.tuples(st.integers(3, 60), st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**32 - 1))
 
 
 def reference(x: np.ndarray, y: np.ndarray) -> float:
-    """The definition by cross-covariances (Kornblith et al. 2019, equation 4), where ours goes by kernels."""
+    """CKA by cross-covariances (Kornblith et al. 2019, equation 4), because `linear_cka` uses kernels."""
     x, y = x - x.mean(axis=0, keepdims=True), y - y.mean(axis=0, keepdims=True)
 
     def squares(a: np.ndarray, b: np.ndarray) -> float:
@@ -61,12 +64,12 @@ def single_precision(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_single_precision_fails_where_double_does_not() -> None:
-    """Small states underflow, and a large common offset leaves no digits for what differs."""
+    """Small states underflow, and a large common offset leaves no digits for the differences."""
     random = np.random.default_rng(1)
     x, noise = random.normal(size=(500, 64)), random.normal(size=(500, 64))
     y = x + 0.3 * noise
     truth = reference(x, y)
-    assert single_precision(x, y) == pytest.approx(truth, abs=1e-4), "where the range suffices it agrees"
+    assert single_precision(x, y) == pytest.approx(truth, abs=1e-4), "it agrees within its range"
     assert single_precision(1e-8 * x, 1e-8 * y) != pytest.approx(truth, abs=1e-2)
     assert linear_cka(1e-8 * x, 1e-8 * y) == pytest.approx(truth, abs=1e-10)
     offset = 1e6
@@ -94,7 +97,7 @@ def test_a_model_and_itself(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_layer_shows_where_it_is(model: Path, tmp_path: Path) -> None:
-    """Layer 1's weights doubled: its own relative change is 1, and states differ from there on only."""
+    """The weights of layer 1 are doubled: its relative change is 1, and states differ from this layer on."""
     changed = save_model(tmp_path / "changed")
     weights = load_file(changed / "model.safetensors")
     for name in weights:
@@ -125,9 +128,27 @@ def test_a_checkpoint_is_exported_on_the_way(model: Path, tmp_path: Path) -> Non
 
 def test_what_cannot_be_compared_is_refused(model: Path, tmp_path: Path) -> None:
     deeper = save_model(tmp_path / "deeper", num_hidden_layers=4)
-    with pytest.raises(InputError, match="different depth"):
+    with pytest.raises(InputError) as error:
         drift(str(model), str(deeper), tmp_path, count=4)
-    with pytest.raises(InputError, match=r"nowhere is no model: give a run directory"):
+    assert error.value.code == "different-depths"
+    with pytest.raises(InputError, match="nowhere") as error:
         drift(str(tmp_path / "nowhere"), str(model), tmp_path)
-    with pytest.raises(InputError, match="CKA needs two or more"):
+    assert error.value.code == "not-a-model"
+    with pytest.raises(InputError) as error:
         drift(str(model), str(model), tmp_path, count=1)
+    assert error.value.key == "--texts"
+
+
+def test_a_run_is_read_by_its_export_and_not_before_a_checkpoint(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_config(load_config("demo")))
+    with pytest.raises(InputError, match=str(run)) as error, huggingface_directory(str(run)):
+        pass
+    assert error.value.code == "no-checkpoint"
+    shutil.copytree(model, run / "hf")
+    with huggingface_directory(str(run)) as folder:
+        assert folder == run / "hf"
+    config = config_of_run(str(run / "hf"))
+    assert config is not None and config.name == "demo"
+    assert config_of_run(str(model)) is None

@@ -18,18 +18,23 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from configs.errors import InputError
 from configs.load import shipped
 from studies.evaluate import evaluate
+from studies.examples import Example, read_splits
 from studies.finetune import _encode
 from studies.leakage import leakage
 from studies.scores import counts, f1_of_counts, mean_interval, paired_bootstrap, score
-from studies.tasks import PROTOCOLS, SHIPPED, Example, load_task, read_splits
+from studies.tasks import PROTOCOLS, SHIPPED, EvaluatedTask, load_task, parse_overrides
 
 Write = Callable[[str, str], Path]
-DRUGS, ILLS = ("aspirin", "insulin", "warfarin", "heparin"), ("fever", "cough", "asthma", "anaemia")
-QUICK = ("epochs=3", "lr=0.01", "batch=8", "length=64")
+DRUGS, DISEASES = ("aspirin", "insulin", "warfarin", "heparin"), ("fever", "cough", "asthma", "anaemia")
+QUICK = {"epochs": 3, "lr": 0.01, "batch": 8, "length": 64}
+
+
+def quick(task: str, seeds: tuple[int, ...] = (1,), **protocol: Any) -> EvaluatedTask:
+    return EvaluatedTask(task=task, seeds=seeds, protocol={**QUICK, **protocol})
 
 
 def sentences(count: int, seed: int) -> str:
-    """Drugs and diseases in sentences, as CoNLL; a model that sees the words can tell them apart."""
+    """Write sentences with drugs and diseases as CoNLL; a model that sees the words can tell them apart."""
     draw = random.Random(seed)
     parts = []
     for _ in range(count):
@@ -38,7 +43,7 @@ def sentences(count: int, seed: int) -> str:
             ("patient", "O"),
             ("with", "O"),
             ("severe", "B-Disease"),
-            (draw.choice(ILLS), "I-Disease"),
+            (draw.choice(DISEASES), "I-Disease"),
         ]
         words += [("received", "O"), (draw.choice(DRUGS), "B-Chemical")]
         parts.append("\n".join(f"{word}\t{tag}" for word, tag in words))
@@ -63,7 +68,7 @@ def classification(write: Write, kind: str, metric: str, **changes: Any) -> str:
         draw = random.Random(seed)
         rows = []
         for _ in range(count):
-            ill, drug = draw.choice(ILLS), draw.choice(DRUGS)
+            ill, drug = draw.choice(DISEASES), draw.choice(DRUGS)
             label = [ill, drug] if kind == "multi" else ill
             rows.append({"text": {"a": f"Severe {ill} is seen."}, "second": f"Take {drug} daily.", "label": label})
         return "\n".join(map(json.dumps, rows)) + "\n"
@@ -90,30 +95,31 @@ def predictions(output: Path, run: dict[str, Any]) -> tuple[list[list[str]], lis
 
 def test_entities_are_learned_and_scored_as_seqeval_does(model: Path, write: Write, tmp_path: Path) -> None:
     task, out = ner(write), tmp_path / "out"
-    summary = evaluate([str(model)], task, out, seeds=(1, 2), overrides=QUICK)
+    summary = evaluate([str(model)], quick(task, (1, 2)), out)
     for run in summary["runs"]:
         gold, predicted = predictions(out, run)
         assert run["score"] == entity_f1(gold, predicted)
         assert run["protocol"]["epochs"] == 3
     scores = [run["score"] for run in summary["runs"]]
     assert summary["models"][0]["mean"] == pytest.approx(np.mean(scores))
-    untrained = evaluate([str(model)], task, tmp_path / "un", seeds=(1,), overrides=[*QUICK, "lr=1e-12"])
+    untrained = evaluate([str(model)], quick(task, lr=1e-12), tmp_path / "un")
     assert min(scores) > 0.9 > 0.3 > untrained["models"][0]["mean"]
-    assert untrained["models"][0]["low"] is None, "one seed says nothing of the spread"
+    assert untrained["models"][0]["low"] is None, "one seed shows no spread"
     before = (out / "results.json").read_bytes()
     said: list[str] = []
-    evaluate([str(model)], task, out, seeds=(1, 2), overrides=QUICK, say=said.append)
+    evaluate([str(model)], quick(task, (1, 2)), out, say=said.append)
     assert said == ["2 of 2 fine-tunings were finished before"]
     assert (out / "results.json").read_bytes() == before
-    with pytest.raises(InputError, match="is the result of another protocol"):
-        evaluate([str(model)], task, out, seeds=(1, 2), overrides=[*QUICK, "batch=16"])
+    with pytest.raises(InputError, match=r"seed-1/result\.json .* protocol") as error:
+        evaluate([str(model)], quick(task, (1, 2), batch=16), out)
+    assert (error.value.key, error.value.code) == ("--output", "result-of-other-settings")
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", "binary_f1"])
 def test_sentence_pairs_with_one_label(model: Path, write: Write, tmp_path: Path, metric: str) -> None:
     positive = {"positive": "fever"} if metric == "binary_f1" else {}
     task = classification(write, "single", metric, **positive)
-    summary = evaluate([str(model)], task, tmp_path, seeds=(1,), overrides=[*QUICK, "epochs=6"])
+    summary = evaluate([str(model)], quick(task, epochs=6), tmp_path)
     gold, predicted = predictions(tmp_path, summary["runs"][0])
     ours = [[label == "fever" for [label] in rows] for rows in (gold, predicted)] if positive else [gold, predicted]
     by_hand = f1_score(*ours) if positive else f1_score(*ours, average="macro")
@@ -125,7 +131,7 @@ def test_several_labels_and_two_models(model: Path, write: Write, tmp_path: Path
 
     other = save_model(tmp_path / "other", hidden_size=16)
     task = classification(write, "multi", "micro_f1")
-    summary = evaluate([str(model), str(other)], task, tmp_path / "out", seeds=(1, 2), overrides=[*QUICK, "epochs=6"])
+    summary = evaluate([str(model), str(other)], quick(task, (1, 2), epochs=6), tmp_path / "out")
     for run in summary["runs"]:
         gold, predicted = predictions(tmp_path / "out", run)
         table = MultiLabelBinarizer().fit(gold)
@@ -190,7 +196,7 @@ def test_words_meet_their_first_token(model: Path, write: Write) -> None:
 
     from studies.finetune import Job
 
-    task, protocol, folder = load_task(ner(write))
+    task, protocol, folder = load_task(ner(write), {})
     splits = read_splits(task, folder)
     job = Job("", task, protocol, splits, 0, folder, {})
     words = ("Hyperparathyroidism", "(", "HPT", ")", "\u00e9t\u00e9", "``", "x")
@@ -198,79 +204,103 @@ def test_words_meet_their_first_token(model: Path, write: Write) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     row = _encode(example, job, tokenizer, 512)
     offsets = tokenizer(example.text, return_offsets_mapping=True)["offset_mapping"]
-    for word, place in zip(words, row["words"], strict=True):
-        first, last = offsets[place]
+    for word, position in zip(words, row["words"], strict=True):
+        first, last = offsets[position]
         assert word.startswith(example.text[first:last].strip())
     assert sum(label >= 0 for label in row["labels"]) == len(words)
-    assert _encode(example, job, tokenizer, 4)["words"].count(-1) >= 4, "words beyond the length are not found"
+    assert _encode(example, job, tokenizer, 4)["words"].count(-1) >= 4, "words beyond the length have no token"
 
 
 def test_leakage_finds_runs_of_words(write: Write) -> None:
     run = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     text = write("corpus.jsonl", json.dumps({"text": f"Before: {run.title()}, after. A short one here."}))
     examples = [
-        Example(where, content, None, (), ())
-        for where, content in (
+        Example(location, content, None, (), ())
+        for location, content in (
             ("a", f"x y {run} z"),
             ("b", "a SHORT one, here"),
             ("c", run[:40] + " other " * 9),
             ("d", "no"),
         )
     ]
-    found = leakage(examples, [str(text)])
-    assert (found["found"], found["share"], found["where"]) == (2, 0.5, ["a", "b"])
+    leaked = leakage(examples, [str(text)])
+    assert (leaked["found"], leaked["share"], leaked["where"]) == (2, 0.5, ["a", "b"])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "code", "location"),
     [
-        ("train.tsv", "The\tO\nfever\n", r"train.tsv, line 2: expected a token and its BIO tag, got 'fever'"),
-        ("train.tsv", "The\tO\nfever\tX-Disease\n", r"train.tsv, line 2: 'X-Disease' is no BIO tag"),
-        ("test.tsv", "The\tO\nfever\tB-Symptom\n", r"test.tsv, line 1: label 'B-Symptom' does not occur in training"),
-        ("train.tsv", "\n", r"train.tsv holds no example"),
+        ("train.tsv", "The\tO\nfever\n", "bad-token-line", r"train.tsv, line 2: .*'fever'"),
+        ("train.tsv", "The\tO\nfever\tX-Disease\n", "bad-tag", r"train.tsv, line 2: 'X-Disease'"),
+        ("test.tsv", "The\tO\nfever\tB-Symptom\n", "unknown-label", r"test.tsv, line 1: .*'B-Symptom'"),
+        ("train.tsv", "\n", "no-examples", r"train.tsv"),
     ],
 )
-def test_bad_token_files(model: Path, write: Write, tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_bad_token_files(
+    model: Path, write: Write, tmp_path: Path, name: str, content: str, code: str, location: str
+) -> None:
     task = ner(write)
     write(name, content)
-    with pytest.raises(InputError, match=message):
-        evaluate([str(model)], task, tmp_path / "out")
+    with pytest.raises(InputError, match=location) as error:
+        evaluate([str(model)], EvaluatedTask(task=task), tmp_path / "out")
+    assert error.value.code == code
     assert not (tmp_path / "out").exists(), "nothing has started"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "code", "location"),
     [
-        ("train.jsonl", '{"text": 1}\n', r"train.jsonl, line 1: no 'text.a' here; it has int"),
-        ("train.jsonl", "{}\n", r"train.jsonl, line 1: no 'text.a' here"),
-        ("test.jsonl", "\n{\n", r"test.jsonl, line 2: not valid JSON"),
+        ("train.jsonl", '{"text": 1}\n', "missing-field", r"train.jsonl, line 1: .*'text.a'.* int"),
+        ("train.jsonl", "{}\n", "missing-field", r"train.jsonl, line 1: .*'text.a'"),
+        ("test.jsonl", "\n{\n", "bad-json", r"test.jsonl, line 2: "),
     ],
 )
-def test_bad_records(model: Path, write: Write, tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_bad_records(
+    model: Path, write: Write, tmp_path: Path, name: str, content: str, code: str, location: str
+) -> None:
     task = classification(write, "single", "macro_f1")
     write(name, content)
-    with pytest.raises(InputError, match=message):
-        evaluate([str(model)], task, tmp_path / "out")
+    with pytest.raises(InputError, match=location) as error:
+        evaluate([str(model)], EvaluatedTask(task=task), tmp_path / "out")
+    assert error.value.code == code
 
 
 def test_other_bad_input(model: Path, write: Write, tmp_path: Path) -> None:
     task = ner(write)
-    with pytest.raises(InputError, match=r"no task 'bc5cdt': .*did you mean 'bc5cdr'\?"):
-        evaluate([str(model)], "bc5cdt", tmp_path / "out")
-    with pytest.raises(InputError, match=r"no file .*train.tsv; give the folder that holds it with --data"):
-        evaluate([str(model)], "bc5cdr", tmp_path / "out")
-    with pytest.raises(InputError, match="is no model"):
-        evaluate([str(tmp_path)], task, tmp_path / "out")
-    with pytest.raises(InputError, match=r"epoch: no such key; did you mean 'epochs'\?"):
-        evaluate([str(model)], task, tmp_path / "out", overrides=["epoch=2"])
-    with pytest.raises(InputError, match="score entity_f1 belongs to kind tokens"):
-        evaluate([str(model)], ner(write, score="macro_f1"), tmp_path / "out")
+
+    def refused(models: list[Path], task: str, **settings: Any) -> InputError:
+        with pytest.raises(InputError) as error:
+            evaluate([str(model) for model in models], EvaluatedTask(task=task, **settings), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return error.value
+
+    assert "bc5cdr" in str(refused([model], "bc5cdt")), "the nearest name is offered"
+    missing = refused([model], "bc5cdr")
+    assert (missing.key, missing.code) == ("--data", "file-missing")
+    assert refused([tmp_path], task).code == "not-a-model"
+    assert refused([model, model], task).code == "model-given-twice"
+    assert "'epochs'" in str(refused([model], task, protocol={"epoch": 2}))
+    assert "entity_f1" in str(refused([model], ner(write, score="macro_f1")))
+    preset = refused([model], ner(write, protocol={"preset": "klingon"}))
+    assert preset.key == "protocol.preset"
+
+
+def test_overrides_are_yaml() -> None:
+    assert parse_overrides(["lr=2e-4", "files.test=null"]) == {"lr": 2e-4, "files.test": None}
+    with pytest.raises(InputError, match="epochs") as error:
+        parse_overrides(["epochs"])
+    assert error.value.code == "not-an-override"
+
+
+def test_one_length_replaces_the_other(write: Write) -> None:
+    _, protocol, _ = load_task(ner(write), {"steps": 7})
+    assert (protocol.steps, protocol.epochs) == (7, None)
 
 
 def test_every_described_task_is_whole() -> None:
     assert len(shipped(SHIPPED)) >= 19
     for name in shipped(SHIPPED):
-        task, protocol, _ = load_task(name)
+        task, protocol, _ = load_task(name, {})
         assert task.name == name
         assert task.source
         assert task.licence

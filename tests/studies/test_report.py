@@ -10,13 +10,13 @@ import pytest
 from studies.differences import differences
 from studies.plan import Study
 from studies.report import write_report
-from tests.studies.test_scaling import GRID, PLANTED, curve
+from tests.studies.test_scaling_law import GRID, PLANTED, curve
 
 
 def record(name: str, loss: float, **changes: Any) -> dict[str, Any]:
     speed = {"workers": 1, "tokens_per_second": 1000.0, "mfu": 0.3}
-    whole = {"trial": name, "arm": None, "point": {}, "parameters": 10, "tokens": 10, "sequences": 8}
-    return whole | {"loss": loss, "loss_of": "held-out MLM", "scores": {}, "speed": speed} | changes
+    record = {"trial": name, "arm": None, "point": {}, "parameters": 10, "tokens": 10, "sequences": 8}
+    return record | {"loss": loss, "loss_of": "held-out MLM", "scores": {}, "speed": speed} | changes
 
 
 def test_planted_law_is_reported(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def pairs(gain: list[float]) -> list[dict[str, Any]]:
 
 
 def test_verdicts_are_plain() -> None:
-    """Seeds differ far more than arms do: only a paired comparison sees it."""
+    """Seeds differ far more than arms do, so only a paired comparison shows the difference."""
     better, task = differences(pairs([-0.1, -0.11, -0.09, -0.1]), "mlm")
     assert better.pairs == pytest.approx((-0.1, -0.11, -0.09, -0.1))
     assert (better.measure, better.verdict) == ("loss", "detour is better than mlm")

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class OneProcess:
-    """Trains for real, in this process and without Ray: the trainer itself is what a study is handed."""
+    """A cluster that calls the real trainer in this process, without Ray."""
 
     def room(self, config: RunConfig) -> int:
         return 1
@@ -44,7 +44,7 @@ class OneProcess:
 
         from engine.trainer import train
 
-        torch.set_num_threads(1)  # as a worker's are set: sums in another order end in other digits
+        torch.set_num_threads(1)  # as workers do, because sums in another order differ in the last digits
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(dump_config(config))
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -62,7 +62,7 @@ class OneProcess:
 
 
 def study(write: Write, toy_shards: Path, **changes: Any) -> Path:
-    """Twelve trials of three steps: two arms, three data orders, two learning rates."""
+    """Write a study of twelve trials of three steps: two arms, three data orders, two learning rates."""
     phases = [{"objective": "clm", "steps": 2}, {"objective": "mlm", "steps": 1}]
     model = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     tree = recipe(toy_shards, phases=phases, model=model, data={"sequence_length": 32, "streams": 2})
@@ -82,8 +82,8 @@ def run(path: Path, output: Path) -> None:
     assert run_study(loaded, folder, output, OneProcess())
 
 
-def fixed(output: Path) -> dict[str, str]:
-    """What the seeds fix of a study's report."""
+def determined(output: Path) -> dict[str, str]:
+    """Read the part of a study's report that the seeds determine."""
     files = {name: (output / name).read_text() for name in ("trials.csv", "comparison.json", "scaling.json")}
     page, speeds = re.subn(r'<section id="speed">.*</section>', "", (output / "report.html").read_text(), flags=re.S)
     assert speeds == 1
@@ -95,25 +95,26 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_report(
     write: Write,
     toy_shards: Path,
     tmp_path: Path,
+    drawn_seed: int,
 ) -> None:
     path = study(write, toy_shards, baseline="mlm")
     run(path, tmp_path / "undisturbed")
     command = (
         f"from pathlib import Path; from tests.studies.test_study import run; run(Path({str(path)!r}), Path('out'))"
     )
-    draw = random.Random()
-    wanted = draw.randrange(1, 11)
+    draw = random.Random(drawn_seed)
+    records_before_kill = draw.randrange(1, 11)
     with subprocess.Popen(
         [sys.executable, "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
     ) as process:
-        while len(list((tmp_path / "out" / "records").glob("[!.]*"))) < wanted and process.poll() is None:
+        while len(list((tmp_path / "out" / "records").glob("[!.]*"))) < records_before_kill and process.poll() is None:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 1))
         process.kill()
     records = {record: record.stat().st_mtime_ns for record in (tmp_path / "out" / "records").glob("[!.]*")}
     assert 1 <= len(records) <= 12
     run(path, tmp_path / "out")
-    assert fixed(tmp_path / "out") == fixed(tmp_path / "undisturbed")
+    assert determined(tmp_path / "out") == determined(tmp_path / "undisturbed")
     assert all(record.stat().st_mtime_ns == before for record, before in records.items()), (
         "finished trials were repeated"
     )
@@ -156,44 +157,68 @@ def test_a_failed_trial_leaves_the_others(write: Write, toy_shards: Path, tmp_pa
 
     path = study(write, toy_shards, grid={"data.seed": [1, 2]}, arms={})
     loaded, folder = load_study(str(path))
-    with pytest.raises(RunFailedError, match=r"1 of 2 trials failed, .*data.seed-2 \(a worker died\)"):
+    with pytest.raises(RunFailedError, match=r"1 of 2 .*data.seed-2 \(a worker died\)"):
         run_study(loaded, folder, tmp_path / "out", Failing())
     assert [record.stem for record in (tmp_path / "out" / "records").iterdir()] == ["data.seed-1"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"grid": {"optimizer.betta": [[0.9, 0.9]]}}, r"optimizer.betta: no such key; did you mean 'betas'\?"),
-        ({"grid": {"data.seed": [1, 1]}}, r"the same trial twice: detour-data.seed-1, mlm-data.seed-1"),
-        ({"grid": {"data.seed": []}}, r"grid.data.seed: needs one value or more"),
-        ({"arms": {"a": {}, "b": {"phases.0.steps": 3}}}, r"(?s)arms 'a' and 'b' share neither.*total steps: 3 -> 4"),
-        ({"arms": {"a": {}, "b": {"data.seed": 7}}, "grid": {}}, r"(?s)share neither.*data.seed: 42 -> 7"),
-        ({"arms": {"a": {}, "b": {"model.hidden_size": 32}}}, r"(?s)share neither.*model.hidden_size: 16 -> 32"),
-        ({"arms": {"a": {}}, "baseline": "c"}, r"baseline: no arm 'c'; arms: a"),
-        ({"arms": {"a": {"phases.0.freeze": [5]}}}, r"phases.0.freeze: no layers \[5\]; the model has 0 to 1"),
-        ({"arms": {"a": {"decay_share": 1.5}}}, r"decay_share: 1.5 will not do"),
-        ({"recipe": "nowhere.yaml"}, r"recipe nowhere.yaml: No such file"),
-        ({"grids": {}}, r"grids: no such key; did you mean 'grid'\?"),
+        ({"grid": {"optimizer.betta": [[0.9, 0.9]]}}, ["optimizer.betta", "'betas'"]),
+        ({"grids": {}}, ["grids", "'grid'"]),
+        ({"arms": {"a": {"phases.0.freeze": [5]}}}, ["phases.0.freeze", "[5]"]),
+        ({"recipe": "nowhere.yaml"}, ["nowhere.yaml"]),
+    ],
+)
+def test_bad_recipes_are_refused_before_anything_starts(
+    write: Write, toy_shards: Path, changes: dict[str, Any], named: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as error:
+        run(study(write, toy_shards, **changes), tmp_path / "out")
+    assert all(name in str(error.value) for name in named)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "named"),
+    [
+        ({"grid": {"data.seed": [1, 1]}}, "grid", ["detour-data.seed-1, mlm-data.seed-1"]),
+        ({"grid": {"data.seed": []}}, "grid.data.seed", []),
+        ({"arms": {"a": {}, "b": {"phases.0.steps": 3}}}, "arms", ["'a'", "'b'", "total steps: 3 -> 4"]),
+        ({"arms": {"a": {}, "b": {"data.seed": 7}}, "grid": {}}, "arms", ["data.seed: 42 -> 7"]),
+        ({"arms": {"a": {}, "b": {"model.hidden_size": 32}}}, "arms", ["model.hidden_size: 16 -> 32"]),
+        ({"arms": {"a": {}}, "baseline": "c"}, "baseline", ["'c'", "a"]),
+        ({"arms": {"a": {"decay_share": 1.5}}}, "decay_share", ["1.5"]),
+        ({"grid": {"parameters": ["1k"]}, "arms": {}}, "parameters", ["parameters-1k", "1k"]),
     ],
 )
 def test_bad_studies_are_refused_before_anything_starts(
-    write: Write,
-    toy_shards: Path,
-    changes: dict[str, Any],
-    message: str,
-    tmp_path: Path,
+    write: Write, toy_shards: Path, changes: dict[str, Any], key: str, named: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as error:
         run(study(write, toy_shards, **changes), tmp_path / "out")
+    assert error.value.key == key
+    assert all(name in str(error.value) for name in named)
     assert not (tmp_path / "out").exists()
 
 
 def test_another_study_keeps_its_directory(write: Write, toy_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "study.yaml").write_text("name: other\n")
-    with pytest.raises(InputError, match="holds a different study"):
+    with pytest.raises(InputError, match=r"study\.yaml") as error:
         run(study(write, toy_shards), tmp_path / "out")
+    assert (error.value.key, error.value.code) == ("--output", "another-study")
+    assert (tmp_path / "out" / "study.yaml").read_text() == "name: other\n"
+
+
+def test_a_reworded_study_continues(write: Write, toy_shards: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"grid": {"data.seed": [1]}, "arms": {}}
+    run(study(write, toy_shards, about="As it was.", **settings), tmp_path / "out")
+    [record] = (tmp_path / "out" / "records").iterdir()
+    before = record.stat().st_mtime_ns
+    run(study(write, toy_shards, about="As it is said now.", **settings), tmp_path / "out")
+    assert record.stat().st_mtime_ns == before
 
 
 def test_derived_keys(write: Write, toy_shards: Path) -> None:
@@ -215,7 +240,7 @@ def test_shipped_comparisons_suit_every_recipe_of_two_phases(name: str) -> None:
 
 
 def test_two_trials_by_the_command_line(write: Write, toy_shards: Path, tmp_path: Path) -> None:
-    """Through the launcher and Ray; stopped by SIGTERM on the way, the same command goes on."""
+    """Run a study through the launcher and Ray; after a SIGTERM the same command continues it."""
     from tests.launcher.toy import DETOUR, environment
 
     path = study(write, toy_shards, grid={"data.seed": [1]})
@@ -233,6 +258,6 @@ def test_two_trials_by_the_command_line(write: Write, toy_shards: Path, tmp_path
     result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert rows[0]["verdict"] == "no verdict: 1 pair says nothing of the spread"
+    assert rows[0]["verdict"].startswith("no verdict")
     for directory in trial.glob("*/"):
         assert (directory / "hf" / "config.json").is_file()

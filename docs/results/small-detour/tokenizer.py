@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of 8,192 entries from the sample corpus: python tokenizer.py DIRECTORY."""
+"""Train a byte-level BPE tokenizer of 8,192 entries on the sample corpus: python tokenizer.py DIRECTORY."""
 
 import json
 import sys

@@ -5,8 +5,8 @@ import pytest
 
 from configs.errors import InputError
 from engine.modernbert.config import parameter_count, resolve_architecture
-from studies.scaling import fit, frontier
-from studies.sizes import MULTIPLE, count, model_shape
+from studies.scaling_law import fit, frontier
+from studies.sizes import WIDTH_MULTIPLE, count, model_shape
 
 NAMES = ("parameters", "tokens")
 SIZES, TOKENS = (17e6, 32e6, 68e6, 150e6, 400e6), (1e8, 3e8, 1e9, 3e9, 1e10)
@@ -15,18 +15,18 @@ GRID = np.array([(size, tokens) for size in SIZES for tokens in TOKENS])
 
 
 def curve(seed: int, noise: float = 0.005) -> np.ndarray:
-    """Hoffmann et al. 2022, with noise of half a per cent."""
+    """Losses by the law of Hoffmann et al. 2022, with noise of half a per cent."""
     exact = 1.69 + 406.4 * GRID[:, 0] ** -PLANTED[0] + 410.7 * GRID[:, 1] ** -PLANTED[1]
     return exact * np.exp(noise * np.random.default_rng(seed).normal(size=len(GRID)))
 
 
 def test_planted_exponents_lie_in_their_intervals() -> None:
-    """In 90 or more of 100 draws, each of the two."""
-    found = np.zeros(2, int)
+    """Each of the two exponents, in 90 or more of 100 draws."""
+    covered = np.zeros(2, int)
     for seed in range(100):
         law = fit(NAMES, GRID, curve(seed), draws=100, seed=seed)
-        found += [e.low <= planted <= e.high for e, planted in zip(law.exponents, PLANTED, strict=True)]
-    assert (found >= 90).all(), found
+        covered += [e.low <= planted <= e.high for e, planted in zip(law.exponents, PLANTED, strict=True)]
+    assert (covered >= 90).all(), covered
 
 
 def test_exact_curves_are_found_exactly() -> None:
@@ -56,8 +56,15 @@ def test_the_frontier_is_the_best_division_of_compute() -> None:
 
 
 def test_too_few_points_are_refused() -> None:
-    with pytest.raises(InputError, match="needs 7 points or more, there are 5"):
+    with pytest.raises(InputError, match=r"7 .* 5") as error:
         fit(NAMES, GRID[:5], np.ones(5))
+    assert error.value.code == "too-few-points"
+
+
+def test_losses_that_rise_are_refused() -> None:
+    with pytest.raises(InputError) as error:
+        fit(NAMES, GRID, 2 + 0.01 * np.log(GRID.prod(1)), draws=2)
+    assert error.value.code == "no-power-law"
 
 
 @pytest.mark.parametrize("name", ["17M", "32M", "68M", "150M", "400M", "1B"])
@@ -69,7 +76,7 @@ def test_sizes_suit_tensor_parallel_and_fp8(name: str) -> None:
     tokenizer = load_tokenizer("package://tokenizer/modernbert")
     wanted = parse_count(name)
     shape = model_shape(wanted, tokenizer.vocab_size)
-    assert shape["hidden_size"] % MULTIPLE == shape["intermediate_size"] % MULTIPLE == 0
+    assert shape["hidden_size"] % WIDTH_MULTIPLE == shape["intermediate_size"] % WIDTH_MULTIPLE == 0
     assert shape["num_attention_heads"] % 8 == 0
     assert shape["hidden_size"] // shape["num_attention_heads"] % 8 == 0
     architecture = resolve_architecture(Model(**shape), tokenizer)
@@ -77,5 +84,6 @@ def test_sizes_suit_tensor_parallel_and_fp8(name: str) -> None:
 
 
 def test_a_size_the_vocabulary_does_not_allow_is_refused() -> None:
-    with pytest.raises(InputError, match="a smaller tokenizer allows smaller models"):
+    with pytest.raises(InputError, match="50,368") as error:
         model_shape(1_000_000, 50_368)
+    assert error.value.key == "parameters"
