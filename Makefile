@@ -30,6 +30,8 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(VENV)/bin/python -m configs.docs
+	$(VENV)/bin/python -m monitoring.docs
+	$(VENV)/bin/python -m monitoring.grafana.dashboards
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

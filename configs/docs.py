@@ -21,15 +21,15 @@ INTRODUCTION = """\
 
 <!-- Generated from configs/schema.py by `make docs`. Do not edit. -->
 
-A recipe describes a run. It is a YAML file or the name of a shipped recipe. The command line sets a key by its dotted path,
+A recipe describes a run. It is a YAML file or the name of a shipped recipe. The command line sets keys by dotted path,
 list indices included: `detour-train demo phases.0.steps=20 batch.sequences=16`.
 
 - A misspelt key is answered with the nearest right key. All errors of a file are reported together, before training.
 - Durations read `500 steps`, `100M tokens` or `10 minutes`. A bare count is in tokens. Suffixes are k, M, B and T.
 - `RUN/config.yaml` holds the resolved configuration. `detour schema` prints the JSON schema.
 - A run resumes with the same configuration. Keys that do not decide what is computed may change: `cluster.*`,
-  `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro`, `shards` and `text` of a source, and these keys of `data`: `on_error`,
-  `backend`, `prefetch`, `cache`, `cache_gb`, `patience`.
+  `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro`, `shards` and `text` of a source, and of `data` the keys
+  `on_error`, `backend`, `prefetch`, `cache`, `cache_gb`, `patience`.
 
 ## Shipped recipes
 
