@@ -61,7 +61,7 @@ def test_files_and_functions_that_are_named_exist(page: Path) -> None:
     """`path/file.py` exists, and so does each `function` or `Class.method` in parentheses after it."""
     text = page.read_text()
     missing = [name for name in re.findall(r"`([a-z_/0-9]+\.py)`", text) if not (ROOT / name).exists()]
-    for name, functions in re.findall(r"`([a-z_/0-9]+\.py)` \((`[^)]*)\)", text):
+    for name, functions in re.findall(r"`([a-z_/0-9]+\.py)`\s+\((`[^)]*)\)", text):
         if name not in missing:
             defined = definitions(ROOT / name)
             missing += [f"{name}: {word}" for word in re.findall(r"`([\w.]+)`", functions) if word not in defined]
