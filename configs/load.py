@@ -1,4 +1,4 @@
-"""From a recipe and overrides to a validated `RunConfig`, with every error of the file reported at once."""
+"""Load a recipe and its overrides into a validated `RunConfig`. All errors of a file are reported at once."""
 
 from __future__ import annotations
 
@@ -24,40 +24,56 @@ MAY_CHANGE = re.compile(
     r"(cluster|parallel|checkpoint|monitoring)\.|batch\.micro|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
     r"|data\.(sources\.\d+|evaluation)\.(shards|text)"
 )
-"""Keys that say where and how a run is executed; everything else says what it computes.
+"""Matches keys that decide where and how a run is executed. All other keys decide what it computes.
 
-Shards may lie elsewhere: a checkpoint knows the data by its content, and refuses any other.
+Shards may move, because a checkpoint identifies its data by content.
 """
 
 
 def shipped(folder: Traversable) -> dict[str, str]:
-    """Name -> text of every YAML file in a folder of the package, by name."""
+    """Return the text of each YAML file in a folder of the package by the file's name, in alphabetical order."""
     return {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name.removesuffix(".yaml"))
         if entry.name.endswith(".yaml")
     }
 
 
 def read_mapping(reference: str, kind: str, folder: Traversable) -> tuple[dict[str, Any], Path]:
-    """The mapping in a YAML file, or in the one of that name in a folder of the package; and where it lies: the file's
-    folder, or the working directory. Raises InputError, which calls it a `kind`.
+    """Read a mapping from a YAML file, or from the file of that name in a folder of the package.
+
+    Args:
+        reference: Path of a YAML file, or the name of a shipped file.
+        kind: Word for the file in messages, such as `recipe`.
+        folder: Folder of the shipped files.
+
+    Returns:
+        The mapping, and the directory of the file; the working directory for a shipped file.
+
+    Raises:
+        InputError: The file is missing, unreadable, or no mapping.
     """
     path, ours = Path(reference), shipped(folder)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
             text, home = path.read_text(encoding="utf-8"), path.parent
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{kind} {reference}: {getattr(error, 'strerror', None) or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{kind} {reference}: {reason}", code="file-unreadable") from None
     elif reference in ours:
         text, home = ours[reference], Path()
     else:
         near = difflib.get_close_matches(reference, ours, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ours)}"
-        raise InputError(f"no {kind} {reference!r}: neither a YAML file nor one of the package; {hint}")
+        raise InputError(
+            f"no {kind} {reference!r}: it is neither a YAML file nor a shipped {kind}; {hint}", code="unknown-name"
+        )
     tree = read_yaml(text, f"{kind} {reference}")
     if not isinstance(tree, dict):
-        raise InputError(f"{kind} {reference} is empty or not a mapping; complete ones are {', '.join(ours)}")
+        raise InputError(
+            f"{kind} {reference} is empty or not a mapping; complete examples are {', '.join(ours)}",
+            code="not-a-mapping",
+        )
     return tree, home
 
 
@@ -66,14 +82,19 @@ def read_yaml(text: str, origin: str) -> Any:
     try:
         tree = OmegaConf.from_dotlist([f"value={text}"])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"{origin} is not valid YAML: {error}") from None
+        raise InputError(f"{origin} is not valid YAML: {error}", code="invalid-yaml") from None
     return OmegaConf.to_container(tree)["value"]  # type: ignore[index, call-overload]
 
 
 def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Resolve RECIPE (a YAML file or a shipped name; None: ./detour.yaml, else `demo`) and `key=value` overrides.
+    """Load a recipe and apply overrides.
 
-    Raises InputError naming every wrong key with the nearest right one.
+    Args:
+        recipe: YAML file or name of a shipped recipe. None: `./detour.yaml` if it exists, else `demo`.
+        overrides: `key=value` with dotted keys.
+
+    Raises:
+        InputError: A key or value is wrong. The message names each wrong key and the nearest right key.
     """
     if recipe is None:
         recipe = "detour.yaml" if Path("detour.yaml").exists() else "demo"
@@ -81,34 +102,47 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
-            raise InputError(f"{override!r} is not an override; write key=value, for instance batch.sequences=8")
+            message = f"{override!r} is not an override; write key=value, for example batch.sequences=8"
+            raise InputError(message, key=key or None, code="override-malformed")
         try:
             OmegaConf.update(tree, key, OmegaConf.from_dotlist(["value" + override[len(key) :]]).value, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
-            raise InputError(f"{override!r} cannot be applied to {recipe}: {_first_line(error)}") from None
+            message = f"{override!r} cannot be applied to {recipe}: {_first_line(error)}"
+            raise InputError(message, key=key, code="override-malformed") from None
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise InputError(f"{recipe}: {_first_line(error)}") from None
+        raise InputError(f"{recipe}: {_first_line(error)}", code="invalid-yaml") from None
     return validate(RunConfig, plain, recipe)
 
 
 def validate(schema: type[S], tree: Any, origin: str) -> S:
-    """A plain dict -> a section of a file; InputError with one line for each wrong key."""
+    """Validate a plain mapping as a section.
+
+    Args:
+        schema: The section.
+        tree: The mapping.
+        origin: Name of the file in messages.
+
+    Raises:
+        InputError: One line per wrong key; `key` is the first wrong key.
+    """
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(schema, item) for item in error.errors()]
-        raise InputError(f"{origin}: {len(lines)} error{'s' * (len(lines) > 1)}\n  " + "\n  ".join(lines)) from None
+        faults = [(_key(item), _explain(schema, item)) for item in error.errors()]
+        lines = [f"\n  {key or '(whole file)'}: {reason}" for key, reason in faults]
+        message = f"{origin}: {len(lines)} error{'s' * (len(lines) > 1)}" + "".join(lines)
+        raise InputError(message, key=faults[0][0], code="invalid-config") from None
 
 
 def dump_config(config: RunConfig) -> str:
-    """The YAML of a resolved configuration; `load_config` of it gives the same configuration."""
+    """Return the YAML of a configuration. `load_config` of it returns an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Human-readable `key: old -> new` of every leaf in which two configurations differ."""
+    """Return `key: old -> new` for each key in which two configurations differ."""
     left, right = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
     return [
         f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
@@ -118,28 +152,32 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def changes_of_run(old: RunConfig, new: RunConfig) -> list[str]:
-    """The `differences` that make another run of it; empty where `new` may go on with what `old` began."""
+    """Return the `differences` that change what a run computes. Empty if `new` may continue a run of `old`."""
     return [line for line in differences(old, new) if not MAY_CHANGE.match(line)]
 
 
+def _key(item: Any) -> str | None:
+    """Return the dotted key of a pydantic error. A rule between sections names its key itself."""
+    return item.get("ctx", {}).get("key") or ".".join(str(part) for part in item["loc"]) or None
+
+
 def _explain(schema: type[BaseModel], item: Any) -> str:
+    """Return the reason and remedy of a pydantic error."""
     location = item["loc"]
-    key = ".".join(str(part) for part in location) or "(whole file)"
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _fields(schema, location[:-1]), n=1)
-        return f"{key}: no such key; " + (
-            f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_fields(schema, location[:-1]))}"
-        )
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_fields(schema, location[:-1]))}"
+        return f"no such key; {hint}"
     if item["type"] == "missing":
-        return f"{key}: missing; this key is required"
+        return "missing; this key is required"
     message = item["msg"].removeprefix("Value error, ")
     given = item.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""
-    return f"{key}: {message}{shown}"
+    return f"{message}{shown}"
 
 
 def _fields(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Names of the keys allowed at a place of the schema."""
+    """Return the names of the keys that the schema allows at a location."""
     model = schema
     for part in location:
         if isinstance(part, str) and part in model.model_fields:

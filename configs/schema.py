@@ -1,4 +1,7 @@
-"""The configuration of a run. Every section is frozen and refuses unknown keys."""
+"""The configuration of a run. Every section is frozen and refuses unknown keys.
+
+The docstrings of sections and keys are the text of `docs/configuration.md`: run `make docs` after a change.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from configs.units import Count, Duration
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-"""One path or a list of them."""
+"""One path or a list of paths."""
 
 
 def _no_command(value: str) -> str:
@@ -33,70 +37,110 @@ def _no_command(value: str) -> str:
 
 
 Shards = Annotated[str, AfterValidator(_no_command)]
-"""Where shards lie."""
+"""Location of shards: a directory, a glob or a URL."""
 
 
 def _prepared_here(text: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     shards = info.data.get("shards", "")
     if text and ("://" in shards or shards.endswith(".tar")):
         raise ValueError(
-            f"text is prepared into a local directory, and shards is {shards!r}; name a directory there, or prepare "
-            "the text with `detour prepare` and leave it out here"
+            f"text is prepared into a local directory, and shards is {shards!r}; set shards to a local directory, or "
+            "prepare the text with `detour prepare` and leave out this key"
         )
     return text
 
 
+def _fault(key: str, message: str) -> PydanticCustomError:
+    """Return the error of a rule between sections, which pydantic would report without a key."""
+    return PydanticCustomError("rule", "{message}", {"key": key, "message": message})
+
+
 class Section(BaseModel):
+    """A mapping of a recipe: immutable, without unknown keys, documented by the docstrings below its keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Model(Section):
-    """Where the weights come from and what shape they have. Any ModernBertConfig field may be overridden here."""
+    """Initial weights and architecture. A key without a value keeps the value of `init` or `size`."""
 
     init: str = "scratch"
     """`scratch`, a Hugging Face directory or hub id, or a Detour checkpoint directory."""
     size: Literal["tiny", "base", "large"] | None = None
-    """A named shape; only with `init: scratch`."""
+    """Named architecture of a new model. Only with `init: scratch`."""
     vocab_size: PositiveInt | None = None
+    """Entries of the vocabulary. At least the tokenizer's."""
     hidden_size: PositiveInt | None = None
+    """Width of the hidden states."""
     intermediate_size: PositiveInt | None = None
+    """Width of each half of the gated feed-forward layer."""
     num_hidden_layers: PositiveInt | None = None
+    """Number of layers."""
     num_attention_heads: PositiveInt | None = None
+    """Attention heads per layer. Must divide `hidden_size` into even parts."""
     hidden_activation: str | None = None
+    """Activation of the feed-forward layers. Only `gelu` is supported."""
     max_position_embeddings: PositiveInt | None = None
+    """Longest sequence that the exported configuration announces."""
     initializer_range: PositiveFloat | None = None
+    """Standard deviation of new weights."""
     initializer_cutoff_factor: PositiveFloat | None = None
+    """Bound of new weights, in standard deviations."""
     norm_eps: PositiveFloat | None = None
+    """Constant added to the variance in layer norms."""
     norm_bias: bool | None = None
+    """Biases in layer norms. Only `false` is supported."""
     attention_bias: bool | None = None
+    """Biases in attention. Only `false` is supported."""
     attention_dropout: float | None = None
+    """Dropout on attention weights. Only 0 is supported."""
     embedding_dropout: float | None = None
+    """Dropout on embeddings. Only 0 is supported."""
     mlp_bias: bool | None = None
+    """Biases in feed-forward layers. Only `false` is supported."""
     mlp_dropout: float | None = None
+    """Dropout in feed-forward layers. Only 0 is supported."""
     decoder_bias: bool | None = None
+    """Bias of the output vocabulary. Only `true` is supported."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    """Kind of attention per layer, instead of `global_attn_every_n_layers`."""
     local_attention: PositiveInt | None = None
+    """Window of local attention in tokens, both sides together."""
     global_attn_every_n_layers: PositiveInt | None = None
+    """Every n-th layer, from the first on, has global attention."""
     global_rope_theta: PositiveFloat | None = None
+    """Base of the rotary embeddings in layers with global attention."""
     local_rope_theta: PositiveFloat | None = None
+    """Base of the rotary embeddings in layers with local attention."""
     rope_parameters: dict[str, dict[str, Any]] | None = None
+    """Rotary embeddings per kind of attention, as transformers 5 writes them. Only the default type is supported."""
     tie_word_embeddings: bool | None = None
+    """One matrix for input embeddings and output vocabulary. Only `true` is supported."""
     pad_token_id: int | None = None
+    """Padding token of the exported configuration."""
     bos_token_id: int | None = None
+    """First token of a text, in the exported configuration."""
     eos_token_id: int | None = None
+    """Last token of a text, in the exported configuration."""
     cls_token_id: int | None = None
+    """Classification token of the exported configuration."""
     sep_token_id: int | None = None
+    """Separator token of the exported configuration."""
     classifier_pooling: Literal["cls", "mean"] | None = None
+    """Pooling of a fine-tuned classifier, in the exported configuration."""
     classifier_dropout: float | None = None
+    """Dropout of a fine-tuned classifier, in the exported configuration."""
     classifier_bias: bool | None = None
+    """Bias of the dense layer before the output vocabulary."""
     classifier_activation: str | None = None
+    """Activation of the dense layer before the output vocabulary: `gelu`, `silu` or `relu`."""
 
     @model_validator(mode="after")
     def _size_or_weights(self) -> Self:
         if self.size is not None and self.init != "scratch":
             raise ValueError("size names a new model and init names existing weights: give one of the two")
         if self.size is None and self.init == "scratch" and self.hidden_size is None:
-            raise ValueError("say which model: init (a Hugging Face directory or hub id) or size (tiny, base, large)")
+            raise ValueError("give init (a Hugging Face directory or hub id) or size (tiny, base, large)")
         return self
 
 
@@ -104,32 +148,36 @@ class Source(Section):
     """One corpus of the mixture."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the corpus in logs and metrics."""
     shards: Shards
-    """Directory with a manifest.json, or a glob of WebDataset tars in one; local, s3://, gs:// or https://. A local
-    directory of tars with .txt or .json members and no manifest is raw text, tokenized as it is read."""
+    """Directory with a manifest.json, or a glob of WebDataset tars: local, s3://, gs:// or https://. A local
+    directory of tars with .txt or .json members and no manifest is raw text, which is tokenized while it is read."""
     text: Paths = ()
-    """Text files (jsonl[.gz|.zst], txt, parquet). Where `shards` does not exist yet it is prepared from these."""
+    """Text files or directories of text files (jsonl[.gz|.zst], txt, parquet). The run prepares `shards` from them if
+    `shards` does not exist yet."""
     weight: PositiveFloat | None = None
-    """Share of the training tokens, relative to the other sources; 1 if not given."""
+    """Share of the training tokens, relative to the other sources. Without a value: 1."""
     upsample: PositiveFloat | None = None
-    """In place of weights, for every source or none: the share is the source's own tokens times this."""
+    """Number by which the source's own tokens are multiplied to give its share. All sources have it, or no source."""
     epochs: PositiveInt | None = None
-    """Passes over the source at most, after which the others take its share. By default it is repeated without end."""
+    """Most passes over the source. Afterwards the other sources take its share. Without a value: no limit."""
 
     _text_is_prepared_here = field_validator("text")(_prepared_here)
 
 
 class Evaluation(Section):
-    """A fixed held-out set: both losses on it, in either phase, without touching the training data."""
+    """A fixed held-out set. Both objectives' losses are measured on it, in every phase."""
 
     shards: Shards
-    """As a source's."""
+    """Location of the set, in the forms of `data.sources.shards`."""
     text: Paths = ()
+    """Text files, in the forms of `data.sources.text`."""
     every: Duration = Duration(500, "steps")
     """Interval in steps or tokens."""
     sequences: PositiveInt = 64
-    """Packed sequences evaluated each time, always the same ones; fewer where the set holds fewer."""
+    """Packed sequences per evaluation, always the same ones. A smaller set is evaluated as a whole."""
     mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
+    """Share of the maskable tokens that MLM predicts."""
 
     _text_is_prepared_here = field_validator("text")(_prepared_here)
 
@@ -147,29 +195,31 @@ class Evaluation(Section):
 
 
 class Data(Section):
-    """What a step trains on: a pure function of this section, the sources' contents and the step."""
+    """Training data. A step's batch depends on this section, the contents of the sources and the step alone."""
 
     sequence_length: PositiveInt = 1024
-    """Tokens of a packed sequence."""
+    """Tokens per packed sequence."""
     seed: int = Field(default=42, ge=0)
     """Seed of the data order and the masks."""
     streams: PositiveInt = 48
-    """Logical streams. Data-parallel sizes that divide it see the same data."""
+    """Logical streams of documents. Every data-parallel size that divides it trains on the same batches."""
     sources: tuple[Source, ...] = Field(min_length=1)
+    """Corpora of the mixture."""
     evaluation: Evaluation | None = None
+    """Held-out set. Without a value there is no evaluation."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a damaged shard or document does: stop the run, or be left out, counted, at this and every resume."""
+    """Effect of a damaged shard or document. `skip` leaves it out, counts it, and does so again after a resume."""
     backend: Literal["numpy", "dali"] = "numpy"
-    """What makes batches of packed rows; both make the same ones. dali works on the GPU where there is one."""
+    """Library that makes batches from packed sequences. Both give the same batches. `dali` works on the GPU."""
     prefetch: PositiveInt = 2
-    """Steps prepared ahead of the one in training."""
+    """Steps whose batches are prepared ahead."""
     cache: str = "~/.cache/detour/shards"
-    """Local directory for remote shards."""
+    """Local directory for copies of remote shards."""
     cache_gb: PositiveFloat = 100
-    """Bound of that directory in gigabytes; the shards used longest ago make room. It should hold two shards of each
-    source for every stream of the machine: those that are being read stay on the disk beyond it."""
+    """Largest size of `cache` in gigabytes. The least recently used shards are deleted first. Shards in use stay, so
+    allow two shards per source for each stream of the machine."""
     patience: PositiveInt = 300
-    """Seconds of retries without a byte from a remote store before the run fails."""
+    """Seconds without a byte from a remote store after which the run fails."""
 
     @model_validator(mode="after")
     def _unique_names(self) -> Self:
@@ -182,28 +232,29 @@ class Data(Section):
     def _one_kind_of_share(self) -> Self:
         upsampled = [source.upsample is not None for source in self.sources]
         if any(upsampled) and (not all(upsampled) or any(source.weight for source in self.sources)):
-            raise ValueError(
-                "give every source a weight, or every source upsample, not some the one and some the other"
-            )
+            raise ValueError("weight and upsample are mixed: give every source a weight, or every source upsample")
         return self
 
 
 class Batch(Section):
+    """Batch sizes."""
+
     sequences: PositiveInt = 384
-    """Packed sequences of a global batch, over all data-parallel ranks."""
+    """Packed sequences per global batch, over all data-parallel ranks."""
     micro: PositiveInt | Literal["auto"] = "auto"
-    """Packed sequences of a micro-batch on one data-parallel rank."""
+    """Packed sequences per micro-batch on one data-parallel rank. `auto`: the largest that fits the GPU, which is
+    measured at the start; a rule of thumb on a CPU."""
 
 
 class LearningRate(Section):
-    """Learning rate of one phase, as a share of `optimizer.lr`. It restarts at the phase's first step."""
+    """Learning-rate schedule of one phase, relative to `optimizer.lr`. It restarts at the phase's first step."""
 
     warmup: Duration = Duration(0, "tokens")
-    """Linear warmup from zero at the phase's start."""
+    """Linear warmup from zero, in tokens or steps."""
     shape: Literal["constant", "linear", "cosine", "1-sqrt"] = "constant"
-    """After the warmup, until the phase's last step."""
+    """Decay from the end of the warmup to the phase's last step."""
     final: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of the peak reached at the phase's end; a constant shape has none."""
+    """Share of the peak that the decay reaches. Unused by a constant shape."""
 
     @model_validator(mode="after")
     def _steps_only(self) -> Self:
@@ -215,19 +266,22 @@ class LearningRate(Section):
 
 
 class Phase(Section):
-    """A stretch of training with one objective. Optimizer state crosses from one phase to the next untouched."""
+    """A stretch of training with one objective. Weights and optimizer state pass unchanged to the next phase."""
 
     objective: Literal["clm", "mlm"]
+    """`clm`: causal language modelling. `mlm`: masked language modelling."""
     tokens: Count | None = None
-    """Length in token slots (sequences x sequence_length a step), rounded to the nearest step."""
+    """Length in tokens, padding included (`batch.sequences` x `data.sequence_length` per step), rounded to a step."""
     steps: PositiveInt | None = None
+    """Length in steps. A phase has either `tokens` or `steps`."""
     lr: LearningRate = LearningRate()
+    """Learning-rate schedule."""
     mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
     """Share of the maskable tokens that MLM predicts."""
     mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Of the predicted tokens: replaced by the mask token, by a random token, left as they are."""
+    """Shares of the predicted tokens that become the mask token, become a random token, and stay."""
     freeze: tuple[int, ...] = ()
-    """Layers whose weights and Adam moments stay untouched during this phase (0 is the first layer)."""
+    """Layers whose weights and Adam moments do not change in this phase. 0 is the first layer."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -242,7 +296,7 @@ class Phase(Section):
         return self
 
     def length(self, tokens_per_step: int) -> int:
-        """Optimizer steps of this phase; never less than one."""
+        """Return the optimizer steps of this phase, at least one."""
         return self.steps or max(1, round((self.tokens or 0) / tokens_per_step))
 
 
@@ -252,13 +306,15 @@ class Optimizer(Section):
     lr: PositiveFloat = 2e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the first and the second moment."""
     eps: PositiveFloat = 1e-6
+    """Constant added to the root of the second moment."""
     weight_decay: float = Field(default=1e-5, ge=0.0)
-    """None on biases and norms."""
+    """Weight decay. Biases and norm weights have no decay."""
     decoupled: bool = True
-    """True: the decay of a step is weight_decay * lr / peak lr. False: weight_decay * lr, as in torch's AdamW."""
+    """`true`: a step decays by weight_decay * lr / peak lr. `false`: by weight_decay * lr, as torch's AdamW does."""
     clip: float = Field(default=1.0, ge=0.0)
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest global gradient norm. 0 turns clipping off."""
 
     @field_validator("betas")
     @classmethod
@@ -269,12 +325,14 @@ class Optimizer(Section):
 
 
 class Parallel(Section):
-    """Data parallel is what is left of the workers."""
+    """Layout of the model over workers. The data-parallel size is workers / (tensor x pipeline)."""
 
     tensor: PositiveInt = 1
+    """Tensor-parallel size."""
     pipeline: PositiveInt = 1
+    """Pipeline-parallel size."""
     sequence: bool = False
-    """Sequence parallel: the activations between tensor-parallel regions are split along the tokens."""
+    """Sequence parallelism: activations between tensor-parallel regions are split along the tokens."""
 
     @model_validator(mode="after")
     def _sequence_needs_tensor(self) -> Self:
@@ -284,14 +342,16 @@ class Parallel(Section):
 
 
 class Checkpoint(Section):
+    """When checkpoints are written, and which ones are kept."""
+
     every: Duration = Duration(500, "steps")
-    """Interval in steps, tokens or minutes; one is always written at the end of a phase and of the run."""
+    """Interval in steps, tokens or minutes. The end of a phase and of the run always write a checkpoint."""
     keep: PositiveInt = 3
-    """Newest checkpoints kept."""
+    """Newest checkpoints that are kept."""
     keep_every: PositiveInt | None = None
-    """Besides the newest, keep those at a multiple of this many steps, for studies."""
+    """Steps. Checkpoints at multiples of this number are kept besides the newest."""
     mirror: str | None = None
-    """Also copy checkpoints to this URL (s3://, gs://, a shared path), and start from there where the disk has none."""
+    """URL (s3://, gs://) or shared path that checkpoints are copied to. A run without local checkpoints uses it."""
 
     @field_validator("every")
     @classmethod
@@ -302,22 +362,24 @@ class Checkpoint(Section):
 
 
 class Cluster(Section):
+    """Nodes and workers of the run, and the failures that it survives."""
+
     nodes: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Nodes of the Ray cluster to use; `--nodes` sets it. Or [fewest, most]: the run goes on with what is left of its
-    nodes, and grows when more come."""
+    """Nodes of the Ray cluster; `--nodes` sets it. With [fewest, most] the run continues on fewer nodes and grows when
+    more nodes come."""
     workers_per_node: PositiveInt | Literal["auto"] = "auto"
-    """auto: one worker a GPU; without GPUs, the tensor x pipeline size."""
+    """Workers per node. `auto`: one per GPU; without GPUs, tensor x pipeline."""
     gpus_per_node: NonNegativeInt | Literal["auto"] = "auto"
-    """auto: what the largest node has, or this machine. A cluster that starts its GPU nodes on demand has none when the
-    run begins: say how many each will have, and let start_timeout cover their start."""
+    """GPUs per node. `auto`: as many as the largest present node has. Give the number if the cluster starts its GPU
+    nodes on demand, and let `start_timeout` cover their start."""
     start_timeout: PositiveInt = 120
-    """Seconds to wait for the nodes before giving up."""
+    """Seconds that the run waits for its nodes."""
     hang_timeout: PositiveInt = 600
-    """Seconds without a completed step before the workers count as hung and are started again."""
+    """Seconds without a completed step after which the workers are restarted."""
     max_failures: int = Field(default=3, ge=0)
-    """Worker failures survived before the run is given up."""
+    """Worker failures that the run survives."""
     max_preemptions: int = Field(default=100, ge=0)
-    """Nodes taken away with notice, which lose no step, before the run stops with everything saved."""
+    """Preemptions with notice, which lose no step, that the run survives. It then stops with everything saved."""
 
     @field_validator("nodes")
     @classmethod
@@ -328,16 +390,18 @@ class Cluster(Section):
 
 
 class Monitoring(Section):
+    """Metrics endpoint and logs."""
+
     port: int = Field(default=9464, ge=1, le=65535)
-    """First port tried for the metrics endpoint."""
+    """First port tried for the metrics endpoint. The next free port is taken if it is busy."""
     address: str = "127.0.0.1"
-    """Address the metrics endpoint listens on."""
+    """Address that the metrics endpoint listens on."""
     every: Duration = Duration(10, "steps")
     """Interval of the lines in metrics.jsonl, in steps."""
     targets: str = "/tmp/detour/targets"
-    """Directory in which runs announce their endpoints to Prometheus; the shipped prometheus.yml reads the default."""
+    """Directory in which runs announce their endpoints to Prometheus. The shipped prometheus.yml reads the default."""
     writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also write the lines of metrics.jsonl to these. Each needs its own package: tensorboard, wandb."""
+    """Further destinations of the lines of metrics.jsonl. Each needs its own package."""
 
     @field_validator("every")
     @classmethod
@@ -348,51 +412,68 @@ class Monitoring(Section):
 
 
 class RunConfig(Section):
-    """One run: a model, its data and the phases it is trained through."""
+    """One run: a model, its data, and the phases that it is trained through."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run. The run directory is `runs/NAME` unless `--output` says otherwise."""
     seed: int = Field(default=17, ge=0)
     """Seed of the initial weights."""
     model: Model
+    """Initial weights and architecture."""
     tokenizer: str
-    """Directory with a tokenizer.json, a hub id, or `package://tokenizer/modernbert` for the shipped one."""
+    """Directory with a tokenizer.json, a hub id, or `package://tokenizer/modernbert` for the shipped tokenizer."""
     data: Data
+    """Training data."""
     batch: Batch = Batch()
+    """Batch sizes."""
     phases: tuple[Phase, ...] = Field(min_length=1)
+    """Phases in their order."""
     optimizer: Optimizer = Optimizer()
+    """AdamW."""
     parallel: Parallel = Parallel()
+    """Layout of the model over workers."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Number format. `auto` is BF16 if the hardware multiplies it faster than FP32. It is FP8 where FP8 was measured to
+    be faster still: on Hopper GPUs, from a billion parameters on, without tensor parallelism. The first lines of a run
+    name the choice."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
-    """How FP8 numbers are scaled; `delayed` by a history, which is in the checkpoint."""
+    """Scaling of FP8 numbers. `delayed` scales by a history, which checkpoints hold."""
     attention: Literal["torch", "transformer_engine"] = "transformer_engine"
-    """The kernels of global layers' attention on a GPU in half precision: torch's FlashAttention for packed documents,
-    or what Transformer Engine picks of its own, which is faster."""
+    """Kernels of global attention on a GPU in half precision. `torch`: FlashAttention for packed documents.
+    `transformer_engine`: the kernels that Transformer Engine chooses, which are faster."""
     fp8_bf16_edges: bool = False
-    """The first and the last layer in BF16. Not with the delayed recipe."""
+    """Keep the first and the last layer in BF16. Not available with `fp8_recipe: delayed`."""
     checkpoint: Checkpoint = Checkpoint()
+    """Checkpoints."""
     cluster: Cluster = Cluster()
+    """Nodes and workers."""
     monitoring: Monitoring = Monitoring()
+    """Metrics endpoint and logs."""
 
     @model_validator(mode="after")
     def _delayed_scaling_takes_every_layer(self) -> Self:
         if self.fp8_bf16_edges and self.fp8_recipe == "delayed":
-            raise ValueError("fp8_bf16_edges: Megatron has no BF16 layers under fp8_recipe: delayed; use tensorwise")
+            raise _fault(
+                "fp8_bf16_edges", "Megatron has no BF16 layers with fp8_recipe: delayed; use tensorwise or false"
+            )
         return self
 
     @model_validator(mode="after")
     def _streams_divide_the_batch(self) -> Self:
         if self.batch.sequences % self.data.streams:
-            raise ValueError(
-                f"data.streams: {self.data.streams} streams must divide batch.sequences ({self.batch.sequences}), "
-                "so that every step draws equally from each stream"
+            raise _fault(
+                "data.streams",
+                f"{self.data.streams} streams must divide batch.sequences ({self.batch.sequences}), "
+                "because every step draws equally from each stream",
             )
         return self
 
     @property
     def tokens_per_step(self) -> int:
-        """Token slots of a global batch: sequences x sequence length."""
+        """Tokens per global batch, padding included: sequences x sequence length."""
         return self.batch.sequences * self.data.sequence_length
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of all phases."""
         return sum(phase.length(self.tokens_per_step) for phase in self.phases)

@@ -1,4 +1,4 @@
-"""Typed quantities of a run: token counts and durations. Tokens are the master clock."""
+"""Typed quantities of a run: token counts and durations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Unit = Literal["tokens", "steps", "minutes"]
 
 
 def parse_count(value: Any) -> int:
-    """``50B``, ``100M``, ``1.5k`` or a plain number -> an integer. Raises ValueError for anything else."""
+    """Parse ``50B``, ``100M``, ``1.5k`` or a plain number. Raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"expected a count such as 2M or 50B, got {value!r}")
     match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
@@ -28,7 +28,7 @@ def parse_count(value: Any) -> int:
 
 
 def format_count(value: float) -> str:
-    """1_234_567 -> ``1.23M``; the inverse of `parse_count` up to three significant digits."""
+    """Format a count with three significant digits: 1_234_567 as ``1.23M``."""
     for suffix in ("T", "B", "M", "k"):
         if abs(value) >= _SUFFIX[suffix.lower()]:
             return f"{value / _SUFFIX[suffix.lower()]:.3g}{suffix}"
@@ -51,7 +51,7 @@ class Duration:
 
     @classmethod
     def parse(cls, value: Any) -> Duration:
-        """Read a duration from YAML. A bare count is in tokens. Raises ValueError."""
+        """Parse a duration. A bare count is in tokens. Raises ValueError."""
         if isinstance(value, Duration):
             return value
         words = str(value).split()
@@ -62,25 +62,25 @@ class Duration:
         return cls(parse_count(words[0] if words else value), unit)  # type: ignore[arg-type]
 
     def steps(self, tokens_per_step: int) -> int:
-        """The nearest whole number of optimizer steps. Minutes have none: ValueError."""
+        """Return the nearest number of optimizer steps. Raises ValueError for minutes."""
         if self.unit == "minutes":
             raise ValueError("a duration in minutes has no fixed number of steps")
         return self.value if self.unit == "steps" else round(self.value / tokens_per_step)
 
     def is_due(self, step: int, tokens_per_step: int, seconds_since_last: float = 0.0) -> bool:
-        """Whether something done at this interval is due after `step` completed steps.
+        """Return whether an action at this interval is due after `step` completed steps.
 
         Args:
             step: Completed optimizer steps, from 1.
-            tokens_per_step: Token slots of a global batch.
-            seconds_since_last: Wall time since it was last done; an interval in minutes goes by this alone.
+            tokens_per_step: Tokens per global batch, padding included.
+            seconds_since_last: Seconds since the action was last done. Only intervals in minutes use it.
         """
         if self.unit == "minutes":
             return seconds_since_last >= 60.0 * self.value
         return step % max(1, self.steps(tokens_per_step)) == 0
 
     def seconds(self, tokens_per_step: int, step_seconds: float) -> float:
-        """The interval in seconds, for steps that take `step_seconds` each."""
+        """Return the interval in seconds, if each step takes `step_seconds`."""
         if self.unit == "minutes":
             return 60.0 * self.value
         return max(1, self.steps(tokens_per_step)) * step_seconds

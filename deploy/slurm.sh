@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One Detour run under Slurm: starts Ray on the allocated nodes, trains, and requeues itself when it is stopped early.
+# One Detour run under Slurm: starts Ray on the allocated nodes, trains, and requeues itself after an early stop.
 #   sbatch deploy/slurm.sh modernbert-base-bio-en --output /shared/runs/bio
 #SBATCH --job-name=detour
 #SBATCH --nodes=8
@@ -17,12 +17,12 @@ nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${nodes[0]}
 port=$((20000 + SLURM_JOB_ID % 20000))
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"   # srun no longer takes it from sbatch
-RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')   # other users of the nodes cannot join or submit
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"   # because srun does not inherit it from sbatch
+RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')   # keeps other users of the nodes out
 export RAY_AUTH_TOKEN
 resources=(--num-cpus "${SLURM_CPUS_PER_TASK:-1}" ${SLURM_GPUS_ON_NODE:+--num-gpus "$SLURM_GPUS_ON_NODE"})
 
-# As Ray finds the other nodes' addresses; a host's name may stand for a loopback address, or for several.
+# Ask Ray for the address, because a host name may resolve to a loopback address or to several addresses.
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" python -c 'import ray; print(ray.util.get_node_ip_address())')
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \
     ray start --head --node-ip-address="$address" --port="$port" --include-dashboard=false "${resources[@]}" --block &
@@ -39,6 +39,6 @@ train=$!
 trap 'kill -TERM $train' TERM      # Slurm's notice, 180 s before the end: save and exit 75
 code=0
 wait $train || code=$?
-if ((code > 128)); then code=0; wait $train || code=$?; fi   # the first one was ended by the notice itself
+if ((code > 128)); then code=0; wait $train || code=$?; fi   # because the notice interrupts the first wait
 if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

@@ -15,6 +15,8 @@ import click
 import psutil
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.scripts.scripts import cli as ray_cli
 
 from configs.load import load_config
@@ -125,3 +127,42 @@ def test_slurm_script_trains_and_requeues_itself_when_stopped(undisturbed: Path,
     port = str(20000 + os.getpid() % 20000)
     left = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [words for words in left if any(f"port={port}" in word for word in words)], "Ray is left behind"
+
+
+def test_workflow_runs_the_whole_check() -> None:
+    workflow = yaml.load((ROOT / ".github" / "workflows" / "ci.yml").read_text(), yaml.BaseLoader)  # `on` is no boolean
+    assert {"push", "pull_request"} <= set(workflow["on"])
+    (job,) = workflow["jobs"].values()
+    (python,) = [
+        step["with"]["python-version"].split() for step in job["steps"] if "setup-python" in step.get("uses", "")
+    ]
+    assert python == ["3.12", "3.11"], "the last one is `python3`"
+    (command,) = [step["run"] for step in job["steps"] if "run" in step]
+    assert os.access(ROOT / command, os.X_OK)
+    assert "make test" in (ROOT / command).read_text()
+    limit = int(re.findall(r"limit=\$\(\((\d+) \* 60\)\)", (ROOT / command).read_text())[0])
+    assert limit < int(job["timeout-minutes"])
+
+
+@pytest.mark.parametrize(("name", "python"), [("cpu", "3.11"), ("gpu", "3.12")])
+def test_constraints_are_versions_that_the_project_allows(name: str, python: str) -> None:
+    lines = (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(str(one.marker) == f'python_version == "{python}"' for one in pinned)
+    versions = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in pinned}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [
+        Requirement(line)
+        for lines in (project["dependencies"], *project["optional-dependencies"].values())
+        for line in lines
+    ]
+    needed = [one for one in needed if one.marker is None or one.marker.evaluate({"python_version": python})]
+    checked = [one for one in needed if canonicalize_name(one.name) in versions]
+    assert len(checked) > 5
+    assert not [str(one) for one in checked if not one.specifier.contains(versions[canonicalize_name(one.name)])]
+
+
+def test_what_is_installed_takes_the_constraints() -> None:
+    assert "--constraint $(CONSTRAINTS)" in (ROOT / "Makefile").read_text()
+    installs = re.findall(r"pip install (?!setuptools)[^&\n]*", (DEPLOY / "Dockerfile").read_text())
+    assert len(installs) == 2 and all("--constraint constraints/gpu.txt" in install for install in installs)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from configs.load import RECIPES, load_config, shipped
 from configs.schema import RunConfig
 
+H100 = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-2026-11-26.json"
 PAPER = {
     "modernbert-base-bio-en": [15_895, 1_589],
     "modernbert-large-bio-en": [15_895, 1_589],
@@ -48,6 +52,20 @@ def test_freezing_control_differs_in_its_frozen_layers_alone() -> None:
     frozen, free = load_config("freeze-low-layers"), load_config("moderncamembert-base-bio-fr")
     assert frozen.phases[0].freeze == tuple(range(8))
     assert _with_clm(frozen, free) == free
+
+
+def test_one_gpu_evening_is_an_evening_on_the_gpu_that_was_measured() -> None:
+    config = load_config("one-gpu-evening", ["data.sources.0.text=[a.jsonl,b.jsonl]"])
+    detour, decay = config.phases
+    assert (detour.objective, decay.objective, config.parallel) == ("clm", "mlm", load_config("demo").parallel)
+    assert decay.length(config.tokens_per_step) == pytest.approx(0.1 * detour.length(config.tokens_per_step), rel=0.01)
+    tokens_per_second = {row["name"]: row["ours"] for row in json.loads(H100.read_text())}
+    seconds = sum(
+        phase.length(config.tokens_per_step) * config.tokens_per_step / tokens_per_second[row]
+        for phase, row in ((detour, "base, CLM, bf16"), (decay, "base, MLM 15 %, bf16"))
+    )
+    assert 3.0 <= seconds / 3600 <= 4.0
+    assert [source.text for source in config.data.sources] == [("a.jsonl", "b.jsonl")]
 
 
 def _with_clm(config: RunConfig, like: RunConfig) -> RunConfig:

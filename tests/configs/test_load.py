@@ -1,0 +1,70 @@
+"""Wrong recipes: each error names its key, its code and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from configs.load import load_config
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("sead=1", "sead"),
+        ("phases.1.mask_rate=2", "phases.1.mask_rate"),
+        ("batch.sequences=0", "batch.sequences"),
+        ("data.sources.0.shards=pipe:ls", "data.sources.0.shards"),
+        ("parallel.sequence=true", "parallel"),
+        ("data.streams=3", "data.streams"),
+        ("fp8_bf16_edges=true fp8_recipe=delayed", "fp8_bf16_edges"),
+    ],
+)
+def test_wrong_value_is_an_error_with_its_key(override: str, key: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config("demo", override.split())
+    assert (error.value.key, error.value.code) == (key, "invalid-config")
+    assert f"\n  {key}: " in str(error.value)
+
+
+def test_missing_key_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "{name: a, tokenizer: b, data: {sources: [{name: c, shards: d}]}, phases: [{objective: clm, steps: 1}]}"
+    )
+    with pytest.raises(InputError) as error:
+        load_config(str(recipe))
+    assert error.value.key == "model"
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "phases.nine.steps=1", "seed={"])
+def test_malformed_override(override: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config("demo", [override])
+    assert error.value.code == "override-malformed" and override in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", "not-a-mapping"),
+        ("a: 1\na: 2", "invalid-yaml"),
+        (None, "file-unreadable"),
+        ("name: ${nothing}", "invalid-yaml"),
+    ],
+)
+def test_file_that_is_no_recipe(text: str | None, code: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    if text is not None:
+        recipe.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_config(str(recipe))
+    assert error.value.code == code and "recipe.yaml" in str(error.value)
+
+
+def test_misspelt_recipe_is_answered_with_the_nearest_name() -> None:
+    with pytest.raises(InputError) as error:
+        load_config("one-gpu-evenin")
+    assert error.value.code == "unknown-name" and "'one-gpu-evening'" in str(error.value)
