@@ -24,7 +24,6 @@ from tests.launcher.toy import ROOT, environment
 
 _numbers = itertools.count(11)
 """Of loopback addresses and port ranges: clusters may live side by side."""
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 @dataclass
@@ -38,12 +37,24 @@ class LoopbackNode:
 class LoopbackCluster:
     """Nodes, each on a loopback address of its own; the first is the head, with the job server."""
 
-    def __init__(self, nodes: int, cpus: int = 1, path: Path = ROOT) -> None:
-        """`cpus` of each node; `path`: where Python looks first, besides Detour's own folder."""
+    def __init__(
+        self, nodes: int, cpus: int = 1, path: Path | None = ROOT, python: Path | str = sys.executable
+    ) -> None:
+        """Start `nodes` nodes of `cpus` CPUs.
+
+        Args:
+            nodes: Number of raylets.
+            cpus: CPUs of each node.
+            path: Folder in which Python looks first, before Detour's own; None: Detour is installed for `python`.
+            python: Interpreter that runs Ray.
+        """
         self._cpus = cpus
+        self._ray = [str(python), "-m", "ray.scripts.scripts"]
+        self._python = str(python)
         self._folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Unix socket paths end at 107 characters
-        self._environment = environment() | {
-            "PYTHONPATH": f"{path}{os.pathsep}{ROOT}",
+        python_path = {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"} if path else {}
+        self._environment = environment(None) | {
+            **python_path,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_JOB_STOP_WAIT_TIME_S": "200",
@@ -77,7 +88,7 @@ class LoopbackCluster:
         first = 20000 + 500 * number
         command = [
             *(
-                *RAY,
+                *self._ray,
                 "start",
                 "--block",
                 f"--node-ip-address={address}",
@@ -113,7 +124,7 @@ class LoopbackCluster:
 
     def drain_node(self, node: LoopbackNode, seconds: int) -> None:
         """Give notice that a node will be taken away."""
-        command = [*RAY, "drain-node", f"--node-id={node.id}", f"--deadline-remaining-seconds={seconds}"]
+        command = [*self._ray, "drain-node", f"--node-id={node.id}", f"--deadline-remaining-seconds={seconds}"]
         command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot instance reclaimed"]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
 
@@ -124,7 +135,7 @@ class LoopbackCluster:
 
     def job(self, command: str, *words: str | Path) -> str:
         """`ray job COMMAND` against the job server; what it printed."""
-        line = [*RAY, "job", command, f"--address={self.job_server}", *map(str, words)]
+        line = [*self._ray, "job", command, f"--address={self.job_server}", *map(str, words)]
         return subprocess.run(
             line, env=self.environment, check=True, capture_output=True, text=True, timeout=300
         ).stdout
@@ -149,7 +160,7 @@ class LoopbackCluster:
             "import json, ray, sys; ray.init(log_to_driver=False, logging_level='ERROR');"
             "print(json.dumps([node for node in ray.nodes() if node['Alive']]))"
         )
-        command = [sys.executable, "-c", ask]
+        command = [self._python, "-c", ask]
         try:
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         except subprocess.TimeoutExpired:  # it waits for a head that has not come up
