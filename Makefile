@@ -21,7 +21,7 @@ chaos: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy configs datapipe monitoring engine launcher studies benchmarks
+	$(VENV)/bin/mypy detour_train.py configs datapipe monitoring engine launcher studies benchmarks
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -192,9 +192,11 @@ def recipes() -> None:
     """List the shipped recipes."""
     from configs.load import RECIPES, shipped
 
-    for name, text in shipped(RECIPES).items():
+    texts = shipped(RECIPES)
+    width = max(map(len, texts)) + 2
+    for name, text in texts.items():
         first_line = text.partition("\n")[0]
-        print(f"{name:<36}{first_line.lstrip('# ') if first_line.startswith('#') else ''}")
+        print(f"{name:<{width}}{first_line.lstrip('# ') if first_line.startswith('#') else ''}")
 
 
 @app.command()

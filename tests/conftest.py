@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # of the kernels' tests; Triton reads it when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # for the kernels' tests; Triton reads it at its import
 
 from tests.launcher.toy import TRAIN, recipe, run, write
 
@@ -34,3 +35,12 @@ def undisturbed(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     (home / "stdout.txt").write_text(result.stdout)
     (home / "stderr.txt").write_text(result.stderr)
     return home / "run"
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[dict[str, str]]:
+    """The environment of a process that belongs to a Ray cluster of one node with two CPUs."""
+    from tests.chaos.loopback import LoopbackCluster
+
+    with LoopbackCluster(1, cpus=2) as cluster:
+        yield cluster.environment
