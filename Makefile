@@ -27,7 +27,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
-	$(VENV)/bin/mypy configs datapipe monitoring engine launcher studies benchmarks
+	$(VENV)/bin/mypy detour_train.py configs datapipe monitoring engine launcher studies benchmarks
 
 docs: $(VENV)/.installed
 	$(VENV)/bin/python -m configs.docs

@@ -1,27 +1,27 @@
-"""Entry points of Detour, and the guard that keeps a user's own files from shadowing its packages.
+"""Detour's entry points, and the guard that keeps a user's own files from shadowing its packages.
 
-Detour's packages have everyday names (`engine`, `configs`, ...). A working directory with an `engine.py` of the user's
-own would win over them wherever that directory comes first in `sys.path`: in Ray's workers, with `PYTHONPATH=.`, and in
-jobs that `ray job submit --working-dir .` starts. So every process of Detour enters through this module, whose name is
-Detour's alone, and which binds the packages to the directory that it lies in.
+Detour's packages have everyday names (`engine`, `configs`, ...). A user's `engine.py` would win over ours wherever the
+user's directory comes first in `sys.path`: in Ray's workers, and with `PYTHONPATH=.`. Therefore every process of Detour
+enters through this module. Its name is unique, and importing it binds our packages to the directory that it lies in.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 PACKAGES = frozenset({"configs", "datapipe", "engine", "launcher", "monitoring", "studies"})
 HOME = Path(__file__).resolve().parent
-"""site-packages, or the source tree of an editable installation."""
+"""Directory of our packages: site-packages, or the source tree of an editable installation."""
 
 
 class _Guard(MetaPathFinder):
-    """Finds Detour's packages in HOME, before `sys.path` is looked at."""
+    """Finds our packages in HOME, before `sys.path` is searched."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -30,12 +30,11 @@ class _Guard(MetaPathFinder):
 
 
 def guard() -> None:
-    """Bind Detour's packages to HOME in this process, and forget modules of the same names from elsewhere.
+    """Bind our packages to HOME in this process, and forget modules of the same names from elsewhere.
 
-    Importing this module does it. A spawned process imports it before it unpickles anything, and Ray calls it by name
-    in each worker.
+    Importing this module calls it, so spawned processes are guarded before they unpickle a function of ours.
     """
-    if any(type(finder).__name__ == _Guard.__name__ for finder in sys.meta_path):
+    if any(type(finder).__name__ == _Guard.__name__ for finder in sys.meta_path):  # as `__main__`, or by name
         return
     sys.meta_path.insert(0, _Guard())
     for name, module in list(sys.modules.items()):
@@ -44,7 +43,41 @@ def guard() -> None:
 
 
 def _is_ours(module: ModuleType) -> bool:
-    return str(getattr(module, "__file__", None) or "").startswith(f"{HOME}/")
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).resolve().is_relative_to(HOME)
+
+
+class Worker:
+    """The Ray actor of a training process: `launcher.worker.Worker` behind the guard.
+
+    Ray unpickles an actor by importing the module of its class, which a user's files must not shadow.
+    """
+
+    def __init__(self) -> None:
+        from launcher import worker
+
+        self._worker = worker.Worker()
+
+    def locate(self, *arguments: Any) -> Any:
+        """See `launcher.worker.Worker.locate`."""
+        return self._worker.locate(*arguments)
+
+    def setup(self, *arguments: Any) -> None:
+        """See `launcher.worker.Worker.setup`."""
+        self._worker.setup(*arguments)
+
+    def open_store(self, *arguments: Any) -> int:
+        """See `launcher.worker.Worker.open_store`."""
+        return self._worker.open_store(*arguments)
+
+    def train(self, *arguments: Any) -> Any:
+        """See `launcher.worker.Worker.train`."""
+        return self._worker.train(*arguments)
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function: as a Ray task, it is unpickled behind the guard because Ray imports this module first."""
+    return function(*arguments)
 
 
 def main() -> None:
@@ -58,15 +91,6 @@ def train_main() -> None:
     """Run `detour-train`."""
     from launcher.cli import train_main
 
-    train_main()
-
-
-def trial_main() -> None:
-    """Run `detour-train` as a trial of a study, which is asked to stop when the study is gone."""
-    from launcher.cli import train_main
-    from launcher.trials import stop_with_parent
-
-    stop_with_parent()
     train_main()
 
 

@@ -1,8 +1,8 @@
-"""Training on an NVIDIA GPU: speed of ModernBERT at 8192 in BF16 and in every FP8 recipe the GPU has, against published
-figures, against BF16, and against transformers in the same call; what FP8 learns, and whether it resumes exactly.
+"""Training on an NVIDIA GPU: speed of ModernBERT at 8192, in BF16 and in every FP8 recipe of the GPU.
 
-Packed rows of MedQuAD's documents. Without a GPU every row says that it was not measured. What the bars of base and
-large are: real tokens per second of one H100.
+The peers are published figures, BF16, and transformers in the same call. Further rows: the loss under FP8, and whether
+The peers are published figures, BF16, and transformers in the same call. Further rows: the loss under FP8, and if FP8
+resumes exactly. The rows are packed from MedQuAD's documents. Without a GPU every row says that it was not measured.
 
     python -m benchmarks.gpu [--quick] [--json FILE] [PART ...]
 
@@ -155,8 +155,10 @@ def speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 
 def fp8_speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    """Steps of four rows; the largest model's are of 2048 tokens where longer ones do not fit beside its weights,
-    gradients and moments, which are 60 GB.
+    """Measure steps of four rows in every recipe.
+
+    The largest model takes rows of 2048 tokens where longer ones do not fit beside its 60 GB of weights, gradients and
+    moments.
     """
     possible = recipes(folder)
     for size, model in reversed(MODELS.items()):
@@ -250,8 +252,9 @@ def idle_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 
 def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    """The same documents: ours packed, theirs by eight, the Trainer's default, or by as many as fit, padded as its
-    collator does, with its fastest attention here.
+    """Measure transformers on the same documents, with its fastest attention here.
+
+    Its batches hold eight documents, the Trainer's default, or as many as fit, and are padded by its collator.
     """
     attentions = ["sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None)
     repeats = 1 if quick else 3

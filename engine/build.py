@@ -25,7 +25,7 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine import device, micro_batch
 from engine.checkpoint.manager import CheckpointManager, require_same_shape
-from engine.checkpoint.meta import CheckpointMeta, MicroBatchChoice
+from engine.checkpoint_meta import CheckpointMeta, MicroBatchChoice
 from engine.guards import Guards, ReplicaGuard
 from engine.megatron import ddp_timing
 from engine.megatron.optimizer import FrozenLayers, build_optimizer

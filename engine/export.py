@@ -11,7 +11,7 @@ from transformers import ModernBertConfig
 from configs.errors import InputError
 from datapipe.tokenizer import Tokenizer
 from engine import checkpoint as checkpoints
-from engine.checkpoint.meta import CheckpointMeta
+from engine.checkpoint_meta import CheckpointMeta
 from engine.modernbert.config import build_config, read_config
 from engine.parallel import single_process
 

@@ -24,7 +24,7 @@ from configs.files import write_json
 from configs.schema import RunConfig
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
-from engine.checkpoint.meta import MicroBatchChoice
+from engine.checkpoint_meta import MicroBatchChoice
 from engine.megatron.fp8_state import preserve_fp8_state
 from engine.parallel import Layout
 from engine.step import StepRunner, to_device_batch

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.checkpoint.meta import CheckpointMeta, MicroBatchChoice
+from engine.checkpoint_meta import CheckpointMeta, MicroBatchChoice
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The launcher: commands, Ray cluster and workers, restarts."""

@@ -1,32 +1,38 @@
-"""The command line: `detour`, and `detour-train` for its most used command."""
+"""The command line, `detour` and `detour-train`: it parses and prints, and calls the rooms that do the work."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.errors import InputError, RunFailedError
+from launcher.exits import STOPPED, run_command
 
-EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED = 2, 3, 75
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
-app = typer.Typer(
-    name="detour",
-    help="Adapt a ModernBERT encoder to its domain by the CLM detour.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="detour", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from launcher.versions import version_line
+
+        print(version_line())
+        raise typer.Exit
+
 
 Output = Annotated[Path, typer.Option(help="Directory to write.")]
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
+]
+
+
+@app.callback()
+def detour(version: Version = False) -> None:
+    """Adapt a ModernBERT encoder to its domain by the CLM detour."""
 
 
 @app.command()
@@ -39,22 +45,32 @@ def train(
             "such as batch.sequences=8 phases.0.tokens=2M.",
         ),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes of the Ray cluster to use.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the Ray cluster to use.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME. An old one resumes.")] = None,
+    stop_with_parent: Annotated[bool, typer.Option("--stop-with-parent", hidden=True)] = False,
+    version: Version = False,
 ) -> None:
-    """Train a model, or go on with a run. Exit codes: 0 done, 2 bad input, 3 failed, 75 stopped early, all saved."""
+    """Train a model, or continue a run. Exit codes: 0 done, 2 bad input, 3 failed, 75 stopped early, all saved."""
     from configs.load import load_config
+    from launcher import stop
 
-    words = list(arguments or ())
-    recipe = words.pop(0) if words and "=" not in words[0] else None
-    overrides = words if nodes is None else [*words, f"cluster.nodes={nodes}"]
+    if stop_with_parent:
+        stop.stop_with_parent()
+    overrides = list(arguments or ())
+    recipe = overrides.pop(0) if overrides and "=" not in overrides[0] else None
     config = load_config(recipe, overrides)
-    from launcher.job import run_job
+    if nodes is not None:
+        config = _with_nodes(config, nodes)
+    from launcher.supervisor import run_job  # imports Ray; a wrong configuration is reported sooner
 
     result = run_job(config, output or Path("runs") / config.name)
     if not result.finished:
         print(f"stopped ({result.reason}) after step {result.step:,}, all saved; the same command again continues")
-        raise typer.Exit(EXIT_STOPPED)
+        raise typer.Exit(STOPPED)
+
+
+def _with_nodes(config: RunConfig, nodes: int) -> RunConfig:
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"nodes": nodes})})
 
 
 @app.command()
@@ -68,34 +84,41 @@ def prepare(
     held_out: Annotated[float, typer.Option(min=0, max=1, help="Share that goes to OUTPUT/held-out.")] = 0.0,
     processes: Annotated[int, typer.Option(min=0, help="0: as many as there are cores and memory for.")] = 0,
 ) -> None:
-    """Tokenize text into shards and a manifest. Interrupted, it goes on where it was."""
+    """Tokenize text into shards and a manifest. An interrupted preparation continues where it was."""
     from rich.console import Console
 
-    from configs.units import format_count
-    from datapipe.manifest import NAME, read_manifest
+    from datapipe.manifest import NAME
     from datapipe.prepare import prepare as run
     from datapipe.selection import HELD_OUT, Selection
-    from datapipe.shard_report import source_lines
     from datapipe.tokenizer import load_tokenizer
-    from launcher.status import status_line
+    from launcher.status_line import status_line
 
     loaded = load_tokenizer(tokenizer)
     with status_line(Console(), "reading") as show:
-        chosen = Selection(dedup, min_tokens, max_tokens, held_out)
-        run(inputs, loaded, output, show, selection=chosen, processes=processes)
+        selection = Selection(dedup, min_tokens, max_tokens, held_out)
+        run(inputs, loaded, output, show, selection=selection, processes=processes)
     for directory in (output, output / HELD_OUT):
         if (directory / NAME).exists():
-            made = read_manifest(directory)
-            total = f"{made.documents:,} documents, {format_count(made.tokens)} tokens in {len(made.shards)} shards"
-            print("\n".join([f"{directory}: {total}", *source_lines(made)]))
+            _print_prepared(directory)
+
+
+def _print_prepared(directory: Path) -> None:
+    from configs.units import format_count
+    from datapipe.inspect import source_lines
+    from datapipe.manifest import read_manifest
+
+    manifest = read_manifest(directory)
+    tokens = format_count(manifest.tokens)
+    print(f"{directory}: {manifest.documents:,} documents, {tokens} tokens in {len(manifest.shards)} shards")
+    print("\n".join(source_lines(manifest)))
 
 
 @app.command()
 def inspect(
     target: Annotated[Path, typer.Argument(help="A shard directory, a checkpoint or a run directory.")],
 ) -> None:
-    """Say what a shard set, a checkpoint or a run holds, and whether it is whole."""
-    from launcher.inspect import describe
+    """Describe a shard set, a checkpoint or a run, and check its digests."""
+    from launcher.describe import describe
 
     print(describe(target))
 
@@ -103,7 +126,7 @@ def inspect(
 @app.command()
 def monitor(
     target: Annotated[str, typer.Argument(help="A run directory, or its metrics endpoint (http://host:port).")],
-    prometheus: Annotated[str, typer.Option(help="Asked for the alerts that fire.")] = "http://127.0.0.1:9090",
+    prometheus: Annotated[str, typer.Option(help="Prometheus that knows the firing alerts.")] = "http://127.0.0.1:9090",
     once: Annotated[bool, typer.Option("--once", help="Print the state once.")] = False,
 ) -> None:
     """Show the live state of a run: phase, loss, throughput, time left, restarts, alerts."""
@@ -117,7 +140,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two to eight run directories.")],
     output: Annotated[Path, typer.Option(help="The page of curves to write.")] = Path("compare.html"),
 ) -> None:
-    """Put runs side by side: a table here, and a page of curves."""
+    """Compare runs: print a table, and write a page of curves."""
     from monitoring.compare import compare as compare_runs
 
     print(compare_runs(runs, output))
@@ -127,13 +150,16 @@ def compare(
 def targets(
     directory: Annotated[Path, typer.Argument(help="`monitoring.targets` of the runs.")] = Path("/tmp/detour/targets"),
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9463,
+    port: Annotated[int, typer.Option(min=0, help="Port to listen on; 0: any free port.")] = 9463,
 ) -> None:
-    """Tell a Prometheus elsewhere, over HTTP, which runs live on this machine."""
+    """Serve the list of live runs on this machine over HTTP, for a Prometheus on another machine."""
     from monitoring.discovery import serve_targets
 
     server = serve_targets(directory, address, port)
-    print(f"http://{address}:{port}/ lists the runs; --address 0.0.0.0 opens it to other machines", flush=True)
+    print(
+        f"http://{address}:{server.server_address[1]}/ lists the runs; --address 0.0.0.0 opens it to other machines",
+        flush=True,
+    )
     server.serve_forever()
 
 
@@ -143,9 +169,10 @@ def export(
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
 ) -> None:
     """Write a Hugging Face ModernBertForMaskedLM: safetensors, tokenizer, model card."""
-    from launcher.inspect import export_model
+    from launcher.export import export_model
 
-    print(export_model(source, output))
+    exported = export_model(source, output)
+    print(f"{output}: ModernBertForMaskedLM after step {exported.step:,}, from {exported.checkpoint}")
 
 
 @app.command(name="import")
@@ -165,9 +192,11 @@ def recipes() -> None:
     """List the shipped recipes."""
     from configs.load import RECIPES, shipped
 
-    for name, text in shipped(RECIPES).items():
-        about = " ".join(line.lstrip("# ") for line in text.splitlines()[:1] if line.startswith("#"))
-        print(f"{name:<36}{about}")
+    texts = shipped(RECIPES)
+    width = max(map(len, texts)) + 2
+    for name, text in texts.items():
+        first_line = text.partition("\n")[0]
+        print(f"{name:<{width}}{first_line.lstrip('# ') if first_line.startswith('#') else ''}")
 
 
 @app.command()
@@ -199,23 +228,31 @@ def profile(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine can do, and what to fix."""
+    """Report what this machine can do, and what to fix. Exit codes: 0 nothing to fix, 1 otherwise."""
     from launcher.doctor import examine
 
-    if not examine():
+    is_well = True
+    for finding in examine():
+        print(f"{'FIX' if finding.remedy else 'ok '} {finding.subject:<14} {finding.text}", flush=True)
+        if finding.remedy:
+            is_well = False
+            print(f"    {'':<14} -> {finding.remedy}")
+    if not is_well:
         raise typer.Exit(1)
 
 
 @app.command()
 def drift(
     a: Annotated[str, typer.Argument(help="A run, a checkpoint or a Hugging Face model.")],
-    b: Annotated[str, typer.Argument(help="What it became, or its twin.")],
+    b: Annotated[str, typer.Argument(help="The model to compare with it.")],
     output: Output,
     texts: Annotated[str, typer.Option(help="Held-out text.")] = "package://corpus/tico19_en.jsonl.gz",
-    count: Annotated[int, typer.Option(help="Documents read of it.")] = 500,
-    noise: Annotated[list[str] | None, typer.Option(help="A from another seed, as the yardstick; repeat.")] = None,
+    count: Annotated[int, typer.Option(help="Documents to read.")] = 500,
+    noise: Annotated[
+        list[str] | None, typer.Option(help="A trained with another seed, as the noise level; repeatable.")
+    ] = None,
 ) -> None:
-    """Say how far two models are apart, layer by layer: CKA of their states, and change of their weights."""
+    """Measure how far two models differ per layer: CKA of their hidden states, and change of their weights."""
     from rich.console import Console
     from rich.table import Table
 
@@ -235,16 +272,16 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL... [KEY=VALUE]...",
-            help="Runs, checkpoints or Hugging Face models; the first is what the others are compared with. And "
-            "overrides of the protocol, such as epochs=3 lr=1e-4, or files.test=null.",
+            help="Runs, checkpoints or Hugging Face models; the others are compared with the first. And overrides of "
+            "the protocol, such as epochs=3 lr=1e-4, or files.test=null.",
         ),
     ],
     task: Annotated[str, typer.Option(help="A task YAML, or the name of a described task.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the task's files; default: the YAML's own.")] = None,
-    seeds: Annotated[int, typer.Option(help="Fine-tunings of each model.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Fine-tunings per model.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Directory of the results; default evaluations/TASK.")] = None,
     training_text: Annotated[
-        list[str] | None, typer.Option(help="Text the models saw, searched for the test examples; repeat.")
+        list[str] | None, typer.Option(help="Training text of the models, to search for the test examples; repeatable.")
     ] = None,
 ) -> None:
     """Fine-tune and score models on a task, with several seeds, and compare them in pairs."""
@@ -253,20 +290,16 @@ def evaluate(
     from launcher.trials import open_trials
     from studies.evaluate import evaluate as run
     from studies.evaluate import print_summary
-    from studies.tasks import EvaluatedTask, parse_overrides
 
     models, overrides = ([w for w in arguments if ("=" in w) == is_override] for is_override in (False, True))
-    evaluated = EvaluatedTask(
-        task=task,
-        data=str(data) if data else None,
-        seeds=tuple(range(17, 17 + seeds)),
-        protocol=parse_overrides(overrides),
-    )
     with open_trials() as cluster:
         summary = run(
             models,
-            evaluated,
+            task,
             output or Path("evaluations") / Path(task).stem,
+            data=data,
+            seeds=range(17, 17 + seeds),
+            overrides=overrides,
             training_text=training_text or (),
             parallel=cluster.fine_tune,
         )
@@ -296,41 +329,16 @@ def study(
         finished = run_study(loaded, folder, output or Path("runs") / loaded.name, cluster)
     if not finished:
         print("stopped, all saved; the same command again continues")
-        raise typer.Exit(EXIT_STOPPED)
+        raise typer.Exit(STOPPED)
 
 
 def main() -> None:
-    """Entry point of `detour`."""
-    _guarded(app)
+    """Run `detour`."""
+    run_command(app)
 
 
 def train_main() -> None:
-    """Entry point of `detour-train`."""
+    """Run `detour-train`."""
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(train)
-    _guarded(command)
-
-
-def _guarded(command: Callable[[], None]) -> None:
-    """Run a command; what goes wrong as foreseen is one message and an exit code, never a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))  # nothing is trained yet
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    try:
-        command()
-    except InputError as error:
-        _fail(error, EXIT_BAD_INPUT)
-    except RunFailedError as error:
-        _fail(error, EXIT_FAILED)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_STOPPED)
-    except BrokenPipeError:  # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
-    except Exception:  # a fault of ours: its traceback is what a report of it needs
-        traceback.print_exc()
-        sys.exit(EXIT_FAILED)
-
-
-def _fail(error: Exception, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
+    run_command(command)

@@ -1,4 +1,4 @@
-"""What this machine can do for a run, and what to fix."""
+"""`detour doctor`: the abilities of this machine, and remedies for what is wrong."""
 
 from __future__ import annotations
 
@@ -7,37 +7,33 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from configs.errors import InputError, RunFailedError
+from launcher.versions import version_of
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `remedy` is set where something is wrong."""
+    """One fact about this machine."""
 
     subject: str
     text: str
     remedy: str | None = None
+    """What to do about it; None: nothing is wrong."""
 
 
-def examine() -> bool:
-    """Print every finding as it comes; whether nothing needs fixing."""
-    well = True
-    for check in (_python, _devices, _precision, _attention, _gpu_packages, _memory, _ray, _shards):
-        for finding in check():
-            print(f"{'ok ' if finding.remedy is None else 'FIX'} {finding.subject:<14} {finding.text}", flush=True)
-            if finding.remedy:
-                well = False
-                print(f"    {'':<14} -> {finding.remedy}")
-    return well
+def examine() -> Iterator[Finding]:
+    """Yield findings on packages, devices, memory, Ray and data, each as soon as it is known."""
+    for check in (_versions, _devices, _precision, _attention, _gpu_packages, _memory, _ray, _shards):
+        yield from check()
 
 
-def _python() -> list[Finding]:
-    versions = [f"{name} {_version(name)}" for name in ("torch", "megatron-core", "ray", "transformers")]
-    return [Finding("versions", f"Python {platform.python_version()}, {', '.join(versions)}")]
+def _versions() -> list[Finding]:
+    packages = [f"{name} {version_of(name)}" for name in ("torch", "megatron-core", "ray", "transformers")]
+    return [Finding("versions", f"Python {platform.python_version()}, {', '.join(packages)}")]
 
 
 def _devices() -> list[Finding]:
@@ -66,15 +62,15 @@ def _precision() -> list[Finding]:
 
     usual, large = (resolve_precision(load_config("demo"), size) for size in (0, FP8_PAYS_FROM))
     more = f", {large} from a billion parameters" if large != usual else ""
-    found = [Finding("precision", f"auto is {usual} here{more}")]
+    findings = [Finding("precision", f"auto is {usual} here{more}")]
     try:
         resolve_precision(load_config("demo", ["precision=fp8"]), 0)
-        found.append(Finding("fp8", "available"))
+        findings.append(Finding("fp8", "available"))
     except InputError as error:
         reason = str(error).removeprefix("precision: ")
         fixable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-        found.append(Finding("fp8", f"not available: {reason.split(';')[0]}", _gpu_extra() if fixable else None))
-    return found
+        findings.append(Finding("fp8", f"not available: {reason.split(';')[0]}", _gpu_extra() if fixable else None))
+    return findings
 
 
 def _attention() -> list[Finding]:
@@ -84,15 +80,17 @@ def _attention() -> list[Finding]:
 
     if not torch.cuda.is_available():
         return [Finding("attention", "CPU: by window in local layers, by document in global ones")]
-    found = []
+    findings = []
     if lacking := device.kernels_lack():
         remedy = f"apt-get install {lacking}: Triton compiles the launchers of its kernels"
-        found = [Finding("kernels", "norms, RoPE, the GELU gate and local attention run in torch's operations", remedy)]
+        findings = [
+            Finding("kernels", "norms, RoPE, the GELU gate and local attention run in torch's operations", remedy)
+        ]
     kernels = ["torch varlen (FlashAttention-2)"] if importlib.util.find_spec("torch.nn.attention.varlen") else []
     kernels += ["Transformer Engine"] if importlib.util.find_spec("transformer_engine") else []
     kernels += ["FlashAttention-3"] if importlib.util.find_spec("flash_attn_interface") else []
     text = ", ".join(kernels) or "none for packed sequences"
-    return [Finding("attention", text, None if kernels else _gpu_extra()), *found]
+    return [Finding("attention", text, None if kernels else _gpu_extra()), *findings]
 
 
 def _gpu_packages() -> list[Finding]:
@@ -102,12 +100,12 @@ def _gpu_packages() -> list[Finding]:
         return [Finding("te", "Transformer Engine not installed", _gpu_extra())] if torch.cuda.is_available() else []
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # a build against another torch fails in many ways
+    except Exception as error:  # a build for another torch fails in many ways
         remedy = "pip uninstall transformer-engine transformer-engine-torch" + (
             ", then reinstall it against this torch" if torch.cuda.is_available() else ": there is no GPU for it here"
         )
         return [Finding("te", f"Transformer Engine is installed but broken: {error}".splitlines()[0], remedy)]
-    return [Finding("te", f"Transformer Engine {_version('transformer-engine')}")]
+    return [Finding("te", f"Transformer Engine {version_of('transformer-engine')}")]
 
 
 def _memory() -> list[Finding]:
@@ -129,20 +127,20 @@ def _ray() -> list[Finding]:
 
     from launcher.cluster import alive_nodes, connect, is_joined
 
-    where = f"cluster at {os.environ['RAY_ADDRESS']}" if is_joined() else "local"
+    cluster = f"cluster at {os.environ['RAY_ADDRESS']}" if is_joined() else "local"
     try:
         with connect(local_workers=1):
             nodes = alive_nodes()
             ray.get(ray.remote(num_cpus=0)(lambda: None).remote())
-    except Exception as error:  # whatever keeps Ray from working is the finding
+    except Exception as error:  # any error is a finding
         remedy = "check RAY_ADDRESS" if is_joined() else "see the logs in /tmp/ray/session_latest/logs"
-        return [Finding("ray", f"{where}: {error}".splitlines()[0], remedy)]
+        return [Finding("ray", f"{cluster}: {error}".splitlines()[0], remedy)]
     total = f"{sum(node.cpus for node in nodes)} CPUs, {sum(node.gpus for node in nodes)} GPUs"
-    return [Finding("ray", f"{where}, {len(nodes)} node{'s' * (len(nodes) != 1)}, {total}")]
+    return [Finding("ray", f"{cluster}, {len(nodes)} node{'s' * (len(nodes) != 1)}, {total}")]
 
 
 def _shards() -> list[Finding]:
-    """Of the recipe that `detour-train` would take here."""
+    """Check the data of the recipe that `detour-train` would take here."""
     from configs.load import load_config
     from datapipe.loader import check_sources
     from datapipe.tokenizer import load_tokenizer
@@ -150,25 +148,18 @@ def _shards() -> list[Finding]:
     try:
         config = load_config(None)
         tokenizer = load_tokenizer(config.tokenizer)
-        found = []
+        findings = []
         for source in config.data.sources:
             if source.text and not Path(source.shards).is_dir():
-                found.append(Finding("shards", f"{source.name}: prepared at the first `detour-train {config.name}`"))
+                findings.append(Finding("shards", f"{source.name}: prepared at the first `detour-train {config.name}`"))
             else:
-                alone = config.data.model_copy(update={"sources": (source,)})
-                (summary,) = check_sources(alone, tokenizer, tokenizer.vocab_size)
-                found.append(Finding("shards", f"{source.name}: {summary.documents:,} documents, whole"))
-        return found
-    except (InputError, RunFailedError) as error:  # the latter of a store that does not answer
+                data = config.data.model_copy(update={"sources": (source,)})
+                (summary,) = check_sources(data, tokenizer, tokenizer.vocab_size)
+                findings.append(Finding("shards", f"{source.name}: {summary.documents:,} documents, whole"))
+        return findings
+    except (InputError, RunFailedError) as error:  # RunFailedError: a store does not answer
         return [Finding("shards", "not usable", str(error))]
 
 
 def _gpu_extra() -> str:
     return f"{Path(sys.executable).name} -m pip install --no-build-isolation 'detour-train[gpu]' (README: On GPUs)"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "missing"

@@ -1,25 +1,60 @@
-"""Which failures a run survives."""
+"""The failures that a run survives."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import RunFailedError
-from launcher.group import WorkerError
+from monitoring.events import Reason
 from monitoring.run_directory import RunDirectory
 
 LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, at most."""
+"""Most seconds between two attempts."""
 ADDRESS = re.compile(r"\[?[0-9a-f.:]*[.:][0-9a-f.:]*\]?:\d+|\b(\d+\.){3}\d+\b|0x[0-9a-f]+", re.I)
-"""What differs between two messages of one failure: hosts with ports, and places in memory."""
+"""Parts in which two messages of one failure differ: hosts with ports, and memory addresses."""
+PEER_LEFT = re.compile(r"(connection|socket).*(closed|reset|refused|aborted)|broken pipe|peer|timed? ?out", re.I)
+"""Message of an exception that another rank's end has caused."""
+LIKELIEST_CAUSE_FIRST = ("node_lost", "out_of_memory", "died", "exception")
+
+
+class WorkerError(Exception):
+    """Workers ended before the training did.
+
+    Args:
+        reason: `died`, `out_of_memory`, `node_lost`, `exception` or `hung`.
+        rank: Rank at fault, where it is known.
+        detail: Message for people.
+    """
+
+    def __init__(self, reason: Reason, rank: int | None, detail: str) -> None:
+        super().__init__(detail if rank is None else f"rank {rank}: {detail}")
+        self.reason = reason
+        self.rank = rank
+        self.detail = detail
+
+
+def root_cause(failures: Sequence[WorkerError], first_rank: int) -> WorkerError:
+    """Return the failure that most likely caused the others.
+
+    Args:
+        failures: One per failed rank.
+        first_rank: Rank whose failure was seen first.
+    """
+
+    def blame_key(failure: WorkerError) -> tuple[int, bool, bool]:
+        order = LIKELIEST_CAUSE_FIRST.index(failure.reason)
+        return order, bool(PEER_LEFT.search(failure.detail)), failure.rank != first_rank
+
+    return min(failures, key=blame_key)
 
 
 @dataclass
 class FailureBudget:
-    """Counts failures of one job. One that comes again before a checkpoint was saved will come a third time too."""
+    """Counts the failures of one job. A failure that repeats before a checkpoint was saved ends the job early."""
 
     allowed: int
     used: int = 0
@@ -27,14 +62,19 @@ class FailureBudget:
     _repeats: int = field(default=0)
 
     def spend(self, failure: WorkerError, saved: int) -> float:
-        """Take in a failure, with the step of the newest checkpoint; seconds to wait before the next attempt.
+        """Count a failure and return the seconds to wait before the next attempt.
 
-        Raises RunFailedError with a diagnosis where another attempt is pointless, or none is left.
+        Args:
+            failure: The failure that ended an attempt.
+            saved: Completed steps in the newest checkpoint.
+
+        Raises:
+            RunFailedError: The budget is spent, or another attempt would fail alike; the message is a diagnosis.
         """
         self.used += 1
-        this = (saved, failure.reason, ADDRESS.sub("", failure.detail))
-        self._repeats = self._repeats + 1 if this == self._last else 1
-        self._last = this
+        current = (saved, failure.reason, ADDRESS.sub("", failure.detail))
+        self._repeats = self._repeats + 1 if current == self._last else 1
+        self._last = current
         if self._repeats >= (2 if failure.reason == "exception" else 3):
             raise RunFailedError(
                 f"the same failure {self._repeats} times in a row and no checkpoint saved in between (the newest is of "
@@ -49,21 +89,25 @@ class FailureBudget:
 
 
 class HangWatch:
-    """Finds workers that are alive and get nowhere: stopped ones, and those that wait for each other.
+    """Finds workers that are alive but make no progress: suspended workers, and workers that wait for each other.
 
-    Rank 0 rewrites telemetry.json about once a second while steps complete, so its silence is the sign.
+    Rank 0 rewrites telemetry.json about once per second while steps complete. An old file is therefore the symptom.
+
+    Args:
+        directory: The run directory.
+        timeout: Seconds without a write after which the workers count as hung.
     """
 
     def __init__(self, directory: Path, timeout: float) -> None:
         self._path, self._timeout = RunDirectory(directory).telemetry, timeout
-        self._seen, self._since = self._written(), time.monotonic()
+        self._last_write, self._since = self._written_at(), time.monotonic()
 
     def check(self) -> None:
-        """Raises WorkerError where nothing has been written for longer than the timeout."""
-        if (now := self._written()) != self._seen:
-            self._seen, self._since = now, time.monotonic()
+        """Raise WorkerError if nothing has been written for longer than the timeout."""
+        if (written_at := self._written_at()) != self._last_write:
+            self._last_write, self._since = written_at, time.monotonic()
         elif time.monotonic() - self._since > self._timeout:
             raise WorkerError("hung", None, f"no step completed in {self._timeout:.0f} s (cluster.hang_timeout)")
 
-    def _written(self) -> int:
+    def _written_at(self) -> int:
         return self._path.stat().st_mtime_ns if self._path.exists() else 0

@@ -1,4 +1,4 @@
-"""What a job says at its start and at its end."""
+"""The lines that a job prints at its start and at its end."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ from rich.console import Console
 
 from configs.schema import RunConfig
 from configs.units import format_count
-from launcher.group import Shape
+from launcher.topology import Topology
 from monitoring.log import read_metrics
+from monitoring.run_directory import RunDirectory
 
 
 def print_header(
-    console: Console, config: RunConfig, directory: Path, shape: Shape, precision: str, metrics: str
+    console: Console, config: RunConfig, directory: Path, topology: Topology, precision: str, metrics: str
 ) -> None:
+    """Print the plan of a run that is about to start.
+
+    Args:
+        console: Console to print on.
+        config: Configuration of the run.
+        directory: The run directory.
+        topology: Largest topology that the run may take.
+        precision: Precision of the training, or `auto`.
+        metrics: URL of the metrics endpoint.
+    """
     phases = ", ".join(f"{p.objective} {p.length(config.tokens_per_step):,}" for p in config.phases)
-    data = shape.workers // (config.parallel.tensor * config.parallel.pipeline)
-    most = "" if isinstance(config.cluster.nodes, int) else "at most "
+    data = topology.workers // (config.parallel.tensor * config.parallel.pipeline)
+    at_most = "" if isinstance(config.cluster.nodes, int) else "at most "
     _print(
         console,
         f"[bold]{config.name}[/] in {directory}",
         {
             "steps": f"{config.total_steps:,} ({phases}) of {format_count(config.tokens_per_step)} token slots",
-            "workers": f"{most}{shape.workers} on {shape.nodes} node{'s' * (shape.nodes > 1)} "
-            f"({'GPU' if shape.gpu else 'CPU'}): data {data} x tensor {config.parallel.tensor} "
+            "workers": f"{at_most}{topology.workers} on {topology.nodes} node{'s' * (topology.nodes > 1)} "
+            f"({'GPU' if topology.gpu else 'CPU'}): data {data} x tensor {config.parallel.tensor} "
             f"x pipeline {config.parallel.pipeline}, precision {precision}",
             "metrics": metrics,
         },
@@ -33,25 +44,33 @@ def print_header(
 
 
 def print_summary(console: Console, config: RunConfig, directory: Path, export: Path, report: Path) -> None:
+    """Print the losses, the speed and the results of a complete run.
+
+    Args:
+        console: Console to print on.
+        config: Configuration of the run.
+        directory: The run directory.
+        export: Directory of the Hugging Face model.
+        report: The HTML report.
+    """
     lines = read_metrics(directory)
-    shown = {}
+    rows = {}
     for index, phase in enumerate(config.phases):
         losses = [line["loss"] for line in lines if line["phase"] == index and line["loss"] is not None]
         if losses:
-            label = f"phase {index + 1} {phase.objective}"
-            shown[label] = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
-    speed = [line["tokens_per_second"] for line in lines if line["tokens_per_second"]]
-    if speed:
-        shown["speed"] = f"{format_count(statistics.median(speed))} tokens/s"
-    shown |= {
+            rows[f"phase {index + 1} {phase.objective}"] = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+    speeds = [line["tokens_per_second"] for line in lines if line["tokens_per_second"]]
+    if speeds:
+        rows["speed"] = f"{format_count(statistics.median(speeds))} tokens/s"
+    rows |= {
         "model": str(export),
         "report": str(report),
-        "metrics": str(directory / "metrics.jsonl"),
+        "metrics": str(RunDirectory(directory).metrics),
         "try it": f"python -c \"from transformers import pipeline; print(pipeline('fill-mask', '{export}')"
         "('The patient was treated with [MASK].'))\"",
-        "next": "detour-train --output ANOTHER_DIRECTORY for another run; detour recipes lists what there is",
+        "next": "detour-train --output ANOTHER_DIRECTORY starts another run; detour recipes lists the shipped recipes",
     }
-    _print(console, f"[bold]{config.name}[/] is complete: {config.total_steps:,} steps", shown)
+    _print(console, f"[bold]{config.name}[/] is complete: {config.total_steps:,} steps", rows)
 
 
 def _print(console: Console, title: str, rows: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""One process of a run: the Ray actor that holds a device and calls the trainer."""
+"""A worker process of a run: the Ray actor that holds a device and calls the trainer."""
 
 from __future__ import annotations
 
@@ -17,38 +17,42 @@ import ray
 
 from configs.errors import InputError
 from configs.schema import RunConfig
-from launcher.directory import token_of
+from launcher.claim import token_of
 from monitoring.run_directory import RunDirectory
 
 STOP = "detour-stop"
-"""In the store that the process group meets at: asks rank 0 to stop, and says why."""
+"""Key in the store of the process group: its value asks rank 0 to stop, and says why."""
 GRACE_SECONDS = 60
-"""How much longer than the launcher, which can name it, the process group waits for a rank that hangs."""
+"""Seconds that the process group waits for a hanging rank beyond `cluster.hang_timeout`.
+
+The launcher notices first, because it can name the rank.
+"""
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How training ended without failing. Not the engine's own class, so that a driver need not import the engine."""
+class RunResult:
+    """How training ended without failing. The engine has a class of its own, which a driver need not import."""
 
     step: int
-    """Completed steps, all of them in a checkpoint."""
+    """Completed steps, all saved in a checkpoint."""
     finished: bool
     reason: str | None = None
-    """Why it stopped early."""
+    """Why training stopped early."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker found itself."""
+class WorkerInfo:
+    """Location of a worker, as Ray placed it."""
 
     node: str
+    """Ray's id of the node."""
     address: str
     gpus: tuple[str, ...]
-    """Numbers, or names of MIG slices."""
+    """Device numbers, or names of MIG slices."""
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankAssignment:
     """A worker's part in the process group."""
 
     rank: int
@@ -56,92 +60,118 @@ class Seat:
     local_rank: int
     local_size: int
     gpus: tuple[str, ...]
-    """All that the run has on this node: NCCL reaches a neighbour's memory only where both see both devices."""
+    """All GPUs of the run on this node, because NCCL reaches a neighbour's memory only if both see both devices."""
     threads: int
 
 
 class Worker:
-    """Its methods run one after the other in the process's main thread."""
+    """The actor. Ray calls its methods one after the other in the process's main thread."""
 
-    def place(self, working_directory: str) -> Place:
+    def __init__(self, assignment: RankAssignment | None = None) -> None:
+        self._assignment = assignment
+        self._store: Any = None
+
+    def locate(self, working_directory: str) -> WorkerInfo:
+        """Change to `working_directory` if this node has it, and report where this worker runs."""
         if Path(working_directory).is_dir():
             os.chdir(working_directory)
         context = ray.get_runtime_context()
         gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
-        return Place(context.get_node_id(), ray.util.get_node_ip_address(), gpus)
+        return WorkerInfo(context.get_node_id(), ray.util.get_node_ip_address(), gpus)
 
-    def sit(self, seat: Seat, directory: Path, token: str) -> None:
-        """Take a rank: output to its own log, threads and devices set, everything that training needs imported.
+    def setup(self, assignment: RankAssignment, directory: Path, token: str) -> None:
+        """Take a rank: redirect output to the rank's log, set threads and devices, and import the trainer.
 
-        `token`: that of the run directory, as the launcher sees it.
+        Args:
+            assignment: The rank, and the devices it may use.
+            directory: The run directory.
+            token: Token of the run directory, as the launcher sees it.
+
+        Raises:
+            InputError: This node sees another directory under the same name.
         """
         address = ray.util.get_node_ip_address()
         if token_of(directory) != token:
             raise InputError(
-                f"--output {directory} is not the same directory on node {address}; put it on storage all nodes share"
+                f"--output {directory} is not the same directory on node {address}; put it on storage all nodes share",
+                key="--output",
+                code="output-not-shared",
             )
-        _redirect_output(RunDirectory(directory).logs / f"worker-{seat.rank}.log")
+        _redirect_output(RunDirectory(directory).logs / f"worker-{assignment.rank}.log")
         logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
         logging.getLogger("engine").setLevel(logging.INFO)
-        self._seat = seat
+        self._assignment = assignment
         os.environ.update(
-            RANK=str(seat.rank),
-            WORLD_SIZE=str(seat.size),
-            LOCAL_RANK=str(seat.local_rank),
-            LOCAL_WORLD_SIZE=str(seat.local_size),
-            OMP_NUM_THREADS=str(seat.threads),
-            CUDA_DEVICE_MAX_CONNECTIONS="1",  # Megatron's overlap of tensor-parallel work relies on the order it gives
+            RANK=str(assignment.rank),
+            WORLD_SIZE=str(assignment.size),
+            LOCAL_RANK=str(assignment.local_rank),
+            LOCAL_WORLD_SIZE=str(assignment.local_size),
+            OMP_NUM_THREADS=str(assignment.threads),
+            CUDA_DEVICE_MAX_CONNECTIONS="1",  # Megatron's overlap of tensor-parallel work relies on the launch order
         )
-        if seat.gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seat.gpus)
-        if interface := _interface(address):  # the one that Ray found the other nodes by
+        if assignment.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assignment.gpus)
+        if interface := _interface_of(address):  # Ray reaches the other nodes through it
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # theirs, about themselves; they drown ours
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # they would hide ours
         import torch
 
         from engine.megatron import cpu
 
-        torch.set_num_threads(seat.threads)
+        torch.set_num_threads(assignment.threads)
         if torch.cuda.is_available():
-            torch.cuda.set_device(seat.local_rank)
+            torch.cuda.set_device(assignment.local_rank)
         cpu.install()
         import engine.trainer  # noqa: F401
 
     def open_store(self, address: str) -> int:
-        """On rank 0: open the store the process group meets at; its port."""
+        """Open the store of the process group on rank 0, and return its port."""
         import torch.distributed as dist
 
         self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return int(self._store.port)
 
-    def train(self, config: RunConfig, directory: Path, address: str, port: int) -> Ending:
-        """Join the process group and train to the end, or until asked to stop."""
+    def train(self, config: RunConfig, directory: Path, address: str, port: int) -> RunResult:
+        """Join the process group and train to the end, or until asked to stop.
+
+        Args:
+            config: Configuration of the run.
+            directory: The run directory.
+            address: Host of the process group's store.
+            port: Port of the store.
+
+        Raises:
+            InputError: The micro-batch does not fit the GPU, or the trainer found bad input.
+        """
         import torch
         import torch.distributed as dist
 
         from engine.trainer import train
 
-        seat = self._seat
-        store: Any = self._store if seat.rank == 0 else dist.TCPStore(address, port, is_master=False)
+        own = self._assignment
+        assert own is not None, "setup comes first"
+        store: Any = self._store if own.rank == 0 else dist.TCPStore(address, port, is_master=False)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         patience = timedelta(seconds=config.cluster.hang_timeout + GRACE_SECONDS)
-        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=own.rank, world_size=own.size, timeout=patience)
         try:
             outcome = train(config, directory, lambda: store.get(STOP).decode() if store.check([STOP]) else None)
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"batch.micro: {config.batch.micro} does not fit the GPU of rank {seat.rank} at data.sequence_length "
+                f"batch.micro: {config.batch.micro} does not fit the GPU of rank {own.rank} at data.sequence_length "
                 f"{config.data.sequence_length}; give a smaller batch.micro or data.sequence_length, or raise "
-                f"parallel.tensor or parallel.pipeline ({error})"
+                f"parallel.tensor or parallel.pipeline ({error})",
+                key="batch.micro",
+                code="gpu-out-of-memory",
             ) from error
-        dist.barrier()  # no rank leaves while another still waits for it
+        dist.barrier()  # a rank must not leave while another still waits for it
         dist.destroy_process_group()
-        return Ending(outcome.step, outcome.finished, outcome.reason)
+        return RunResult(outcome.step, outcome.finished, outcome.reason)
 
 
-def _interface(address: str) -> str | None:
-    """The network interface of this node that has an address."""
+def _interface_of(address: str) -> str | None:
+    """Return the name of this node's network interface that has the address."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.family in (socket.AF_INET, socket.AF_INET6) and entry.address == address for entry in entries):
             return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,12 @@ def undisturbed(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     (home / "stdout.txt").write_text(result.stdout)
     (home / "stderr.txt").write_text(result.stderr)
     return home / "run"
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[dict[str, str]]:
+    """The environment of a process that belongs to a Ray cluster of one node with two CPUs."""
+    from tests.chaos.loopback import LoopbackCluster
+
+    with LoopbackCluster(1, cpus=2) as cluster:
+        yield cluster.environment

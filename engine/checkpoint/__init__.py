@@ -14,7 +14,7 @@ from engine.checkpoint.format import (
     step_of,
     verify,
 )
-from engine.checkpoint.meta import CheckpointMeta, MicroBatchChoice
+from engine.checkpoint_meta import CheckpointMeta, MicroBatchChoice
 
 __all__ = [
     "CheckpointMeta",

@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import file_sha256, partial_path
-from engine.checkpoint.meta import CheckpointMeta
+from engine.checkpoint_meta import CheckpointMeta
 from engine.modernbert.config import CONFIG_FILE
 
 

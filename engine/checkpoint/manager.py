@@ -24,9 +24,9 @@ from engine.checkpoint.format import (
     step_directory,
     step_of,
 )
-from engine.checkpoint.meta import CheckpointMeta
 from engine.checkpoint.mirror import Mirror
 from engine.checkpoint.writer import SaveFailedError, Writer
+from engine.checkpoint_meta import CheckpointMeta
 from engine.guards import Guards
 from engine.megatron.fp8_state import load_fp8_state
 from engine.train_state import TrainState

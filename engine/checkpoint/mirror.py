@@ -14,7 +14,7 @@ from configs.files import partial_path
 from configs.load import changes_of_run, validate
 from configs.schema import RunConfig
 from engine.checkpoint.format import expired, set_aside, verify
-from engine.checkpoint.meta import CheckpointMeta
+from engine.checkpoint_meta import CheckpointMeta
 from engine.modernbert.config import CONFIG_FILE
 from monitoring.events import CheckpointFailed, record
 from monitoring.run_directory import RunDirectory

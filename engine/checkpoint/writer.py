@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from configs.files import file_sha256, partial_path, sync_directory
 from engine.checkpoint.format import sharded_weights
-from engine.checkpoint.meta import CheckpointMeta
+from engine.checkpoint_meta import CheckpointMeta
 from engine.megatron.fp8_state import sharded_fp8_state
 from engine.megatron.optimizer_shards import common_state, local_shards
 from engine.megatron.torch_index import INDEX_FILE, StoredShard, encode_index

@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine: a raylet for each, on loopback addresses of their own."""
+"""A real Ray cluster of several nodes on this machine: one raylet per node, each on its own loopback address."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import psutil
 
 from tests.launcher.toy import ROOT, environment
 
-_numbers = itertools.count(11)
-"""Of loopback addresses and port ranges: clusters may live side by side."""
+_numbers = itertools.count(11 + 35 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 3))
+"""Numbers of loopback addresses and port ranges. Clusters may live side by side, also those of two test processes."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class LoopbackNode:
 
 
 class LoopbackCluster:
-    """Nodes, each on a loopback address of its own; the first is the head, with the job server."""
+    """Nodes, each on its own loopback address; the first is the head, with the job server."""
 
     def __init__(
         self, nodes: int, cpus: int = 1, path: Path | None = ROOT, python: Path | str = sys.executable
@@ -60,7 +60,7 @@ class LoopbackCluster:
             "RAY_JOB_STOP_WAIT_TIME_S": "200",
         }
         self._log = (self._folder / "ray-start.txt").open("w")
-        self._port, self._dashboard = _free_port(), _free_port()
+        self._head, self._dashboard = "", 0
         self.nodes: list[LoopbackNode] = []
         try:
             for _ in range(nodes):
@@ -71,7 +71,7 @@ class LoopbackCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a process that belongs to the cluster."""
+        """Environment variables of a process that belongs to the cluster."""
         return self._environment | {"RAY_ADDRESS": self._head}
 
     @property
@@ -79,34 +79,13 @@ class LoopbackCluster:
         return f"http://127.0.0.1:{self._dashboard}"
 
     def add_node(self) -> LoopbackNode:
+        """Start a node and wait for it. `ray start` is repeated, because it may run out of time or lose a port."""
         number = next(_numbers)
         address = f"127.0.0.{number}"
-        if not self.nodes:
-            self._head = f"{address}:{self._port}"
-        head = ["--head", f"--port={self._port}", f"--dashboard-port={self._dashboard}", "--include-dashboard=true"]
-        member = [f"--address={self._head}"]
-        first = 20000 + 500 * number
-        command = [
-            *(
-                *self._ray,
-                "start",
-                "--block",
-                f"--node-ip-address={address}",
-                f"--num-cpus={self._cpus}",
-                "--disable-usage-stats",
-            ),
-            *(f"--object-store-memory={80 * 2**20}", f"--temp-dir={self._folder}"),
-            *(f"--{name}-port={_free_port()}" for name in ("node-manager", "object-manager", "metrics-export")),
-            *(f"--dashboard-agent-{name}-port={_free_port()}" for name in ("listen", "grpc")),
-            *(
-                f"--runtime-env-agent-port={_free_port()}",
-                f"--min-worker-port={first}",
-                f"--max-worker-port={first + 499}",
-            ),
-            *(member if self.nodes else head),
-        ]
-        for _ in range(5):  # `ray start` gives a node 30 seconds to come up, which a busy machine may not keep
-            process = psutil.Popen(command, env=self._environment, stdout=self._log, stderr=self._log)
+        for _ in range(5):
+            process = psutil.Popen(
+                self._start_command(address, number), env=self._environment, stdout=self._log, stderr=self._log
+            )
             while process.poll() is None:
                 ids = [entry["NodeID"] for entry in self._alive() if entry["NodeManagerAddress"] == address]
                 if ids:
@@ -114,6 +93,25 @@ class LoopbackCluster:
                     return self.nodes[-1]
                 time.sleep(0.5)
         raise RuntimeError((self._folder / "ray-start.txt").read_text())
+
+    def _start_command(self, address: str, number: int) -> list[str]:
+        if self.nodes:
+            role = [f"--address={self._head}"]
+        else:
+            port, self._dashboard = _free_port(), _free_port()
+            self._head = f"{address}:{port}"
+            role = ["--head", f"--port={port}", f"--dashboard-port={self._dashboard}", "--include-dashboard=true"]
+        first = 20000 + 500 * number
+        services = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent")
+        services += ("dashboard-agent-listen", "dashboard-agent-grpc")
+        return [
+            *(*self._ray, "start", "--block", "--disable-usage-stats"),
+            *(f"--node-ip-address={address}", f"--num-cpus={self._cpus}", f"--temp-dir={self._folder}"),
+            *(f"--{name}-port={_free_port()}" for name in services),
+            *(f"--min-worker-port={first}", f"--max-worker-port={first + 499}"),
+            f"--object-store-memory={80 * 2**20}",
+            *role,
+        ]
 
     def kill_node(self, node: LoopbackNode) -> None:
         """Take a node away without notice, with everything that runs on it."""
@@ -129,12 +127,12 @@ class LoopbackCluster:
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
 
     def workers(self) -> dict[psutil.Process, LoopbackNode]:
-        """The processes that train, and where."""
+        """Map each training process to its node."""
         family = {process: node for node in self.nodes for process in _children(node.process)}
         return {process: node for process, node in family.items() if _name(process).startswith("ray::Worker.tra")}
 
     def job(self, command: str, *words: str | Path) -> str:
-        """`ray job COMMAND` against the job server; what it printed."""
+        """Run `ray job COMMAND` against the job server, and return its output."""
         line = [*self._ray, "job", command, f"--address={self.job_server}", *map(str, words)]
         return subprocess.run(
             line, env=self.environment, check=True, capture_output=True, text=True, timeout=300
@@ -155,7 +153,7 @@ class LoopbackCluster:
         self.close()
 
     def _alive(self) -> list[dict[str, Any]]:
-        """The cluster's nodes as another process sees them: Ray connects a process to one cluster only."""
+        """List the alive nodes. Another process asks, because Ray connects a process to one cluster only."""
         ask = (
             "import json, ray, sys; ray.init(log_to_driver=False, logging_level='ERROR');"
             "print(json.dumps([node for node in ray.nodes() if node['Alive']]))"
@@ -163,10 +161,10 @@ class LoopbackCluster:
         command = [self._python, "-c", ask]
         try:
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
-        except subprocess.TimeoutExpired:  # it waits for a head that has not come up
+        except subprocess.TimeoutExpired:  # it waits for a head that is not up yet
             return []
-        found = [line for line in done.stdout.splitlines() if line.startswith("[{")]
-        return json.loads(found[0]) if found else []
+        answers = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+        return json.loads(answers[0]) if answers else []
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import re
 import shutil
 import signal
@@ -19,6 +18,7 @@ import yaml
 
 from monitoring.telemetry import Telemetry
 from tests.chaos.loopback import LoopbackCluster, LoopbackNode
+from tests.chaos.seed import drawn
 from tests.launcher.toy import TRAIN, assert_same_run, events, lines, recipe, started, steps, until, wait_for, write
 
 pytestmark = pytest.mark.chaos
@@ -60,9 +60,7 @@ def test_everything_happens_to_one_run(cluster: LoopbackCluster, undisturbed_on_
         """A worker and its node; the last is never on the head."""
         return sorted(cluster.workers().items(), key=lambda item: item[1].address)[index]
 
-    seed = random.randrange(2**32)
-    print(f"steps of the faults drawn from seed {seed}")
-    draw = random.Random(seed)
+    draw = drawn()
 
     def advance() -> None:
         """Wait for some steps more than there are now."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.loopback import LoopbackCluster
+from tests.chaos.seed import drawn
 from tests.launcher.toy import assert_same_run, events, lines, recipe, steps, until, write
 
 
@@ -18,9 +18,7 @@ def test_submitted_job_loses_a_worker_and_then_a_node(toy_shards: Path, tmp_path
     tree["phases"][0]["steps"] = 60
     path = write(tmp_path / "toy.yaml", tree)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    seed = random.randrange(2**32)
-    print(f"steps of the faults drawn from seed {seed}")
-    draw = random.Random(seed)
+    draw = drawn()
     with LoopbackCluster(3) as cluster:
 
         def submit(directory: Path) -> None:

@@ -25,7 +25,7 @@ import zstandard
 from typer.testing import CliRunner
 
 import datapipe.prepare
-import launcher.status
+import launcher.status_line
 from configs.errors import InputError
 from configs.files import partial_path
 from configs.schema import Data
@@ -344,7 +344,7 @@ def test_the_command_says_what_became_of_each_source(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And how far it is, in lines where no terminal can show a changing one."""
-    monkeypatch.setattr(launcher.status, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(launcher.status_line, "PLAIN_SECONDS", 0.0)
     options = ["--tokenizer", "package://tokenizer/modernbert", "--output", str(tmp_path / "out")]
     options += ["--processes", "1", "--min-tokens", "20", "--held-out", "0.1"]
     result = CliRunner().invoke(app, ["prepare", str(corpus), *options])

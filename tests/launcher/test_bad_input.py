@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,64 +63,62 @@ def other_architecture(tree: dict[str, Any], shards: Path) -> None:
     tree["model"] = {"init": str(shards.parent / "bert")}
 
 
-CASES: dict[str, tuple[Change, str]] = {
-    "misspelt key": (setting(optimizer={"learning_rate": 1e-3}), r"optimizer\.learning_rate: no such key"),
-    "wrong type": (setting(seed="many"), r"seed: .*integer"),
-    "length of zero": (first_phase(steps=0), r"phases\.0\.steps: .*greater than 0"),
+CASES: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "misspelt key": (setting(optimizer={"learning_rate": 1e-3}), ("optimizer.learning_rate",)),
+    "wrong type": (setting(seed="many"), ("seed",)),
+    "length of zero": (first_phase(steps=0), ("phases.0.steps",)),
     "tensor parallel does not divide the heads": (
         setting(parallel={"tensor": 8}, cluster={"workers_per_node": 8}),
-        r"parallel\.tensor: 8 does not divide the model's 4 attention heads",
+        ("parallel.tensor", "8", "4"),
     ),
     "pipeline does not divide the layers": (
         setting(parallel={"pipeline": 3}, cluster={"workers_per_node": 3}),
-        r"parallel\.pipeline: 3 does not divide the model's 4 layers",
+        ("parallel.pipeline", "3", "4"),
     ),
-    "streams do not divide over the ranks": (setting(cluster={"workers_per_node": 3}), r"data\.streams: 4 .*3 data"),
+    "streams do not divide over the ranks": (setting(cluster={"workers_per_node": 3}), ("data.streams", "4", "3")),
     "workers are no multiple of tensor x pipeline": (
         setting(parallel={"tensor": 2}, cluster={"workers_per_node": 3}),
-        r"cluster\.workers_per_node: 3 workers",
+        ("cluster.workers_per_node", "3"),
     ),
-    "more nodes than the cluster has": (
-        setting(cluster={"nodes": 8}),
-        r"cluster\.nodes: asked for 8 nodes.*RAY_ADDRESS",
-    ),
-    "missing shard": (missing_shard, r"source en: .*000000\.tar is missing; .*detour prepare"),
-    "empty shard": (empty_shard, r"source en: .*000000\.tar is empty"),
-    "truncated shard": (truncated_shard, r"source en: .*000000\.tar is truncated"),
-    "no shards": (setting(data={"sources": [{"name": "en", "shards": "nowhere"}]}), r"source en: .*nowhere"),
-    "sources that end early": (
-        sources_that_end,
-        r"data\.sources: all reach their `epochs` after .* tokens, at most [\d,]+ of the 1,000,003 steps; shorten",
-    ),
-    "shards of another tokenizer": (other_tokenizer, r"source en: .*tokenizer"),
-    "token ids beyond the vocabulary": (setting(model={"vocab_size": 1000}), r"model\.vocab_size: 1000"),
-    "hub model of another architecture": (other_architecture, r"model\.init: .*'bert'"),
-    "no such model": (
-        setting(model={"init": "./nothing", "hidden_size": None}),
-        r"model\.init: no directory \./nothing",
-    ),
-    "no such tokenizer": (setting(tokenizer="./nothing"), r"tokenizer \./nothing"),
-    "fp8 without an fp8 GPU": (setting(precision="fp8"), r"precision: fp8 needs .*precision=bf16"),
+    "more nodes than the cluster has": (setting(cluster={"nodes": 8}), ("cluster.nodes", "8", "RAY_ADDRESS")),
+    "missing shard": (missing_shard, ("source en", "000000.tar", "detour prepare")),
+    "empty shard": (empty_shard, ("source en", "000000.tar")),
+    "truncated shard": (truncated_shard, ("source en", "000000.tar")),
+    "no shards": (setting(data={"sources": [{"name": "en", "shards": "nowhere"}]}), ("source en", "nowhere")),
+    "sources that end early": (sources_that_end, ("data.sources", "`epochs`", "1,000,003")),
+    "shards of another tokenizer": (other_tokenizer, ("source en", "tokenizer")),
+    "token ids beyond the vocabulary": (setting(model={"vocab_size": 1000}), ("model.vocab_size", "1000")),
+    "hub model of another architecture": (other_architecture, ("model.init", "'bert'")),
+    "no such model": (setting(model={"init": "./nothing", "hidden_size": None}), ("model.init", "./nothing")),
+    "no such tokenizer": (setting(tokenizer="./nothing"), ("tokenizer", "./nothing")),
+    "fp8 without an fp8 GPU": (setting(precision="fp8"), ("precision", "precision=bf16")),
     "BF16 layers under delayed scaling": (
         setting(fp8_bf16_edges=True, fp8_recipe="delayed"),
-        r"fp8_bf16_edges: .*use tensorwise",
+        ("fp8_bf16_edges", "tensorwise"),
     ),
-    "frozen layer beyond the last": (first_phase(freeze=[9]), r"phases\.0\.freeze: no layers \[9\]"),
+    "frozen layer beyond the last": (first_phase(freeze=[9]), ("phases.0.freeze", "9")),
 }
+"""Name -> change and the words of the message: the key or file at fault, its value, and the remedy's key."""
+ALONE = ("more nodes than the cluster has", "fp8 without an fp8 GPU")
+"""Cases of a process that belongs to no cluster."""
 
 
 @pytest.fixture(scope="module")
 def answers(
-    request: pytest.FixtureRequest, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    toy_shards: Path,
+    shared_cluster: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Future[Any]]]:
-    """What the command says in each of the cases asked for; two run at a time, since most of each is importing."""
+    """Map each selected case to the command's answer; two run at a time, because they mostly import."""
 
     def answer(case: str) -> Any:
         home = tmp_path_factory.mktemp("bad")
         private = Path(shutil.copytree(toy_shards, home / "shards"))
         tree = recipe(private)
         CASES[case][0](tree, private)
-        return run(*TRAIN, write(home / "toy.yaml", tree), cwd=home)
+        env = None if case in ALONE else shared_cluster
+        return run(*TRAIN, write(home / "toy.yaml", tree), cwd=home, env=env)
 
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     cases = [item.callspec.params["case"] for item in items if item.originalname == "test_bad_recipe"]
@@ -135,33 +132,33 @@ def test_bad_recipe(case: str, answers: dict[str, Future[Any]]) -> None:
     refused(answers[case].result(), CASES[case][1])
 
 
-def refused(result: Any, message: str) -> None:
+def refused(result: Any, words: Iterable[str]) -> None:
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert result.stderr.count("error: ") == 1
-    assert re.search(message, result.stderr, re.DOTALL), result.stderr
+    assert not [word for word in words if word not in result.stderr], result.stderr
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    refused(run(*TRAIN, "demo", "--output", "file/run", cwd=tmp_path), r"--output .*file/run cannot be written")
+    refused(run(*TRAIN, "demo", "--output", "file/run", cwd=tmp_path), ["--output", "file/run"])
 
 
 def test_every_error_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
     result = run(*TRAIN, "demo", "sead=1", "batch.sequences=0", "phases.1.mask_rate=2", cwd=tmp_path)
-    refused(result, r"3 errors.*phases\.1\.mask_rate.*|.*sead: no such key; did you mean 'seed'")
-    assert all(key in result.stderr for key in ("sead", "batch.sequences", "phases.1.mask_rate"))
+    refused(result, ["sead", "'seed'", "batch.sequences", "phases.1.mask_rate"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "word"),
     [
-        (["inspect", "nothing"], r"nothing"),
-        (["export", "nothing", "out"], r"nothing"),
-        (["import", "./nothing", "out"], r"no directory \./nothing"),
-        (["prepare", "nothing.jsonl", "--tokenizer", "package://tokenizer/modernbert", "--output", "out"], r"nothing"),
+        (["inspect", "nothing"], "nothing"),
+        (["export", "nothing", "out"], "nothing"),
+        (["import", "./nothing", "out"], "./nothing"),
+        (["study", "nothing"], "'nothing'"),
+        (["prepare", "nothing.jsonl", "--tokenizer", "package://tokenizer/modernbert", "--output", "out"], "nothing"),
     ],
 )
-def test_other_commands(arguments: list[str], message: str, tmp_path: Path) -> None:
-    refused(run(*DETOUR, *arguments, cwd=tmp_path), message)
+def test_other_commands(arguments: list[str], word: str, tmp_path: Path) -> None:
+    refused(run(*DETOUR, *arguments, cwd=tmp_path), [word])
     assert not (tmp_path / "out").exists()

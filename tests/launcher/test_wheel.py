@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.chaos.loopback import LoopbackCluster
-from tests.launcher.toy import events, recipe, run
+from tests.launcher.toy import environment, events, recipe, run, write
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("configs", "datapipe", "engine", "monitoring", "launcher", "studies")
@@ -50,49 +51,65 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile(tmp_path: Path) -> Path:
     """A project of the user's whose files have the names of our packages; importing any of them fails."""
     project = tmp_path / "project"
-    for number, name in enumerate(PACKAGES):
-        path = project / name / "__init__.py" if number % 2 else project / f"{name}.py"
+    for name in PACKAGES:
+        path = project / f"{name}.py" if name in ("engine", "datapipe") else project / name / "__init__.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"raise RuntimeError('the {name} of the user was imported')\n")
+    tree = recipe(Path("shards"), phases=[{"objective": "clm", "steps": 1}, {"objective": "mlm", "steps": 1}])
+    tree["data"]["sources"][0]["text"] = "package://corpus/tico19_fr.jsonl.gz"
+    write(project / "detour.yaml", tree)
     return project
 
 
-def _toy(**changes: object) -> str:
-    tree = recipe(Path("shards"), cluster={"workers_per_node": 1}, **changes)
-    tree["data"]["sources"][0]["text"] = "package://corpus/tico19_fr.jsonl.gz"
-    return yaml.safe_dump(tree)
+def complete(directory: Path) -> bool:
+    """Return whether a run exported its model and wrote its report without a failure of its workers."""
+    files = [directory / "hf/model.safetensors", directory / "report.html"]
+    return all(file.is_file() for file in files) and "worker_failed" not in events(directory)
 
 
-def test_wheel_trains_in_a_directory_of_our_packages_names(installed: Path, hostile: Path) -> None:
-    listed = run(installed / "detour", "recipes", cwd=hostile, path=None)
-    assert "modernbert-base-bio-en" in listed.stdout, listed.stderr
-
-    (hostile / "detour.yaml").write_text(_toy())
-    trained = run(installed / "detour-train", cwd=hostile, path=None)
+@pytest.mark.parametrize("first_in_path", [False, True])
+def test_wheel_trains_among_files_of_our_packages_names(installed: Path, hostile: Path, first_in_path: bool) -> None:
+    env = environment(Path() if first_in_path else None)
+    trained = run(installed / "detour-train", cwd=hostile, env=env)
     assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert (hostile / "runs/toy/hf/model.safetensors").is_file()
-    assert (hostile / "runs/toy/report.html").is_file()
-    assert "worker_failed" not in events(hostile / "runs/toy")
+    assert complete(hostile / "runs/toy")
 
 
-def test_wheel_works_where_the_users_directory_comes_first_in_the_path(installed: Path, hostile: Path) -> None:
-    """With PYTHONPATH=. and two processes that tokenize; as a submitted job; and the trials of a study."""
-    text = "package://corpus/tico19_fr.jsonl.gz"
-    options = ("--tokenizer", "package://tokenizer/modernbert", "--output", "shards", "--processes", "2")
-    prepared = run(installed / "detour", "prepare", text, *options, cwd=hostile, path=Path())
+def test_other_commands_of_the_wheel_work_there(installed: Path, hostile: Path) -> None:
+    """With the user's directory first in the path: two processes that tokenize, a submitted job, a study, tasks."""
+    first_in_path = environment(Path())
+    options = ("--tokenizer", "package://tokenizer/modernbert", "--output", "prepared", "--processes", "2")
+    command = (installed / "detour", "prepare", "package://corpus/medquad.jsonl.gz", *options)
+    prepared = run(*command, cwd=hostile, env=first_in_path)
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+    (hostile / "prepared").rename(hostile / "shards")
 
-    short = [{"objective": "clm", "steps": 1}, {"objective": "mlm", "steps": 1}]
-    (hostile / "detour.yaml").write_text(_toy(phases=short))
-    (hostile / "study.yaml").write_text(
-        yaml.safe_dump({"name": "seeds", "recipe": "detour.yaml", "grid": {"data.seed": [1, 2]}})
-    )
+    for name in ("train", "test"):
+        rows = [{"text": f"Severe {ill} is seen.", "label": ill} for ill in ("fever", "cough", "asthma")]
+        (hostile / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    task = {"name": "ills", "kind": "single", "score": "macro_f1", "columns": {"text": "text", "label": "label"}}
+    task["files"] = {"train": "train.jsonl", "test": "test.jsonl"}
+    write(hostile / "task.yaml", {**task, "protocol": {"preset": "english"}})
+    write(hostile / "study.yaml", {"name": "seeds", "recipe": "detour.yaml", "grid": {"data.seed": [1]}})
+
     with LoopbackCluster(1, cpus=2, path=None, python=installed / "python") as cluster:
-        command = (installed / "detour-train", "--output", hostile / "job")
-        said = cluster.job("submit", "--working-dir", hostile, "--", *command)
-        assert "toy is complete" in said
-        assert "worker_failed" not in events(hostile / "job")
-        path = {"PYTHONPATH": ".", "RAY_ADDRESS": cluster.environment["RAY_ADDRESS"]}
-        studied = run(installed / "detour", "study", "study.yaml", cwd=hostile, env=cluster.environment | path)
-    assert studied.returncode == 0, studied.stdout + studied.stderr
-    assert (hostile / "runs/seeds/report.html").is_file()
+        submit = ("submit", "--working-dir", hostile, "--", installed / "detour-train")
+        assert "toy is complete" in cluster.job(*submit, "--output", hostile / "job")
+        assert complete(hostile / "job")
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            cluster.job(*submit, "--output", "runs/job")
+        assert "Ray's copy" in refused.value.output and "--output" in refused.value.output
+
+        env = cluster.environment | {"PYTHONPATH": "."}
+        studied = run(installed / "detour", "study", "study.yaml", cwd=hostile, env=env)
+        assert studied.returncode == 0, studied.stdout + studied.stderr
+        (trial,) = (hostile / "runs/seeds/trials").glob("*/")
+        assert complete(trial)
+        protocol = ("epochs=1", "batch=4", "length=32")
+        evaluated = run(
+            *(installed / "detour", "evaluate", hostile / "job", "--task", "task.yaml", "--seeds", "1", *protocol),
+            cwd=hostile,
+            env=env,
+        )
+        assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+        assert (hostile / "evaluations/task/results.json").is_file()

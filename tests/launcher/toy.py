@@ -18,8 +18,8 @@ import yaml
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
-TRAIN = [sys.executable, "-c", "import detour_train; detour_train.train_main()"]
 DETOUR = [sys.executable, "-m", "detour_train"]
+TRAIN = [*DETOUR, "train"]
 
 
 def recipe(shards: Path, **changes: Any) -> dict[str, Any]:
@@ -64,7 +64,15 @@ def run(
     timeout: float = 500,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end. `path` is where it finds Detour; None: where it is installed. `env` replaces both."""
+    """Run a command to its end.
+
+    Args:
+        command: The words of it.
+        cwd: Its working directory.
+        path: Its PYTHONPATH; None: Detour is installed.
+        timeout: Seconds after which it is killed.
+        env: Its whole environment, in place of ours with `path`.
+    """
     return subprocess.run(
         list(map(str, command)), cwd=cwd, env=env or environment(path), capture_output=True, text=True, timeout=timeout
     )
@@ -77,7 +85,7 @@ def environment(path: Path | None = ROOT) -> dict[str, str]:
 
 @contextmanager
 def started(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> Iterator[psutil.Popen]:
-    """A command in the background, writing to output.txt; it and all that it started are gone at the end."""
+    """Run a command in the background, writing to output.txt; kill it and all its descendants at the end."""
     output = (cwd / "output.txt").open("a")
     process = psutil.Popen(list(map(str, command)), cwd=cwd, env=env or environment(), stdout=output, stderr=output)
     try:
@@ -91,9 +99,9 @@ def started(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) 
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Those that are whole: a run that goes on may be in the middle of the last one."""
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+    """Complete lines of a JSONL file: a run may be in the middle of writing the last one."""
+    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def steps(directory: Path) -> list[int]:
@@ -105,7 +113,7 @@ def events(directory: Path) -> list[str]:
 
 
 def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float = 400, pause: float = 0.05) -> Any:
-    """The first true value of `condition`; fails as soon as the process has ended without one."""
+    """Wait for a true value of `condition`; fail as soon as the process has ended."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert process.poll() is None, f"ended with {process.returncode} first"
@@ -115,7 +123,7 @@ def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float
 
 
 def until(condition: Callable[[], object], timeout: float = 400) -> None:
-    """`wait_for` where the run is no process of ours."""
+    """Wait for a condition of a run that is not our process."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "never came true"
@@ -123,7 +131,7 @@ def until(condition: Callable[[], object], timeout: float = 400) -> None:
 
 
 def workers(process: psutil.Popen) -> list[psutil.Process]:
-    """Of a running job on a local cluster: the processes that train, by age."""
+    """List the training processes of a job on a local cluster, by age."""
     return [child for child in process.children(recursive=True) if child.name().startswith("ray::Worker.tra")]
 
 

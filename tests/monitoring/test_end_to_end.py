@@ -58,7 +58,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     (folder / "recipe.yaml").write_text(RECIPE)
     began = time.time()
     with prometheus(folder, folder / "targets", interval="1s") as server:
-        command = [sys.executable, "-c", "import detour_train; detour_train.train_main()"]
+        command = [sys.executable, "-m", "detour_train", "train"]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
         log = (folder / "output.txt").open("wb")
         job = subprocess.Popen(

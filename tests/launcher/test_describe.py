@@ -1,4 +1,4 @@
-"""`detour inspect` on what holds no shard set of this machine."""
+"""`detour inspect` on directories that it cannot describe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import InputError
 from datapipe.tokenizer import load_tokenizer
-from launcher.inspect import describe
+from launcher.describe import describe
 from tests.datapipe.conftest import write_shards
 from tests.datapipe.tars import TAR_END, tar_member
 
@@ -18,10 +18,12 @@ def test_what_cannot_be_inspected_says_why(tmp_path: Path) -> None:
     raw.mkdir()
     (raw / "a.tar").write_bytes(tar_member("0.txt", b"one") + TAR_END)
     empty = write_shards(tmp_path / "empty", [[]], load_tokenizer("package://tokenizer/modernbert"))
-    for target, says in (
-        (Path("s3://bucket/corpus"), "not on this machine"),
-        (raw, r"holds tars and no manifest\.json"),
-        (empty, "holds no documents"),
+    for target, code, name in (
+        (Path("s3://bucket/corpus"), "not-local", "bucket"),
+        (raw, "no-manifest", "manifest.json"),
+        (empty, None, "empty"),
     ):
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError) as refusal:
             describe(target)
+        assert name in str(refusal.value)
+        assert code is None or refusal.value.code == code

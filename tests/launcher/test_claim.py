@@ -1,4 +1,4 @@
-"""Whose directory it is."""
+"""The claim of a job on its run directory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import InputError
 from configs.load import load_config
-from launcher.directory import claim
+from launcher.claim import claim
 
 
 def test_the_same_run_may_continue_elsewhere_and_otherwise_divided(tmp_path: Path) -> None:
@@ -25,20 +25,35 @@ def test_another_run_is_refused_by_what_differs_and_nothing_is_touched(tmp_path:
     with claim(tmp_path, load_config("demo")):
         before = (tmp_path / "config.yaml").read_bytes()
     with (
-        pytest.raises(InputError, match=r"different run\n  data.seed: 42 -> 1\n  optimizer.lr: 0.003 -> 0.1\n"),
+        pytest.raises(InputError) as refusal,
         claim(tmp_path, load_config("demo", ["data.seed=1", "optimizer.lr=0.1"])),
     ):
         pass
+    assert (refusal.value.key, refusal.value.code) == ("--output", "output-of-another-run")
+    assert "  data.seed: 42 -> 1\n  optimizer.lr: 0.003 -> 0.1\n" in str(refusal.value)
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match=r"holds thesis.tex but no config.yaml"), claim(tmp_path, load_config("demo")):
+    with pytest.raises(InputError) as refusal, claim(tmp_path, load_config("demo")):
         pass
+    assert (refusal.value.key, refusal.value.code) == ("--output", "output-is-no-run")
+    assert "thesis.tex" in str(refusal.value)
 
 
 def test_one_job_at_a_time(tmp_path: Path) -> None:
     config = load_config("demo")
-    with claim(tmp_path, config), pytest.raises(InputError, match="in use by another"), claim(tmp_path, config):
+    with claim(tmp_path, config):
+        with pytest.raises(InputError) as refusal, claim(tmp_path, config):
+            pass
+        assert (refusal.value.key, refusal.value.code) == ("--output", "output-in-use")
+    with claim(tmp_path, config):
         pass
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError) as refusal, claim(tmp_path / "file" / "run", load_config("demo")):
+        pass
+    assert (refusal.value.key, refusal.value.code) == ("--output", "output-unwritable")

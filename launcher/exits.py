@@ -1,0 +1,39 @@
+"""Exit codes of the commands (contract), and how an error becomes a message and a code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+from configs.errors import InputError, RunFailedError
+
+DONE, BAD_INPUT, FAILED, STOPPED = 0, 2, 3, 75
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command and exit by its outcome: a foreseen error is one message and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))  # until training starts, nothing is to save
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    try:
+        command()
+    except InputError as error:
+        _fail(error, BAD_INPUT)
+    except RunFailedError as error:
+        _fail(error, FAILED)
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+    except Exception:  # a bug of Detour: a report of it needs the traceback
+        traceback.print_exc()
+        sys.exit(FAILED)
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)

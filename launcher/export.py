@@ -1,0 +1,49 @@
+"""`detour export`: from a run or a checkpoint to a Hugging Face model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from configs.errors import InputError
+from datapipe.tokenizer import load_tokenizer
+from monitoring.run_directory import RunDirectory
+
+
+class Exported(NamedTuple):
+    """Origin of an exported model."""
+
+    checkpoint: Path
+    step: int
+
+
+def export_model(source: Path, output: Path) -> Exported:
+    """Write a Hugging Face model.
+
+    Args:
+        source: A run directory, of which the newest valid checkpoint is taken, or a checkpoint.
+        output: Directory of the model; new or empty.
+
+    Raises:
+        InputError: There is no checkpoint, the checkpoint is damaged or was never trained, or `output` is not empty.
+    """
+    from engine.checkpoint import describe, latest_valid
+    from engine.export import export_hf
+
+    checkpoint, run = source, RunDirectory(source)
+    if run.config.is_file():
+        newest, damaged = latest_valid(run.checkpoints)
+        if newest is None:
+            message = "; ".join(damaged) or f"{source} has no checkpoint yet; nothing to export"
+            raise InputError(message, code="no-checkpoint")
+        checkpoint = newest
+    meta = describe(checkpoint)
+    if meta.config is None:
+        raise InputError(
+            f"{checkpoint} was imported from {meta.source} and never trained; use that model itself",
+            code="checkpoint-untrained",
+        )
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty; name a new directory for the model", code="output-not-empty")
+    export_hf(checkpoint, output, load_tokenizer(meta.config["tokenizer"]))
+    return Exported(checkpoint, meta.step)

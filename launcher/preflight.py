@@ -1,0 +1,148 @@
+"""Checks before workers start: everything that can be wrong with a run is found here if it can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from configs.errors import InputError
+from configs.schema import RunConfig
+from configs.units import format_count
+from datapipe.loader import check_sources
+from datapipe.source import SourceSummary
+from datapipe.tokenizer import Tokenizer
+from launcher.cluster import alive_nodes, is_joined
+from launcher.topology import Topology
+from monitoring.events import DataDamaged, record
+
+WORKING_COPIES = "working_dir_files"
+"""Folder in which Ray keeps the working directories of submitted jobs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that may start."""
+
+    topologies: list[Topology]
+    """Topologies that the run may take, the largest first; at least one."""
+    precision: str
+    """Precision of the training; the configured value if only the workers can resolve it."""
+
+
+def require_lasting(directory: Path) -> None:
+    """Raise InputError for a run directory in the copy of `--working-dir` that Ray keeps per node, and deletes."""
+    if is_joined() and WORKING_COPIES in directory.parts:
+        raise InputError(
+            f"--output {directory} lies in Ray's copy of the job's working directory, which is another one on each "
+            "node and is deleted with the job; give an absolute --output on storage that all nodes share",
+            key="--output",
+            code="output-in-working-copy",
+        )
+
+
+def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Console) -> Plan:
+    """Check the model, its division over workers, the precision and the data, and report what will be left out.
+
+    Raises:
+        InputError: The run cannot start.
+    """
+    from engine.modernbert.config import parameter_count, resolve_architecture
+    from engine.parallel import plan
+    from engine.precision import resolve_precision
+
+    architecture = resolve_architecture(config.model, tokenizer)
+    topologies, problems = [], {}
+    for topology in possible_topologies(config):
+        try:
+            plan(config, architecture, topology.workers)
+            topologies.append(topology)
+        except InputError as error:
+            problems[topology] = error
+    if not topologies:
+        raise list(problems.values())[-1]
+    for topology, problem in problems.items():
+        console.print(f"[yellow]{topology}: will not be used:[/] {escape(str(problem))}")
+    precision: str = config.precision
+    if not is_joined():  # the head of a cluster may have another device than the workers, which check for themselves
+        precision = resolve_precision(config, parameter_count(architecture))
+    sources = check_sources(config.data, tokenizer, architecture.vocab_size)
+    for source in sources:
+        for problem_of_source in source.problems:
+            console.print(f"[yellow]source {source.name}: will be skipped:[/] {escape(problem_of_source)}")
+        if source.problems:
+            event = DataDamaged(source=source.name, problems=len(source.problems), first=source.problems[0])
+            record(directory, event)
+    _require_enough(config, sources)
+    return Plan(topologies, precision)
+
+
+def possible_topologies(config: RunConfig) -> list[Topology]:
+    """List topologies by the configuration and the devices of the cluster or of this machine, the most nodes first.
+
+    Raises:
+        InputError: The run needs a cluster and this process is in none, or a node has too few GPUs.
+    """
+    fewest, most = node_range(config)
+    if config.cluster.gpus_per_node != "auto":
+        gpus = config.cluster.gpus_per_node
+    elif is_joined():
+        gpus = max((node.gpus for node in alive_nodes()), default=0)
+    else:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    per_node = workers_per_node(config, gpus)
+    if 0 < gpus < per_node:
+        raise InputError(
+            f"cluster.workers_per_node: {per_node} workers, but a node has {gpus} GPUs", key="cluster.workers_per_node"
+        )
+    return [Topology(number, per_node, gpu=gpus > 0) for number in range(most, fewest - 1, -1)]
+
+
+def node_range(config: RunConfig) -> tuple[int, int]:
+    """Return the fewest and the most nodes of the run.
+
+    Raises:
+        InputError: The run needs a cluster and this process is in none.
+    """
+    nodes = config.cluster.nodes
+    fewest, most = (nodes, nodes) if isinstance(nodes, int) else nodes
+    if is_joined():
+        return fewest, most
+    if fewest > 1:
+        raise InputError(
+            f"cluster.nodes: asked for {fewest} nodes, but this process is in no Ray cluster and would start one "
+            "of 1 node here; set RAY_ADDRESS or use `ray job submit`, or lower --nodes to 1",
+            key="cluster.nodes",
+            code="no-cluster",
+        )
+    return 1, 1
+
+
+def workers_per_node(config: RunConfig, gpus: int) -> int:
+    """Return the workers on a node with so many GPUs."""
+    if config.cluster.workers_per_node == "auto":
+        return gpus or config.parallel.tensor * config.parallel.pipeline
+    return config.cluster.workers_per_node
+
+
+def _require_enough(config: RunConfig, sources: list[SourceSummary]) -> None:
+    """Raise InputError if all sources reach their last epoch, surely before the last step."""
+    limits = [source.epochs for source in config.data.sources]
+    summaries = sources[: len(limits)]  # without the evaluation set
+    if None in limits or not all(source.tokens for source in summaries):  # raw text is not counted before it is read
+        return
+    tokens = sum(
+        (source.tokens + 2 * source.documents) * (epochs or 0) for source, epochs in zip(summaries, limits, strict=True)
+    )
+    steps = 2 * tokens // config.tokens_per_step  # packed rows are at least half full
+    if steps < config.total_steps:
+        raise InputError(
+            f"data.sources: all reach their `epochs` after {format_count(tokens)} tokens, at most {steps:,} of the "
+            f"{config.total_steps:,} steps; shorten the phases, or let a source repeat",
+            key="data.sources",
+            code="sources-too-short",
+        )

@@ -1,0 +1,281 @@
+"""The supervision of one run, from its configuration to the exported model, through failures and preemptions."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+from rich.console import Console
+
+from configs.errors import InputError, RunFailedError
+from configs.files import partial_path
+from configs.schema import RunConfig
+from datapipe.prepare import ensure_prepared
+from datapipe.tokenizer import Tokenizer, load_tokenizer
+from launcher.claim import claim
+from launcher.cluster import Node, alive_nodes, connect, draining_nodes
+from launcher.failures import FailureBudget, HangWatch, WorkerError
+from launcher.preflight import check, node_range, require_lasting, workers_per_node
+from launcher.status_line import status_line
+from launcher.stop import PREEMPTED, RESIZED, SIGNAL, StopRequest
+from launcher.summary import print_header, print_summary
+from launcher.topology import Topology
+from launcher.worker import RunResult
+from launcher.worker_group import NoRoomError, WorkerGroup
+from monitoring.discovery import announced
+from monitoring.events import (
+    Exported,
+    Failed,
+    Finished,
+    Preempted,
+    Resized,
+    Stopped,
+    WorkerFailed,
+    WorkersStarted,
+    record,
+)
+from monitoring.exporter import Exporter
+from monitoring.progress import Progress
+from monitoring.report import write_report
+from monitoring.run_directory import RunDirectory
+from monitoring.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class Run:
+    """The facts that all attempts of a run share."""
+
+    config: RunConfig
+    directory: Path
+    working_directory: Path
+    """Base of relative paths in the configuration."""
+    topologies: list[Topology]
+    """Topologies that the run may take, the largest first."""
+
+    def can_grow(self, current: Topology, nodes: list[Node]) -> bool:
+        """Return whether there are nodes for more workers than now."""
+        return any(larger.nodes > current.nodes and larger.fits_on(nodes) for larger in self.topologies)
+
+
+Attempt = Callable[[Run, StopRequest, Progress], RunResult]
+"""Trains until the workers finish, are stopped or fail."""
+
+
+def run_job(config: RunConfig, directory: Path, console: Console | None = None) -> RunResult:
+    """Train `config` in `directory`, from its newest checkpoint if it has one, and export the model.
+
+    Raises:
+        InputError: The configuration, the data or a checkpoint is wrong. The checks come before the start if possible.
+        RunFailedError: The run failed for another reason.
+    """
+    console = console or Console()
+    directory, working_directory = directory.absolute(), Path.cwd()
+    require_lasting(directory)
+    with claim(directory, config), ExitStack() as stack:
+        if RunDirectory(directory).export.exists() or _is_trained(directory, config):
+            console.print(f"{directory} was trained to its last step before; nothing is left to train")
+            return _finish(config, directory, load_tokenizer(config.tokenizer), console)
+        node_range(config)  # fails early if the run needs a cluster
+        tokenizer = load_tokenizer(config.tokenizer)
+        with status_line(console, "preparing shards") as show:
+            ensure_prepared(config.data, tokenizer, show)
+        with _importing("engine.parallel"):  # torch's import takes seconds, and so does the start of Ray's processes
+            stack.enter_context(connect(local_workers=workers_per_node(config, gpus=0)))
+        plan = check(config, tokenizer, directory, console)
+        exporter = stack.enter_context(
+            Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
+        )
+        stack.enter_context(announced(Path(config.monitoring.targets), exporter.target))
+        print_header(console, config, directory, plan.topologies[0], plan.precision, exporter.url)
+        run = Run(config, directory, working_directory, plan.topologies)
+        with failures_recorded(directory), StopRequest() as stop, Progress(directory, console) as progress:
+            result = supervise(run, stop, progress)
+        if result.finished:
+            return _finish(config, directory, tokenizer, console)
+        record(directory, Stopped(step=result.step, reason=result.reason))
+        write_report(directory)
+        return result
+
+
+@contextmanager
+def _importing(module: str) -> Iterator[None]:
+    """Import a module in another thread. Whoever needs the module meets an error of the import again."""
+    thread = Thread(target=importlib.import_module, args=(module,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@contextmanager
+def failures_recorded(directory: Path) -> Iterator[None]:
+    """Record an error of the body as the end of the run, and write its report. The error goes on to the caller."""
+    try:
+        yield
+    except (RunFailedError, InputError) as failure:
+        try:
+            record(directory, Failed(step=_last_step(directory), detail=str(failure)))
+            write_report(directory)
+        except Exception as error:  # it must not hide why the run failed
+            logging.getLogger(__name__).warning("%s: no report of the failed run: %s", directory, error)
+        raise
+
+
+def train_once(run: Run, stop: StopRequest, progress: Progress) -> RunResult:
+    """Start workers and train until they finish or are stopped: one attempt.
+
+    Raises:
+        InputError: The workers found bad input, or the cluster has no room.
+        WorkerError: A worker failed.
+    """
+    nodes_before = alive_nodes()
+    began = time.monotonic()
+    with _open_group(run, nodes_before, stop, progress) as group:
+        seconds = round(time.monotonic() - began, 2)
+        addresses = [worker.address for worker in group.workers]
+        record(run.directory, WorkersStarted(workers=addresses, seconds=seconds))
+        progress.note("loading the model")
+        own_nodes = {worker.node for worker in group.workers}
+        hang = HangWatch(run.directory, run.config.cluster.hang_timeout)
+
+        def watch() -> str | None:
+            hang.check()
+            if own_nodes & draining_nodes().keys():  # save now, and continue on other nodes
+                stop.ask(PREEMPTED)
+            elif (
+                len(run.topologies) > 1
+                and (nodes := alive_nodes()) != nodes_before
+                and run.can_grow(group.topology, nodes)
+            ):
+                stop.ask(RESIZED)
+            return stop.reason
+
+        return group.train(watch)
+
+
+def supervise(run: Run, stop: StopRequest, progress: Progress, attempt: Attempt = train_once) -> RunResult:
+    """Attempt the training again after each survivable failure, each preemption and each change of the nodes.
+
+    Args:
+        run: The run.
+        stop: Requests to save and return.
+        progress: Display of the run.
+        attempt: Trains once; a test replaces it.
+    """
+    budget = FailureBudget(run.config.cluster.max_failures)
+    preemptions = 0
+    has_attempted = False
+    while stop.reason != SIGNAL:
+        stop.clear()
+        try:
+            result = attempt(run, stop, progress)
+        except WorkerError as failure:
+            step = _last_step(run.directory)
+            event = WorkerFailed(step=step, reason=failure.reason, rank=failure.rank, detail=failure.detail)
+            record(run.directory, event)
+            pause = budget.spend(failure, _saved_step(run.directory))
+            progress.note(f"{failure}; starting again")
+            _rest(pause, stop)
+        except _StopWhileStartingError:
+            break
+        except NoRoomError:
+            if not has_attempted:
+                raise
+            reason = "the nodes it lost were not replaced in time"
+            return RunResult(_saved_step(run.directory), finished=False, reason=reason)
+        else:
+            if result.finished or result.reason not in (PREEMPTED, RESIZED):
+                return result
+            if result.reason == RESIZED:
+                record(run.directory, Resized(step=result.step))
+            else:
+                record(run.directory, Preempted(step=result.step))
+                preemptions += 1
+                if preemptions > run.config.cluster.max_preemptions:
+                    reason = f"preemption {preemptions} and cluster.max_preemptions allows {preemptions - 1}"
+                    return RunResult(result.step, finished=False, reason=reason)
+        has_attempted = True
+    return RunResult(_saved_step(run.directory), finished=False, reason=SIGNAL)
+
+
+class _StopWhileStartingError(Exception):
+    """A signal came before a worker was there to save anything."""
+
+
+def _rest(seconds: float, stop: StopRequest) -> None:
+    """Sleep, unless a signal ends the job."""
+    until = time.monotonic() + seconds
+    while stop.reason != SIGNAL and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, 0.5))
+
+
+def _open_group(run: Run, nodes: list[Node], stop: StopRequest, progress: Progress) -> WorkerGroup:
+    """Start workers in the largest topology that finds room. Raises NoRoomError if even the smallest does not."""
+
+    def watch() -> None:
+        if stop.reason == SIGNAL:
+            raise _StopWhileStartingError
+
+    for topology in run.topologies:
+        is_last = topology is run.topologies[-1]
+        if not is_last and not topology.fits_on(nodes):
+            continue
+        progress.note(f"starting {topology.workers} worker{'s' * (topology.workers > 1)}")
+        try:
+            return WorkerGroup(topology, run.config, run.directory, run.working_directory, watch, patient=is_last)
+        except NoRoomError:
+            if is_last:
+                raise
+    raise AssertionError("a run has at least one topology")
+
+
+def _saved_step(directory: Path) -> int:
+    """Return the completed steps in the newest checkpoint; 0 without a checkpoint."""
+    from engine.checkpoint import list_checkpoints, step_of
+
+    newest = list_checkpoints(RunDirectory(directory).checkpoints)[:1]
+    return step_of(newest[0]) if newest else 0
+
+
+def _is_trained(directory: Path, config: RunConfig) -> bool:
+    """Return whether a valid checkpoint holds the last step."""
+    checkpoints = RunDirectory(directory).checkpoints
+    if not checkpoints.exists():
+        return False
+    from engine.checkpoint import latest_valid, step_directory
+
+    last = step_directory(checkpoints, config.total_steps)
+    return last.exists() and latest_valid(checkpoints)[0] == last
+
+
+def _last_step(directory: Path) -> int:
+    """Return the completed steps that the workers last reported."""
+    telemetry = Telemetry.read(directory)
+    return telemetry.step if telemetry else 0
+
+
+def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: Console) -> RunResult:
+    """Export the final checkpoint unless that is done, and print the summary."""
+    from engine.checkpoint import step_directory
+    from engine.export import export_hf
+
+    run = RunDirectory(directory)
+    export = run.export
+    if not export.exists():
+        with console.status("exporting"):
+            partial = partial_path(export)
+            shutil.rmtree(partial, ignore_errors=True)
+            export_hf(step_directory(run.checkpoints, config.total_steps), partial, tokenizer)
+            partial.rename(export)
+        record(directory, Exported(step=config.total_steps, path=export.name))
+        record(directory, Finished(step=config.total_steps))
+    print_summary(console, config, directory, export, write_report(directory))
+    return RunResult(config.total_steps, finished=True)

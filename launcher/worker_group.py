@@ -1,0 +1,252 @@
+"""The workers of one attempt: placed so that a node holds whole tensor-parallel groups, started, awaited, ended.
+
+They are plain Ray actors in a placement group. Ray Train would start four more processes that import in sequence, and
+its resize ends the workers before they can save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+import detour_train
+from configs.errors import InputError, RunFailedError
+from configs.schema import RunConfig
+from launcher.claim import token_of
+from launcher.cluster import alive_nodes, is_reachable
+from launcher.failures import WorkerError, root_cause
+from launcher.topology import Topology, check_tensor_groups
+from launcher.worker import STOP, RankAssignment, RunResult, WorkerInfo
+
+POLL_SECONDS = 0.5
+GATHER_SECONDS = 3.0
+"""Seconds to wait after the first failure for the failures of other ranks, to find their common cause."""
+QUICK_SECONDS = 15.0
+"""Seconds to wait for a topology if a smaller one remains: nodes that have become free are given at once."""
+CONNECT_SECONDS = 10.0
+FATAL_ERRORS = (InputError, RunFailedError)
+"""Errors that another attempt would meet again."""
+
+Watch = Callable[[], object]
+"""Called about twice per second while workers are awaited; it may raise."""
+
+
+class NoRoomError(InputError):
+    """The cluster lacks the nodes that were asked for."""
+
+
+class WorkerGroup:
+    """Context manager over the processes of one attempt; leaving it ends them."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        config: RunConfig,
+        directory: Path,
+        working_directory: Path,
+        watch: Watch,
+        patient: bool = True,
+    ) -> None:
+        """Place the workers and start them.
+
+        Args:
+            topology: Nodes and workers per node.
+            config: Configuration of the run.
+            directory: The run directory.
+            working_directory: Base of relative paths in the configuration.
+            watch: Called about twice per second, also while the workers start.
+            patient: True waits for nodes to join; False gives up soon, and at once if there are too few nodes.
+
+        Raises:
+            NoRoomError: The cluster lacks the nodes.
+            WorkerError: A worker failed or hung while it started.
+        """
+        self.topology, self._config, self._directory, self._watch = topology, config, directory, watch
+        self.workers: list[WorkerInfo] = []
+        """One per rank, in order; empty until all have answered."""
+        self._actors: list[Any] = []
+        self._start_patience = max(config.cluster.start_timeout, config.cluster.hang_timeout)
+        timeout = config.cluster.start_timeout if patient else min(config.cluster.start_timeout, QUICK_SECONDS)
+        strategy = "STRICT_SPREAD" if topology.nodes > 1 else "STRICT_PACK"
+        self._reservation = placement_group([topology.bundle] * topology.nodes, strategy=strategy)
+        try:
+            deadline = time.monotonic() + timeout
+            while not self._reservation.wait(POLL_SECONDS):
+                watch()
+                if time.monotonic() > deadline or not (patient or topology.fits_on(alive_nodes())):
+                    raise _no_room(topology, timeout)
+            self._start(working_directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, working_directory: Path) -> None:
+        topology, actors = self.topology, []
+        for bundle in range(topology.nodes):
+            strategy = PlacementGroupSchedulingStrategy(self._reservation, bundle)
+            actor = ray.remote(num_cpus=1, num_gpus=int(topology.gpu), scheduling_strategy=strategy)(
+                detour_train.Worker
+            )
+            actors += [actor.remote() for _ in range(topology.per_node)]
+        self._actors = actors
+        located: list[WorkerInfo] = self._call("locate", str(working_directory), patience=self._start_patience)
+        cpus = {node.id: node.cpus for node in alive_nodes()}
+        own_node = ray.get_runtime_context().get_node_id()
+        # Rank 0 writes the log that this process reads. Therefore it runs on this node if any worker does.
+        order = sorted(range(len(actors)), key=lambda i: (located[i].node != own_node, i // topology.per_node, i))
+        self._actors, self.workers = [actors[i] for i in order], [located[i] for i in order]
+        check_tensor_groups(self.workers, self._config.parallel.tensor)
+        token = token_of(self._directory) or ""
+        calls = [
+            actor.setup.remote(
+                RankAssignment(
+                    rank=rank,
+                    size=topology.workers,
+                    local_rank=rank % topology.per_node,
+                    local_size=topology.per_node,
+                    gpus=tuple(gpu for other in self.workers if other.node == worker.node for gpu in other.gpus),
+                    threads=max(1, cpus.get(worker.node, topology.per_node) // topology.per_node),
+                ),
+                self._directory,
+                token,
+            )
+            for rank, (actor, worker) in enumerate(zip(self._actors, self.workers, strict=True))
+        ]
+        wait_for_results(calls, self._watch, self._diagnose, self._start_patience)
+
+    def train(self, watch: Callable[[], str | None]) -> RunResult:
+        """Train on every worker, and return the result of rank 0.
+
+        Args:
+            watch: Called about twice per second; a reason makes the workers save and return.
+
+        Raises:
+            InputError, RunFailedError: A worker raised it.
+            WorkerError: A worker failed otherwise.
+        """
+        from torch.distributed import TCPStore
+
+        address = self.workers[0].address
+        opened = [self._actors[0].open_store.remote(address)]
+        (port,) = wait_for_results(opened, self._watch, self._diagnose, self._start_patience)
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+        forwarded: str | None = None
+
+        def forward_stop() -> None:
+            nonlocal forwarded
+            if (reason := watch()) and reason != forwarded:
+                forwarded = reason
+                with contextlib.suppress(RuntimeError):  # rank 0 has gone, which the waiting will notice
+                    store.set(STOP, reason)
+
+        self._watch = forward_stop
+        results: list[RunResult] = self._call("train", self._config, self._directory, address, port)
+        return results[0]
+
+    def _call(self, method: str, *arguments: object, patience: float | None = None) -> list[Any]:
+        """Call a method on every worker and wait for the results."""
+        calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        return wait_for_results(calls, self._watch, self._diagnose, patience)
+
+    def _diagnose(self, calls: Sequence[Any], first_rank: int, first: Exception) -> Exception:
+        """Return the failure that caused all others: a fatal error, else the root cause among the workers' failures."""
+        if not isinstance(first, FATAL_ERRORS):
+            ray.wait(list(calls), num_returns=len(calls), timeout=GATHER_SECONDS)
+        errors = {rank: error for rank, call in enumerate(calls) if (error := _error_of(call)) is not None}
+        for error in errors.values():
+            if isinstance(error, FATAL_ERRORS):  # Ray raises a class that is both the worker's and its own
+                cause = getattr(error, "cause", error)
+                assert isinstance(cause, Exception)
+                return cause
+        own_nodes = {worker.node for worker in self.workers}
+        alive = {node.id for node in alive_nodes() if node.id not in own_nodes or is_reachable(node)}
+        return root_cause([self._explain(rank, error, alive) for rank, error in errors.items()], first_rank)
+
+    def _explain(self, rank: int, error: Exception, alive: set[str]) -> WorkerError:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            cause = error.cause
+            return WorkerError("exception", rank, f"{type(cause).__name__}: {cause}".strip().splitlines()[0])
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            return WorkerError("out_of_memory", rank, "killed because its node ran out of memory")
+        if self.workers and self.workers[rank].node not in alive:
+            return WorkerError("node_lost", rank, f"its node {self.workers[rank].address} is gone")
+        return WorkerError("died", rank, "its process ended (killed, or crashed)")
+
+    def close(self) -> None:
+        """End every worker and release the reserved resources."""
+        for actor in self._actors:
+            ray.kill(actor)
+        remove_placement_group(self._reservation)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def wait_for_results(
+    calls: Sequence[Any],
+    watch: Watch,
+    diagnose: Callable[[Sequence[Any], int, Exception], Exception],
+    patience: float | None = None,
+) -> list[Any]:
+    """Wait for one call per worker. The first failure ends the waiting, because a survivor may wait for ever.
+
+    Args:
+        calls: Ray's references, one per rank.
+        watch: Called about twice per second.
+        diagnose: Turns the references, the rank seen to fail first and its error into the error to raise.
+        patience: Seconds after which the workers count as hung; None: no limit.
+
+    Returns:
+        The results, in order.
+
+    Raises:
+        WorkerError: A worker failed, or the calls take longer than `patience`.
+    """
+    pending, began = list(calls), time.monotonic()
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
+        try:
+            ray.get(done)
+        except (ray.exceptions.RayError, *FATAL_ERRORS) as error:
+            raise diagnose(calls, calls.index(done[0]), error) from None
+        watch()
+        if pending and patience and time.monotonic() - began > patience:
+            raise WorkerError("hung", None, f"no answer while it started, in {patience:.0f} s")
+    return list(ray.get(list(calls)))
+
+
+def _error_of(call: Any) -> Exception | None:
+    """Return the error of a call that has ended with one."""
+    if ray.wait([call], timeout=0)[0]:
+        try:
+            ray.get(call)
+        except (ray.exceptions.RayError, *FATAL_ERRORS) as error:
+            return error
+    return None
+
+
+def _no_room(topology: Topology, timeout: float) -> NoRoomError:
+    nodes = alive_nodes()
+    present = ", ".join(f"{node.address} ({node.cpus} CPUs, {node.gpus} GPUs)" for node in nodes) or "none"
+    return NoRoomError(
+        f"cluster.nodes: asked for {topology}, free for this run; waited {timeout:.0f} s. "
+        f"The cluster has {len(nodes)} node{'s' * (len(nodes) != 1)}: {present}; "
+        f"{sum(map(topology.fits, nodes))} of them would be large enough. "
+        "Add nodes, lower --nodes or cluster.workers_per_node, or raise cluster.start_timeout",
+        key="cluster.nodes",
+        code="no-room",
+    )
