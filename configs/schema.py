@@ -154,7 +154,7 @@ class Source(Section):
     directory of tars with .txt or .json members and no manifest is raw text, which is tokenized while it is read."""
     text: Paths = ()
     """Text files or directories of text files (jsonl[.gz|.zst], txt, parquet). The run prepares `shards` from them if
-    `shards` does not exist yet."""
+    `shards` does not exist yet. Existing shards are used as they are."""
     weight: PositiveFloat | None = None
     """Share of the training tokens, relative to the other sources. Without a value: 1."""
     upsample: PositiveFloat | None = None
