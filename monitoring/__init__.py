@@ -1,1 +1,1 @@
-"""What a run reports: logs, events, telemetry, metrics endpoint, live progress, report, dashboards."""
+"""The reports of a run: logs, events, telemetry, metrics endpoint, live progress, report, dashboards."""

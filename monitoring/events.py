@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, get_args
 from monitoring.log import append_event
 
 State = Literal["not_started", "running", "stopped", "failed", "finished"]
-"""Where a run stands. `not_started`: no worker has started yet."""
+"""State of a run. `not_started`: no worker has started yet."""
 
 Reason = Literal["died", "out_of_memory", "node_lost", "exception", "hung", "preempted"]
 """Why the workers were interrupted."""

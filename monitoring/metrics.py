@@ -45,7 +45,7 @@ class Panel:
     queries: Sequence[Query] = ()
     """Empty: the metric itself, or the quantiles of a histogram."""
     width: int = 6
-    """Of 24 columns."""
+    """Number of columns, of the 24 of a dashboard."""
     format: str = ""
     """Grafana's name of a number format. Empty: derived from the metric's unit."""
     low: float | None = 0

@@ -37,7 +37,7 @@ UNREADABLE = (OSError, HTTPException, ValueError)
 
 
 class Source(Protocol):
-    """Where the state of a run is read."""
+    """A place where the state of a run is read."""
 
     def read(self) -> View:
         """Read the state now; raises one of `UNREADABLE`."""

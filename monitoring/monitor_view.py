@@ -29,7 +29,7 @@ COLORS = {"clm": "dark_orange", "mlm": "dodger_blue1"}
 
 @dataclass(frozen=True)
 class View:
-    """What the screen shows."""
+    """The contents of the screen."""
 
     run: RunState
     losses: Sequence[float] = ()

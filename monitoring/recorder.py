@@ -1,4 +1,4 @@
-"""What global rank 0 of the trainer reports: each step, into metrics.jsonl and telemetry.json."""
+"""Reports each step of a run, on global rank 0 of the trainer, into metrics.jsonl and telemetry.json."""
 
 from __future__ import annotations
 

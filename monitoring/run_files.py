@@ -1,4 +1,4 @@
-"""What a run has left in its directory, read once."""
+"""The contents of a run directory, read once."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RunFiles:
 
     @property
     def state(self) -> State:
-        """Where the run stands."""
+        """State of the run."""
         return state_of(self.events)
 
     @property

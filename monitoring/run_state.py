@@ -20,7 +20,7 @@ STATES: dict[str, State] = {event.KIND: event.STATE for event in EVENT_TYPES if 
 
 
 class RunState(BaseModel):
-    """What is known of a run now."""
+    """The state of a run now."""
 
     run: str
     state: State

@@ -59,7 +59,7 @@ class Counters(BaseModel):
     data_wait_seconds: float = 0.0
     """Time that steps waited for their data."""
     drawn: dict[str, tuple[int, int, int]] = {}
-    """By source: tokens and documents that entered the streams, and damaged documents left out."""
+    """Tokens and documents that entered the streams, and damaged documents left out, by source."""
     step_seconds: Histogram = Histogram.empty(STEP_SECONDS)
     checkpoint_seconds: Histogram = Histogram.empty(CHECKPOINT_SECONDS)
 

@@ -1,4 +1,4 @@
-"""What the dashboards share: frame, layout, variables, annotations and parts of queries."""
+"""The parts that the dashboards share: frame, layout, variables, annotations and queries."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ SLOWEST = f"topk(10, detour_worker_step_seconds{RUNS} / {TYPICAL})"
 
 
 def health() -> Json:
-    """What needs a person: alerts, stragglers, memory, data, checkpoints, interruptions."""
+    """Everything that needs a person: alerts, stragglers, memory, data, checkpoints, interruptions."""
     return new_board(
         "detour-health",
         "Detour: health",

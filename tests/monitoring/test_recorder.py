@@ -1,9 +1,11 @@
+import errno
 import json
 import math
 from pathlib import Path
 
 import pytest
 
+from monitoring import telemetry
 from monitoring.events import WorkersStarted, record
 from monitoring.log import read_events, read_metrics
 from monitoring.recorder import Recorder, due
@@ -148,3 +150,22 @@ def test_an_unknown_peak_gives_no_mfu(tmp_path: Path) -> None:
     drive(recorder, config, range(1, 5))
     recorder.close()
     assert read_metrics(tmp_path)[0]["mfu"] is None
+
+
+def test_on_a_full_disk_telemetry_is_written_over_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = make_recorder(tmp_path, config := make_config())
+    drive(recorder, config, range(1, 9))
+    recorder.close()
+    now, path = Telemetry.read(tmp_path), RunDirectory(tmp_path).telemetry
+    assert now
+    before = path.stat()
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(telemetry, "write_atomically", refuse)
+    Telemetry.write(tmp_path, now.model_copy(update={"step": 9}).model_dump_json())
+    after, latest = path.stat(), Telemetry.read(tmp_path)
+    assert latest
+    assert (latest.step, after.st_ino, after.st_size) == (9, before.st_ino, before.st_size)
+    assert after.st_mtime_ns > before.st_mtime_ns

@@ -43,8 +43,8 @@ def test_wandb_takes_the_lines_offline(tmp_path: Path, monkeypatch: pytest.Monke
     drive(recorder, config, range(1, 31))
     recorder.close()
     (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    for tag in (b"loss/clm", b"loss/mlm", b"eval_loss/mlm"):
-        wait_until(lambda tag=tag: tag in written.read_bytes(), 30)  # wandb's own process writes it
+    tags = (b"loss/clm", b"loss/mlm", b"eval_loss/mlm")
+    wait_until(lambda: all(tag in written.read_bytes() for tag in tags), 30)  # wandb's own process writes the file
 
 
 class Broken:
