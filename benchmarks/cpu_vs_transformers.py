@@ -44,7 +44,7 @@ SKIP = 64
 SLOTS = 4096
 """Packed token slots of a step."""
 PADDED_SLOTS = 4 * 4096
-"""Of a batch of transformers, at most: its logits, several times over, must fit into 24 GB."""
+"""Largest batch of transformers: its logits, several times over, must fit into 24 GB."""
 
 
 class Runner(NamedTuple):
@@ -97,7 +97,7 @@ def theirs(
     dtype: torch.dtype,
     attention: str,
     sparse: bool = False,
-    model: dict[str, int] = MODEL,
+    model: dict[str, Any] = MODEL,
     device: str = "cpu",
     *,
     batches: int,
@@ -113,11 +113,12 @@ def theirs(
     )
 
     torch.manual_seed(0)
+    shape: dict[str, Any] = {**model, "attn_implementation": attention}
     net: Any
     if objective == "clm":
-        net = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**model, attn_implementation=attention))
+        net = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**shape))
     else:
-        net = ModernBertForMaskedLM(ModernBertConfig(**model, attn_implementation=attention, sparse_prediction=sparse))
+        net = ModernBertForMaskedLM(ModernBertConfig(**shape, sparse_prediction=sparse))
     net.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, fused=True)
     tokenizer = PreTrainedTokenizerFast(
@@ -263,7 +264,7 @@ def data_parallel_row(folder: Path, repeats: int) -> Row:
 
 
 def overhead_row(folder: Path) -> Row:
-    """What the training loop itself takes of a step: data, logging, guards and everything else around the model."""
+    """Share of a step that the training loop itself takes: data, logging, guards and everything else around the model."""
     from engine.build import build
     from engine.trainer import train_loop
 

@@ -133,7 +133,7 @@ def speed(config: RunConfig, quick: bool) -> float:
 
 
 def measured(name: str, function: Callable[[], Any]) -> Any:
-    """What the function gives; None where it fails, said on stderr. Either way its memory is free afterwards."""
+    """Return the function's result, or None if it fails, which stderr says. Its memory is free afterwards."""
     try:
         return function()
     except Exception as error:
@@ -232,7 +232,7 @@ def attention_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 
 def idle_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    """What of the steps' time the device runs no kernel in: copies, launches, the step's boundary."""
+    """Share of the steps' time in which the device runs no kernel: copies, launches, the step's boundary."""
 
     def spans() -> list[tuple[float, float]]:
         with training(run_config(folder, BASE, "clm", precision="bf16")) as run:
@@ -307,7 +307,7 @@ def measure(folder: Path, parts: list[str], quick: bool, file: Path | None) -> l
 
 
 def without_a_gpu() -> list[str]:
-    """What there would be to measure."""
+    """List the rows that a GPU would fill."""
     names = [row[0] for row in SPEEDS] + [f"{size}, FP8 {recipe} against BF16" for size in MODELS for recipe in RECIPES]
     names += [f"FP8 {recipe}: loss against BF16's, and after a restart" for recipe in RECIPES]
     names += ["base, CLM and MLM: Transformer Engine's attention against torch's"]

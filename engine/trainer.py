@@ -66,7 +66,7 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
                 run.replicas.observe()
                 grad_norm = runner.optimizer_step(losses, run.schedule.learning_rate(state.step))
                 batch_losses = losses.tolist()
-                state.step, state.data = state.step + 1, batch.state
+                state.step += 1
 
                 reason = stop() if run.recorder else None
                 totals = _totals(run, batch, objective.causal, batch_losses, reason).sum_over_ranks()
@@ -79,6 +79,7 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
                 run.checkpoints.poll(all_idle=not totals.writing)
                 stopping, phase_ends = bool(totals.stop or totals.data_ended), state.step == span.last
                 if totals.save or stopping or phase_ends:
+                    state.data = batch.state
                     run.replicas.require_equal(state.step)
                     last = stopping or state.step == run.schedule.total
                     run.checkpoints.save(state, run.guards, wait=phase_ends, last=last)

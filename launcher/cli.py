@@ -104,8 +104,8 @@ def prepare(
 
 def _print_prepared(directory: Path) -> None:
     from configs.units import format_count
-    from datapipe.inspect import source_lines
     from datapipe.manifest import read_manifest
+    from datapipe.shard_report import source_lines
 
     manifest = read_manifest(directory)
     tokens = format_count(manifest.tokens)
@@ -290,16 +290,20 @@ def evaluate(
     from launcher.trials import open_trials
     from studies.evaluate import evaluate as run
     from studies.evaluate import print_summary
+    from studies.tasks import EvaluatedTask, parse_overrides
 
     models, overrides = ([w for w in arguments if ("=" in w) == is_override] for is_override in (False, True))
+    evaluated = EvaluatedTask(
+        task=task,
+        data=str(data) if data else None,
+        seeds=tuple(range(17, 17 + seeds)),
+        protocol=parse_overrides(overrides),
+    )
     with open_trials() as cluster:
         summary = run(
             models,
-            task,
+            evaluated,
             output or Path("evaluations") / Path(task).stem,
-            data=data,
-            seeds=range(17, 17 + seeds),
-            overrides=overrides,
             training_text=training_text or (),
             parallel=cluster.fine_tune,
         )

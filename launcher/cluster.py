@@ -139,5 +139,5 @@ _has_warned = False
 
 def _ask_ray_for_draining_nodes() -> dict[str, int]:
     """Call the function that Ray Train and Ray Serve use; written for Ray 2.60."""
-    draining: dict[str, int] = ray._private.state.state.get_draining_nodes()  # noqa: SLF001, TID251 - no public call exists
+    draining: dict[str, int] = ray._private.state.state.get_draining_nodes()  # noqa: TID251, SLF001 - no public call exists
     return draining

@@ -22,7 +22,7 @@ class Finding:
     subject: str
     text: str
     remedy: str | None = None
-    """What to do about it; None: nothing is wrong."""
+    """The command or step that mends it; None: nothing is wrong."""
 
 
 def examine() -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -247,10 +247,10 @@ class FlashAttention(_CoreAttention):
 
         reach = -1 if self.window is None else self.window
         ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        output: Tensor = varlen_attn(
+        output: Any = varlen_attn(
             query, key, value, ends, ends, longest, longest, window_size=(reach, 0 if packed.causal else reach)
         )
-        return output
+        return cast(Tensor, output)  # the pair with lse is returned only on request
 
 
 @functools.cache

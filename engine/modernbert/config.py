@@ -13,7 +13,7 @@ from configs.errors import InputError
 from configs.hub import download_snapshot, is_hub_id
 from configs.schema import Model
 from datapipe.tokenizer import Tokenizer
-from engine.modernbert.huggingface import encoder_fields
+from engine.modernbert.huggingface import encoder_fields, layer_types, rope_parameters
 from monitoring.run_directory import RunDirectory
 
 SIZES: dict[str, dict[str, int]] = {
@@ -255,9 +255,9 @@ def _require_supported(config: ModernBertConfig, origin: str) -> None:
             "num_attention_heads",
             f"hidden_size {config.hidden_size} over {config.num_attention_heads} heads gives no even head dimension",
         )
-    if len(config.layer_types) != config.num_hidden_layers:
-        refuse("layer_types", f"{len(config.layer_types)} entries for {config.num_hidden_layers} layers")
-    for kind, rope in config.rope_parameters.items():
+    if len(layer_types(config)) != config.num_hidden_layers:
+        refuse("layer_types", f"{len(layer_types(config))} entries for {config.num_hidden_layers} layers")
+    for kind, rope in rope_parameters(config).items():
         if rope.get("rope_type", "default") != "default":
             refuse("rope_parameters", f"{kind} asks for rope_type {rope['rope_type']!r}; only 'default' is supported")
         if not rope["rope_theta"] > 0:

@@ -1,4 +1,4 @@
-"""What an export's config.json says, so that every transformers since 4.48 builds the same model from it.
+"""The config.json of an export, from which every transformers since 4.48 builds the same model.
 
 transformers 5 writes `rope_parameters` and `layer_types`. Older versions, and loaders in other languages, know only
 `global_rope_theta`, `local_rope_theta` and `global_attn_every_n_layers`. Without them they take the base model's values
@@ -31,7 +31,7 @@ def encoder_config(architecture: ModernBertConfig, dtype: torch.dtype) -> dict[s
         dtype: dtype of the exported weights.
     """
     config = architecture.to_diff_dict() | {"architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert"}
-    return config | _both_styles(architecture.rope_parameters, architecture.layer_types, dtype)
+    return config | _both_styles(architecture, dtype)
 
 
 def decoder_config(architecture: ModernBertConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def decoder_config(architecture: ModernBertConfig, dtype: torch.dtype) -> dict[s
     shared = {key: value for key, value in architecture.to_diff_dict().items() if hasattr(ModernBertDecoderConfig, key)}
     window = {"local_attention": architecture.local_attention // 2 * 2 + 2}
     names = {"architectures": ["ModernBertDecoderForCausalLM"], "model_type": "modernbert-decoder"}
-    styles = _both_styles(architecture.rope_parameters, architecture.layer_types, dtype)
+    styles = _both_styles(architecture, dtype)
     return shared | window | names | styles | {"use_cache": True}
 
 
@@ -63,18 +63,28 @@ def decoder_weights(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {name.replace("head.", "lm_head.", 1) if name.startswith("head.") else name: tensor}
 
 
-def every_n_layers(layer_types: Sequence[str]) -> int | None:
+def every_n_layers(kinds: Sequence[str]) -> int | None:
     """The n of "every n-th layer is global, from the first on"; None for a pattern that older versions cannot say."""
-    for n in range(1, len(layer_types) + 1):
-        if all((kind == "full_attention") == (i % n == 0) for i, kind in enumerate(layer_types)):
+    for n in range(1, len(kinds) + 1):
+        if all((kind == "full_attention") == (i % n == 0) for i, kind in enumerate(kinds)):
             return n
     return None
 
 
-def _both_styles(
-    rope: Mapping[str, Mapping[str, Any]], layer_types: Sequence[str], dtype: torch.dtype
-) -> dict[str, Any]:
+def rope_parameters(architecture: ModernBertConfig) -> Mapping[str, Mapping[str, Any]]:
+    """RoPE's parameters by kind of layer; transformers fills them in when it builds a configuration."""
+    parameters: Any = architecture.rope_parameters
+    return dict(parameters)
+
+
+def layer_types(architecture: ModernBertConfig) -> list[str]:
+    """Kind of each layer; transformers fills them in when it builds a configuration."""
+    return list(architecture.layer_types or ())
+
+
+def _both_styles(architecture: ModernBertConfig, dtype: torch.dtype) -> dict[str, Any]:
+    rope = rope_parameters(architecture)
     thetas = {old: float(rope[kind]["rope_theta"]) for old, kind in OLD_STYLE}
-    n = every_n_layers(layer_types)
+    n = every_n_layers(layer_types(architecture))
     pattern = {} if n is None else {"global_attn_every_n_layers": n}
     return thetas | pattern | {"dtype": NAMES[dtype], "torch_dtype": NAMES[dtype]}

@@ -45,7 +45,7 @@ class LayerNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # With sequence parallelism each rank sees a share of the tokens, so Megatron must sum the gradient over ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, states: Tensor) -> Tensor:
         """Normalise [..., h] over its last axis."""

@@ -21,6 +21,7 @@ from transformers import ModernBertConfig
 
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.config import padded_vocabulary
+from engine.modernbert.huggingface import layer_types, rope_parameters
 from engine.modernbert.layers import AttentionKernel, LayerNorm, block_spec
 from engine.modernbert.linear_cross_entropy import Scratch, linear_cross_entropy
 
@@ -37,7 +38,7 @@ class PredictionHead(MegatronModule):
         self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, bias=False, dtype=config.params_dtype)
         self.norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
         # The head sees all tokens on every rank, so its gradient needs no sum over ranks.
-        self.norm.weight.sequence_parallel = False
+        self.norm.weight.sequence_parallel = False  # type: ignore[attr-defined]
 
     def forward(self, states: Tensor) -> Tensor:
         """Map [N, hidden] to [N, hidden]."""
@@ -179,7 +180,7 @@ class ModernBert(LanguageModule):
     def _rotary_table(self, length: int, device: torch.device) -> Tensor:
         dim = self.config.kv_channels
         kinds = ("full_attention", "sliding_attention")
-        theta = [float(self.architecture.rope_parameters[kind]["rope_theta"]) for kind in kinds]
+        theta = [float(rope_parameters(self.architecture)[kind]["rope_theta"]) for kind in kinds]
         powers = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         inverse = torch.stack([1.0 / base**powers for base in theta])
         angles = torch.arange(length, dtype=torch.float32)[None, :, None] * inverse[:, None, :]
@@ -224,7 +225,7 @@ def transformer_config(
         attention_dropout=0.0,
         window_size=(half, half),
         # The list form, 1 = local: the integer form counts from 1 and misplaces the global layers.
-        window_attn_skip_freq=[int(kind == "sliding_attention") for kind in architecture.layer_types],
+        window_attn_skip_freq=[int(kind == "sliding_attention") for kind in layer_types(architecture)],
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         sequence_parallel=sequence,

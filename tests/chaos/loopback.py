@@ -102,7 +102,7 @@ class LoopbackCluster:
             self._head = f"{address}:{port}"
             role = ["--head", f"--port={port}", f"--dashboard-port={self._dashboard}", "--include-dashboard=true"]
         first = 20000 + 500 * number
-        services = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent")
+        services: tuple[str, ...] = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent")
         services += ("dashboard-agent-listen", "dashboard-agent-grpc")
         return [
             *(*self._ray, "start", "--block", "--disable-usage-stats"),

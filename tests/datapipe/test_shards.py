@@ -430,7 +430,7 @@ def failing(code: int) -> Callable[..., bytes]:
 
 
 def test_a_shard_lost_after_the_checkpoint(directory: Path, tokenizer: Tokenizer) -> None:
-    """Its buffered documents are skipped and counted once, and what follows is the same at every resume."""
+    """The buffered documents are skipped and counted once, and what follows is the same at every resume."""
     data = configured(directory, on_error="skip")
     before = steps(data, tokenizer, 0, 1)[0]
     (directory / "000002.tar").unlink()

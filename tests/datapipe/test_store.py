@@ -214,7 +214,7 @@ def test_a_shard_in_use_is_the_last_to_make_room(shards: Path, server: Server, t
 
 
 class EvictedStore(RemoteStore):
-    """Its first two shards are gone as soon as they are fetched, as where another process makes room."""
+    """The first two shards are gone as soon as they are fetched, as where another process makes room."""
 
     left = 2
 

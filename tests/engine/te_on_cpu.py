@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 EXTENSION = "transformer_engine_torch"
 UNUSED = ("einops", "onnx", "onnxscript")
-"""What its package imports, for what Detour does not use."""
+"""Stand-ins for the package's imports that Detour does not use."""
 BLOCK = 128
 """Elements that share a scale in the blockwise recipe, along one axis or both."""
 CALLS: Counter[str] = Counter()
@@ -84,7 +84,7 @@ def _module(name: str) -> Any:
 
 
 def _extension() -> types.ModuleType:
-    """What Python finds as the compiled extension; the numbers of its enumerations are those of the C++ headers."""
+    """The stand-in for the compiled extension; the numbers of its enumerations are those of the C++ headers."""
     extension = _module(EXTENSION)
     formats = ["Byte", "Int32", "Float32", "Float16", "BFloat16", "Float8E4M3", "Float8E5M2", "Float4E2M1"]
     forward = [f"GEMM{i}_{tensor}" for i in (1, 2, 3) for tensor in ("INPUT", "WEIGHT", "OUTPUT")]
@@ -198,7 +198,7 @@ def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _scale_of(largest: torch.Tensor, quantizer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """What brings the largest magnitude to the largest number of the format."""
+    """The factor that brings the largest magnitude to the largest number of the format."""
     scale = torch.where(largest > 0, torch.finfo(dtype).max / largest, 1.0)
     return scale.log2().floor().exp2() if quantizer.force_pow_2_scales else scale
 

@@ -76,7 +76,7 @@ def test_wheel_trains_among_files_of_our_packages_names(installed: Path, hostile
 
 
 def test_other_commands_of_the_wheel_work_there(installed: Path, hostile: Path) -> None:
-    """With the user's directory first in the path: two processes that tokenize, a submitted job, a study, tasks."""
+    """The user's directory comes first in the path: two processes that tokenize, a submitted job, a study, tasks."""
     first_in_path = environment(Path())
     options = ("--tokenizer", "package://tokenizer/modernbert", "--output", "prepared", "--processes", "2")
     command = (installed / "detour", "prepare", "package://corpus/medquad.jsonl.gz", *options)

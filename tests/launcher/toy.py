@@ -17,39 +17,16 @@ import psutil
 import yaml
 from safetensors.numpy import load_file
 
+from tests.toy_recipe import toy_recipe
+
 ROOT = Path(__file__).parents[2]
 DETOUR = [sys.executable, "-m", "detour_train"]
 TRAIN = [*DETOUR, "train"]
 
 
 def recipe(shards: Path, **changes: Any) -> dict[str, Any]:
-    """Six CLM and three MLM steps of a four-layer model; `changes` replace sections, or keys in them."""
-    tree: dict[str, Any] = {
-        "name": "toy",
-        "model": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "local_attention": 32,
-        },
-        "tokenizer": "package://tokenizer/modernbert",
-        "data": {"sequence_length": 128, "streams": 4, "sources": [{"name": "en", "shards": str(shards)}]},
-        "batch": {"sequences": 8, "micro": 2},
-        "phases": [
-            {"objective": "clm", "steps": 6, "lr": {"warmup": "2 steps"}},
-            {"objective": "mlm", "steps": 3, "lr": {"shape": "1-sqrt", "final": 0.1}},
-        ],
-        # A large eps keeps Adam from turning the rounding of a vanishing gradient into a step of full size.
-        "optimizer": {"lr": 1e-3, "eps": 1e-4},
-        "precision": "fp32",
-        "checkpoint": {"every": "2 steps"},
-        "cluster": {"workers_per_node": 2},
-        "monitoring": {"every": "1 steps"},
-    }
-    for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) and isinstance(value, dict) else value
-    return tree
+    """The toy recipe on two workers; `changes` replace sections, or keys in them."""
+    return toy_recipe([{"name": "en", "shards": str(shards)}], {"cluster": {"workers_per_node": 2}}, changes)
 
 
 def write(path: Path, tree: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""What can be known of a dashboard without a Grafana server."""
+"""Checks of the dashboards that need no Grafana server."""
 
 import itertools
 import json

@@ -43,7 +43,7 @@ def private_reaches(source: str) -> Iterator[tuple[int, str]]:
             owner = node.value
             while isinstance(owner, ast.Attribute):
                 owner = owner.value
-            if isinstance(owner, ast.Name) and owner.id in foreign:
+            if isinstance(owner, ast.Name) and owner.id in foreign and owner.id != "_typeshed":
                 yield node.lineno, ast.unparse(node)
 
 
