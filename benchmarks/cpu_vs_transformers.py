@@ -264,7 +264,7 @@ def data_parallel_row(folder: Path, repeats: int) -> Row:
 
 
 def overhead_row(folder: Path) -> Row:
-    """Share of a step that the training loop itself takes: data, logging, guards and everything else around the model."""
+    """Share of a step spent around the model: data, logging, guards and everything else of the loop."""
     from engine.build import build
     from engine.trainer import train_loop
 

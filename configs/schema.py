@@ -65,7 +65,8 @@ class Model(Section):
     """Initial weights and architecture. A key without a value keeps the value of `init` or `size`."""
 
     init: str = "scratch"
-    """`scratch`, a Hugging Face directory or hub id, or a Detour checkpoint directory."""
+    """`scratch`, a Hugging Face directory, a hub id (`org/model` or `org/model@revision`), a weight file (`.pt`,
+    `.bin`) with its config.json beside it, or a Detour checkpoint directory."""
     size: Literal["tiny", "base", "large"] | None = None
     """Named architecture of a new model. Only with `init: scratch`."""
     vocab_size: PositiveInt | None = None

@@ -56,6 +56,11 @@ class Tokenizer:
         """The smallest dtype of the shard format that holds every id."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
+    @property
+    def mask_token(self) -> str:
+        """The text of the mask token, such as `[MASK]` or `<mask>`."""
+        return str(self.backend.id_to_token(self.mask_id))
+
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Ids per text, without special tokens; a literal "[MASK]" in a text is tokenized as ordinary text.
 

@@ -22,16 +22,15 @@ from configs.schema import Phase, RunConfig
 from datapipe.batch import MicroBatch, StepData
 from datapipe.loader import Loader, evaluation_batches
 from datapipe.tokenizer import Tokenizer, load_tokenizer
-from engine import checkpoint as checkpoints
 from engine import device, micro_batch
-from engine.checkpoint.manager import CheckpointManager, require_same_shape
+from engine.checkpoint.manager import CheckpointManager
 from engine.checkpoint_meta import CheckpointMeta, MicroBatchChoice
 from engine.guards import Guards, ReplicaGuard
+from engine.initial_weights import load_initial_weights
 from engine.megatron import ddp_timing
 from engine.megatron.optimizer import FrozenLayers, build_optimizer
 from engine.megatron.teardown import release
-from engine.modernbert.config import CONFIG_FILE, parameter_count, resolve_architecture
-from engine.modernbert.convert import huggingface_weights, load_weights, random_weights
+from engine.modernbert.config import parameter_count, resolve_architecture
 from engine.modernbert.model import ModernBert, transformer_config
 from engine.objectives import CausalLM, MaskedLM, Objective, objective_of
 from engine.parallel import Layout, initialise, plan
@@ -126,7 +125,7 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     meta = manager.restore()
     state = TrainState()
     if meta is None:
-        _load_initial_weights(config, architecture, model, optimizer)
+        load_initial_weights(config, architecture, model, optimizer)
     else:
         state.load_state_dict(meta)
     recorder = None
@@ -261,16 +260,3 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[O
         objective: evaluation_batches(config.data, objective.targets(), layout.micro_batch_size, tokenizer, rank, size)
         for objective in objectives
     }
-
-
-def _load_initial_weights(config: RunConfig, architecture: ModernBertConfig, model: ModernBert, optimizer: Any) -> None:
-    """Fill the model from `model.init`: a checkpoint, a Hugging Face model, or random weights."""
-    init = config.model.init
-    if init != "scratch" and (Path(init) / CONFIG_FILE).is_file():
-        require_same_shape(Path(init), checkpoints.verify(Path(init)), architecture)
-        checkpoints.load(Path(init), model, None)
-    elif init != "scratch":
-        load_weights(model, huggingface_weights(init, architecture, config.seed))
-    else:
-        load_weights(model, random_weights(architecture, config.seed))
-    optimizer.reload_model_params()

@@ -9,36 +9,66 @@ from safetensors.torch import save_file
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
+from configs.files import write_atomically, write_json
 from datapipe.tokenizer import Tokenizer
 from engine import checkpoint as checkpoints
 from engine.checkpoint_meta import CheckpointMeta
+from engine.model_card import ExportKind, model_card
 from engine.modernbert.config import build_config, read_config
+from engine.modernbert.huggingface import DTYPES, ExportDtype, decoder_config, decoder_weights, encoder_config
 from engine.parallel import single_process
 
+MAIN_WEIGHTS = "optimizer.state.param."
+"""Start of the names of the optimizer's fp32 weights in a checkpoint."""
 
-def export_hf(checkpoint: Path, out: Path, tokenizer: Tokenizer) -> None:
-    """Write a ModernBertForMaskedLM: config.json, model.safetensors, the tokenizer's files and a model card.
 
-    `AutoModelForMaskedLM.from_pretrained(out)` loads it.
+def export_hf(
+    checkpoint: Path,
+    out: Path,
+    tokenizer: Tokenizer,
+    *,
+    kind: ExportKind = "encoder",
+    dtype: ExportDtype = "fp32",
+) -> None:
+    """Write a Hugging Face model: config.json, model.safetensors, the tokenizer's files and a model card.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        out: Directory of the model; created if missing.
+        tokenizer: The tokenizer that the model was trained with.
+        kind: `encoder` writes a ModernBertForMaskedLM, `decoder` a ModernBertDecoderForCausalLM with the causal logits.
+        dtype: `fp32` writes the optimizer's main weights where the checkpoint has them, `bf16` rounds them.
 
     Raises:
         InputError: The checkpoint is damaged.
     """
-    from engine.megatron.torch_index import read_tensors
     from engine.modernbert.convert import parameters, to_hf
 
     meta = checkpoints.verify(checkpoint)
     architecture = ModernBertConfig(**meta.architecture)
     table = parameters(architecture)
-    stored = read_tensors(checkpoint, [ours for _, ours, _ in table])
-    weights = {hf: to_hf(stored[ours], row, architecture).float().contiguous() for hf, ours, row in table}
+    stored = _read_weights(checkpoint, [ours for _, ours, _ in table])
+    weights: dict[str, torch.Tensor] = {}
+    for hf, ours, row in table:
+        tensor = to_hf(stored[ours], row, architecture).to(DTYPES[dtype]).contiguous()
+        weights |= decoder_weights(hf, tensor) if kind == "decoder" else {hf: tensor}
     out.mkdir(parents=True, exist_ok=True)
-    architecture.architectures = ["ModernBertForMaskedLM"]
-    architecture.dtype = torch.float32
-    architecture.save_pretrained(out)
+    config = decoder_config if kind == "decoder" else encoder_config
+    write_json(out / "config.json", config(architecture, DTYPES[dtype]))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(out)
-    (out / "README.md").write_text(_card(meta, tokenizer), encoding="utf-8")
+    write_atomically(out / "README.md", model_card(meta, tokenizer, kind))
+
+
+def _read_weights(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Read the fp32 main weights of the optimizer, or the model's own where it keeps none; by our names."""
+    from engine.megatron.torch_index import read_tensors, tensor_names
+
+    main = {name: f"{MAIN_WEIGHTS}{name}" for name in names}
+    if not tensor_names(checkpoint).issuperset(main.values()):
+        return read_tensors(checkpoint, names)
+    stored = read_tensors(checkpoint, list(main.values()))
+    return {name: stored[key] for name, key in main.items()}
 
 
 def import_hf(init: str, out: Path, seed: int = 17) -> None:
@@ -58,32 +88,3 @@ def import_hf(init: str, out: Path, seed: int = 17) -> None:
         load_weights(model, huggingface_weights(init, architecture, seed))
         meta = CheckpointMeta(step=0, architecture=architecture.to_dict(), optimizer=False, files={}, source=init)
         save_now(out, model, None, meta)
-
-
-def _card(meta: CheckpointMeta, tokenizer: Tokenizer) -> str:
-    config = meta.config or {}
-    phases = "\n".join(
-        f"- {phase['objective'].upper()}, "
-        + (f"{phase['tokens']:,} tokens" if phase.get("tokens") else f"{phase['steps']:,} steps")
-        for phase in config.get("phases", ())
-    )
-    sources = ", ".join(source["name"] for source in config.get("data", {}).get("sources", ()))
-    start = config.get("model", {}).get("init", meta.source or "unknown")
-    return f"""---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [modernbert, clm-detour]
----
-# {config.get("name", "ModernBERT")}
-
-A ModernBERT encoder trained with Detour (the CLM detour, arXiv 2605.12438), taken after step {meta.step:,}.
-
-Started from: {start}. Tokenizer: {tokenizer.name}. Training text: {sources or "none"}.
-
-{phases}
-
-```python
-from transformers import pipeline
-pipeline("fill-mask", model="path/to/this/directory")("The patient was treated with [MASK].")
-```
-"""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from click import Choice
 
 from launcher.exits import STOPPED, run_command
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+
+EXPORTS = {"encoder": "ModernBertForMaskedLM", "decoder": "ModernBertDecoderForCausalLM"}
+"""Class of each kind of export."""
 
 app = typer.Typer(name="detour", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -167,12 +171,19 @@ def targets(
 def export(
     source: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    kind: Annotated[
+        str,
+        typer.Option("--as", click_type=Choice(EXPORTS), help="A masked model, or one that predicts the next token."),
+    ] = "encoder",
+    dtype: Annotated[
+        str, typer.Option(click_type=Choice(["fp32", "bf16"]), help="bf16 rounds the fp32 main weights.")
+    ] = "fp32",
 ) -> None:
-    """Write a Hugging Face ModernBertForMaskedLM: safetensors, tokenizer, model card."""
+    """Write a Hugging Face model: safetensors, tokenizer, model card."""
     from launcher.export import export_model
 
-    exported = export_model(source, output)
-    print(f"{output}: ModernBertForMaskedLM after step {exported.step:,}, from {exported.checkpoint}")
+    exported = export_model(source, output, cast(Any, kind), cast(Any, dtype))
+    print(f"{output}: {EXPORTS[kind]} after step {exported.step:,}, from {exported.checkpoint}")
 
 
 @app.command(name="import")

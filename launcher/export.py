@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from configs.errors import InputError
 from datapipe.tokenizer import load_tokenizer
 from monitoring.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from engine.model_card import ExportKind
+    from engine.modernbert.huggingface import ExportDtype
 
 
 class Exported(NamedTuple):
@@ -17,15 +21,17 @@ class Exported(NamedTuple):
     step: int
 
 
-def export_model(source: Path, output: Path) -> Exported:
+def export_model(source: Path, output: Path, kind: ExportKind = "encoder", dtype: ExportDtype = "fp32") -> Exported:
     """Write a Hugging Face model.
 
     Args:
         source: A run directory, of which the newest valid checkpoint is taken, or a checkpoint.
         output: Directory of the model; new or empty.
+        kind: A ModernBertForMaskedLM, or a ModernBertDecoderForCausalLM.
+        dtype: dtype of the weights.
 
     Raises:
-        InputError: There is no checkpoint, the checkpoint is damaged or was never trained, or `output` is not empty.
+        InputError: There is no checkpoint, the checkpoint is damaged, or `output` is not empty.
     """
     from engine.checkpoint import describe, latest_valid
     from engine.export import export_hf
@@ -38,12 +44,8 @@ def export_model(source: Path, output: Path) -> Exported:
             raise InputError(message, code="no-checkpoint")
         checkpoint = newest
     meta = describe(checkpoint)
-    if meta.config is None:
-        raise InputError(
-            f"{checkpoint} was imported from {meta.source} and never trained; use that model itself",
-            code="checkpoint-untrained",
-        )
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} is not empty; name a new directory for the model", code="output-not-empty")
-    export_hf(checkpoint, output, load_tokenizer(meta.config["tokenizer"]))
+    tokenizer = load_tokenizer(meta.config["tokenizer"] if meta.config else str(meta.source))
+    export_hf(checkpoint, output, tokenizer, kind=kind, dtype=dtype)
     return Exported(checkpoint, meta.step)

@@ -79,6 +79,40 @@ def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Con
     return Plan(topologies, precision)
 
 
+def require_sound_schedule(config: RunConfig) -> None:
+    """Raise InputError for a learning-rate schedule that contradicts itself."""
+    for number, phase in enumerate(config.phases):
+        steps, warmup = phase.length(config.tokens_per_step), phase.lr.warmup.steps(config.tokens_per_step)
+        if warmup >= steps:
+            raise InputError(
+                f"phases.{number}.lr.warmup: {warmup:,} steps of warmup do not fit into its {steps:,} steps: the "
+                f"rate would never reach its peak; shorten the warmup ({phase.lr.warmup}) or lengthen the phase",
+                key=f"phases.{number}.lr.warmup",
+                code="warmup-too-long",
+            )
+        if phase.lr.shape == "constant" and phase.lr.final:
+            raise InputError(
+                f"phases.{number}.lr.final: a constant shape does not fall to {phase.lr.final}; set lr.shape to "
+                "1-sqrt, linear or cosine, or remove final",
+                key=f"phases.{number}.lr.final",
+                code="final-without-decay",
+            )
+
+
+def check_initial_model(config: RunConfig, tokenizer: Tokenizer, console: Console) -> None:
+    """Check the model that a new run starts from, and print what its start leaves out or makes anew.
+
+    Raises:
+        InputError: `model.init` cannot be read, or does not hold exactly the model that the recipe asks for.
+    """
+    from engine.initial_weights import check_initial_weights
+    from engine.modernbert.config import resolve_architecture
+
+    architecture = resolve_architecture(config.model, tokenizer)
+    for note in check_initial_weights(config.model.init, architecture):
+        console.print(f"[yellow]model.init:[/] {escape(note)}", soft_wrap=True, highlight=False)
+
+
 def possible_topologies(config: RunConfig) -> list[Topology]:
     """List topologies by the configuration and the devices of the cluster or of this machine, the most nodes first.
 

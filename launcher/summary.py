@@ -27,14 +27,23 @@ def print_header(
         precision: Precision of the training, or `auto`.
         metrics: URL of the metrics endpoint.
     """
-    phases = ", ".join(f"{p.objective} {p.length(config.tokens_per_step):,}" for p in config.phases)
+    from engine.schedule import PhaseSchedule
+
+    schedule = PhaseSchedule(config)
+    phases = {
+        f"phase {span.index + 1}": f"{span.phase.objective}, {span.last - span.first:,} steps, "
+        f"{format_count((span.last - span.first) * config.tokens_per_step)} tokens, learning rate "
+        f"{schedule.learning_rate(span.first):.3g} -> {schedule.learning_rate(span.last - 1):.3g}"
+        for span in schedule.spans
+    }
     data = topology.workers // (config.parallel.tensor * config.parallel.pipeline)
     at_most = "" if isinstance(config.cluster.nodes, int) else "at most "
     _print(
         console,
         f"[bold]{config.name}[/] in {directory}",
         {
-            "steps": f"{config.total_steps:,} ({phases}) of {format_count(config.tokens_per_step)} token slots",
+            "steps": f"{config.total_steps:,} of {format_count(config.tokens_per_step)} tokens, padding included",
+            **phases,
             "workers": f"{at_most}{topology.workers} on {topology.nodes} node{'s' * (topology.nodes > 1)} "
             f"({'GPU' if topology.gpu else 'CPU'}): data {data} x tensor {config.parallel.tensor} "
             f"x pipeline {config.parallel.pipeline}, precision {precision}",
@@ -43,7 +52,9 @@ def print_header(
     )
 
 
-def print_summary(console: Console, config: RunConfig, directory: Path, export: Path, report: Path) -> None:
+def print_summary(
+    console: Console, config: RunConfig, directory: Path, export: Path, report: Path, mask_token: str
+) -> None:
     """Print the losses, the speed and the results of a complete run.
 
     Args:
@@ -52,6 +63,7 @@ def print_summary(console: Console, config: RunConfig, directory: Path, export: 
         directory: The run directory.
         export: Directory of the Hugging Face model.
         report: The HTML report.
+        mask_token: Text of the tokenizer's mask token.
     """
     lines = read_metrics(directory)
     rows = {}
@@ -67,7 +79,7 @@ def print_summary(console: Console, config: RunConfig, directory: Path, export: 
         "report": str(report),
         "metrics": str(RunDirectory(directory).metrics),
         "try it": f"python -c \"from transformers import pipeline; print(pipeline('fill-mask', '{export}')"
-        "('The patient was treated with [MASK].'))\"",
+        f"('The patient was treated with {mask_token}.'))\"",
         "next": "detour-train --output ANOTHER_DIRECTORY starts another run; detour recipes lists the shipped recipes",
     }
     _print(console, f"[bold]{config.name}[/] is complete: {config.total_steps:,} steps", rows)

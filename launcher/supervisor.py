@@ -22,7 +22,14 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 from launcher.claim import claim
 from launcher.cluster import Node, alive_nodes, connect, draining_nodes
 from launcher.failures import FailureBudget, HangWatch, WorkerError
-from launcher.preflight import check, node_range, require_lasting, workers_per_node
+from launcher.preflight import (
+    check,
+    check_initial_model,
+    node_range,
+    require_lasting,
+    require_sound_schedule,
+    workers_per_node,
+)
 from launcher.status_line import status_line
 from launcher.stop import PREEMPTED, RESIZED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
@@ -84,6 +91,10 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             return _finish(config, directory, load_tokenizer(config.tokenizer), console)
         node_range(config)  # fails early if the run needs a cluster
         tokenizer = load_tokenizer(config.tokenizer)
+        if not _saved_step(directory):  # a run that is under way keeps what it was started with
+            require_sound_schedule(config)
+            if config.model.init != "scratch":
+                check_initial_model(config, tokenizer, console)  # before Ray starts: a wrong file is soon found
         with status_line(console, "preparing shards") as show:
             ensure_prepared(config.data, tokenizer, show)
         with _importing("engine.parallel"):  # torch's import takes seconds, and so does the start of Ray's processes
@@ -277,5 +288,5 @@ def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: C
             partial.rename(export)
         record(directory, Exported(step=config.total_steps, path=export.name))
         record(directory, Finished(step=config.total_steps))
-    print_summary(console, config, directory, export, write_report(directory))
+    print_summary(console, config, directory, export, write_report(directory), tokenizer.mask_token)
     return RunResult(config.total_steps, finished=True)

@@ -112,6 +112,11 @@ def verify_index(checkpoint: Path) -> None:
             )
 
 
+def tensor_names(checkpoint: Path) -> set[str]:
+    """Return Megatron's names of all tensors of a verified checkpoint."""
+    return set(FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+
+
 def read_tensors(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
     """Read whole tensors of a verified checkpoint by Megatron's names, in this process alone.
 

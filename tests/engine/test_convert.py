@@ -199,3 +199,39 @@ def test_import_writes_a_step_0_checkpoint(hf_model: Path, shards: Path, tmp_pat
         run_world(1, train, RunConfig.model_validate(tree), directory, 1)
         results.append(stored(directory, 1))
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_an_fp32_export_has_the_main_weights_and_bf16_rounds_them(shards: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    config = toy_config(shards, precision="bf16")
+    (tmp_path / "run").mkdir()
+    run_world(1, train, config, tmp_path / "run", 2)
+    checkpoint = step_directory(tmp_path / "run" / "checkpoints", 2)
+    tokenizer = load_tokenizer(config.tokenizer)
+    for dtype in ("fp32", "bf16"):
+        export_hf(checkpoint, tmp_path / dtype, tokenizer, dtype=dtype)
+    exact, rounded = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("fp32", "bf16"))
+    assert "CLM, 2 steps of the 3 planned" in (tmp_path / "fp32" / "README.md").read_text()
+    name = "model.layers.1.mlp.Wo.weight"
+    assert exact[name].dtype == torch.float32
+    assert not torch.equal(exact[name], exact[name].bfloat16().float()), "the weights of the forward pass were exported"
+    for key, tensor in rounded.items():
+        torch.testing.assert_close(tensor, exact[key].bfloat16(), rtol=0, atol=0)
+
+
+def test_the_card_of_a_causal_checkpoint_says_what_was_trained(shards: Path, alone_run: Path, tmp_path: Path) -> None:
+    config = toy_config(shards)
+    tokenizer = load_tokenizer(config.tokenizer)
+    for step, kind in ((3, "encoder"), (3, "decoder"), (5, "encoder")):
+        checkpoint = step_directory(alone_run / "checkpoints", step)
+        export_hf(checkpoint, tmp_path / f"{kind}-{step}", tokenizer, kind=kind)
+    causal, decoder, final = (
+        (tmp_path / name / "README.md").read_text() for name in ("encoder-3", "decoder-3", "encoder-5")
+    )
+    assert "CLM, 3 steps, " in causal
+    assert "MLM" not in causal
+    assert "fill-mask" not in causal
+    assert 'pipeline("text-generation"' in decoder
+    assert "MLM, 2 steps, " in final
+    assert f"treated with {tokenizer.mask_token}." in final

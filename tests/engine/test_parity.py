@@ -175,3 +175,24 @@ def test_loss_on_paying_positions_equals_cross_entropy_of_the_logits(scale: floa
     for name, parameter in ours.named_parameters():
         largest = max(1.0, float(parameter.grad.abs().max()))
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * largest)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", [{}, {"local_rope_theta": 160000.0, "global_attn_every_n_layers": 2}])
+def test_transformers_decoder_computes_our_causal_logits(style: dict[str, Any]) -> None:
+    """The causal model that was trained is the decoder that is exported, its window included."""
+    from transformers import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+
+    from engine.modernbert.huggingface import decoder_config, decoder_weights
+
+    theirs, ours, architecture = build(**style)
+    config = decoder_config(architecture, torch.float32)
+    decoder = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**config)).eval()
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in theirs.state_dict().items():
+        weights |= decoder_weights(name, tensor)
+    assert not decoder.load_state_dict(weights, strict=False).unexpected_keys
+    ids = torch.randint(0, architecture.vocab_size, (120,))
+    packed = PackedDocuments.from_lengths((120,), True, ids.device)
+    found = ours(ids[None], packed)[:, : architecture.vocab_size]
+    assert float((found - decoder(ids[None]).logits[0]).abs().max()) <= BAR
