@@ -139,7 +139,7 @@ def test_evaluate(shared_cluster: dict[str, str], undisturbed: Path, tmp_path: P
         rows = [json.dumps({"text": f"Severe {ill} is seen.", "label": ill}) for ill in ills]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows * count) + "\n")
     task = {"name": "ills", "kind": "single", "score": "macro_f1", "columns": {"text": "text", "label": "label"}}
-    task["files"] = {"train": "train.jsonl", "test": "test.jsonl"}
+    task["files"] = {"train": "train.jsonl", "validation": "test.jsonl", "test": "test.jsonl"}
     write(tmp_path / "ills.yaml", {**task, "protocol": {"preset": "english"}})
     words = ("evaluate", undisturbed, "--task", "ills.yaml", "--seeds", "2", "epochs=1", "batch=4", "length=32")
     result = run(*DETOUR, *words, cwd=tmp_path, env=shared_cluster)

@@ -79,7 +79,9 @@ def test_other_commands_of_the_wheel_work_there(installed: Path, hostile: Path) 
     """The user's directory comes first in the path: two processes that tokenize, a submitted job, a study, tasks."""
     first_in_path = environment(Path())
     options = ("--tokenizer", "package://tokenizer/modernbert", "--output", "prepared", "--processes", "2")
-    command = (installed / "detour", "prepare", "package://corpus/medquad.jsonl.gz", *options)
+    document = {"text": "The patient has had a fever of three days. " * 100}
+    (hostile / "text.jsonl").write_text((json.dumps(document) + "\n") * 300)  # enough for processes of their own
+    command = (installed / "detour", "prepare", "text.jsonl", *options)
     prepared = run(*command, cwd=hostile, env=first_in_path)
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     (hostile / "prepared").rename(hostile / "shards")
@@ -88,7 +90,7 @@ def test_other_commands_of_the_wheel_work_there(installed: Path, hostile: Path) 
         rows = [{"text": f"Severe {ill} is seen.", "label": ill} for ill in ("fever", "cough", "asthma")]
         (hostile / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
     task = {"name": "ills", "kind": "single", "score": "macro_f1", "columns": {"text": "text", "label": "label"}}
-    task["files"] = {"train": "train.jsonl", "test": "test.jsonl"}
+    task["files"] = {"train": "train.jsonl", "validation": "test.jsonl", "test": "test.jsonl"}
     write(hostile / "task.yaml", {**task, "protocol": {"preset": "english"}})
     write(hostile / "study.yaml", {"name": "seeds", "recipe": "detour.yaml", "grid": {"data.seed": [1]}})
 
