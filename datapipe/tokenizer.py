@@ -88,6 +88,22 @@ class Tokenizer:
                 shutil.copyfile(self.directory / name, directory / name)
 
 
+def first_difference(trained: Tokenizer, chosen: Tokenizer) -> str | None:
+    """Describe the first token or role in which two tokenizers disagree; None if a model of one can take the other.
+
+    Tokens that `chosen` has besides those of `trained` are no disagreement.
+    """
+    trained_ids, chosen_ids = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (trained, chosen))
+    for token, token_id in sorted(trained_ids.items(), key=lambda item: item[1]):
+        if chosen_ids.get(token) != token_id:
+            return f"{token!r} is id {token_id} there and {chosen_ids.get(token, 'absent')} here"
+    for role in ("cls", "sep", "pad", "mask"):
+        ids = [getattr(tokenizer, f"{role}_id") for tokenizer in (trained, chosen)]
+        if ids[0] != ids[1]:
+            return f"the {role} token is id {ids[0]} there and {ids[1]} here"
+    return None
+
+
 def load_tokenizer(reference: str) -> Tokenizer:
     """Load a tokenizer.
 

@@ -54,7 +54,9 @@ def export_hf(
         weights |= decoder_weights(hf, tensor) if kind == "decoder" else {hf: tensor}
     out.mkdir(parents=True, exist_ok=True)
     config = decoder_config if kind == "decoder" else encoder_config
-    write_json(out / "config.json", config(architecture, DTYPES[dtype]))
+    ids = {"pad_token_id": tokenizer.pad_id, "cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
+    ids |= {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id}
+    write_json(out / "config.json", config(architecture, DTYPES[dtype]) | ids)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(out)
     write_atomically(out / "README.md", model_card(meta, tokenizer, kind))

@@ -7,24 +7,26 @@ from typing import Any
 
 from transformers import ModernBertConfig
 
+from configs.errors import InputError
 from configs.schema import RunConfig
+from datapipe.tokenizer import Tokenizer, first_difference, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine.checkpoint.manager import require_same_shape
-from engine.modernbert.config import CONFIG_FILE
+from engine.modernbert.config import CONFIG_FILE, locate
 from engine.modernbert.convert import huggingface_weights, load_weights, open_weights, random_weights
 from engine.modernbert.model import ModernBert
 
 SCRATCH = "scratch"
 
 
-def check_initial_weights(init: str, architecture: ModernBertConfig) -> list[str]:
-    """Check by file headers alone that `model.init` can fill the model.
+def check_initial_weights(init: str, architecture: ModernBertConfig, tokenizer: Tokenizer) -> list[str]:
+    """Check by file headers alone that `model.init` can fill the model, and that the tokenizer is the model's.
 
     Returns:
         Lines that tell a user what the start leaves behind or makes anew.
 
     Raises:
-        InputError: The files are missing or damaged, or do not hold exactly this model.
+        InputError: The files are missing or damaged, do not hold exactly this model, or hold another tokenizer.
     """
     if init == SCRATCH:
         return []
@@ -32,7 +34,21 @@ def check_initial_weights(init: str, architecture: ModernBertConfig) -> list[str
         if not checkpoints.describe(Path(init)).optimizer:
             return []
         return [f"the weights of {init} are taken; its optimizer state and its position in the data are left behind"]
-    return open_weights(init, architecture)[1]
+    return [*open_weights(init, architecture)[1], *_check_tokenizer(init, tokenizer)]
+
+
+def _check_tokenizer(init: str, tokenizer: Tokenizer) -> list[str]:
+    """Refuse a tokenizer whose ids mean other tokens than those that the model was trained on."""
+    folder = locate(init)
+    if not (folder / "tokenizer.json").is_file():
+        return [f"{init} holds no tokenizer.json, so nothing says whether {tokenizer.name} is its tokenizer"]
+    if difference := first_difference(load_tokenizer(str(folder)), tokenizer):
+        raise InputError(
+            f"tokenizer: {tokenizer.name} is not the tokenizer of {init} ({difference}); set tokenizer={init}",
+            key="tokenizer",
+            code="tokenizer-not-the-models",
+        )
+    return []
 
 
 def load_initial_weights(config: RunConfig, architecture: ModernBertConfig, model: ModernBert, optimizer: Any) -> None:

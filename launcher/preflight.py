@@ -109,7 +109,7 @@ def check_initial_model(config: RunConfig, tokenizer: Tokenizer, console: Consol
     from engine.modernbert.config import resolve_architecture
 
     architecture = resolve_architecture(config.model, tokenizer)
-    for note in check_initial_weights(config.model.init, architecture):
+    for note in check_initial_weights(config.model.init, architecture, tokenizer):
         console.print(f"[yellow]model.init:[/] {escape(note)}", soft_wrap=True, highlight=False)
 
 

@@ -235,3 +235,50 @@ def test_the_card_of_a_causal_checkpoint_says_what_was_trained(shards: Path, alo
     assert 'pipeline("text-generation"' in decoder
     assert "MLM, 2 steps, " in final
     assert f"treated with {tokenizer.mask_token}." in final
+
+
+def _tokenizer_folder(folder: Path, changes: dict[str, str], config: dict[str, str] | None = None) -> Path:
+    """A copy of the shipped tokenizer in which pieces of tokenizer.json are replaced."""
+    shipped = load_tokenizer("package://tokenizer/modernbert")
+    shipped.save(folder)
+    content = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    for old, new in changes.items():
+        assert old in content
+        content = content.replace(old, new)
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    for key, value in (config or {}).items():
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+    return folder
+
+
+def test_another_tokenizer_than_the_models_is_refused(hf_model: Path, tmp_path: Path) -> None:
+    from datapipe.tokenizer import first_difference
+
+    trained = load_tokenizer("package://tokenizer/modernbert")
+    swapped = {'"hello"': '"<held>"', '"world"': '"hello"', '"<held>"': '"world"'}
+    other_ids = load_tokenizer(str(_tokenizer_folder(tmp_path / "ids", swapped)))
+    other_roles = load_tokenizer(str(_tokenizer_folder(tmp_path / "roles", {}, {"sep_token": "[CLS]"})))
+    same = load_tokenizer(str(_tokenizer_folder(tmp_path / "same", {})))
+    assert first_difference(trained, same) is None
+    assert "id" in str(first_difference(trained, other_ids))
+    assert "sep" in str(first_difference(trained, other_roles))
+
+
+def test_a_start_checks_tokenizer_and_weights_together(hf_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from engine.initial_weights import check_initial_weights
+
+    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    architecture = ModernBertConfig(vocab_size=50371, **SHAPE)
+    (note,) = check_initial_weights(str(hf_model), architecture, tokenizer)
+    assert "tokenizer.json" in note
+    model = tmp_path / "model"
+    shutil.copytree(hf_model, model)
+    tokenizer.save(model)
+    assert check_initial_weights(str(model), architecture, tokenizer) == []
+    other = load_tokenizer(str(_tokenizer_folder(tmp_path / "roles", {}, {"sep_token": "[CLS]"})))
+    with pytest.raises(InputError) as refusal:
+        check_initial_weights(str(model), architecture, other)
+    assert (refusal.value.key, refusal.value.code) == ("tokenizer", "tokenizer-not-the-models")
