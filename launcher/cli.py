@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from click import Choice
 
 from launcher.exits import STOPPED, run_command
 
@@ -172,17 +171,14 @@ def export(
     source: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Directory to write.")],
     kind: Annotated[
-        str,
-        typer.Option("--as", click_type=Choice(EXPORTS), help="A masked model, or one that predicts the next token."),
+        Literal["encoder", "decoder"], typer.Option("--as", help="A masked model, or one that predicts the next token.")
     ] = "encoder",
-    dtype: Annotated[
-        str, typer.Option(click_type=Choice(["fp32", "bf16"]), help="bf16 rounds the fp32 main weights.")
-    ] = "fp32",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16 rounds the fp32 main weights.")] = "fp32",
 ) -> None:
     """Write a Hugging Face model: safetensors, tokenizer, model card."""
     from launcher.export import export_model
 
-    exported = export_model(source, output, cast(Any, kind), cast(Any, dtype))
+    exported = export_model(source, output, kind, dtype)
     print(f"{output}: {EXPORTS[kind]} after step {exported.step:,}, from {exported.checkpoint}")
 
 

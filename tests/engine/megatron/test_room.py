@@ -34,7 +34,11 @@ def private_reaches(source: str) -> Iterator[tuple[int, str]]:
         else:
             continue
         for bound, name in names:
-            if name.split(".")[0] not in (*OURS, *sys.stdlib_module_names):
+            if name.split(".")[0] not in (
+                *OURS,
+                *sys.stdlib_module_names,
+                "_typeshed",
+            ):  # exists for type checkers alone
                 foreign.add(bound)
                 if private(name):
                     yield node.lineno, name
@@ -43,7 +47,7 @@ def private_reaches(source: str) -> Iterator[tuple[int, str]]:
             owner = node.value
             while isinstance(owner, ast.Attribute):
                 owner = owner.value
-            if isinstance(owner, ast.Name) and owner.id in foreign and owner.id != "_typeshed":
+            if isinstance(owner, ast.Name) and owner.id in foreign:
                 yield node.lineno, ast.unparse(node)
 
 
