@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -46,7 +46,7 @@ def _was_measured_in_fp8(config: RunConfig) -> bool:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    features = torch.cpu.get_capabilities()
     return bool(features.get("amx_tile") or features.get("avx512_bf16"))
 
 

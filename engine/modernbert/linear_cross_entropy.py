@@ -172,8 +172,10 @@ class _Layer:
     ) -> None:
         """Write a tile's rows of `grad_hidden`, and add its share without the labels' part to `grad_kernel`."""
         width = self.hidden.shape[1]
-        label_rows = self.kernel[self.labels[rows]] * self.is_local[rows]
-        grad_hidden[rows] = ((exponentials @ self.kernel) / sum_exp - label_rows)[:, :width]
+        grad = (exponentials @ self.kernel) / sum_exp
+        if self.used:  # a slice that is all padding has no row to look up
+            grad -= self.kernel[self.labels[rows]] * self.is_local[rows]
+        grad_hidden[rows] = grad[:, :width]
         scaled = (self.states[rows] / sum_exp).to(self.hidden.dtype)
         if self.hidden.dtype == torch.float32:
             grad_kernel[: self.used].addmm_(exponentials.t(), scaled)

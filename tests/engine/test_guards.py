@@ -153,22 +153,23 @@ def train_with_a_bad_disk(config: RunConfig, directory: Path, how: str, steps: s
         writer = run.checkpoints.writer
         usage, write_part, write_file = shutil.disk_usage, writer.write_part, writer.write_file
 
-        def fails(where: str) -> bool:
-            return where == how and run.state.step in steps
+        def fails(where: str, hidden: Path) -> bool:
+            # By the checkpoint's own name: training may be steps ahead of the thread that writes it.
+            return where == how and any(f"step-{step:08d}" in hidden.name for step in steps)
 
         def full_disk(path: Any) -> Any:
-            return namedtuple("usage", "total used free")(1, 1, 0) if fails("before") else usage(path)
+            return namedtuple("usage", "total used free")(1, 1, 0) if fails("before", Path(path)) else usage(path)
 
         def bad_part(hidden: Path) -> Any:
-            if fails("writing") and dist.get_rank() == 0:
+            if fails("writing", hidden) and dist.get_rank() == 0:
                 raise OSError(28, "No space left on device")
-            if fails("elsewhere") and dist.get_rank() == 1:
+            if fails("elsewhere", hidden) and dist.get_rank() == 1:
                 hidden = directory / "elsewhere"
                 hidden.mkdir(exist_ok=True)
             return write_part(hidden)
 
         def bad_file(path: Path, content: bytes) -> None:
-            if fails("ending") and path.name == "detour.json":
+            if fails("ending", path.parent) and path.name == "detour.json":
                 raise OSError(28, "No space left on device")
             write_file(path, content)
 

@@ -45,9 +45,10 @@ OLD_VERSIONS = {"4.48.3": "tokenizers==0.21.4", "4.57.6": "tokenizers==0.22.2"}
 OLD_READER = """
 import sys, torch
 from transformers import ModernBertForMaskedLM
-ids = torch.load(sys.argv[2] + "/ids.pt", weights_only=True)
-model = ModernBertForMaskedLM.from_pretrained(sys.argv[1], attn_implementation="sdpa").eval()
-torch.save(model(ids).logits.detach(), sys.argv[2] + "/logits.pt")
+for folder in sys.argv[1:]:
+    ids = torch.load(folder + "/ids.pt", weights_only=True)
+    model = ModernBertForMaskedLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    torch.save(model(ids).logits.detach(), folder + "/logits.pt")
 """
 
 
@@ -84,23 +85,24 @@ def _old_transformers(version: str) -> Path:
 
 
 @pytest.mark.parametrize("version", OLD_VERSIONS)
-@pytest.mark.parametrize("style", STYLES)
-def test_old_transformers_compute_the_same_logits(style: str, version: str, tmp_path: Path) -> None:
-    old = _old_transformers(version)
-    model = _sharpened(style)
-    export = tmp_path / "export"
-    export.mkdir()
-    save_file(_weights(model), export / "model.safetensors", metadata={"format": "pt"})
-    (export / "config.json").write_text(json.dumps(encoder_config(model.config, torch.float32)))
-    torch.save(_ids(), tmp_path / "ids.pt")
-    environment = {**os.environ, "PYTHONPATH": str(old)}
-    subprocess.run(
-        [sys.executable, "-c", OLD_READER, str(export), str(tmp_path)], env=environment, cwd=tmp_path, check=True
-    )
-    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
-    torch.testing.assert_close(theirs, model(_ids()).logits.detach(), rtol=0, atol=1e-5)
-    again = ModernBertForMaskedLM.from_pretrained(export).eval()
-    torch.testing.assert_close(again(_ids()).logits, model(_ids()).logits, rtol=0, atol=0)
+def test_old_transformers_compute_the_same_logits(version: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(_old_transformers(version))}
+    expected = {}
+    for style in STYLES:
+        export = tmp_path / style
+        export.mkdir()
+        model = _sharpened(style)
+        save_file(_weights(model), export / "model.safetensors", metadata={"format": "pt"})
+        (export / "config.json").write_text(json.dumps(encoder_config(model.config, torch.float32)))
+        torch.save(_ids(), export / "ids.pt")
+        expected[style] = model(_ids()).logits.detach()
+        again = ModernBertForMaskedLM.from_pretrained(export).eval()
+        torch.testing.assert_close(again(_ids()).logits, expected[style], rtol=0, atol=0)
+    command = [sys.executable, "-c", OLD_READER, *(str(tmp_path / style) for style in STYLES)]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    for style, logits in expected.items():
+        theirs = torch.load(tmp_path / style / "logits.pt", weights_only=True)
+        torch.testing.assert_close(theirs, logits, rtol=0, atol=1e-5, msg=style)
 
 
 @pytest.mark.parametrize("style", STYLES)
