@@ -36,7 +36,7 @@ def loss_and_gradients(size: int) -> list[Any]:
 
 
 def test_a_rank_whose_slice_is_all_padding_takes_part() -> None:
-    """Of eight slices of 48 entries, the last begins at 336, beyond the 300 that are used."""
+    """The last of eight slices of 48 entries begins at 336, beyond the 300 that are used."""
     hidden, weight, bias, labels = inputs()
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     logits = torch.nn.functional.linear(hidden, weight[:SIZE], bias[:SIZE])
