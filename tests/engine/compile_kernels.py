@@ -11,8 +11,8 @@ from engine.modernbert.kernels import attention, pointwise
 
 BF16, FP32 = "*bf16", "*fp32"
 NORM = {"states": BF16, "weight": BF16, "mean": FP32, "inverse": FP32, "normed": BF16, "width": "i32"}
-LOCAL = dict.fromkeys(("mixed", "cos", "sin", "context", "grad", "result"), BF16)
-LOCAL |= {"documents": "*i32", "sums": FP32, "tokens": "i32"}
+LOCAL = dict.fromkeys(("qkv", "cos", "sin", "out", "grad", "dqkv"), BF16)
+LOCAL |= {"documents": "*i32", "lse": FP32, "tokens": "i32"}
 
 
 def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> None:
@@ -29,22 +29,22 @@ def main() -> None:
     tile = {"width": 1152, "ROWS": pointwise.ROWS, "COLUMNS": pointwise.COLUMNS}
     build(pointwise._geglu, {"states": BF16, "output": BF16, "rows": "i32"}, tile)
     build(pointwise._geglu_backward, {"states": BF16, "grad": BF16, "result": BF16, "rows": "i32"}, tile)
-    turned = dict.fromkeys(("mixed", "query", "key", "value", "cos", "sin"), BF16)
+    turned = dict.fromkeys(("qkv", "q", "k", "v", "cos", "sin"), BF16)
     for back in (False, True):
         sizes = {"DIM": 64, "ROWS": 4 * pointwise.ROWS, "BACK": back}
         build(pointwise._rotate, {**turned, "rows": "i32", "heads": "i32"}, sizes)
         build(pointwise._norm, {**NORM, "added": BF16, "total": BF16, "eps": "fp32"}, {"ADDS": back, "BLOCK": 1024})
     more = {"kept": BF16, "result": BF16, "parts": FP32, "rows": "i32"}
-    build(pointwise._norm_backward, {**NORM, **more}, {"SHARE": pointwise.SHARE, "BLOCK": 1024})
+    build(pointwise._norm_backward, {**NORM, **more}, {"ROWS_PER_PROGRAM": pointwise.ROWS_PER_PROGRAM, "BLOCK": 1024})
     build(
         pointwise._exponentials,
-        {"logits": BF16, "peak": FP32, "sums": FP32, "stride": "i32"},
+        {"logits": BF16, "largest": FP32, "sums": FP32, "stride": "i32"},
         {"width": 50368, "BLOCK": 4096},
         num_warps=8,
     )
     sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK": attention.BLOCK}
-    build(attention._local, LOCAL, sizes, num_stages=1)
-    build(attention._local_backward, LOCAL, sizes, num_stages=1)
+    build(attention._forward, LOCAL, sizes, num_stages=1)
+    build(attention._backward, LOCAL, sizes, num_stages=1)
 
 
 if __name__ == "__main__":
