@@ -55,6 +55,10 @@ def _fault(key: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("rule", "{message}", {"key": key, "message": message})
 
 
+SCRATCH = "scratch"
+"""The `model.init` of a new model with random weights."""
+
+
 class Section(BaseModel):
     """A mapping of a recipe: immutable, without unknown keys, documented by the docstrings below its keys."""
 
@@ -64,7 +68,7 @@ class Section(BaseModel):
 class Model(Section):
     """Initial weights and architecture. A key without a value keeps the value of `init` or `size`."""
 
-    init: str = "scratch"
+    init: str = SCRATCH
     """`scratch`, a Hugging Face directory, a hub id (`org/model` or `org/model@revision`), a weight file (`.pt`,
     `.bin`) with its config.json beside it, or a Detour checkpoint directory."""
     size: Literal["tiny", "base", "large"] | None = None
@@ -138,9 +142,9 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _size_or_weights(self) -> Self:
-        if self.size is not None and self.init != "scratch":
+        if self.size is not None and self.init != SCRATCH:
             raise ValueError("size names a new model and init names existing weights: give one of the two")
-        if self.size is None and self.init == "scratch" and self.hidden_size is None:
+        if self.size is None and self.init == SCRATCH and self.hidden_size is None:
             raise ValueError("give init (a Hugging Face directory or hub id) or size (tiny, base, large)")
         return self
 

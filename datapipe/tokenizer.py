@@ -97,7 +97,7 @@ def first_difference(trained: Tokenizer, chosen: Tokenizer) -> str | None:
     for token, token_id in sorted(trained_ids.items(), key=lambda item: item[1]):
         if chosen_ids.get(token) != token_id:
             return f"{token!r} is id {token_id} there and {chosen_ids.get(token, 'absent')} here"
-    for role in ("cls", "sep", "pad", "mask"):
+    for role in USUAL_TOKENS:
         ids = [getattr(tokenizer, f"{role}_id") for tokenizer in (trained, chosen)]
         if ids[0] != ids[1]:
             return f"the {role} token is id {ids[0]} there and {ids[1]} here"

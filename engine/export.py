@@ -14,7 +14,7 @@ from datapipe.tokenizer import Tokenizer
 from engine import checkpoint as checkpoints
 from engine.checkpoint_meta import CheckpointMeta
 from engine.model_card import ExportKind, model_card
-from engine.modernbert.config import build_config, read_config
+from engine.modernbert.config import build_config, read_config, special_ids
 from engine.modernbert.huggingface import DTYPES, ExportDtype, decoder_config, decoder_weights, encoder_config
 from engine.parallel import single_process
 
@@ -54,9 +54,7 @@ def export_hf(
         weights |= decoder_weights(hf, tensor) if kind == "decoder" else {hf: tensor}
     out.mkdir(parents=True, exist_ok=True)
     config = decoder_config if kind == "decoder" else encoder_config
-    ids = {"pad_token_id": tokenizer.pad_id, "cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
-    ids |= {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id}
-    write_json(out / "config.json", config(architecture, DTYPES[dtype]) | ids)
+    write_json(out / "config.json", config(architecture, DTYPES[dtype]) | special_ids(tokenizer))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(out)
     write_atomically(out / "README.md", model_card(meta, tokenizer, kind))

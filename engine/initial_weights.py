@@ -8,19 +8,22 @@ from typing import Any
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
-from configs.schema import RunConfig
+from configs.schema import SCRATCH, RunConfig
 from datapipe.tokenizer import Tokenizer, first_difference, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine.checkpoint.manager import require_same_shape
-from engine.modernbert.config import CONFIG_FILE, locate
+from engine.modernbert.config import is_checkpoint, locate
 from engine.modernbert.convert import huggingface_weights, load_weights, open_weights, random_weights
 from engine.modernbert.model import ModernBert
-
-SCRATCH = "scratch"
 
 
 def check_initial_weights(init: str, architecture: ModernBertConfig, tokenizer: Tokenizer) -> list[str]:
     """Check by file headers alone that `model.init` can fill the model, and that the tokenizer is the model's.
+
+    Args:
+        init: `model.init`, other than `scratch`.
+        architecture: The model to fill.
+        tokenizer: The run's tokenizer.
 
     Returns:
         Lines that tell a user what the start leaves behind or makes anew.
@@ -28,18 +31,16 @@ def check_initial_weights(init: str, architecture: ModernBertConfig, tokenizer: 
     Raises:
         InputError: The files are missing or damaged, do not hold exactly this model, or hold another tokenizer.
     """
-    if init == SCRATCH:
-        return []
-    if (Path(init) / CONFIG_FILE).is_file():
-        if not checkpoints.describe(Path(init)).optimizer:
+    path = locate(init)
+    if is_checkpoint(path):
+        if not checkpoints.describe(path).optimizer:
             return []
         return [f"the weights of {init} are taken; its optimizer state and its position in the data are left behind"]
-    return [*open_weights(init, architecture)[1], *_check_tokenizer(init, tokenizer)]
+    return [*open_weights(init, architecture)[1], *_check_tokenizer(init, path, tokenizer)]
 
 
-def _check_tokenizer(init: str, tokenizer: Tokenizer) -> list[str]:
+def _check_tokenizer(init: str, folder: Path, tokenizer: Tokenizer) -> list[str]:
     """Refuse a tokenizer whose ids mean other tokens than those that the model was trained on."""
-    folder = locate(init)
     if not (folder / "tokenizer.json").is_file():
         return [f"{init} holds no tokenizer.json, so nothing says whether {tokenizer.name} is its tokenizer"]
     if difference := first_difference(load_tokenizer(str(folder)), tokenizer):
@@ -58,11 +59,11 @@ def load_initial_weights(config: RunConfig, architecture: ModernBertConfig, mode
         InputError: The weights do not fit the model, cannot be read, or are not finite.
     """
     init = config.model.init
-    if init != SCRATCH and (Path(init) / CONFIG_FILE).is_file():
-        require_same_shape(Path(init), checkpoints.verify(Path(init)), architecture)
-        checkpoints.load(Path(init), model, None)
-    elif init != SCRATCH:
-        load_weights(model, huggingface_weights(init, architecture, config.seed))
-    else:
+    if init == SCRATCH:
         load_weights(model, random_weights(architecture, config.seed))
+    elif is_checkpoint(path := locate(init)):
+        require_same_shape(path, checkpoints.verify(path), architecture)
+        checkpoints.load(path, model, None)
+    else:
+        load_weights(model, huggingface_weights(init, architecture, config.seed))
     optimizer.reload_model_params()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from configs.schema import RunConfig
+from configs.schema import SCRATCH, RunConfig
 from datapipe.tokenizer import Tokenizer
 from engine.checkpoint_meta import CheckpointMeta
 from engine.schedule import PhaseSchedule
@@ -49,7 +49,7 @@ def _trained_phases(config: RunConfig, step: int) -> list[str]:
 def _has_trained_masks(config: RunConfig, step: int) -> bool:
     """Whether the head can fill masks: the run has trained MLM, or started from a model."""
     spans = PhaseSchedule(config).spans
-    return config.model.init != "scratch" or any(span.phase.objective == "mlm" and span.first < step for span in spans)
+    return config.model.init != SCRATCH or any(span.phase.objective == "mlm" and span.first < step for span in spans)
 
 
 _CARD = """---

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.errors import InputError
-from configs.schema import RunConfig
+from configs.schema import SCRATCH, RunConfig
 from configs.units import format_count
 from datapipe.loader import check_sources
 from datapipe.source import SourceSummary
@@ -105,6 +105,8 @@ def check_initial_model(config: RunConfig, tokenizer: Tokenizer, console: Consol
     Raises:
         InputError: `model.init` cannot be read, or does not hold exactly the model that the recipe asks for.
     """
+    if config.model.init == SCRATCH:
+        return
     from engine.initial_weights import check_initial_weights
     from engine.modernbert.config import resolve_architecture
 

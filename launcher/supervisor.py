@@ -93,8 +93,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         tokenizer = load_tokenizer(config.tokenizer)
         if not _saved_step(directory):  # a run that is under way keeps what it was started with
             require_sound_schedule(config)
-            if config.model.init != "scratch":
-                check_initial_model(config, tokenizer, console)  # before Ray starts: a wrong file is soon found
+            check_initial_model(config, tokenizer, console)  # before Ray starts: a wrong file is soon found
         with status_line(console, "preparing shards") as show:
             ensure_prepared(config.data, tokenizer, show)
         with _importing("engine.parallel"):  # torch's import takes seconds, and so does the start of Ray's processes
@@ -250,9 +249,12 @@ def _open_group(run: Run, nodes: list[Node], stop: StopRequest, progress: Progre
 
 def _saved_step(directory: Path) -> int:
     """Return the completed steps in the newest checkpoint; 0 without a checkpoint."""
+    checkpoints = RunDirectory(directory).checkpoints
+    if not checkpoints.exists():  # a new run: the import below takes seconds
+        return 0
     from engine.checkpoint import list_checkpoints, step_of
 
-    newest = list_checkpoints(RunDirectory(directory).checkpoints)[:1]
+    newest = list_checkpoints(checkpoints)[:1]
     return step_of(newest[0]) if newest else 0
 
 

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from engine.megatron.names import global_name
-from engine.megatron.torch_index import read_tensors
+from engine.megatron.torch_index import read_tensors, tensor_names
 
 PREFIX = "scaling."
 """Start of the state's tensor names in a checkpoint."""
@@ -46,10 +46,8 @@ def sharded_fp8_state(model: Any) -> dict[str, ShardedTensor]:
 def load_fp8_state(checkpoint: Path, model: Any) -> None:
     """Fill the state from a verified checkpoint, before the first step. Does nothing if its run was not in FP8."""
     from megatron.core.fp8_utils import get_fp8_recipe
-    from torch.distributed.checkpoint import FileSystemReader
 
-    index = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    if names := [name for name in index if name.startswith(PREFIX)]:
+    if names := [name for name in tensor_names(checkpoint) if name.startswith(PREFIX)]:
         restore_fp8_state(model, get_fp8_recipe(model.config), read_tensors(checkpoint, names))
 
 

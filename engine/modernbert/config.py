@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,9 @@ from transformers import ModernBertConfig
 
 from configs.errors import InputError
 from configs.hub import download_snapshot, is_hub_id
-from configs.schema import Model
+from configs.schema import SCRATCH, Model
 from datapipe.tokenizer import Tokenizer
-from engine.modernbert.huggingface import encoder_fields, layer_types, rope_parameters
+from engine.modernbert.huggingface import encoder_fields, every_n_layers, layer_types, rope_parameters
 from monitoring.run_directory import RunDirectory
 
 SIZES: dict[str, dict[str, int]] = {
@@ -63,21 +64,19 @@ def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig
         InputError: The shape cannot be built, the overrides contradict the weights, or the tokenizer does not fit.
     """
     overrides = model.model_dump(exclude={"init", "size"}, exclude_none=True)
-    if model.init == "scratch":
-        ids = {"pad_token_id": tokenizer.pad_id, "cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
-        ids |= {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id}
+    if model.init == SCRATCH:
         base = SIZES[model.size] if model.size else {}
-        fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **ids, **base}
+        fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer), **base}
     else:
         fields = read_config(model.init)
-        if not _is_checkpoint(locate(model.init)):  # a checkpoint knows its shape, and is compared with it when loaded
+        if not is_checkpoint(locate(model.init)):  # a checkpoint knows its shape, and is compared with it when loaded
             _require_no_contradiction(overrides, fields, model.init)
     if "global_attn_every_n_layers" in overrides or "num_hidden_layers" in overrides:
         fields.pop("layer_types", None)  # they follow from the number of layers, which is no longer the file's
     for old, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
         if old in overrides and "rope_parameters" in fields:
             fields["rope_parameters"] = {**fields["rope_parameters"], kind: {"rope_theta": overrides.pop(old)}}
-    architecture = build_config({**fields, **overrides}, "the recipe" if model.init == "scratch" else model.init)
+    architecture = build_config({**fields, **overrides}, "the recipe" if model.init == SCRATCH else model.init)
     if architecture.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"model.vocab_size: {architecture.vocab_size} entries, but tokenizer {tokenizer.name} has "
@@ -86,6 +85,17 @@ def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig
             code="tokenizer-too-large",
         )
     return architecture
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special ids of a ModernBertConfig, by the tokenizer: a document begins with cls and ends with sep."""
+    return {
+        "pad_token_id": tokenizer.pad_id,
+        "cls_token_id": tokenizer.cls_id,
+        "sep_token_id": tokenizer.sep_id,
+        "bos_token_id": tokenizer.cls_id,
+        "eos_token_id": tokenizer.sep_id,
+    }
 
 
 def build_config(fields: Mapping[str, Any], origin: str) -> ModernBertConfig:
@@ -121,7 +131,7 @@ def read_config(init: str) -> dict[str, Any]:
     """
     path = locate(init)
     folder = path.parent if path.is_file() else path
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         config: dict[str, Any] = _read_json(folder / CONFIG_FILE)["architecture"]
         return config
     if not (folder / "config.json").is_file():
@@ -174,13 +184,20 @@ def locate(init: str) -> Path:
             key="model.init",
             code="model-missing",
         )
-    folder = download_snapshot(init, ["*.json", "*.safetensors"], "model.init")
+    return _downloaded(init)
+
+
+@functools.cache
+def _downloaded(hub_id: str) -> Path:
+    """Download a model once per process: a start asks for it several times, and each answer of the hub costs time."""
+    folder = download_snapshot(hub_id, ["*.json", "*.safetensors"], "model.init")
     if not list(folder.glob("*.safetensors")):
-        folder = download_snapshot(init, ["*.json", "pytorch_model*.bin"], "model.init")
+        folder = download_snapshot(hub_id, ["*.json", "pytorch_model*.bin"], "model.init")
     return folder
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a Detour checkpoint."""
     return (path / CONFIG_FILE).is_file()
 
 
@@ -205,7 +222,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _require_no_contradiction(overrides: Mapping[str, Any], fields: Mapping[str, Any], init: str) -> None:
     """Refuse overrides that would drop or misread trained weights."""
     stored = build_config(fields, init)
-    stored_pattern = {"global_attn_every_n_layers": fields.get("global_attn_every_n_layers", 3)}
+    stored_pattern = {"global_attn_every_n_layers": every_n_layers(layer_types(stored))}
     for key in FIXED_BY_WEIGHTS:
         if key not in overrides:
             continue

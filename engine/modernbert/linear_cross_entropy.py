@@ -224,9 +224,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if shifted:
                 correct += (label_logit == 0).sum()  # the label's logit is the largest itself
             if needs_grad:
-                layer.tile_gradients(
-                    rows, logits, sum_exp, grad_hidden, grad_kernel
-                )  # `logits` are exponentials by now
+                exponentials = logits  # the loss has turned them into exponentials
+                layer.tile_gradients(rows, exponentials, sum_exp, grad_hidden, grad_kernel)
         if needs_grad:
             if layer.used:
                 grad_kernel.index_add_(0, layer.labels, -(layer.states * layer.is_local).float())

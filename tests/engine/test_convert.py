@@ -156,6 +156,35 @@ def test_an_override_that_contradicts_the_weights_is_refused(override: str, valu
     assert (refusal.value.key, refusal.value.code) == (f"model.{override}", "override-contradicts")
 
 
+def test_a_layer_pattern_is_compared_by_the_layers_it_means(hf_model: Path, tmp_path: Path) -> None:
+    """A new-style file says the pattern layer by layer; the override says it as a period."""
+    from configs.schema import Model
+    from engine.modernbert.config import resolve_architecture
+
+    content = json.loads((hf_model / "config.json").read_text())
+    content.pop("global_attn_every_n_layers", None)
+    content["layer_types"] = ["full_attention", "sliding_attention"] * (SHAPE["num_hidden_layers"] // 2)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    model = Model(init=str(tmp_path), global_attn_every_n_layers=2)
+    assert resolve_architecture(model, tokenizer).layer_types == content["layer_types"]
+    with pytest.raises(InputError) as refusal:
+        resolve_architecture(Model(init=str(tmp_path), global_attn_every_n_layers=3), tokenizer)
+    assert refusal.value.code == "override-contradicts"
+
+
+def test_a_checkpoint_below_the_home_directory_is_one(
+    alone_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.initial_weights import check_initial_weights
+
+    monkeypatch.setenv("HOME", str(step_directory(alone_run / "checkpoints", 5).parent))
+    (note,) = check_initial_weights(
+        "~/step-00000005", ModernBertConfig(), load_tokenizer("package://tokenizer/modernbert")
+    )
+    assert "optimizer" in note
+
+
 def test_an_override_that_says_what_the_file_says_is_taken(hf_model: Path) -> None:
     from configs.schema import Model
     from engine.modernbert.config import resolve_architecture

@@ -86,6 +86,14 @@ def _tile(start, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_keys_and_values(qkv, cos, sin, n, mask_n, offs_half, offs_d, HEADS: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load k, turned by RoPE and in two halves, and v of the tokens n."""
+    row_n = n * (3 * HEADS * DIM)
+    k1, k2 = _load_turned(qkv + DIM, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], DIM // 2)
+    return k1, k2, tl.load(qkv + 2 * DIM + row_n + offs_d, mask_n[:, None], 0.0)
+
+
+@triton.jit
 def _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE: tl.constexpr, AFTER: tl.constexpr):  # type: ignore[no-untyped-def]
     """[M, N]: both tokens are of one document, and n lies at most BEFORE places before m or AFTER places after it."""
     distance = offs_m[:, None] - offs_n[None, :]
@@ -118,9 +126,7 @@ def _forward(  # type: ignore[no-untyped-def]
     acc = tl.zeros([BLOCK, DIM], tl.float32)
     for start in range(-BEFORE, BLOCK + AFTER, BLOCK):
         offs_n, mask_n, n = _tile(start, tokens, BLOCK)
-        row_n = n * (3 * HEADS * DIM)
-        k1, k2 = _load_turned(qkv + DIM, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
-        v = tl.load(qkv + 2 * DIM + row_n + offs_d, mask_n[:, None], 0.0)
+        k1, k2, v = _load_keys_and_values(qkv, cos, sin, n, mask_n, offs_half, offs_d, HEADS, DIM)
         mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
         qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
         qk = tl.where(mask, qk, float("-inf"))
@@ -160,9 +166,7 @@ def _backward(  # type: ignore[no-untyped-def]
     dq1, dq2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
     for start in range(-BEFORE, BLOCK + AFTER, BLOCK):
         offs_n, mask_n, n = _tile(start, tokens, BLOCK)
-        row_n = n * (3 * HEADS * DIM)
-        k1, k2 = _load_turned(qkv + DIM, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
-        v = tl.load(qkv + 2 * DIM + row_n + offs_d, mask_n[:, None], 0.0)
+        k1, k2, v = _load_keys_and_values(qkv, cos, sin, n, mask_n, offs_half, offs_d, HEADS, DIM)
         mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
         qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
         p = tl.where(mask, tl.exp2(qk - lse_m[:, None]), 0.0)
@@ -172,8 +176,7 @@ def _backward(  # type: ignore[no-untyped-def]
     _store_turned_back(dqkv, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], dq1 * scale, dq2 * scale, HALF)
 
     # The tokens m are keys from here on, and n queries: a key sees queries BEFORE and AFTER the other way round.
-    k1, k2 = _load_turned(qkv + DIM, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], HALF)
-    v = tl.load(qkv + 2 * DIM + row_m + offs_d, mask_m[:, None], 0.0)
+    k1, k2, v = _load_keys_and_values(qkv, cos, sin, m, mask_m, offs_half, offs_d, HEADS, DIM)
     dk1, dk2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
     dv = tl.zeros([BLOCK, DIM], tl.float32)
     for start in range(-AFTER, BLOCK + BEFORE, BLOCK):
