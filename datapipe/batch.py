@@ -22,8 +22,8 @@ class Origin(NamedTuple):
     """Number of the logical stream."""
     number: int
     """Rows of the stream before this row; never restarts."""
-    documents: tuple[tuple[int, int, int, int], ...]
-    """(source, epoch, position in the epoch, part) per document."""
+    documents: tuple[tuple[int, int, int, int, int], ...]
+    """(source, epoch, position in the epoch, first token, end) per document."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PackedSequence:
     """Number of the logical stream that the row belongs to."""
     number: int
     """Rows of the stream before this row; never restarts."""
-    documents: tuple[tuple[int, int, int, int], ...] = ()
+    documents: tuple[tuple[int, int, int, int, int], ...] = ()
     """(source, epoch, position in the epoch, part) per document."""
 
 

@@ -22,6 +22,9 @@ An example with rows of 8 tokens, C = [CLS], S = [SEP], M = [MASK], _ = padding 
 The unit of exactness is the stream. `data.streams` streams divide the documents among them, and each makes its rows
 alone: `batch.sequences / data.streams` rows per step. Rank r of n serves the streams r, r + n, r + 2n, ... So global
 batches are the same for any number of ranks, and a run continues from the streams' positions with any other number.
+
+A phase with other sources, weights or row lengths has a loader of its own. Its streams continue from the positions at
+the end of the phase before: `StreamState.for_phase`.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,6 +51,8 @@ from datapipe.stream import Stream, StreamSnapshot, StreamState
 from datapipe.targets import NumpyBatches, Targets
 from datapipe.tokenizer import Tokenizer
 
+EVALUATION = "(evaluation)"
+"""Name of the evaluation set among the fingerprints; no source can have it."""
 SCAN_BYTES = 256 * 2**20
 """Largest local source that is read whole when a run starts."""
 
@@ -65,6 +70,8 @@ class StepPlan:
     """0-based step to end before."""
     state: dict[str, Any] | None
     """The whole `StepData.state` of step `first - 1`; None begins with the data."""
+    begins_phase: bool
+    """Whether the state may be that of other sources, weights or row lengths."""
     stage: Callable[[MicroBatch], Any] | None
     """Called per micro-batch in the thread that makes it, to bring it to the training device."""
 
@@ -114,6 +121,8 @@ class Loader:
         last: int,
         state: dict[str, Any] | None,
         stage: Callable[[MicroBatch], Any] | None = None,
+        *,
+        begins_phase: bool = False,
     ) -> Generator[StepData, None, None]:
         """Yield the batches of the 0-based steps first..last-1, made ahead in a thread that ends with the generator.
 
@@ -125,6 +134,7 @@ class Loader:
             state: `StepData.state` of step `first - 1`, united over the ranks, whatever their number was. None begins
                 with the data.
             stage: Called per micro-batch in the thread, to bring it to the training device.
+            begins_phase: A phase begins with `first`, so the state may be that of other sources, weights or lengths.
 
         Raises:
             InputError: The state is of other data, a document cannot be read, or the data ends.
@@ -137,7 +147,7 @@ class Loader:
                 key="batch.micro",
                 code="not-a-divisor",
             )
-        plan = StepPlan(targets, micro_batch_size, first, last, state, stage)
+        plan = StepPlan(targets, micro_batch_size, first, last, state, begins_phase, stage)
         cancelled = threading.Event()
         steps = self._make_steps(plan, cancelled)
         return prefetched(steps, self._data.prefetch, cancelled, self.gate, closes=self._device is not None)
@@ -170,10 +180,11 @@ class Loader:
         with ExitStack() as stack:
             sources = self._open_sources(stack, len(self._streams), cancelled)
             streams = self._open_streams(sources, self._streams)
-            fingerprints = self._fingerprints(sources)
+            identity = self._identity(sources)
             if plan.state is not None:
                 for number, stream in streams.items():
-                    stream.restore(_stream_state(plan.state, number, fingerprints))
+                    stream.restore(self._stream_state(_saved(plan.state, number), identity, plan.begins_phase))
+                identity = identity.with_idle(next(iter(plan.state.values())))
             make_batches = self._batch_maker(plan)
             limited = all(source.epochs is not None for source in sources)
             rows = None
@@ -188,7 +199,7 @@ class Loader:
                     step=step,
                     micro_batches=micro_batches,
                     staged=tuple(map(plan.stage, micro_batches)) if plan.stage else (),
-                    encode_state=partial(_encode, snapshots, fingerprints),
+                    encode_state=partial(_encode, snapshots, identity),
                     **_progress(sources, list(streams.values())),
                 )
                 # Ranks reach the end at different steps, so they are told while they all still have a batch.
@@ -196,13 +207,30 @@ class Loader:
                 rows = self._next_rows(streams.values()) if looks_ahead else None
                 yield replace(made, ends=looks_ahead and rows is None)
 
-    def _fingerprints(self, sources: Sequence[Source]) -> dict[str, str]:
+    def _identity(self, sources: Sequence[Source]) -> _Identity:
         data = self._data
-        fingerprints = {source.name: _fingerprint(data, place, source) for place, source in enumerate(sources)}
+        order = {source.name: _order_fingerprint(data, place, source) for place, source in enumerate(sources)}
+        content = {source.name: _content_fingerprint(data, source) for source in sources}
         if data.evaluation is not None:  # because losses before and after a restart belong to one curve
             with closing(Source(data.evaluation.source, data, self._tokenizer)) as held_out:
-                fingerprints["(evaluation)"] = held_out.fingerprint
-        return fingerprints
+                order[EVALUATION] = held_out.fingerprint
+        return _Identity(order, content)
+
+    def _stream_state(self, saved: dict[str, Any], identity: _Identity, begins_phase: bool) -> StreamState:
+        """The state from which a stream continues, provided that it is of this data."""
+        state = StreamState.from_json(saved, self._data.sequence_length)
+        before, now = saved["data"], identity.order
+        if before == now:
+            return state
+        if not begins_phase or before.get(EVALUATION, now.get(EVALUATION)) != now.get(EVALUATION):
+            raise _data_changed(before, now)
+        if {**before, EVALUATION: None} == {**now, EVALUATION: None}:  # a branch may add an evaluation set
+            return state
+        known = state.sources.keys() | state.idle.keys()
+        content = {name: fingerprint for name, fingerprint in identity.content.items() if name in known}
+        if any(saved.get("content", {}).get(name) != fingerprint for name, fingerprint in content.items()):
+            raise _data_changed(saved.get("content", {}), content)
+        return state.for_phase(list(identity.content), self._data.sequence_length)
 
     def _batch_maker(self, plan: StepPlan) -> Callable[[list[list[PackedSequence]]], list[MicroBatch]]:
         if self._data.backend == "numpy":
@@ -319,19 +347,39 @@ def _progress(sources: Sequence[Source], streams: Sequence[Stream]) -> dict[str,
     }
 
 
-def _fingerprint(data: Data, place: int, source: Source) -> str:
-    """Identity of everything that decides the token order of the source at this place of the mixture."""
+class _Identity(NamedTuple):
+    """Fingerprints of the sources, by name."""
+
+    order: dict[str, str]
+    """Everything that decides the rows made from the source in this phase."""
+    content: dict[str, str]
+    """Everything that decides the order of the source's own documents, in any phase. Idle sources are included."""
+
+    def with_idle(self, saved: dict[str, Any]) -> _Identity:
+        """Keep the fingerprints of the sources that a saved stream names and this phase does not draw from."""
+        return self._replace(content={**saved.get("content", {}), **self.content})
+
+
+def _order_fingerprint(data: Data, place: int, source: Source) -> str:
     layout = (data.seed, data.sequence_length, data.streams, BUFFER, MEMORY, FORMAT)
-    settings = (source.fingerprint, source.weight, source.epochs, place, *layout)
+    return _hash(source.fingerprint, source.weight, source.epochs, place, *layout)
+
+
+def _content_fingerprint(data: Data, source: Source) -> str:
+    return _hash(source.fingerprint, source.epochs, data.seed, data.streams, FORMAT)
+
+
+def _hash(*settings: Any) -> str:
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
-def _encode(snapshots: dict[str, StreamSnapshot], fingerprints: dict[str, str]) -> dict[str, Any]:
-    return {number: {"data": fingerprints, **snapshot.state().to_json()} for number, snapshot in snapshots.items()}
+def _encode(snapshots: dict[str, StreamSnapshot], identity: _Identity) -> dict[str, Any]:
+    fingerprints = {"data": identity.order, "content": identity.content}
+    return {number: {**fingerprints, **snapshot.state().to_json()} for number, snapshot in snapshots.items()}
 
 
-def _stream_state(state: dict[str, Any], stream: int, fingerprints: dict[str, str]) -> StreamState:
-    """The state of one stream, provided that it is of this data."""
+def _saved(state: dict[str, Any], stream: int) -> dict[str, Any]:
+    """The saved state of one stream."""
     saved: dict[str, Any] | None = state.get(str(stream))
     if saved is None:
         raise InputError(
@@ -339,14 +387,15 @@ def _stream_state(state: dict[str, Any], stream: int, fingerprints: dict[str, st
             key="data.streams",
             code="stream-missing",
         )
-    old = saved["data"]
-    changed = sorted(name for name in old.keys() | fingerprints.keys() if old.get(name) != fingerprints.get(name))
-    if changed:
-        raise InputError(
-            f"source {', '.join(changed)}: its shards, weight, epochs or place among the sources, or data.streams, "
-            "seed or sequence_length are not those of the checkpoint, so the run cannot continue exactly; restore "
-            "them, or start another run",
-            key="data.sources",
-            code="data-changed",
-        )
-    return StreamState.from_json(saved)
+    return saved
+
+
+def _data_changed(old: dict[str, Any], new: dict[str, Any]) -> InputError:
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return InputError(
+        f"source {', '.join(changed)}: its shards, weight, epochs or place among the sources, or data.streams, "
+        "seed or sequence_length are not those of the checkpoint, so the run cannot continue exactly; restore "
+        "them, or start another run",
+        key="data.sources",
+        code="data-changed",
+    )

@@ -45,6 +45,7 @@ class CursorState(NamedTuple):
     documents: int
     skipped: int
     waiting: float
+    base: float = 0.0
 
 
 class Cursor:
@@ -57,6 +58,8 @@ class Cursor:
         """Tokens and documents drawn so far, special tokens included, and damaged documents left out."""
         self.waiting = 0.0
         """Mean of the drawn tokens that wait for a row."""
+        self.base = 0.0
+        """Tokens in rows when the present shares began; shares hold from there on."""
         self._share = (streams, stream)
         self._key = (seed, source.name)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
@@ -115,7 +118,7 @@ class Cursor:
 
     def state(self) -> CursorState:
         """An immutable snapshot."""
-        return CursorState(self.epoch, self.position, self.tokens, self.documents, self.skipped, self.waiting)
+        return CursorState(*(getattr(self, name) for name in CursorState._fields))
 
     def restore(self, state: CursorState) -> None:
         """Continue from a snapshot."""
@@ -203,7 +206,7 @@ class Mixture:
             least, number = float("inf"), -1
             for i, cursor in enumerate(self.cursors):
                 half = cursor.tokens / cursor.documents / 2 if cursor.documents else 0.0
-                progress = (cursor.tokens - cursor.waiting + half) / cursor.source.weight
+                progress = (cursor.tokens - cursor.waiting - cursor.base + half) / cursor.source.weight
                 if not cursor.exhausted and progress < least:
                     least, number = progress, i
             if number < 0:
@@ -218,6 +221,7 @@ class Mixture:
         return {cursor.source.name: cursor.state() for cursor in self.cursors}
 
     def restore(self, state: dict[str, CursorState]) -> None:
-        """Continue from snapshots."""
+        """Continue from snapshots. A source without a snapshot begins with its first document."""
         for cursor in self.cursors:
-            cursor.restore(state[cursor.source.name])
+            if cursor.source.name in state:
+                cursor.restore(state[cursor.source.name])

@@ -16,8 +16,8 @@ BUFFER = 64
 A larger buffer fills rows better. But its tokens are missing from the mixture's shares until they are trained on.
 """
 
-Reference = tuple[int, int, int, int]
-"""(source, epoch, position in the epoch, part): enough to read a piece again."""
+Reference = tuple[int, int, int, int, int]
+"""(source, epoch, position in the epoch, first token, end): enough to read a piece again."""
 
 
 class Piece(NamedTuple):
@@ -82,7 +82,7 @@ def packing_ratio(lengths: Iterable[int], row: int) -> float:
     """
     blank = np.zeros(row, np.int32)
     parts = (min(row, length - start) for length in lengths for start in range(0, length, row))
-    pieces = (Piece(blank[:part], (0, 0, 0, 0)) for part in parts)
+    pieces = (Piece(blank[:part], (0, 0, 0, 0, 0)) for part in parts)
     buffer = Buffer(islice(pieces, BUFFER))
     rows: list[int] = []
     while (piece := buffer.oldest()) is not None:
