@@ -78,8 +78,9 @@ def ours(config: RunConfig, skip: int = SKIP) -> Iterator[Runner]:
 
     with tempfile.TemporaryDirectory() as folder:
         components = build(config, Path(folder))
-        objective = components.objective(config.phases[0])
-        data = list(islice(components.batches(objective, 0, skip + config.total_steps, None), skip, None))
+        span = components.schedule.spans[0]
+        objective = components.begin_phase(span)
+        data = list(islice(components.batches(span, objective, 0, skip + config.total_steps, None), skip, None))
 
         def step(batch: StepData) -> float:
             losses, _ = components.runner.forward_backward(batch.staged)

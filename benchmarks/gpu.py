@@ -102,7 +102,8 @@ def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
     """
     with tempfile.TemporaryDirectory() as scratch, mock.patch("engine.build.random_weights", quick_weights):
         components = build(config, Path(scratch))
-        data = components.batches(components.objective(config.phases[0]), 0, 10**6, None)
+        span = components.schedule.spans[0]
+        data = components.batches(span, components.begin_phase(span), 0, 10**6, None)
         for _ in islice(data, SKIP):
             pass
 

@@ -5,6 +5,7 @@ The docstrings of sections and keys are the text of `docs/configuration.md`: run
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -22,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from configs.spans import PhaseSpan, phase_spans
 from configs.units import Count, Duration
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
@@ -252,8 +254,10 @@ class Batch(Section):
 
 
 class LearningRate(Section):
-    """Learning-rate schedule of one phase, relative to `optimizer.lr`. It restarts at the phase's first step."""
+    """Learning-rate schedule of one phase. It restarts at the phase's first step."""
 
+    peak: PositiveFloat | None = None
+    """Peak learning rate of the phase. Without a value: `optimizer.lr`."""
     warmup: Duration = Duration(0, "tokens")
     """Linear warmup from zero, in tokens or steps."""
     shape: Literal["constant", "linear", "cosine", "1-sqrt"] = "constant"
@@ -270,15 +274,34 @@ class LearningRate(Section):
         return self
 
 
+class PhaseBatch(Section):
+    """Batch sizes of one phase. A key without a value keeps that of the run's `batch`."""
+
+    sequences: PositiveInt | None = None
+    """Packed sequences per global batch, over all data-parallel ranks. A multiple of `data.streams`."""
+    micro: PositiveInt | Literal["auto"] | None = None
+    """Packed sequences per micro-batch on one data-parallel rank. `auto` is fitted per sequence length."""
+
+
 class Phase(Section):
     """A stretch of training with one objective. Weights and optimizer state pass unchanged to the next phase."""
 
     objective: Literal["clm", "mlm"]
     """`clm`: causal language modelling. `mlm`: masked language modelling."""
     tokens: Count | None = None
-    """Length in tokens, padding included (`batch.sequences` x `data.sequence_length` per step), rounded to a step."""
+    """Length in tokens, padding included (sequences x sequence length per step), rounded to a step."""
     steps: PositiveInt | None = None
     """Length in steps. A phase has either `tokens` or `steps`."""
+    sources: dict[str, PositiveFloat] | None = None
+    """Weights of the sources that the phase draws from, by name. A source left out keeps its position in its text and
+    continues from there in a later phase. Without a value: all of `data.sources`, by their own weights."""
+    sequence_length: PositiveInt | None = None
+    """Tokens per packed sequence. Without a value: `data.sequence_length`. The evaluation set keeps that one."""
+    global_rope_theta: PositiveFloat | None = None
+    """Base of the rotary embeddings in layers with global attention, from the phase's first step on. Without a value it
+    stays as it is."""
+    batch: PhaseBatch = PhaseBatch()
+    """Batch sizes."""
     lr: LearningRate = LearningRate()
     """Learning-rate schedule."""
     mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
@@ -465,20 +488,46 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _streams_divide_the_batch(self) -> Self:
-        if self.batch.sequences % self.data.streams:
-            raise _fault(
-                "data.streams",
-                f"{self.data.streams} streams must divide batch.sequences ({self.batch.sequences}), "
-                "because every step draws equally from each stream",
-            )
+        sizes = {"batch.sequences": self.batch.sequences}
+        sizes |= {f"phases.{n}.batch.sequences": p.batch.sequences or 0 for n, p in enumerate(self.phases)}
+        for key, sequences in sizes.items():
+            if sequences % self.data.streams:
+                raise _fault(
+                    "data.streams",
+                    f"{self.data.streams} streams must divide {key} ({sequences}), "
+                    "because every step draws equally from each stream",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_of_phases(self) -> Self:
+        known = [source.name for source in self.data.sources]
+        for number, phase in enumerate(self.phases):
+            if phase.sources is not None and not phase.sources:
+                raise _fault(f"phases.{number}.sources", "name at least one source, or leave out the key for all")
+            for name in phase.sources or ():
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"data.sources has {', '.join(known)}"
+                    raise _fault(f"phases.{number}.sources.{name}", f"no such source; {hint}")
+        for place, name in enumerate(known):
+            if not any(phase.sources is None or name in phase.sources for phase in self.phases):
+                raise _fault(
+                    f"data.sources.{place}",
+                    f"no phase uses the source {name}; name it in the `sources` of a phase, or remove it",
+                )
         return self
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens per global batch, padding included: sequences x sequence length."""
-        return self.batch.sequences * self.data.sequence_length
+    def spans(self) -> tuple[PhaseSpan, ...]:
+        """The phases laid out on the steps of the run."""
+        return phase_spans(self.phases, self.data, self.batch)
+
+    def span_at(self, step: int) -> PhaseSpan:
+        """Return the phase of the last of the first `step` steps; the first phase for 0."""
+        return next(span for span in self.spans if step <= span.last)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of all phases."""
-        return sum(phase.length(self.tokens_per_step) for phase in self.phases)
+        return self.spans[-1].last

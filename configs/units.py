@@ -67,17 +67,21 @@ class Duration:
             raise ValueError("a duration in minutes has no fixed number of steps")
         return self.value if self.unit == "steps" else round(self.value / tokens_per_step)
 
-    def is_due(self, step: int, tokens_per_step: int, seconds_since_last: float = 0.0) -> bool:
+    def is_due(self, step: int, tokens: int, tokens_per_step: int, seconds_since_last: float = 0.0) -> bool:
         """Return whether an action at this interval is due after `step` completed steps.
 
         Args:
             step: Completed optimizer steps, from 1.
-            tokens_per_step: Tokens per global batch, padding included.
+            tokens: Token slots of these steps, padding included. An interval in tokens is due in the step that
+                completes a multiple of it.
+            tokens_per_step: Token slots of the last of these steps.
             seconds_since_last: Seconds since the action was last done. Only intervals in minutes use it.
         """
         if self.unit == "minutes":
             return seconds_since_last >= 60.0 * self.value
-        return step % max(1, self.steps(tokens_per_step)) == 0
+        if self.unit == "steps":
+            return step % self.value == 0
+        return tokens // self.value > (tokens - tokens_per_step) // self.value
 
     def seconds(self, tokens_per_step: int, step_seconds: float) -> float:
         """Return the interval in seconds, if each step takes `step_seconds`."""

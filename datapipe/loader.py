@@ -152,10 +152,6 @@ class Loader:
         steps = self._make_steps(plan, cancelled)
         return prefetched(steps, self._data.prefetch, cancelled, self.gate, closes=self._device is not None)
 
-    def launched(self) -> None:
-        """Open the gate: the kernels of a step are launched, and the host is about to wait for them."""
-        self.gate.open()
-
     def describe(self, origin: Origin) -> str:
         """A row for people: its number, its stream, and the shards and documents that it was packed from."""
         with ExitStack() as stack:
@@ -226,10 +222,10 @@ class Loader:
             raise _data_changed(before, now)
         if {**before, EVALUATION: None} == {**now, EVALUATION: None}:  # a branch may add an evaluation set
             return state
-        known = state.sources.keys() | state.idle.keys()
+        known = {name: saved.get("content", {}).get(name) for name in [*state.sources, *state.idle]}
         content = {name: fingerprint for name, fingerprint in identity.content.items() if name in known}
-        if any(saved.get("content", {}).get(name) != fingerprint for name, fingerprint in content.items()):
-            raise _data_changed(saved.get("content", {}), content)
+        if changed := {name: known[name] for name in content if known[name] != content[name]}:
+            raise _data_changed(changed, {name: content[name] for name in changed})
         return state.for_phase(list(identity.content), self._data.sequence_length)
 
     def _batch_maker(self, plan: StepPlan) -> Callable[[list[list[PackedSequence]]], list[MicroBatch]]:

@@ -191,8 +191,8 @@ class Stream:
         """The present position, immutable."""
         document = None
         if self._document is not None:
-            ids, *place = self._document
-            document = _reference(self._length, *place, self._start, len(ids))
+            ids, source, epoch, position = self._document
+            document = source, epoch, position, self._start, len(ids)
         return StreamSnapshot(self._number, self.mixture.state(), self._buffer.pieces(), document, self._idle)
 
     def restore(self, state: StreamState) -> None:

@@ -19,21 +19,23 @@ from megatron.core.transformer.module import Float16Module
 from transformers import ModernBertConfig
 
 from configs.schema import Phase, RunConfig
+from configs.spans import PhaseSpan
 from datapipe.batch import MicroBatch, StepData
 from datapipe.loader import Loader, evaluation_batches
+from datapipe.prefetch import LaunchGate
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from engine import device, micro_batch
 from engine.checkpoint.manager import CheckpointManager
-from engine.checkpoint_meta import CheckpointMeta, MicroBatchChoice
+from engine.checkpoint_meta import CheckpointMeta
 from engine.guards import Guards, ReplicaGuard
 from engine.initial_weights import load_initial_weights
 from engine.megatron import ddp_timing
 from engine.megatron.optimizer import FrozenLayers, build_optimizer
 from engine.megatron.teardown import release
-from engine.modernbert.config import parameter_count, resolve_architecture
+from engine.modernbert.config import parameter_count, phase_architecture, resolve_architecture
 from engine.modernbert.model import ModernBert, transformer_config
 from engine.objectives import CausalLM, MaskedLM, Objective, objective_of
-from engine.parallel import Layout, initialise, plan
+from engine.parallel import Layout, initialise, micro_setting, plan
 from engine.precision import DTYPE, Precision, resolve_precision
 from engine.schedule import PhaseSchedule
 from engine.step import StepRunner, to_device_batch, weight_buffers
@@ -44,8 +46,8 @@ from monitoring.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
-FitMicroBatch = Callable[[StepRunner, Layout, MicroBatchChoice | None], MicroBatchChoice]
-"""Chooses `batch.micro: auto`, given the choice in the checkpoint; all ranks call it together."""
+FitMicroBatch = Callable[[StepRunner, Layout, PhaseSpan, dict[str, int]], int]
+"""Chooses a phase's `batch.micro: auto`, by the choices in the checkpoint, to which it adds; all ranks call it."""
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Components:
     layout: Layout
     schedule: PhaseSchedule
     loader: Loader
+    """Makes the batches of the current phase."""
     held_out: dict[Objective, list[MicroBatch]]
     """This rank's share of the held-out set, as each objective sees it; empty without a held-out set."""
     runner: StepRunner
@@ -69,25 +72,35 @@ class Components:
     """On global rank 0 only."""
     state: TrainState
 
-    @property
-    def evaluation_due(self) -> bool:
+    def evaluation_due(self, span: PhaseSpan) -> bool:
         """Whether the held-out set is evaluated after the current step: at its interval, and at the end of the run."""
-        held_out = self.config.data.evaluation
-        if held_out is None:
-            return False
-        step = self.state.step
-        return held_out.every.is_due(step, self.config.tokens_per_step) or step == self.schedule.total
+        held_out, step = self.config.data.evaluation, self.state.step
+        return held_out is not None and (span.is_due(held_out.every, step) or step == self.schedule.total)
 
-    def objective(self, phase: Phase) -> Objective:
-        """Return the objective of a phase."""
-        return objective_of(phase, self.tokenizer, self.config.data.seed)
+    def begin_phase(self, span: PhaseSpan) -> Objective:
+        """Make model, optimizer and data those of a phase, at its first step or after a resume within it."""
+        self.state.phase = span.index
+        self.runner.frozen.freeze(span.phase.freeze)
+        self.runner.model.set_architecture(phase_architecture(self.architecture, self.config, span.index))
+        self.loader = _loader(self.config, span, self.tokenizer, self.loader.gate)
+        return objective_of(span.phase, self.tokenizer, self.config.data.seed)
 
     def batches(
-        self, objective: Objective, first: int, last: int, data: dict[str, Any] | None
+        self, span: PhaseSpan, objective: Objective, first: int, last: int, data: dict[str, Any] | None
     ) -> Generator[StepData, None, None]:
-        """Yield this rank's batches of the 0-based steps first..last-1, on the device; `data` as in `Loader.steps`."""
-        stage = partial(to_device_batch, causal=objective.causal)
-        return self.loader.steps(objective.targets(), self.layout.micro_batch_size, first, last, data, stage)
+        """Yield this rank's batches of a phase's 0-based steps first..last-1, on the device.
+
+        `begin_phase` comes first. `data` is as in `Loader.steps`.
+        """
+        return self.loader.steps(
+            objective.targets(),
+            self.layout.micro_batch_sizes[span.index],
+            first,
+            last,
+            data,
+            partial(to_device_batch, causal=objective.causal),
+            begins_phase=first == span.first,
+        )
 
     def close(self) -> None:
         """Flush logs and mirror, and free the process groups and the model."""
@@ -134,8 +147,8 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     manager.recorder = recorder
     gc.collect()
     gc.freeze()  # because a collection would look through what importing Megatron leaves behind, for 0.3 s each
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    loader = Loader(config.data, config.batch.sequences, tokenizer, rank, size, device.device().index)
+    schedule = PhaseSchedule(config)
+    loader = _loader(config, schedule.spans[0], tokenizer, LaunchGate())
     runner = StepRunner(
         model,
         ddp_model,
@@ -143,7 +156,7 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
         ddp_timing.install(ddp_model),
         config.optimizer,
         FrozenLayers(model, optimizer),
-        on_launched=loader.launched,
+        on_launched=loader.gate.open,
     )
     components = Components(
         config=config,
@@ -151,7 +164,7 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
         tokenizer=tokenizer,
         architecture=architecture,
         layout=layout,
-        schedule=PhaseSchedule(config),
+        schedule=schedule,
         loader=loader,
         held_out={},
         runner=runner,
@@ -164,10 +177,12 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     try:
         if fit is None and device.device().type == "cuda":
             fit = _fit_by_measurement(config, architecture, tokenizer)
-        if config.batch.micro == "auto" and fit is not None:
-            state.micro_batch = fit(runner, layout, state.micro_batch)
-            rows, size = layout.micro_batch_size * layout.num_micro_batches, state.micro_batch.size
-            components.layout = replace(layout, micro_batch_size=size, num_micro_batches=rows // size)
+        if fit is not None:
+            sizes = list(layout.micro_batch_sizes)
+            for span in schedule.remaining(state.step):
+                if micro_setting(config, span)[1] == "auto":
+                    sizes[span.index] = fit(runner, layout, span, state.micro_batches)
+            components.layout = replace(layout, micro_batch_sizes=tuple(sizes))
         components.held_out = _held_out(config, tokenizer, components.layout)
     except BaseException:
         components.close()
@@ -176,12 +191,18 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
 
 
 def _fit_by_measurement(config: RunConfig, architecture: ModernBertConfig, tokenizer: Tokenizer) -> FitMicroBatch:
-    def fit(runner: StepRunner, layout: Layout, before: MicroBatchChoice | None) -> MicroBatchChoice:
-        probe = micro_batch.GpuProbe(runner, config.data.sequence_length, tokenizer.sep_id, layout.pipeline)
-        key = micro_batch.identity(config, architecture, layout, runner.model.config.fp8)
-        return micro_batch.fit(probe, layout.micro_batch_size * layout.num_micro_batches, key, before)
+    def fit(runner: StepRunner, layout: Layout, span: PhaseSpan, choices: dict[str, int]) -> int:
+        probe = micro_batch.GpuProbe(runner, span.data.sequence_length, tokenizer.sep_id, layout.pipeline)
+        key = micro_batch.identity(config, span, architecture, layout, runner.model.config.fp8)
+        choices[key] = micro_batch.fit(probe, span.sequences // layout.data, key, choices.get(key))
+        return choices[key]
 
     return fit
+
+
+def _loader(config: RunConfig, span: PhaseSpan, tokenizer: Tokenizer, gate: LaunchGate) -> Loader:
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return Loader(span.data, span.sequences, tokenizer, rank, size, device.device().index, gate)
 
 
 def _open_recorder(
@@ -250,13 +271,17 @@ def build_model(
 
 
 def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[Objective, list[MicroBatch]]:
-    """Prepare the held-out set as both objectives see it."""
+    """Prepare the held-out set as both objectives see it, in rows of `data.sequence_length` in every phase."""
     if config.data.evaluation is None:
         return {}
+    slots = min(
+        size * span.data.sequence_length for size, span in zip(layout.micro_batch_sizes, config.spans, strict=True)
+    )
+    micro = max(1, slots // config.data.sequence_length)
     rank, size = parallel_state.get_data_parallel_rank(), layout.data
     masked = Phase(objective="mlm", steps=1, mask_rate=config.data.evaluation.mask_rate)
     objectives = (CausalLM(), MaskedLM(masked, tokenizer, config.data.seed))
     return {
-        objective: evaluation_batches(config.data, objective.targets(), layout.micro_batch_size, tokenizer, rank, size)
+        objective: evaluation_batches(config.data, objective.targets(), micro, tokenizer, rank, size)
         for objective in objectives
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -11,15 +11,6 @@ from configs.errors import InputError
 
 FORMAT = 1
 """Layout of a checkpoint directory. A version of Detour reads its own number only."""
-
-
-class MicroBatchChoice(NamedTuple):
-    """The micro-batch size that `batch.micro: auto` has chosen."""
-
-    key: str
-    """Hash of everything that the choice depends on."""
-    size: int
-    """Packed sequences of a micro-batch."""
 
 
 class CheckpointMeta(BaseModel):
@@ -50,8 +41,17 @@ class CheckpointMeta(BaseModel):
     """`Recorder.state()`."""
     guards: dict[str, list[float]] | None = None
     """`Guards.state()`."""
-    micro_batch: MicroBatchChoice | None = None
-    """The choice of `batch.micro: auto`; None where the configuration decides."""
+    micro_batches: dict[str, int] = {}
+    """The choices of `batch.micro: auto`: packed sequences of a micro-batch, by `engine.micro_batch.identity`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_choice(cls, content: Any) -> Any:
+        """Read the single choice (key, size) that older versions kept."""
+        if isinstance(content, dict) and content.get("micro_batch"):
+            key, size = content["micro_batch"]
+            return {**content, "micro_batches": {key: size}}
+        return content
 
     @model_validator(mode="after")
     def _require_run_fields(self) -> CheckpointMeta:

@@ -22,9 +22,9 @@ from transformers import ModernBertConfig
 
 from configs.files import write_json
 from configs.schema import RunConfig
+from configs.spans import PhaseSpan
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
-from engine.checkpoint_meta import MicroBatchChoice
 from engine.megatron.fp8_state import preserve_fp8_state
 from engine.parallel import Layout
 from engine.step import StepRunner, to_device_batch
@@ -83,34 +83,32 @@ class GpuProbe:
         return float(torch.cuda.max_memory_reserved())
 
 
-def fit(
-    probe: Probe, rows: int, key: str, before: MicroBatchChoice | None, remembered: Path = REMEMBERED
-) -> MicroBatchChoice:
+def fit(probe: Probe, rows: int, key: str, before: int | None, remembered: Path = REMEMBERED) -> int:
     """Choose the largest micro-batch that fits every rank's device; all ranks call it together.
 
     Args:
         probe: Measures steps that are tried.
         rows: Sequences of a global batch per data-parallel rank.
         key: `identity` of the run and the device.
-        before: The choice in the run's checkpoint. It stays for the same key, because other sizes round differently.
+        before: The choice for this key in the run's checkpoint. It stays, because other sizes round differently.
         remembered: Rank 0's file of choices by other runs; a choice for the same key is taken from there.
 
     Returns:
-        The choice, the same on every rank.
+        Rows of a micro-batch, the same on every rank.
     """
-    if before is not None and before.key == key:
+    if before is not None:
         return before
     path = remembered.expanduser()
     known: list[int | None] = [_remembered(path).get(key) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(known)
     if known[0] is not None:
-        return MicroBatchChoice(key, known[0])
+        return known[0]
     size = _smallest(largest_that_fits(rows, probe.held(), probe.peak, MEMORY_SHARE * probe.total(), _smallest))
     if dist.get_rank() == 0:
         with suppress(OSError):  # the next run measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {**_remembered(path), key: size})
-    return MicroBatchChoice(key, size)
+    return size
 
 
 def largest_that_fits(
@@ -139,18 +137,19 @@ def largest_that_fits(
     return max(size for size in sizes if size == 1 or first + slope * (size - 1) <= room)
 
 
-def identity(config: RunConfig, architecture: ModernBertConfig, layout: Layout, fp8: Any) -> str:
+def identity(config: RunConfig, span: PhaseSpan, architecture: ModernBertConfig, layout: Layout, fp8: Any) -> str:
     """Hash everything that decides how much memory a row takes, and how much there is.
 
     Args:
         config: The run's configuration.
+        span: The phase; its sequence length and batch count.
         architecture: The model's configuration.
         layout: The parallel layout; its micro-batch does not count.
         fp8: Megatron's FP8 format; None without FP8.
     """
     sizes = (layout.tensor, layout.pipeline, layout.data, layout.sequence)
     parts: list[Any] = [device.name(), device.total_memory_bytes(), torch.__version__, sizes]
-    parts += [config.data.sequence_length, config.batch.sequences, fp8, config.fp8_recipe, config.attention]
+    parts += [span.data.sequence_length, span.sequences, fp8, config.fp8_recipe, config.attention]
     shape = json.dumps(architecture.to_dict(), sort_keys=True, default=str)
     return hashlib.sha256(repr([*parts, shape]).encode()).hexdigest()[:24]
 

@@ -7,7 +7,6 @@ from typing import Literal
 from configs.schema import SCRATCH, RunConfig
 from datapipe.tokenizer import Tokenizer
 from engine.checkpoint_meta import CheckpointMeta
-from engine.schedule import PhaseSchedule
 
 ExportKind = Literal["encoder", "decoder"]
 
@@ -37,19 +36,20 @@ def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> 
 
 def _trained_phases(config: RunConfig, step: int) -> list[str]:
     lines = []
-    for span in PhaseSchedule(config).spans:
-        done, length = min(step, span.last) - span.first, span.last - span.first
+    for span in config.spans:
+        done = min(step, span.last) - span.first
         if done > 0:
-            tokens = done * config.tokens_per_step
-            whole = "" if done == length else f" of the {length:,} planned"
+            tokens = done * span.tokens_per_step
+            whole = "" if done == span.steps else f" of the {span.steps:,} planned"
             lines.append(f"{span.phase.objective.upper()}, {done:,} steps{whole}, {tokens:,} tokens")
     return lines
 
 
 def _has_trained_masks(config: RunConfig, step: int) -> bool:
     """Whether the head can fill masks: the run has trained MLM, or started from a model."""
-    spans = PhaseSchedule(config).spans
-    return config.model.init != SCRATCH or any(span.phase.objective == "mlm" and span.first < step for span in spans)
+    return config.model.init != SCRATCH or any(
+        span.phase.objective == "mlm" and span.first < step for span in config.spans
+    )
 
 
 _CARD = """---

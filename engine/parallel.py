@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+from configs.spans import PhaseSpan
 
 _AUTO_MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Most token slots of a micro-batch that `batch.micro: auto` plans for."""
@@ -19,16 +21,14 @@ _AUTO_MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups, and the micro-batches of a rank."""
+    """Sizes of the parallel groups, and of the micro-batches."""
 
     tensor: int
     pipeline: int
     data: int
     sequence: bool
-    micro_batch_size: int
-    """Packed sequences of a micro-batch."""
-    num_micro_batches: int
-    """Micro-batches per step on each data-parallel rank."""
+    micro_batch_sizes: tuple[int, ...]
+    """Packed sequences of a micro-batch, by phase."""
 
     @property
     def workers(self) -> int:
@@ -57,11 +57,15 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
         beyond = [layer for layer in phase.freeze if layer >= layers]
         if beyond:
             errors.append(f"phases.{number}.freeze: no layers {beyond}; the model has 0 to {layers - 1}")
-    if config.data.sequence_length > architecture.max_position_embeddings:
-        errors.append(
-            f"data.sequence_length: {config.data.sequence_length} is more than the model's "
-            f"max_position_embeddings {architecture.max_position_embeddings}"
-        )
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    lengths |= {f"phases.{n}.sequence_length": p.sequence_length or 0 for n, p in enumerate(config.phases)}
+    for key, length in lengths.items():
+        if length > architecture.max_position_embeddings:
+            errors.append(
+                f"{key}: {length} is more than the model's max_position_embeddings "
+                f"{architecture.max_position_embeddings}; raise model.max_position_embeddings as well, and for a much "
+                "longer context the phase's global_rope_theta"
+            )
     if workers % (tensor * pipeline):
         errors.append(
             f"cluster.workers_per_node: {workers} workers in all are not a multiple of "
@@ -77,29 +81,43 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
             f"use a data-parallel size among {fitting} or change data.streams",
             key="data.streams",
         )
-    rows = config.batch.sequences // data
-    micro = _auto_micro(rows, config.data.sequence_length) if config.batch.micro == "auto" else config.batch.micro
+    sizes = tuple(_micro_batch_size(config, span, data) for span in config.spans)
+    return Layout(tensor, pipeline, data, config.parallel.sequence, sizes)
+
+
+def micro_setting(config: RunConfig, span: PhaseSpan) -> tuple[str, int | Literal["auto"]]:
+    """Return the key that decides the micro-batch of a phase, and its value."""
+    own = span.phase.batch.micro
+    return ("batch.micro", config.batch.micro) if own is None else (f"phases.{span.index}.batch.micro", own)
+
+
+def _micro_batch_size(config: RunConfig, span: PhaseSpan, data: int) -> int:
+    """Packed sequences of a phase's micro-batch over `data` data-parallel ranks."""
+    rows, length, tensor = span.sequences // data, span.data.sequence_length, config.parallel.tensor
+    key, setting = micro_setting(config, span)
+    micro = _auto_micro(rows, length) if setting == "auto" else setting
+    where = "data" if span.phase.sequence_length is None else f"phases.{span.index}"
     if rows % micro:
         raise InputError(
-            f"batch.micro: {micro} does not divide the {rows} sequences of a data-parallel rank "
-            f"(batch.sequences {config.batch.sequences} over {data} ranks)",
-            key="batch.micro",
+            f"{key}: {micro} does not divide the {rows} sequences of a data-parallel rank "
+            f"({span.sequences} sequences over {data} ranks)",
+            key=key,
         )
-    if micro * config.data.sequence_length % tensor:
+    if micro * length % tensor:
         raise InputError(
-            f"data.sequence_length: a micro-batch of {micro} x {config.data.sequence_length} tokens "
-            f"does not divide over {tensor} tensor-parallel ranks",
-            key="data.sequence_length",
+            f"{where}.sequence_length: a micro-batch of {micro} x {length} tokens does not divide over {tensor} "
+            "tensor-parallel ranks",
+            key=f"{where}.sequence_length",
         )
-    slots = micro * config.data.sequence_length // (tensor if config.parallel.sequence else 1)
+    slots = micro * length // (tensor if config.parallel.sequence else 1)
     multiple = 32 if config.fp8_recipe == "mxfp8" else 16  # as in megatron.core.fp8_utils.get_fp8_align_size
     if config.precision == "fp8" and slots % multiple:
         raise InputError(
-            f"data.sequence_length: {config.fp8_recipe} FP8 wants micro-batches of a multiple of {multiple} tokens "
+            f"{where}.sequence_length: {config.fp8_recipe} FP8 wants micro-batches of a multiple of {multiple} tokens "
             f"on each rank, this is {slots}; choose a sequence_length that gives such a multiple",
-            key="data.sequence_length",
+            key=f"{where}.sequence_length",
         )
-    return Layout(tensor, pipeline, data, config.parallel.sequence, micro, rows // micro)
+    return micro
 
 
 def initialise(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> None:
@@ -129,7 +147,7 @@ def single_process() -> Iterator[None]:
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        initialise(Layout(1, 1, 1, False, 1, 1), seed=0)
+        initialise(Layout(1, 1, 1, False, ()), seed=0)
         yield
     finally:
         parallel_state.destroy_model_parallel()

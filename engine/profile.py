@@ -71,8 +71,9 @@ def _profile(config: RunConfig, scratch: Path, output: Path, steps: int) -> str:
             run.runner.optimizer_step(losses, run.schedule.learning_rate(batch.step))
         return sum(micro_batch.tokens for micro_batch in batch.micro_batches)
 
-    objective = run.objective(config.phases[0])
-    with closing(run), closing(run.batches(objective, 0, WARMUP + steps + 1, None)) as data:
+    span = run.schedule.spans[0]
+    objective = run.begin_phase(span)
+    with closing(run), closing(run.batches(span, objective, 0, WARMUP + steps + 1, None)) as data:
         for _ in range(WARMUP):
             one_step()
         parts.clear()

@@ -105,18 +105,21 @@ class StepRunner:
         self.on_launched()
         return losses, watch
 
-    def optimizer_step(self, losses: torch.Tensor, learning_rate: float | None = None) -> float:
+    def optimizer_step(
+        self, losses: torch.Tensor, learning_rate: float | None = None, peak: float | None = None
+    ) -> float:
         """Update the weights, except those of frozen layers, unless a loss or gradient of any rank is not finite.
 
         Args:
             losses: This rank's losses by `forward_backward`.
             learning_rate: Learning rate of this step; None keeps the one of the step before.
+            peak: Peak learning rate of the phase; `optimizer.lr` if not given.
 
         Returns:
             The global gradient norm before clipping.
         """
         if learning_rate is not None:
-            set_learning_rate(self.optimizer, learning_rate, self.settings)
+            set_learning_rate(self.optimizer, learning_rate, peak or self.settings.lr, self.settings)
         self.frozen.clear_gradients()
         return optimizer_step(self.optimizer, losses)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.schema import RunConfig
+from configs.spans import PhaseSpan
 from datapipe.batch import Drawn, StepData
 from engine import device
 from engine.device import Stopwatch
 from engine.rank_stats import RankStats, StepTotals, latest_epochs, reports_loss, total_drawn
-from engine.schedule import PhaseSchedule, PhaseSpan
+from engine.schedule import PhaseSchedule
 from monitoring.events import DocumentsSkipped, record
 from monitoring.log import Follower
 from monitoring.recorder import Recorder, StepRecord, WorkerRecord, due
@@ -80,7 +81,7 @@ class StepLog:
                 step_seconds=times.step_seconds,
                 data_wait_seconds=times.data_wait_seconds,
                 flops=totals.flops,
-                packing_ratio=totals.tokens / self._config.tokens_per_step,
+                packing_ratio=totals.tokens / span.tokens_per_step,
                 epochs=epochs,
                 workers=workers,
                 eval_loss=eval_loss,

@@ -55,16 +55,15 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
     state, runner = run.state, run.runner
     log = StepLog(run.config, run.directory, run.schedule, run.recorder)
     for span in run.schedule.remaining(state.step):
-        objective = run.objective(span.phase)
-        state.phase = span.index
-        runner.frozen.freeze(span.phase.freeze)
+        objective = run.begin_phase(span)
         if run.recorder:
             run.recorder.phase_started(span.index, objective.name, state.step)
-        with closing(run.batches(objective, state.step, span.last, state.data)) as batches:
+        with closing(run.batches(span, objective, state.step, span.last, state.data)) as batches:
             for batch, watch, waited in _timed(batches):
                 losses, own_work = runner.forward_backward(batch.staged)
                 run.replicas.observe()
-                grad_norm = runner.optimizer_step(losses, run.schedule.learning_rate(state.step))
+                learning_rate = run.schedule.learning_rate(state.step)
+                grad_norm = runner.optimizer_step(losses, learning_rate, run.schedule.peak(span))
                 batch_losses = losses.tolist()
                 state.step += 1
 
@@ -73,7 +72,7 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
                 suspects = _suspects(run, batch, batch_losses)
                 run.guards.check(state.step, objective.name, totals.loss, grad_norm, suspects)
                 times = StepTimes(watch.seconds(), waited, own_work)
-                evaluation = runner.evaluate(run.held_out) if run.evaluation_due else None
+                evaluation = runner.evaluate(run.held_out) if run.evaluation_due(span) else None
                 log.record(state.step, span, batch, totals, grad_norm, times, evaluation)
 
                 run.checkpoints.poll(all_idle=not totals.writing)

@@ -81,8 +81,9 @@ def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Con
 
 def require_sound_schedule(config: RunConfig) -> None:
     """Raise InputError for a learning-rate schedule that contradicts itself."""
-    for number, phase in enumerate(config.phases):
-        steps, warmup = phase.length(config.tokens_per_step), phase.lr.warmup.steps(config.tokens_per_step)
+    for span in config.spans:
+        number, phase, steps = span.index, span.phase, span.steps
+        warmup = phase.lr.warmup.steps(span.tokens_per_step)
         if warmup >= steps:
             raise InputError(
                 f"phases.{number}.lr.warmup: {warmup:,} steps of warmup do not fit into its {steps:,} steps: the "
@@ -174,11 +175,11 @@ def _require_enough(config: RunConfig, sources: list[SourceSummary]) -> None:
     tokens = sum(
         (source.tokens + 2 * source.documents) * (epochs or 0) for source, epochs in zip(summaries, limits, strict=True)
     )
-    steps = 2 * tokens // config.tokens_per_step  # packed rows are at least half full
-    if steps < config.total_steps:
+    slots = config.spans[-1].tokens(config.total_steps)
+    if 2 * tokens < slots:  # packed rows are at least half full
         raise InputError(
-            f"data.sources: all reach their `epochs` after {format_count(tokens)} tokens, at most {steps:,} of the "
-            f"{config.total_steps:,} steps; shorten the phases, or let a source repeat",
+            f"data.sources: all reach their `epochs` after {format_count(tokens)} tokens, and the phases need at "
+            f"least {format_count(slots / 2)}; shorten the phases, or let a source repeat",
             key="data.sources",
             code="sources-too-short",
         )

@@ -31,18 +31,20 @@ def print_header(
 
     schedule = PhaseSchedule(config)
     phases = {
-        f"phase {span.index + 1}": f"{span.phase.objective}, {span.last - span.first:,} steps, "
-        f"{format_count((span.last - span.first) * config.tokens_per_step)} tokens, learning rate "
-        f"{schedule.learning_rate(span.first):.3g} -> {schedule.learning_rate(span.last - 1):.3g}"
+        f"phase {span.index + 1}": f"{span.phase.objective}, {span.steps:,} steps of {span.sequences:,} x "
+        f"{span.data.sequence_length:,} = {format_count(span.steps * span.tokens_per_step)} tokens, learning rate "
+        f"{schedule.learning_rate(span.first):.3g} -> {schedule.learning_rate(span.last - 1):.3g}, "
+        f"{', '.join(source.name for source in span.data.sources)}"
         for span in schedule.spans
     }
+    slots = config.spans[-1].tokens(config.total_steps)
     data = topology.workers // (config.parallel.tensor * config.parallel.pipeline)
     at_most = "" if isinstance(config.cluster.nodes, int) else "at most "
     _print(
         console,
         f"[bold]{config.name}[/] in {directory}",
         {
-            "steps": f"{config.total_steps:,} of {format_count(config.tokens_per_step)} tokens, padding included",
+            "steps": f"{config.total_steps:,}, {format_count(slots)} tokens, padding included",
             **phases,
             "workers": f"{at_most}{topology.workers} on {topology.nodes} node{'s' * (topology.nodes > 1)} "
             f"({'GPU' if topology.gpu else 'CPU'}): data {data} x tensor {config.parallel.tensor} "

@@ -60,7 +60,7 @@ class StepRecord(StepValues):
 
 def due(config: RunConfig, step: int) -> bool:
     """Whether `step` completed steps give a line of metrics.jsonl."""
-    return config.monitoring.every.is_due(step, config.tokens_per_step) or step == config.total_steps
+    return step % config.monitoring.every.value == 0 or step == config.total_steps
 
 
 @dataclass
@@ -178,13 +178,13 @@ class Recorder:
         telemetry.step, telemetry.step_time = record.step, time.time()
         telemetry.phase = record.phase
         telemetry.loss[record.objective] = record.loss
-        telemetry.epochs = record.epochs
+        telemetry.epochs = {**telemetry.epochs, **record.epochs}  # idle sources keep their epoch
         for name, value in record.step_values().items():
             setattr(telemetry, name, value)
         if record.workers is not None:
             telemetry.workers = record.workers
         if record.drawn is not None:
-            counters.drawn = record.drawn
+            counters.drawn = {**counters.drawn, **record.drawn}  # idle sources keep their counts
         if record.eval_loss is not None:
             telemetry.eval_loss, telemetry.eval_accuracy = record.eval_loss, record.eval_accuracy or {}
         if self.due(record.step) or record.eval_loss is not None:
@@ -257,7 +257,7 @@ class Recorder:
             self._since_written = _Window()
         steps = self._counters.step_seconds
         telemetry.checkpoint_interval_seconds = self._config.checkpoint.every.seconds(
-            self._config.tokens_per_step, steps.sum / steps.count if steps.count else math.nan
+            self._config.span_at(telemetry.step).tokens_per_step, steps.sum / steps.count if steps.count else math.nan
         )
         shown = Counters.model_validate(highest(self._counters.model_dump(mode="json"), self._floor))
         held = dict(held_events(self._directory))

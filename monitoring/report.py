@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from configs.files import write_atomically
 from configs.load import dump_config
+from configs.schema import RunConfig
 from configs.units import format_count
 from monitoring.charts import HALF, WIDE, Band, Line, Mark, Point, line_chart, smoothed
 from monitoring.events import CheckpointSaved, PhaseStarted, kinds_where
@@ -77,13 +78,16 @@ def _state(run: RunFiles) -> str:
 
 def _lead(run: RunFiles) -> str:
     config = run.config
-    phases = " then ".join(
-        f"{phase.objective.upper()} for {phase.length(config.tokens_per_step):,} steps" for phase in config.phases
-    )
+    phases = " then ".join(f"{span.phase.objective.upper()} for {span.steps:,} steps" for span in config.spans)
     return (
-        f"{config.model.size or config.model.init}, {phases}; {config.batch.sequences:,} sequences of "
-        f"{config.data.sequence_length:,} token slots per step, peak learning rate {config.optimizer.lr:g}"
+        f"{config.model.size or config.model.init}, {phases}; {_batches(config)} per step, "
+        f"peak learning rate {config.optimizer.lr:g}"
     )
+
+
+def _batches(config: RunConfig) -> str:
+    sizes = dict.fromkeys((span.sequences, span.data.sequence_length) for span in config.spans)
+    return " then ".join(f"{sequences:,} sequences of {length:,} token slots" for sequences, length in sizes)
 
 
 def _tiles(run: RunFiles) -> list[Tile]:
@@ -210,12 +214,10 @@ def _change(values: Sequence[float], number: Callable[[float], str] = lambda y: 
 def _bands(run: RunFiles) -> list[Band]:
     """Bands of the phases that the run has reached."""
     bands: list[Band] = []
-    start = 0
-    for phase in run.config.phases:
-        end = start + phase.length(run.config.tokens_per_step)
-        if start < run.step or not bands:
-            bands.append(Band(start, min(end, run.step), phase.objective.upper(), phase.objective))
-        start = end
+    for span in run.config.spans:
+        if span.first < run.step or not bands:
+            objective = span.phase.objective
+            bands.append(Band(span.first, min(span.last, run.step), objective.upper(), objective))
     return bands
 
 

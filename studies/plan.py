@@ -158,7 +158,7 @@ def _decay_share(config: RunConfig, value: Any) -> list[str]:
     if not 0 < share < 1 or len(config.phases) < 2:
         raise ValueError("it is a share between 0 and 1 of the last two phases")
     last = len(config.phases) - 1
-    steps = sum(phase.length(config.tokens_per_step) for phase in config.phases[-2:])
+    steps = sum(span.steps for span in config.spans[-2:])
     decay = max(1, round(share * steps))
     overrides = []
     for phase, length in ((last - 1, steps - decay), (last, decay)):
@@ -197,7 +197,8 @@ def _require_comparable(study: Study, one: Trial, other: Trial) -> None:
         changed += [f"model.{key}" for key in shapes[0] if shapes[0][key] != shapes[1].get(key)]
     steps = [trial.config.total_steps for trial in (one, other)]
     if steps[0] != steps[1]:
-        changed.append(f"total steps: {steps[0]:,} -> {steps[1]:,}, of {one.config.tokens_per_step:,} token slots each")
+        slots = one.config.spans[0].tokens_per_step
+        changed.append(f"total steps: {steps[0]:,} -> {steps[1]:,}, of {slots:,} token slots each")
     if changed:
         raise InputError(
             f"study {study.name}: arms {one.arm!r} and {other.arm!r} do not share all data and compute, so their "

@@ -14,11 +14,10 @@ from engine.checkpoint.format import (
     step_of,
     verify,
 )
-from engine.checkpoint_meta import CheckpointMeta, MicroBatchChoice
+from engine.checkpoint_meta import CheckpointMeta
 
 __all__ = [
     "CheckpointMeta",
-    "MicroBatchChoice",
     "clear_partial",
     "describe",
     "expired",

@@ -16,6 +16,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import file_sha256, partial_path
+from configs.schema import RunConfig
 from engine.checkpoint_meta import CheckpointMeta
 from engine.modernbert.config import CONFIG_FILE
 
@@ -120,24 +121,27 @@ def load(checkpoint: Path, model: Any, optimizer: Any | None) -> None:
         optimizer.load_state_dict(state["optimizer"])
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
-    """Delete expired checkpoints and what interrupted saves left behind.
-
-    Args:
-        checkpoints: Folder of the checkpoints.
-        keep: Number of newest checkpoints that stay.
-        keep_every: Checkpoints at a multiple of this many steps stay as well.
-    """
-    for path in expired(list_checkpoints(checkpoints), keep, keep_every):
+def prune(checkpoints: Path, config: RunConfig) -> None:
+    """Delete a run's expired checkpoints in a folder, and what interrupted saves left behind."""
+    for path in expired(list_checkpoints(checkpoints), config):
         hidden = partial_path(path)
         path.rename(hidden)  # because a half-deleted checkpoint must not look like a checkpoint
         shutil.rmtree(hidden, ignore_errors=True)
     clear_partial(checkpoints)
 
 
-def expired(newest_first: Sequence[Path], keep: int, keep_every: int | None) -> list[Path]:
-    """Return the checkpoints beyond the newest `keep`, except those at a multiple of `keep_every` steps."""
-    return [path for path in newest_first[keep:] if not keep_every or step_of(path) % keep_every]
+def expired(newest_first: Sequence[Path], config: RunConfig) -> list[Path]:
+    """Return the checkpoints beyond the newest `checkpoint.keep` that nothing else keeps.
+
+    Checkpoints at a multiple of `checkpoint.keep_every` steps stay. Those at the end of a phase stay as well, because
+    other runs branch off there.
+    """
+    keep_every, phase_ends = config.checkpoint.keep_every, {span.last for span in config.spans}
+    return [
+        path
+        for path in newest_first[config.checkpoint.keep :]
+        if step_of(path) not in phase_ends and (not keep_every or step_of(path) % keep_every)
+    ]
 
 
 def clear_partial(checkpoints: Path) -> None:

@@ -66,11 +66,12 @@ class CheckpointManager:
         self.clock = clock
         self.folder = RunDirectory(directory).checkpoints
         settings = config.checkpoint
-        self.writer = Writer(on_published=partial(prune, self.folder, settings.keep, settings.keep_every))
+        self.writer = Writer(on_published=partial(prune, self.folder, config))
         self._mirror: Mirror | None = None
         if settings.mirror is not None and dist.get_rank() == 0:
             self._mirror = Mirror(settings.mirror, config, directory)
         self._config, self._directory, self._architecture = config, directory, architecture
+        self._spans = config.spans
         self._model, self._optimizer = model, optimizer
 
     @property
@@ -80,8 +81,8 @@ class CheckpointManager:
 
     def is_due(self, state: TrainState) -> bool:
         """Whether `checkpoint.every` asks for a checkpoint now, by this rank's clock."""
-        every = self._config.checkpoint.every
-        return every.is_due(state.step, self._config.tokens_per_step, self.clock() - state.saved_at)
+        span = next(span for span in self._spans if state.step <= span.last)
+        return span.is_due(self._config.checkpoint.every, state.step, self.clock() - state.saved_at)
 
     def save(self, state: TrainState, guards: Guards, *, wait: bool, last: bool) -> None:
         """Start saving the current step behind the training.
@@ -148,7 +149,7 @@ class CheckpointManager:
         """The record of a checkpoint; the writer adds the files, and the data positions of all ranks."""
         return CheckpointMeta(
             **{**state.state_dict(), "data": {}},
-            architecture=self._architecture.to_dict(),
+            architecture=self._model.architecture.to_dict(),
             config=self._config.model_dump(mode="json", exclude_none=True),
             recorder=recorder.state(),
             guards=guards.state(),

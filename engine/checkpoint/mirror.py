@@ -168,8 +168,7 @@ class Mirror:
                 self._store.put_file(str(path), f"{self._root}/{path.name}")
 
     def _prune(self) -> None:
-        settings = self._config.checkpoint
-        for old in expired([Path(name) for name in self._names()], settings.keep, settings.keep_every):
+        for old in expired([Path(name) for name in self._names()], self._config):
             self._store.rm_file(f"{self._root}/{old}/{CONFIG_FILE}")  # first, so that a half-deleted copy is incomplete
             self._store.rm(f"{self._root}/{old}", recursive=True)
 

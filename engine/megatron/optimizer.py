@@ -43,13 +43,19 @@ def build_optimizer(ddp_models: list[Any], settings: Optimizer, dtype: torch.dty
     return optimizer
 
 
-def set_learning_rate(optimizer: Any, learning_rate: float, settings: Optimizer) -> None:
+def set_learning_rate(optimizer: Any, learning_rate: float, peak: float, settings: Optimizer) -> None:
     """Set the learning rate and the weight decay of the coming step.
 
     AdamW shrinks a weight by lr * weight_decay per step. The paper's fully decoupled decay shrinks it by
     weight_decay * lr / peak lr, which is AdamW's with weight_decay / peak lr.
+
+    Args:
+        optimizer: The distributed optimizer.
+        learning_rate: Learning rate of the step.
+        peak: Peak learning rate of the phase.
+        settings: The configuration's optimizer section.
     """
-    decay = settings.weight_decay / settings.lr if settings.decoupled else settings.weight_decay
+    decay = settings.weight_decay / peak if settings.decoupled else settings.weight_decay
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = decay * group["wd_mult"]  # Megatron's multiplier is 0 on biases and norms

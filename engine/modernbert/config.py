@@ -12,7 +12,7 @@ from transformers import ModernBertConfig
 
 from configs.errors import InputError
 from configs.hub import download_snapshot, is_hub_id
-from configs.schema import SCRATCH, Model
+from configs.schema import SCRATCH, Model, RunConfig
 from datapipe.tokenizer import Tokenizer
 from engine.modernbert.huggingface import encoder_fields, every_n_layers, layer_types, rope_parameters
 from monitoring.run_directory import RunDirectory
@@ -85,6 +85,16 @@ def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig
             code="tokenizer-too-large",
         )
     return architecture
+
+
+def phase_architecture(architecture: ModernBertConfig, config: RunConfig, phase: int) -> ModernBertConfig:
+    """Return the model's configuration in a phase: the last `global_rope_theta` that a phase so far has set holds."""
+    thetas = [before.global_rope_theta for before in config.phases[: phase + 1] if before.global_rope_theta]
+    if not thetas:
+        return architecture
+    fields = architecture.to_dict()
+    rope = {**rope_parameters(architecture), "full_attention": {"rope_type": "default", "rope_theta": thetas[-1]}}
+    return build_config({**fields, "rope_parameters": rope}, "the recipe")
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

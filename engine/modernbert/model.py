@@ -123,6 +123,11 @@ class ModernBert(LanguageModule):
             )
         self.setup_embeddings_and_output_layer()
 
+    def set_architecture(self, architecture: ModernBertConfig) -> None:
+        """Change the rotary bases; the shape stays."""
+        self.architecture = architecture
+        self._rotary_tables.clear()
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's output; Megatron's pipeline schedule calls it."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)

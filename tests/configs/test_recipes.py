@@ -27,11 +27,11 @@ def test_recipe_resolves_and_is_called_what_it_says(name: str) -> None:
 @pytest.mark.parametrize(("name", "steps"), PAPER.items())
 def test_recipe_has_the_numbers_of_the_paper(name: str, steps: list[int]) -> None:
     config = load_config(name)
-    assert config.tokens_per_step == 3_145_728
-    assert [phase.length(config.tokens_per_step) for phase in config.phases] == steps
+    assert [span.tokens_per_step for span in config.spans] == [3_145_728] * 2
+    assert [span.steps for span in config.spans] == steps
     detour, decay = config.phases
     assert (detour.objective, decay.objective, decay.mask_rate) == ("clm", "mlm", 0.15)
-    assert detour.lr.warmup.steps(config.tokens_per_step) == 32
+    assert detour.lr.warmup.steps(3_145_728) == 32
     assert (detour.lr.shape, decay.lr.shape, decay.lr.final) == ("constant", "1-sqrt", 0.1)
     assert decay.lr.warmup.value == 0
     optimizer = config.optimizer
@@ -56,13 +56,13 @@ def test_freezing_control_differs_in_its_frozen_layers_alone() -> None:
 
 def test_one_gpu_evening_is_an_evening_on_the_gpu_that_was_measured() -> None:
     config = load_config("one-gpu-evening", ["data.sources.0.text=[a.jsonl,b.jsonl]"])
-    detour, decay = config.phases
+    (detour, decay), spans = config.phases, config.spans
     assert (detour.objective, decay.objective, config.parallel) == ("clm", "mlm", load_config("demo").parallel)
-    assert decay.length(config.tokens_per_step) == pytest.approx(0.1 * detour.length(config.tokens_per_step), rel=0.01)
+    assert spans[1].steps == pytest.approx(0.1 * spans[0].steps, rel=0.01)
     tokens_per_second = {row["name"]: row["ours"] for row in json.loads(H100.read_text())}
     seconds = sum(
-        phase.length(config.tokens_per_step) * config.tokens_per_step / tokens_per_second[row]
-        for phase, row in ((detour, "base, CLM, bf16"), (decay, "base, MLM 15 %, bf16"))
+        span.steps * span.tokens_per_step / tokens_per_second[row]
+        for span, row in zip(spans, ("base, CLM, bf16", "base, MLM 15 %, bf16"), strict=True)
     )
     assert 3.0 <= seconds / 3600 <= 4.0
     assert [source.text for source in config.data.sources] == [("a.jsonl", "b.jsonl")]

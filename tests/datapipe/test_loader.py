@@ -127,7 +127,7 @@ def test_beside_a_gpu_batches_are_made_while_the_host_waits(data: Data, tokenize
             assert made.acquire(timeout=60)
         next(steps)
         assert gate.held.wait(60) and count == ahead
-        loader.launched()
+        loader.gate.open()
         assert made.acquire(timeout=60) and count == ahead + 1
         assert [step.step for step in steps] == list(range(2, 30))
 

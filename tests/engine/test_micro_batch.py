@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.schema import RunConfig
+from configs.spans import PhaseSpan
 from engine import micro_batch
 from engine.build import build
-from engine.checkpoint import MicroBatchChoice, describe, step_directory
+from engine.checkpoint import describe, step_directory
 from engine.micro_batch import largest_that_fits
 from engine.parallel import Layout
 from engine.step import StepRunner
@@ -68,9 +69,8 @@ class SmallDevice:
 def _fit(remembered: Path) -> tuple[list[int], list[int]]:
     """On a rank of 4 rows: the sizes chosen at first, again, and with choices of checkpoints; and the sizes tried."""
     device = SmallDevice()
-    same, other = MicroBatchChoice("key", 1), MicroBatchChoice("another layout's", 1)
-    choices = [micro_batch.fit(device, 4, "key", before, remembered) for before in (None, None, same, other)]
-    return [choice.size for choice in choices], device.tried
+    choices = [micro_batch.fit(device, 4, "key", before, remembered) for before in (None, None, 1, None)]
+    return choices, device.tried
 
 
 def test_ranks_agree_and_remember(tmp_path: Path) -> None:
@@ -85,9 +85,10 @@ def test_ranks_agree_and_remember(tmp_path: Path) -> None:
 def _train_fitted(config: RunConfig, directory: Path, remembered: Path, stop_after: int | None) -> list[int]:
     """Train as a GPU with room for 2 rows would; the rows of each micro-batch that the model was given."""
 
-    def fit(runner: StepRunner, layout: Layout, before: MicroBatchChoice | None) -> MicroBatchChoice:
-        rows = layout.micro_batch_size * layout.num_micro_batches
-        return micro_batch.fit(SmallDevice(), rows, "key", before, remembered)
+    def fit(runner: StepRunner, layout: Layout, span: PhaseSpan, choices: dict[str, int]) -> int:
+        rows = span.sequences // layout.data
+        choices["key"] = micro_batch.fit(SmallDevice(), rows, "key", choices.get("key"), remembered)
+        return choices["key"]
 
     calls, rows = itertools.count(1), []
     with closing(build(config, directory, fit)) as run:
@@ -105,4 +106,4 @@ def test_a_resumed_run_keeps_its_micro_batch_on_another_host(shards: Path, tmp_p
     assert run_world(1, _train_fitted, config, run, first_host, 2) == [[2] * 4 * 2]
     second_host.write_text(json.dumps({"key": 1}))
     assert run_world(1, _train_fitted, config, run, second_host, None) == [[2] * 4 * 3]
-    assert describe(step_directory(run / "checkpoints", 5)).micro_batch == ("key", 2)
+    assert describe(step_directory(run / "checkpoints", 5)).micro_batches == {"key": 2}

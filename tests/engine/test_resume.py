@@ -193,11 +193,14 @@ def test_checkpoints_by_the_minute(shards: Path, tmp_path: Path) -> None:
 
 
 def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
+    """Multiples of `keep_every` and the ends of phases stay besides the newest."""
+    phases = [{"objective": "clm", "steps": 5}, {"objective": "mlm", "steps": 9}]
+    config = toy_config(tmp_path, phases=phases, checkpoint={"keep": 1, "keep_every": 4})
+    for step in range(1, 11):
         step_directory(tmp_path, step).mkdir()
-    (tmp_path / ".step-00000005.partial").mkdir()
-    prune(tmp_path, keep=1, keep_every=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+    (tmp_path / ".step-00000011.partial").mkdir()
+    prune(tmp_path, config)
+    assert sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()) == [4, 5, 8, 10]
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:

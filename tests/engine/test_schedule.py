@@ -36,7 +36,7 @@ def test_learning_rate_of_the_paper() -> None:
 def test_shapes_reach_their_end_at_the_last_step(shape: str, middle: float, tmp_path: Path) -> None:
     lr = {"warmup": "2 steps", "shape": shape, "final": 0.2}
     schedule = PhaseSchedule(toy_config(tmp_path, phases=[{"objective": "clm", "steps": 12, "lr": lr}]))
-    peak = schedule.peak
+    peak = schedule.peak(schedule.spans[0])
     assert schedule.learning_rate(1) == peak
     assert schedule.learning_rate(6) == pytest.approx(peak * middle)
     assert schedule.learning_rate(11) == pytest.approx(peak * (1.0 if shape == "constant" else 0.2))

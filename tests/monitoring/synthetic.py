@@ -40,7 +40,7 @@ def make_config(**changes: Any) -> RunConfig:
 
 def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) -> StepRecord:
     """A step whose numbers depend on its number alone."""
-    first = config.phases[0].length(config.tokens_per_step)
+    first = config.spans[0].last
     phase = int(step > first)
     seconds = 0.2 + 0.01 * (step % 5)
     values: dict[str, Any] = {
