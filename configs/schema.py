@@ -439,6 +439,15 @@ class Monitoring(Section):
         return value
 
 
+class Origin(Section):
+    """The run and the step that this run branched off at."""
+
+    run: str
+    """Directory of the other run."""
+    step: PositiveInt
+    """Completed steps of the checkpoint that this run started from."""
+
+
 class RunConfig(Section):
     """One run: a model, its data, and the phases that it is trained through."""
 
@@ -446,6 +455,9 @@ class RunConfig(Section):
     """Name of the run. The run directory is `runs/NAME` unless `--output` says otherwise."""
     seed: int = Field(default=17, ge=0)
     """Seed of the initial weights."""
+    origin: Origin | None = None
+    """Run and step that this run branches off at: its optimizer, data position and counters go on. `--from` sets it.
+    Without a value the run starts at step 0."""
     model: Model
     """Initial weights and architecture."""
     tokenizer: str

@@ -35,7 +35,10 @@ def check_initial_weights(init: str, architecture: ModernBertConfig, tokenizer: 
     if is_checkpoint(path):
         if not checkpoints.describe(path).optimizer:
             return []
-        return [f"the weights of {init} are taken; its optimizer state and its position in the data are left behind"]
+        return [
+            f"the weights of {init} are taken; its optimizer state and its position in the data are left "
+            "behind; detour-train --from RUN@STEP keeps them"
+        ]
     return [*open_weights(init, architecture)[1], *_check_tokenizer(init, path, tokenizer)]
 
 

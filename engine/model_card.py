@@ -16,6 +16,8 @@ def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> 
     config = RunConfig.model_validate(meta.config) if meta.config else None
     name = config.name if config else "ModernBERT"
     start = config.model.init if config else meta.source or "unknown"
+    if config and config.origin:
+        start += f" (this run branched off {config.origin.run} at step {config.origin.step:,})"
     sources = ", ".join(source.name for source in config.data.sources) if config else ""
     trained = [f"- {line}" for line in _trained_phases(config, meta.step)] if config else []
     knows_masks = kind == "encoder" and (config is None or _has_trained_masks(config, meta.step))

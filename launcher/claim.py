@@ -17,8 +17,11 @@ from monitoring.run_directory import RunDirectory
 
 
 @contextmanager
-def claim(directory: Path, config: RunConfig) -> Iterator[None]:
+def claim(directory: Path, config: RunConfig) -> Iterator[RunConfig]:
     """Hold `directory` for one run, and write its config.yaml.
+
+    Yields:
+        The configuration. A branch keeps its origin, whether or not `--from` is given again.
 
     Raises:
         InputError: The directory cannot be written, is in use, or holds something other than this run.
@@ -45,13 +48,13 @@ def claim(directory: Path, config: RunConfig) -> Iterator[None]:
                 key="--output",
                 code="output-without-locks",
             ) from None
-        _require_same_run(run, config)
+        config = _same_run(run, config)
         try:
             _write_token(lock)
             write_atomically(run.config, dump_config(config))
         except OSError as error:
             raise _unwritable(directory, error) from None
-        yield
+        yield config
 
 
 def token_of(directory: Path) -> str | None:
@@ -69,7 +72,8 @@ def _write_token(lock: BinaryIO) -> None:
     os.fsync(lock.fileno())
 
 
-def _require_same_run(run: RunDirectory, config: RunConfig) -> None:
+def _same_run(run: RunDirectory, config: RunConfig) -> RunConfig:
+    """Return the configuration with the origin that the directory holds, if both are of the same run."""
     if not run.config.exists():
         others = sorted(entry.name for entry in run.path.iterdir() if entry != run.lock)
         if others:
@@ -79,15 +83,23 @@ def _require_same_run(run: RunDirectory, config: RunConfig) -> None:
                 key="--output",
                 code="output-is-no-run",
             )
-        return
-    if changed := changes_of_run(load_config(str(run.config)), config):
+        return config
+    if not run.events.exists() and not run.checkpoints.exists():  # nothing was done with that configuration
+        return config
+    before = load_config(str(run.config))
+    if config.origin is None:
+        config = config.model_copy(update={"origin": before.origin})
+    if changed := changes_of_run(before, config):
         raise InputError(
             f"--output {run.path} holds a different run\n  "
             + "\n  ".join(changed)
-            + "\nchoose another --output for a new run, or restore these keys to continue that run",
+            + "\nrestore these keys to continue that run, choose another --output for a new run, or branch off: "
+            f"detour-train RECIPE --from {run.path} --output ANOTHER keeps the optimizer and the data position, and "
+            "lets later phases differ",
             key="--output",
             code="output-of-another-run",
         )
+    return config
 
 
 def _unwritable(directory: Path, error: OSError) -> InputError:

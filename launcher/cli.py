@@ -50,6 +50,15 @@ def train(
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the Ray cluster to use.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME. An old one resumes.")] = None,
+    branch_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN[@STEP]",
+            help="Branch off another run's checkpoint, by default its newest: optimizer, data position and counters go "
+            "on, and later phases may differ.",
+        ),
+    ] = None,
     stop_with_parent: Annotated[bool, typer.Option("--stop-with-parent", hidden=True)] = False,
     version: Version = False,
 ) -> None:
@@ -64,9 +73,14 @@ def train(
     config = load_config(recipe, overrides)
     if nodes is not None:
         config = _with_nodes(config, nodes)
+    directory = output or Path("runs") / config.name
+    if branch_from is not None:
+        from launcher.branch import with_origin
+
+        config = with_origin(config, branch_from, directory)
     from launcher.supervisor import run_job  # imports Ray; a wrong configuration is reported sooner
 
-    result = run_job(config, output or Path("runs") / config.name)
+    result = run_job(config, directory)
     if not result.finished:
         print(f"stopped ({result.reason}) after step {result.step:,}, all saved; the same command again continues")
         raise typer.Exit(STOPPED)

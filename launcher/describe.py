@@ -65,6 +65,7 @@ def _describe_run(directory: Path) -> str:
         [
             f"{directory}: run {config.name}, step {lines[-1]['step'] if lines else 0:,} of {config.total_steps:,}"
             + (", complete" if complete else ""),
+            *([f"  branched     off {config.origin.run} at step {config.origin.step:,}"] if config.origin else []),
             f"  checkpoints  {', '.join(f'{step:,}' for step in steps) or 'none'}"
             + (f"; newest valid {newest.name}" if newest else ""),
             *(f"  damaged      {complaint}" for complaint in damaged),

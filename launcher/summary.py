@@ -45,6 +45,7 @@ def print_header(
         f"[bold]{config.name}[/] in {directory}",
         {
             "steps": f"{config.total_steps:,}, {format_count(slots)} tokens, padding included",
+            **({"from": f"step {config.origin.step:,} of {config.origin.run}"} if config.origin else {}),
             **phases,
             "workers": f"{at_most}{topology.workers} on {topology.nodes} node{'s' * (topology.nodes > 1)} "
             f"({'GPU' if topology.gpu else 'CPU'}): data {data} x tensor {config.parallel.tensor} "

@@ -19,6 +19,7 @@ from configs.files import partial_path
 from configs.schema import RunConfig
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import Tokenizer, load_tokenizer
+from launcher.branch import begin_branch, check_branch
 from launcher.claim import claim
 from launcher.cluster import Node, alive_nodes, connect, draining_nodes
 from launcher.failures import FailureBudget, HangWatch, WorkerError
@@ -85,7 +86,10 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
     console = console or Console()
     directory, working_directory = directory.absolute(), Path.cwd()
     require_lasting(directory)
-    with claim(directory, config), ExitStack() as stack:
+    with claim(directory, config) as config, ExitStack() as stack:
+        if config.origin and not _saved_step(directory):
+            require_sound_schedule(config)
+            begin_branch(directory, config.origin, check_branch(config, config.origin))
         if RunDirectory(directory).export.exists() or _is_trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
             return _finish(config, directory, load_tokenizer(config.tokenizer), console)

@@ -55,6 +55,16 @@ class WorkersStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Branched(Event):
+    """This run continues from the checkpoint after `step` completed steps of the run in the directory `run`."""
+
+    KIND = "branched"
+    LAYER = "Run"
+    step: int
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Started(Event):
     """The first training of this run begins."""
 

@@ -82,6 +82,7 @@ def _lead(run: RunFiles) -> str:
     return (
         f"{config.model.size or config.model.init}, {phases}; {_batches(config)} per step, "
         f"peak learning rate {config.optimizer.lr:g}"
+        + (f"; branched off {config.origin.run} at step {config.origin.step:,}" if config.origin else "")
     )
 
 

@@ -22,7 +22,10 @@ def test_the_same_run_may_continue_elsewhere_and_otherwise_divided(tmp_path: Pat
 
 
 def test_another_run_is_refused_by_what_differs_and_nothing_is_touched(tmp_path: Path) -> None:
-    with claim(tmp_path, load_config("demo")):
+    with claim(tmp_path, load_config("demo", ["data.seed=7"])):
+        pass
+    with claim(tmp_path, load_config("demo")):  # a configuration that nothing was done with may be corrected
+        (tmp_path / "events.jsonl").touch()
         before = (tmp_path / "config.yaml").read_bytes()
     with (
         pytest.raises(InputError) as refusal,
