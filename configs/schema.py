@@ -97,14 +97,18 @@ class Model(Section):
     """Biases in layer norms. Only `false` is supported."""
     attention_bias: bool | None = None
     """Biases in attention. Only `false` is supported."""
-    attention_dropout: float | None = None
-    """Dropout on attention weights. Only 0 is supported."""
-    embedding_dropout: float | None = None
-    """Dropout on embeddings. Only 0 is supported."""
+    attention_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on attention weights. Only 0 is supported. It overrides the value of `init` in training."""
+    attention_output_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on the attention's output, in training. Without a value: 0. ModernBERT, Ettin and BioClinical-ModernBERT
+    were trained with 0.1, which their FlexBERT recipes call `attn_out_dropout_prob`."""
+    embedding_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on the normalised embedding, in training. The exported configuration keeps the value of `init`."""
     mlp_bias: bool | None = None
     """Biases in feed-forward layers. Only `false` is supported."""
-    mlp_dropout: float | None = None
-    """Dropout in feed-forward layers. Only 0 is supported."""
+    mlp_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout between the matrices of feed-forward layers, in training. The exported configuration keeps the value of
+    `init`."""
     decoder_bias: bool | None = None
     """Bias of the output vocabulary. Only `true` is supported."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None

@@ -30,7 +30,7 @@ from engine.initial_weights import load_initial_weights
 from engine.megatron import ddp_timing
 from engine.megatron.optimizer import FrozenLayers, build_optimizer
 from engine.megatron.teardown import release
-from engine.modernbert.config import parameter_count, resolve_architecture
+from engine.modernbert.config import parameter_count, resolve_architecture, resolve_dropout
 from engine.modernbert.model import ModernBert, transformer_config
 from engine.objectives import CausalLM, MaskedLM, Objective, objective_of
 from engine.parallel import Layout, initialise, plan
@@ -86,7 +86,8 @@ class Components:
         self, objective: Objective, first: int, last: int, data: dict[str, Any] | None
     ) -> Generator[StepData, None, None]:
         """Yield this rank's batches of the 0-based steps first..last-1, on the device; `data` as in `Loader.steps`."""
-        stage = partial(to_device_batch, causal=objective.causal)
+        dropout = resolve_dropout(self.config, self.architecture)
+        stage = partial(to_device_batch, causal=objective.causal, dropout=dropout)
         return self.loader.steps(objective.targets(), self.layout.micro_batch_size, first, last, data, stage)
 
     def close(self) -> None:
@@ -177,7 +178,8 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
 
 def _fit_by_measurement(config: RunConfig, architecture: ModernBertConfig, tokenizer: Tokenizer) -> FitMicroBatch:
     def fit(runner: StepRunner, layout: Layout, before: MicroBatchChoice | None) -> MicroBatchChoice:
-        probe = micro_batch.GpuProbe(runner, config.data.sequence_length, tokenizer.sep_id, layout.pipeline)
+        dropout = resolve_dropout(config, architecture)
+        probe = micro_batch.GpuProbe(runner, config.data.sequence_length, tokenizer.sep_id, layout.pipeline, dropout)
         key = micro_batch.identity(config, architecture, layout, runner.model.config.fp8)
         return micro_batch.fit(probe, layout.micro_batch_size * layout.num_micro_batches, key, before)
 
