@@ -28,7 +28,7 @@ from engine.checkpoint_meta import CheckpointMeta, MicroBatchChoice
 from engine.guards import Guards, ReplicaGuard
 from engine.initial_weights import load_initial_weights
 from engine.megatron import ddp_timing
-from engine.megatron.optimizer import FrozenLayers, build_optimizer
+from engine.megatron.optimizer import FrozenWeights, build_optimizer
 from engine.megatron.teardown import release
 from engine.modernbert.config import parameter_count, resolve_architecture, resolve_dropout
 from engine.modernbert.model import ModernBert, transformer_config
@@ -143,7 +143,7 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
         optimizer,
         ddp_timing.install(ddp_model),
         config.optimizer,
-        FrozenLayers(model, optimizer),
+        FrozenWeights(model, optimizer),
         on_launched=loader.launched,
     )
     components = Components(

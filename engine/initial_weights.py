@@ -1,7 +1,8 @@
-"""The weights a new run starts from: `model.init`."""
+"""The weights a new run starts from, `model.init`, and those that a phase makes anew."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ from configs.schema import SCRATCH, RunConfig
 from datapipe.tokenizer import Tokenizer, first_difference, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine.checkpoint.manager import require_same_shape
+from engine.megatron.optimizer import PARTS, replace_weights
 from engine.modernbert.config import is_checkpoint, locate
-from engine.modernbert.convert import huggingface_weights, load_weights, open_weights, random_weights
+from engine.modernbert.convert import (
+    huggingface_weights,
+    load_weights,
+    open_weights,
+    random_weights,
+    rank_slices,
+)
 from engine.modernbert.model import ModernBert
 
 
@@ -67,3 +75,18 @@ def load_initial_weights(config: RunConfig, architecture: ModernBertConfig, mode
     else:
         load_weights(model, huggingface_weights(init, architecture, config.seed))
     optimizer.reload_model_params()
+
+
+def reset_head(model: ModernBert, optimizer: Any, seed: int, phase: int) -> None:
+    """Give the prediction head new weights, a pure function of seed and phase; all ranks call it together.
+
+    Args:
+        model: This rank's bare model.
+        optimizer: The distributed optimizer.
+        seed: Seed of the run.
+        phase: Index of the phase that begins, so that two resets differ.
+    """
+    words = f"reset {seed} {phase}".encode()
+    own_seed = int.from_bytes(hashlib.blake2b(words, digest_size=3).digest(), "little")
+    weights = random_weights(model.architecture, own_seed)
+    replace_weights(optimizer, dict(rank_slices(model, weights, PARTS["head"])))

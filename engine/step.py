@@ -17,7 +17,7 @@ from configs.schema import Optimizer
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
 from engine.megatron.ddp_timing import ParameterWaits
-from engine.megatron.optimizer import FrozenLayers, set_learning_rate
+from engine.megatron.optimizer import FrozenWeights, set_learning_rate
 from engine.megatron.optimizer import step as optimizer_step
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.config import DropoutRates
@@ -85,7 +85,7 @@ class StepRunner:
     """Leaves the waits of `ddp_model` for other ranks' parameters out of a step's own time."""
     settings: Optimizer
     """The configuration's optimizer section."""
-    frozen: FrozenLayers
+    frozen: FrozenWeights
     on_launched: Callable[[], None]
     """Called when the host has launched a step's kernels and is about to wait for the GPU."""
 
@@ -115,7 +115,7 @@ class StepRunner:
         return losses, watch
 
     def optimizer_step(self, losses: torch.Tensor, learning_rate: float | None = None) -> float:
-        """Update the weights, except those of frozen layers, unless a loss or gradient of any rank is not finite.
+        """Update the weights, except frozen ones, unless a loss or gradient of any rank is not finite.
 
         Args:
             losses: This rank's losses by `forward_backward`.

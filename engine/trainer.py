@@ -14,6 +14,7 @@ from datapipe.loader import end_of_data
 from engine.build import Components, build
 from engine.device import Stopwatch
 from engine.flops import training_flops
+from engine.initial_weights import reset_head
 from engine.rank_stats import StepTotals, reports_loss
 from engine.step_log import StepLog, StepTimes
 
@@ -58,6 +59,8 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
         objective = run.objective(span.phase)
         state.phase = span.index
         runner.frozen.freeze(span.phase.freeze)
+        if span.phase.reset and state.step == span.first:
+            reset_head(runner.model, runner.optimizer, run.config.seed, span.index)
         if run.recorder:
             run.recorder.phase_started(span.index, objective.name, state.step)
         with closing(run.batches(objective, state.step, span.last, state.data)) as batches:

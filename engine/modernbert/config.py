@@ -116,18 +116,18 @@ def _require_no_weight_dropout(model: Model, architecture: ModernBertConfig) -> 
     rate = architecture.attention_dropout if model.attention_dropout is None else model.attention_dropout
     if rate:
         raise InputError(
-            f"model.attention_dropout: {rate:g} would drop attention weights. The attention kernels draw such masks from "
-            "a generator per device, so neither a resume nor another layout would repeat them. Set "
+            f"model.attention_dropout: {rate:g} would drop attention weights. The attention kernels draw such masks "
+            "from a generator per device, so neither a resume nor another layout would repeat them. Set "
             f"model.attention_dropout=0, and model.attention_output_dropout={rate:g} for dropout on the attention's "
             "output, which is FlexBERT's attn_out_dropout_prob",
             key="model.attention_dropout",
             code="dropout-on-attention-weights",
         )
     for key in ("embedding_dropout", "mlp_dropout"):
-        if getattr(model, key) is None and not 0 <= getattr(architecture, key) < 1:
+        if getattr(model, key) is None and not 0 <= (rate := getattr(architecture, key)) < 1:
             raise InputError(
-                f"model.{key}: the configuration of {model.init} has {getattr(architecture, key)}; set model.{key} to a "
-                "share from 0 up to, but not including, 1",
+                f"model.{key}: the configuration of {model.init} has {rate}; set model.{key} to a share "
+                "from 0 up to, but not including, 1",
                 key=f"model.{key}",
                 code="architecture-unsupported",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -95,13 +95,22 @@ def shard(tensor: Tensor, row: Row, rank: int, size: int) -> Tensor:
 @torch.no_grad()
 def load_weights(model: ModernBert, source: WeightSource) -> None:
     """Fill this rank's slice of the model, in any tensor- and pipeline-parallel layout."""
+    for parameter, tensor in rank_slices(model, source):
+        parameter.copy_(tensor)
+
+
+def rank_slices(
+    model: ModernBert, source: WeightSource, starts: tuple[str, ...] = ("",)
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Yield this rank's parameters whose names begin so, each with its slice of the tensor in `source`."""
     architecture = model.architecture
     by_name = {ours: (hf, row) for hf, ours, row in parameters(architecture)}
     by_name[TIED] = by_name["embedding.word_embeddings.weight"]
     rank, size = model.tp_group.rank(), model.tp_group.size()
     for name, parameter in model.named_parameters():
-        hf, row = by_name[global_name(model, name)]
-        parameter.copy_(shard(to_ours(source(hf), row, architecture), row, rank, size))
+        if name.startswith(starts):
+            hf, row = by_name[global_name(model, name)]
+            yield parameter, shard(to_ours(source(hf), row, architecture), row, rank, size)
 
 
 def random_weights(architecture: ModernBertConfig, seed: int) -> WeightSource:

@@ -1,4 +1,4 @@
-"""Dropout: the elements that it drops, their rate, and equal training in every layout and after a resume."""
+"""The elements that dropout drops, against NumPy and transformers, and the settings of a recipe."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from engine.modernbert import ops
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.config import DropoutRates, resolve_architecture, resolve_dropout
 from engine.modernbert.dropout import Dropout
-from monitoring.log import read_metrics
 from tests.engine.test_parity import build
-from tests.engine.world import run_world, stored, toy_config, train
+from tests.engine.world import toy_config
 
 RATES = DropoutRates(seed=17, embedding=0.05, attention_output=0.1, mlp=0.2)
 CPU = torch.device("cpu")
@@ -93,45 +92,6 @@ def test_transformers_with_the_same_masks_computes_the_same() -> None:
     assert (mine[: len(other)] - other).abs().max() <= 1e-4 * other.abs().max()
 
 
-def dropping(shards: Path, **changes: Any) -> RunConfig:
-    rates = {"attention_output_dropout": 0.1, "mlp_dropout": 0.2, "embedding_dropout": 0.1}
-    phases = [{"objective": "clm", "steps": 1}, {"objective": "mlm", "steps": 1}]
-    data = {"sequence_length": 64}
-    return toy_config(shards, **{"model": rates, "phases": phases, "data": data, **changes})
-
-
-@pytest.fixture(scope="module")
-def dropped_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dropped")
-    run_world(1, train, dropping(shards), directory)
-    return directory
-
-
-@pytest.mark.parametrize(
-    ("workers", "changes"),
-    [
-        (4, {"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}),
-        (2, {"parallel": {"tensor": 2}, "batch": {"micro": 4}}),
-        (2, {"batch": {"micro": 1}}),
-    ],
-    ids=["tp2-pp2-sequence", "tp2-micro4", "dp2-micro1"],
-)
-def test_layouts_drop_the_same_elements(
-    workers: int, changes: dict[str, Any], shards: Path, dropped_run: Path, tmp_path: Path
-) -> None:
-    run_world(workers, train, dropping(shards, **changes), tmp_path)
-    for found, expected in zip(read_metrics(tmp_path), read_metrics(dropped_run), strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-
-
-def test_a_resumed_run_drops_the_same_elements(shards: Path, dropped_run: Path, tmp_path: Path) -> None:
-    for stop_after in (1, None):
-        run_world(1, train, dropping(shards), tmp_path, stop_after)
-    final, expected = stored(tmp_path, 2), stored(dropped_run, 2)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in final.items())
-
-
 def test_rates_of_the_recipe_come_before_those_of_the_file() -> None:
     tree = toy_config(Path("shards")).model_dump(mode="json", exclude_none=True)
 
@@ -146,7 +106,8 @@ def test_rates_of_the_recipe_come_before_those_of_the_file() -> None:
 
 
 def test_dropout_stays_out_of_the_exported_configuration() -> None:
-    config = dropping(Path("shards"))
+    rates = {"mlp_dropout": 0.2, "embedding_dropout": 0.1, "attention_output_dropout": 0.1}
+    config = toy_config(Path("shards"), model=rates)
     architecture = resolve_architecture(config.model, load_tokenizer(config.tokenizer)).to_dict()
     assert (architecture["mlp_dropout"], architecture["embedding_dropout"]) == (0.0, 0.0)
     assert "attention_output_dropout" not in architecture
