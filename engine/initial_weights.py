@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,5 @@ def reset_head(model: ModernBert, optimizer: Any, seed: int, phase: int) -> None
         seed: Seed of the run.
         phase: Index of the phase that begins, so that two resets differ.
     """
-    words = f"reset {seed} {phase}".encode()
-    own_seed = int.from_bytes(hashlib.blake2b(words, digest_size=3).digest(), "little")
-    weights = random_weights(model.architecture, own_seed)
+    weights = random_weights(model.architecture, f"reset {seed} {phase}")
     replace_weights(optimizer, dict(rank_slices(model, weights, PARTS["head"])))

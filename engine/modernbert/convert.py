@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -113,7 +113,7 @@ def rank_slices(
             yield parameter, shard(to_ours(source(hf), row, architecture), row, rank, size)
 
 
-def random_weights(architecture: ModernBertConfig, seed: int) -> WeightSource:
+def random_weights(architecture: ModernBertConfig, seed: int | str) -> WeightSource:
     """Initialise as ModernBERT does (truncated normals, transformers' `_init_weights`): a pure function of the seed."""
     shapes = parameter_shapes(architecture)
     narrow = architecture.initializer_range
@@ -125,7 +125,9 @@ def random_weights(architecture: ModernBertConfig, seed: int) -> WeightSource:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         std = deep if name.endswith("Wo.weight") or name.startswith("head.") else narrow
         cut = architecture.initializer_cutoff_factor * std
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+        # 32 bits hashed from both, because torch's generator takes no more than the low 32 bits of a seed.
+        words = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(words, "little"))
         return torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -cut, cut, generator=generator)
 
     return source

@@ -14,6 +14,7 @@ from configs.schema import RunConfig
 from datapipe.tokenizer import load_tokenizer
 from engine.checkpoint import step_directory
 from engine.modernbert.config import resolve_architecture
+from engine.modernbert.convert import random_weights
 from engine.parallel import plan
 from monitoring.log import read_metrics
 from tests.engine.world import run_world, stored, toy_config, train
@@ -32,7 +33,7 @@ def family_config(shards: Path, **changes: Any) -> RunConfig:
             {"objective": "clm", "steps": 2, "freeze": [1, "embeddings", "head"]},
             {"objective": "mlm", "steps": 2, "reset": ["head"]},
         ],
-        "checkpoint": {"every": "1 steps", "keep": 9},
+        "checkpoint": {"keep": 9},
         "precision": "fp32",
     }
     return toy_config(shards, **(settings | changes))
@@ -52,7 +53,7 @@ def require_frozen(directory: Path) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("family")
-    run_world(1, train, family_config(shards), directory)
+    run_world(1, train, family_config(shards, checkpoint={"every": "1 steps", "keep": 9}), directory)
     return directory
 
 
@@ -155,3 +156,14 @@ def test_a_model_from_scratch_has_no_head_to_reset() -> None:
     with pytest.raises(InputError) as error:
         family_config(Path("shards"), phases=[{"objective": "clm", "steps": 1, "reset": ["head"]}])
     assert error.value.key == "phases.0.reset"
+
+
+def test_the_seed_decides_the_new_weights() -> None:
+    """torch's generator drops the high half of a seed, so a seed in it alone would change nothing."""
+    config = family_config(Path("shards"))
+    architecture = resolve_architecture(config.model, load_tokenizer(config.tokenizer))
+    names = ("head.dense.weight", "model.layers.1.attn.Wo.weight")
+    seeds = (17, 18, 2**40 + 17, "reset 17 1")
+    weights = [random_weights(architecture, seed)(name) for seed in seeds for name in names]
+    assert len({tensor.numpy().tobytes() for tensor in weights}) == len(weights)
+    assert torch.equal(random_weights(architecture, 17)(names[0]), weights[0])
