@@ -158,15 +158,18 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, keys: Tensor, site: int, first_channel: int, rate: float) -> Tensor:
         ctx.save_for_backward(keys)
-        ctx.place, ctx.rate = (site, first_channel), rate
-        zeros = dropped_elements(keys, *ctx.place, states.shape[-1], rate).view(states.shape)
-        return states.mul(1 / (1 - rate)).masked_fill_(zeros, 0.0)
+        ctx.site, ctx.first_channel, ctx.rate = site, first_channel, rate
+        return _drop_by_keys(states, keys, site, first_channel, rate)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (keys,) = ctx.saved_tensors
-        zeros = dropped_elements(keys, *ctx.place, grads[0].shape[-1], ctx.rate).view(grads[0].shape)
-        return grads[0].mul(1 / (1 - ctx.rate)).masked_fill_(zeros, 0.0), None, None, None, None
+        return _drop_by_keys(grads[0], keys, ctx.site, ctx.first_channel, ctx.rate), None, None, None, None
+
+
+def _drop_by_keys(states: Tensor, keys: Tensor, site: int, first_channel: int, rate: float) -> Tensor:
+    zeros = dropped_elements(keys, site, first_channel, states.shape[-1], rate).view(states.shape)
+    return states.mul(1 / (1 - rate)).masked_fill_(zeros, 0.0)
 
 
 def dropped_elements(keys: Tensor, site: int, first_channel: int, channels: int, rate: float) -> Tensor:

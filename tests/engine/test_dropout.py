@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_bits_are_those_of_uint32_arithmetic() -> None:
-    keys = position_hashes(np.uint32(3), np.arange(50, dtype=np.uint32))
+    keys = position_hashes(np.array([3], np.uint32), np.arange(50, dtype=np.uint32))
     channels = np.arange(1000, 1070, dtype=np.uint32) * np.uint32(0x9E3779B9)
     hashes = mix(mix(keys ^ np.uint32(0xDEADBEEF))[:, None] + channels)
     found = ops.dropped_elements(torch.from_numpy(keys.view(np.int32)), 0xDEADBEEF, 1000, 70, 0.3)
@@ -95,7 +95,7 @@ def test_transformers_with_the_same_masks_computes_the_same() -> None:
 def test_rates_of_the_recipe_come_before_those_of_the_file() -> None:
     tree = toy_config(Path("shards")).model_dump(mode="json", exclude_none=True)
 
-    def rates(file: dict[str, float], **model: float) -> Any:
+    def rates(file: dict[str, Any], **model: float) -> Any:
         config = validate(RunConfig, tree | {"model": tree["model"] | model}, "toy")
         return resolve_dropout(config, ModernBertConfig(**file))
 
