@@ -57,6 +57,15 @@ def _fault(key: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("rule", "{message}", {"key": key, "message": message})
 
 
+def _part(value: int | str) -> int | str:
+    if value in ("embeddings", "head") or (isinstance(value, int) and value >= 0):
+        return value
+    raise ValueError(f"{value!r} is no part of the model; give numbers of layers from 0, embeddings or head")
+
+
+Part = Annotated[int | str, AfterValidator(_part)]
+"""A part of the model: the number of a layer, `embeddings` or `head`."""
+
 SCRATCH = "scratch"
 """The `model.init` of a new model with random weights."""
 
@@ -99,14 +108,18 @@ class Model(Section):
     """Biases in layer norms. Only `false` is supported."""
     attention_bias: bool | None = None
     """Biases in attention. Only `false` is supported."""
-    attention_dropout: float | None = None
-    """Dropout on attention weights. Only 0 is supported."""
-    embedding_dropout: float | None = None
-    """Dropout on embeddings. Only 0 is supported."""
+    attention_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on attention weights. Only 0 is supported. It overrides the value of `init` in training."""
+    attention_output_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on the attention's output, in training. Without a value: 0. ModernBERT, Ettin and BioClinical-ModernBERT
+    were trained with 0.1, which their FlexBERT recipes call `attn_out_dropout_prob`."""
+    embedding_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on the normalised embedding, in training. The exported configuration keeps the value of `init`."""
     mlp_bias: bool | None = None
     """Biases in feed-forward layers. Only `false` is supported."""
-    mlp_dropout: float | None = None
-    """Dropout in feed-forward layers. Only 0 is supported."""
+    mlp_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout between the matrices of feed-forward layers, in training. The exported configuration keeps the value of
+    `init`."""
     decoder_bias: bool | None = None
     """Bias of the output vocabulary. Only `true` is supported."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
@@ -308,8 +321,14 @@ class Phase(Section):
     """Share of the maskable tokens that MLM predicts."""
     mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of the predicted tokens that become the mask token, become a random token, and stay."""
-    freeze: tuple[int, ...] = ()
-    """Layers whose weights and Adam moments do not change in this phase. 0 is the first layer."""
+    freeze: tuple[Part, ...] = ()
+    """Parts whose weights and Adam moments do not change in this phase: numbers of layers, from 0, `embeddings` and
+    `head`. `embeddings` are the token embeddings and their norm. The decoder's matrix is the token embeddings, so it
+    stands still too. `head` is the prediction head: its dense layer, its norm and the decoder's bias."""
+    reset: tuple[Literal["head"], ...] = ()
+    """`head` gives the prediction head new weights and zero moments before the first step of this phase. Its dense
+    layer becomes random, its norm 1 and the decoder's bias 0. Default: the head is kept, as the optimizer's state is,
+    because one head serves both objectives."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -319,8 +338,10 @@ class Phase(Section):
             raise ValueError("tokens must be greater than 0")
         if min(self.mask_split) < 0 or abs(sum(self.mask_split) - 1) > 1e-9:
             raise ValueError(f"mask_split needs three shares that add up to 1, got {list(self.mask_split)}")
-        if len(set(self.freeze)) < len(self.freeze) or any(layer < 0 for layer in self.freeze):
-            raise ValueError(f"freeze lists different layer numbers from 0, got {list(self.freeze)}")
+        if len(set(self.freeze)) < len(self.freeze):
+            raise ValueError(f"freeze names each part once, got {list(self.freeze)}")
+        if "head" in self.freeze and "head" in self.reset:
+            raise ValueError("freeze and reset both name the head: a new head must train; remove it from one of them")
         return self
 
     def length(self, tokens_per_step: int) -> int:
@@ -528,6 +549,12 @@ class RunConfig(Section):
                     f"data.sources.{place}",
                     f"no phase uses the source {name}; name it in the `sources` of a phase, or remove it",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _reset_what_was_trained(self) -> Self:
+        if self.model.init == SCRATCH and self.phases[0].reset:
+            raise _fault("phases.0.reset", "the head of a model from scratch is new already; remove this key")
         return self
 
     @property

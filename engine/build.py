@@ -28,11 +28,11 @@ from engine import device, micro_batch
 from engine.checkpoint.manager import CheckpointManager
 from engine.checkpoint_meta import CheckpointMeta
 from engine.guards import Guards, ReplicaGuard
-from engine.initial_weights import load_initial_weights
+from engine.initial_weights import load_initial_weights, reset_head
 from engine.megatron import ddp_timing
-from engine.megatron.optimizer import FrozenLayers, build_optimizer
+from engine.megatron.optimizer import FrozenWeights, build_optimizer
 from engine.megatron.teardown import release
-from engine.modernbert.config import parameter_count, phase_architecture, resolve_architecture
+from engine.modernbert.config import parameter_count, phase_architecture, resolve_architecture, resolve_dropout
 from engine.modernbert.model import ModernBert, transformer_config
 from engine.objectives import CausalLM, MaskedLM, Objective, objective_of
 from engine.parallel import Layout, initialise, micro_setting, plan
@@ -83,6 +83,8 @@ class Components:
         self.runner.frozen.freeze(span.phase.freeze)
         self.runner.model.set_architecture(phase_architecture(self.architecture, self.config, span.index))
         self.loader = _loader(self.config, span, self.tokenizer, self.loader.gate)
+        if span.phase.reset and self.state.step == span.first:
+            reset_head(self.runner.model, self.runner.optimizer, self.config.seed, span.index)
         return objective_of(span.phase, self.tokenizer, self.config.data.seed)
 
     def batches(
@@ -92,13 +94,14 @@ class Components:
 
         `begin_phase` comes first. `data` is as in `Loader.steps`.
         """
+        dropout = resolve_dropout(self.config, self.architecture)
         return self.loader.steps(
             objective.targets(),
             self.layout.micro_batch_sizes[span.index],
             first,
             last,
             data,
-            partial(to_device_batch, causal=objective.causal),
+            partial(to_device_batch, causal=objective.causal, dropout=dropout),
             begins_phase=first == span.first,
         )
 
@@ -155,7 +158,7 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
         optimizer,
         ddp_timing.install(ddp_model),
         config.optimizer,
-        FrozenLayers(model, optimizer),
+        FrozenWeights(model, optimizer),
         on_launched=loader.gate.open,
     )
     components = Components(
@@ -192,7 +195,8 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
 
 def _fit_by_measurement(config: RunConfig, architecture: ModernBertConfig, tokenizer: Tokenizer) -> FitMicroBatch:
     def fit(runner: StepRunner, layout: Layout, span: PhaseSpan, choices: dict[str, int]) -> int:
-        probe = micro_batch.GpuProbe(runner, span.data.sequence_length, tokenizer.sep_id, layout.pipeline)
+        dropout = resolve_dropout(config, architecture)
+        probe = micro_batch.GpuProbe(runner, span.data.sequence_length, tokenizer.sep_id, layout.pipeline, dropout)
         key = micro_batch.identity(config, span, architecture, layout, runner.model.config.fp8)
         choices[key] = micro_batch.fit(probe, span.sequences // layout.data, key, choices.get(key))
         return choices[key]

@@ -1,4 +1,4 @@
-"""The weights a new run starts from: `model.init`."""
+"""The weights a new run starts from, `model.init`, and those that a phase makes anew."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from configs.schema import SCRATCH, RunConfig
 from datapipe.tokenizer import Tokenizer, first_difference, load_tokenizer
 from engine import checkpoint as checkpoints
 from engine.checkpoint.manager import require_same_shape
+from engine.megatron.optimizer import PARTS, replace_weights
 from engine.modernbert.config import is_checkpoint, locate
-from engine.modernbert.convert import huggingface_weights, load_weights, open_weights, random_weights
+from engine.modernbert.convert import (
+    huggingface_weights,
+    load_weights,
+    open_weights,
+    random_weights,
+    rank_slices,
+)
 from engine.modernbert.model import ModernBert
 
 
@@ -70,3 +77,16 @@ def load_initial_weights(config: RunConfig, architecture: ModernBertConfig, mode
     else:
         load_weights(model, huggingface_weights(init, architecture, config.seed))
     optimizer.reload_model_params()
+
+
+def reset_head(model: ModernBert, optimizer: Any, seed: int, phase: int) -> None:
+    """Give the prediction head new weights, a pure function of seed and phase; all ranks call it together.
+
+    Args:
+        model: This rank's bare model.
+        optimizer: The distributed optimizer.
+        seed: Seed of the run.
+        phase: Index of the phase that begins, so that two resets differ.
+    """
+    weights = random_weights(model.architecture, f"reset {seed} {phase}")
+    replace_weights(optimizer, dict(rank_slices(model, weights, PARTS["head"])))

@@ -23,9 +23,10 @@ from transformers import ModernBertConfig
 from configs.files import write_json
 from configs.schema import RunConfig
 from configs.spans import PhaseSpan
-from datapipe.batch import IGNORE, MicroBatch
+from datapipe.batch import IGNORE, MicroBatch, Origin
 from engine import device
 from engine.megatron.fp8_state import preserve_fp8_state
+from engine.modernbert.config import DropoutRates, resolve_dropout
 from engine.parallel import Layout
 from engine.step import StepRunner, to_device_batch
 
@@ -60,6 +61,8 @@ class GpuProbe:
     """Any token; rows are made of it."""
     num_micro_batches: int
     """As many as the first pipeline stage keeps at once."""
+    dropout: DropoutRates | None
+    """Dropout of the training."""
 
     def total(self) -> float:
         """Return the bytes of the device."""
@@ -77,7 +80,8 @@ class GpuProbe:
         ends = np.arange(0, len(ids) + 1, self.sequence_length, dtype=np.int32)
         torch.cuda.empty_cache()  # because unused blocks of other sizes would count
         torch.cuda.reset_peak_memory_stats()
-        batch = to_device_batch(MicroBatch(ids, labels, ends, len(ids)), causal=True)
+        origins = tuple(Origin(0, number, ()) for number in range(rows))
+        batch = to_device_batch(MicroBatch(ids, labels, ends, len(ids), origins), True, self.dropout)
         with preserve_fp8_state(self.runner.model):
             self.runner.forward_backward([batch] * self.num_micro_batches)
         return float(torch.cuda.max_memory_reserved())
@@ -150,6 +154,8 @@ def identity(config: RunConfig, span: PhaseSpan, architecture: ModernBertConfig,
     sizes = (layout.tensor, layout.pipeline, layout.data, layout.sequence)
     parts: list[Any] = [device.name(), device.total_memory_bytes(), torch.__version__, sizes]
     parts += [span.data.sequence_length, span.sequences, fp8, config.fp8_recipe, config.attention]
+    if dropout := resolve_dropout(config, architecture):
+        parts.append(dropout[1:])
     shape = json.dumps(architecture.to_dict(), sort_keys=True, default=str)
     return hashlib.sha256(repr([*parts, shape]).encode()).hexdigest()[:24]
 

@@ -54,9 +54,11 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
     if layers % pipeline:
         errors.append(f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers")
     for number, phase in enumerate(config.phases):
-        beyond = [layer for layer in phase.freeze if layer >= layers]
-        if beyond:
-            errors.append(f"phases.{number}.freeze: no layers {beyond}; the model has 0 to {layers - 1}")
+        frozen = {part for part in phase.freeze if isinstance(part, int)}
+        if beyond := sorted(layer for layer in frozen if layer >= layers):
+            errors.append(f"phases.{number}.freeze: no layers {beyond}; the model has {layers}: 0 to {layers - 1}")
+        elif len(frozen) == layers and {"embeddings", "head"} <= set(phase.freeze):
+            errors.append(f"phases.{number}.freeze: names every part of the model; leave out those that are to train")
     lengths = {"data.sequence_length": config.data.sequence_length}
     lengths |= {f"phases.{n}.sequence_length": p.sequence_length or 0 for n, p in enumerate(config.phases)}
     for key, length in lengths.items():

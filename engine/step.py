@@ -17,9 +17,11 @@ from configs.schema import Optimizer
 from datapipe.batch import IGNORE, MicroBatch
 from engine import device
 from engine.megatron.ddp_timing import ParameterWaits
-from engine.megatron.optimizer import FrozenLayers, set_learning_rate
+from engine.megatron.optimizer import FrozenWeights, set_learning_rate
 from engine.megatron.optimizer import step as optimizer_step
 from engine.modernbert.attention import PackedDocuments
+from engine.modernbert.config import DropoutRates
+from engine.modernbert.dropout import Dropout
 from engine.modernbert.model import ModernBert
 from engine.objectives import Objective
 from engine.rank_stats import reports_loss
@@ -40,8 +42,14 @@ class DeviceBatch:
     """[] int32, N."""
 
 
-def to_device_batch(micro_batch: MicroBatch, causal: bool) -> DeviceBatch:
-    """Copy a micro-batch to the device. A GPU copies in its stream's order, and the host does not wait for it."""
+def to_device_batch(micro_batch: MicroBatch, causal: bool, dropout: DropoutRates | None = None) -> DeviceBatch:
+    """Copy a micro-batch to the device. A GPU copies in its stream's order, and the host does not wait for it.
+
+    Args:
+        micro_batch: Packed sequences with inputs and labels.
+        causal: No token sees a later one.
+        dropout: Rates of a training batch; None in evaluation.
+    """
     target = device.device()
     labels: Any = micro_batch.labels
     if isinstance(labels, np.ndarray):  # by NumPy, because torch would wait for threads of its own on busy cores
@@ -53,9 +61,10 @@ def to_device_batch(micro_batch: MicroBatch, causal: bool) -> DeviceBatch:
     lengths = tuple((micro_batch.cu_seqlens[1:] - micro_batch.cu_seqlens[:-1]).tolist())
     # A thread's current GPU is the first one, so the data thread must set this process's own.
     with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
+        drop = dropout and Dropout.of_rows(dropout, micro_batch.origins, len(micro_batch.inputs), target)
         return DeviceBatch(
             device.to_device(torch.as_tensor(micro_batch.inputs)[None], target),
-            PackedDocuments.from_lengths(lengths, causal, target),
+            PackedDocuments.from_lengths(lengths, causal, target, drop),
             device.to_device(positions, target),
             device.to_device(labels, target),
             device.to_device(torch.tensor(len(positions), dtype=torch.int32), target),
@@ -76,7 +85,7 @@ class StepRunner:
     """Leaves the waits of `ddp_model` for other ranks' parameters out of a step's own time."""
     settings: Optimizer
     """The configuration's optimizer section."""
-    frozen: FrozenLayers
+    frozen: FrozenWeights
     on_launched: Callable[[], None]
     """Called when the host has launched a step's kernels and is about to wait for the GPU."""
 
@@ -108,7 +117,7 @@ class StepRunner:
     def optimizer_step(
         self, losses: torch.Tensor, learning_rate: float | None = None, peak: float | None = None
     ) -> float:
-        """Update the weights, except those of frozen layers, unless a loss or gradient of any rank is not finite.
+        """Update the weights, except frozen ones, unless a loss or gradient of any rank is not finite.
 
         Args:
             losses: This rank's losses by `forward_backward`.

@@ -20,7 +20,15 @@ from configs.spans import PhaseSpan
 from monitoring.events import Branched, record
 from monitoring.run_directory import RunDirectory
 
-FREE = ("phases.", "name:", "origin", "model.init:", "data.sources.", "data.evaluation", "data.sequence_length:")
+FREE: tuple[str, ...] = (
+    "phases.",
+    "name:",
+    "origin",
+    "model.init:",
+    "data.sources.",
+    "data.evaluation",
+    "data.sequence_length:",
+)
 FREE += ("batch.sequences:", "optimizer.lr:")
 """Keys that may differ from the origin's. Those that decide past steps are compared step by step instead."""
 

@@ -290,6 +290,25 @@ METRICS: tuple[Metric, ...] = (
         panel=Panel("Learning", "Gradient norm", "Global norm before clipping.", "norm"),
     ),
     Metric(
+        "detour_train_clipped_ratio",
+        "gauge",
+        "Share of the steps of each phase whose gradient was clipped; absent with optimizer.clip: 0",
+        "ratio",
+        lambda now: {
+            (phase, now.objectives[int(phase)]): share
+            for phase, share in now.counters.clipped_shares().items()
+            if int(phase) < len(now.objectives)
+        },
+        labels=("phase", "objective"),
+        panel=Panel(
+            "Learning",
+            "Clipped steps",
+            "Share of each phase's steps so far whose gradient was clipped; empty with optimizer.clip: 0.",
+            "{{phase}} {{objective}}",
+            high=1,
+        ),
+    ),
+    Metric(
         "detour_train_phase",
         "gauge",
         "1 on the current phase, 0 on the others",

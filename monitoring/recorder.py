@@ -171,6 +171,8 @@ class Recorder:
         counters.tokens[record.objective] = counters.tokens.get(record.objective, 0) + record.tokens
         counters.data_wait_seconds += record.data_wait_seconds
         counters.step_seconds.observe(record.step_seconds)
+        if clip := self._config.optimizer.clip:
+            counters.count_clipping(record.phase, clip < record.grad_norm < math.inf)
         self._since_line.add(record)
         self._since_written.add(record)
         self._recent.append(record.step_seconds)
@@ -238,12 +240,18 @@ class Recorder:
             "loss": record.loss,
             "tokens": sum(self._counters.tokens.values()),
             **record.step_values(),
+            **self._clipped_share(record.phase),
             "step_seconds": window.seconds / window.steps,
             "data_wait_seconds": window.wait / window.steps,
             **window.rates(self._peak_flops).rates(),
         }
         held_out = {"eval_loss": record.eval_loss, "eval_accuracy": record.eval_accuracy}
         return line | {name: values for name, values in held_out.items() if values is not None}
+
+    def _clipped_share(self, phase: int) -> dict[str, float]:
+        """The share of a phase's steps so far whose gradient was clipped; empty without clipping."""
+        share = self._counters.clipped_shares().get(str(phase))
+        return {} if share is None else {"clipped_share": share}
 
     def _start_writing(self) -> Future[None]:
         """Write telemetry.json in the thread. Its counters never fall: after a rollback they wait at their highest."""

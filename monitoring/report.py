@@ -137,7 +137,7 @@ def _figures(run: RunFiles) -> list[Figure]:
         figure("Throughput", curve(rows, "tokens_per_second"), format_count, "real tokens per second, all devices"),
         figure("Model FLOPs utilisation", curve(rows, "mfu"), percent, "share of the devices' peak"),
         figure("Data wait", waits, percent, "share of the step spent waiting for its data"),
-        figure("Gradient norm", curve(rows, "grad_norm"), plain, "before clipping"),
+        figure("Gradient norm", curve(rows, "grad_norm"), plain, _clipping(run)),
         figure("Packing", curve(rows, "packing_ratio"), percent, "real tokens in the token slots", False),
     ]
     if held_out:
@@ -148,6 +148,17 @@ def _figures(run: RunFiles) -> list[Figure]:
             Figure("Progress over time", _timeline(with_step), "steps of the events; a fall is work that is repeated")
         )
     return figures
+
+
+def _clipping(run: RunFiles) -> str:
+    """Note of the gradient norm: the share of clipped steps per phase."""
+    last = {index + 1: rows[-1] for index in range(len(run.config.phases)) if (rows := run.phase(index))}
+    told = [
+        f"{percent(row['clipped_share'])} of the steps of phase {number}"
+        for number, row in last.items()
+        if "clipped_share" in row
+    ]
+    return f"before clipping; clipped in {', '.join(told)}" if told else "before clipping"
 
 
 def _loss_lines(run: RunFiles) -> list[Line]:

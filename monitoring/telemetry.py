@@ -60,8 +60,19 @@ class Counters(BaseModel):
     """Time that steps waited for their data."""
     drawn: dict[str, tuple[int, int, int]] = {}
     """Tokens and documents that entered the streams, and damaged documents left out, by source."""
+    clipped: dict[str, tuple[int, int]] = {}
+    """Steps whose gradient was clipped, and all steps, by the phase's index. Empty without clipping."""
     step_seconds: Histogram = Histogram.empty(STEP_SECONDS)
     checkpoint_seconds: Histogram = Histogram.empty(CHECKPOINT_SECONDS)
+
+    def count_clipping(self, phase: int, clipped: bool) -> None:
+        """Count one step of a phase."""
+        before, steps = self.clipped.get(str(phase), (0, 0))
+        self.clipped[str(phase)] = (before + clipped, steps + 1)
+
+    def clipped_shares(self) -> dict[str, float]:
+        """The share of clipped steps by the phase's index."""
+        return {phase: clipped / steps for phase, (clipped, steps) in self.clipped.items()}
 
 
 @dataclass(frozen=True)

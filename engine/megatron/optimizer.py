@@ -1,9 +1,10 @@
-"""Megatron's distributed AdamW with the paper's weight decay, and frozen layers."""
+"""Megatron's distributed AdamW with the paper's weight decay; frozen and new weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -95,8 +96,16 @@ def step(optimizer: Any, losses: torch.Tensor | None = None) -> float:
     return norm_on_host
 
 
-class FrozenLayers:
-    """Keeps layers as they are: no gradient, no weight decay, no change of their Adam moments.
+PARTS = {
+    "embeddings": ("embedding.word_embeddings.", "embedding_norm.", "output_layer.weight"),
+    "head": ("lm_head.", "output_layer.bias"),
+}
+"""Starts of the names of the parts outside the layers. Where the last pipeline stage is not the first one too, it holds
+its own copy of the token embeddings, `output_layer.weight`."""
+
+
+class FrozenWeights:
+    """Keeps parts of the model as they are: no gradient, no weight decay, no change of their Adam moments.
 
     The backward pass still computes their gradients. Megatron lays out its gradient buckets once per run, and a change
     of phase must not rebuild the optimizer, because its state crosses the change.
@@ -112,9 +121,14 @@ class FrozenLayers:
         for member in _members(optimizer):
             member.optimizer.register_step_pre_hook(self._drop_gradients)
 
-    def freeze(self, layers: Collection[int]) -> None:
-        """Freeze exactly these layers, counted over the whole model, from the next step on."""
-        names = tuple(f"decoder.layers.{layer}." for layer in layers)
+    def freeze(self, parts: Collection[int | str]) -> None:
+        """Freeze exactly these parts from the next step on.
+
+        Args:
+            parts: Layers, counted over the whole model, and names in PARTS.
+        """
+        starts = (PARTS[part] if isinstance(part, str) else (f"decoder.layers.{part}.",) for part in parts)
+        names = tuple(chain.from_iterable(starts))
         self._frozen = [
             parameter
             for name, parameter in self._model.named_parameters()
@@ -122,19 +136,43 @@ class FrozenLayers:
         ]
 
     def clear_gradients(self) -> None:
-        """Zero the gradients of frozen layers, so that the gradient norm leaves them out. Call after backward."""
+        """Zero the gradients of frozen weights, so that the gradient norm leaves them out. Call after backward."""
         for parameter in self._frozen:
             gradient: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
             gradient.zero_()
 
     def _drop_gradients(self, inner: torch.optim.Optimizer, *_: Any) -> None:
-        """Remove the gradients of frozen layers, because Adam skips parameters without a gradient only."""
+        """Remove the gradients of frozen weights, because Adam skips parameters without a gradient only."""
         frozen = set(self._frozen)
         for member in _members(self._optimizer):
             if member.optimizer is inner:
                 for parameter, (group, position) in member.model_param_group_index_map.items():
                     if parameter in frozen:
                         inner.param_groups[group]["params"][position].grad = None
+
+
+@torch.no_grad()
+def replace_weights(optimizer: Any, values: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Give parameters new values on every rank, and zero Adam's moments of them. The step count goes on.
+
+    Written for Megatron 0.16.1 and 0.19.2: `gbuf_ranges` and `_get_main_param_and_optimizer_states` as in
+    `optimizer_shards`. A rank's range of a parameter has its fp32 main weights and moments there.
+
+    Args:
+        optimizer: the result of `build_optimizer`.
+        values: Whole values of this rank's parameters.
+    """
+    for parameter, value in values.items():
+        parameter.copy_(value)
+    for member in _members(optimizer):
+        buckets = (bucket for buffer in member.gbuf_ranges for parts in buffer.values() for bucket in parts)
+        for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
+            if parameter in values:
+                states = member._get_main_param_and_optimizer_states(parameter)
+                own = values[parameter].reshape(-1)[ranges["param"].start : ranges["param"].end]
+                states["param"].copy_(own)
+                states["exp_avg"].zero_()
+                states["exp_avg_sq"].zero_()
 
 
 def _members(optimizer: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from engine.device import to_device
+from engine.modernbert.dropout import Dropout
 from engine.modernbert.ops import local_attention, rotate, takes_local_attention
 
 BAND = 64
@@ -32,9 +33,14 @@ GROUP = 256
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Megatron's packed-sequence parameters, and whether attention is causal, which the batch's objective decides."""
+    """Megatron's packed-sequence parameters, and what else differs from batch to batch.
+
+    The batch's objective decides whether attention is causal. An evaluation has no dropout.
+    """
 
     causal: bool = False
+    dropout: Dropout | None = None
+    """The elements to drop; None without dropout."""
     lengths: tuple[int, ...] = ()
     """Tokens per document; their sum is T."""
     documents: Tensor = field(kw_only=True)
@@ -44,7 +50,9 @@ class PackedDocuments(PackedSeqParams):
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_lengths(cls, lengths: tuple[int, ...], causal: bool, device: torch.device) -> PackedDocuments:
+    def from_lengths(
+        cls, lengths: tuple[int, ...], causal: bool, device: torch.device, dropout: Dropout | None = None
+    ) -> PackedDocuments:
         """Build the parameters of documents that lie end to end.
 
         NumPy does it, because torch's threads would wait for each other on busy cores.
@@ -53,6 +61,7 @@ class PackedDocuments(PackedSeqParams):
             lengths: Tokens per document.
             causal: No token sees a later one.
             device: Device of the tensors.
+            dropout: The elements to drop.
         """
         ends = np.cumsum((0, *lengths), dtype=np.int32)
         starts = np.repeat(ends[:-1], lengths)
@@ -65,6 +74,7 @@ class PackedDocuments(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             causal=causal,
+            dropout=dropout,
             lengths=lengths,
             documents=to_device(torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)), device),
             positions=to_device(torch.from_numpy(np.arange(ends[-1], dtype=np.int64) - starts), device),

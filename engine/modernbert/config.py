@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import ModernBertConfig
 
@@ -51,6 +51,17 @@ FIXED_BY_WEIGHTS = (
 )
 """Keys that trained weights depend on: an override that contradicts the file would drop or misread some of them."""
 WEIGHT_FILES = (".pt", ".bin")
+TRAINING_ONLY = ("attention_dropout", "attention_output_dropout", "embedding_dropout", "mlp_dropout")
+"""Keys of a recipe's model section that change the training and neither the model nor its exported configuration."""
+
+
+class DropoutRates(NamedTuple):
+    """Shares of elements that training drops, and the seed of the choice."""
+
+    seed: int
+    embedding: float
+    attention_output: float
+    mlp: float
 
 
 def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig:
@@ -63,7 +74,7 @@ def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig
     Raises:
         InputError: The shape cannot be built, the overrides contradict the weights, or the tokenizer does not fit.
     """
-    overrides = model.model_dump(exclude={"init", "size"}, exclude_none=True)
+    overrides = model.model_dump(exclude={"init", "size", *TRAINING_ONLY}, exclude_none=True)
     if model.init == SCRATCH:
         base = SIZES[model.size] if model.size else {}
         fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer), **base}
@@ -77,6 +88,7 @@ def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig
         if old in overrides and "rope_parameters" in fields:
             fields["rope_parameters"] = {**fields["rope_parameters"], kind: {"rope_theta": overrides.pop(old)}}
     architecture = build_config({**fields, **overrides}, "the recipe" if model.init == SCRATCH else model.init)
+    _require_no_weight_dropout(model, architecture)
     if architecture.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"model.vocab_size: {architecture.vocab_size} entries, but tokenizer {tokenizer.name} has "
@@ -95,6 +107,40 @@ def phase_architecture(architecture: ModernBertConfig, config: RunConfig, phase:
     fields = architecture.to_dict()
     rope = {**rope_parameters(architecture), "full_attention": {"rope_type": "default", "rope_theta": thetas[-1]}}
     return build_config({**fields, "rope_parameters": rope}, "the recipe")
+
+
+def resolve_dropout(config: RunConfig, architecture: ModernBertConfig) -> DropoutRates | None:
+    """Return the dropout of a run's training; None without dropout.
+
+    A rate that the recipe does not give is that of the model's own configuration.
+    """
+    model = config.model
+    embedding = architecture.embedding_dropout if model.embedding_dropout is None else model.embedding_dropout
+    mlp = architecture.mlp_dropout if model.mlp_dropout is None else model.mlp_dropout
+    rates = DropoutRates(config.seed, embedding, model.attention_output_dropout or 0.0, mlp)
+    return rates if any(rates[1:]) else None
+
+
+def _require_no_weight_dropout(model: Model, architecture: ModernBertConfig) -> None:
+    """Refuse dropout on attention weights, and rates of the file that are none."""
+    rate = architecture.attention_dropout if model.attention_dropout is None else model.attention_dropout
+    if rate:
+        raise InputError(
+            f"model.attention_dropout: {rate:g} would drop attention weights. The attention kernels draw such masks "
+            "from a generator per device, so neither a resume nor another layout would repeat them. Set "
+            f"model.attention_dropout=0, and model.attention_output_dropout={rate:g} for dropout on the attention's "
+            "output, which is FlexBERT's attn_out_dropout_prob",
+            key="model.attention_dropout",
+            code="dropout-on-attention-weights",
+        )
+    for key in ("embedding_dropout", "mlp_dropout"):
+        if getattr(model, key) is None and not 0 <= (rate := getattr(architecture, key)) < 1:
+            raise InputError(
+                f"model.{key}: the configuration of {model.init} has {rate}; set model.{key} to a share "
+                "from 0 up to, but not including, 1",
+                key=f"model.{key}",
+                code="architecture-unsupported",
+            )
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -267,9 +313,6 @@ def _require_supported(config: ModernBertConfig, origin: str) -> None:
     for key in ("norm_bias", "attention_bias", "mlp_bias"):
         if getattr(config, key):
             refuse(key, "biases in norms, attention and MLP are not supported; take a model without them")
-    for key in ("attention_dropout", "embedding_dropout", "mlp_dropout"):
-        if getattr(config, key):
-            refuse(key, "dropout is not supported: ModernBERT is trained without it; set it to 0")
     if config.hidden_activation != "gelu":
         refuse("hidden_activation", f"only 'gelu' is supported, got {config.hidden_activation!r}")
     if config.classifier_activation not in ("gelu", "silu", "relu"):

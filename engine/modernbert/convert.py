@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -95,16 +95,25 @@ def shard(tensor: Tensor, row: Row, rank: int, size: int) -> Tensor:
 @torch.no_grad()
 def load_weights(model: ModernBert, source: WeightSource) -> None:
     """Fill this rank's slice of the model, in any tensor- and pipeline-parallel layout."""
+    for parameter, tensor in rank_slices(model, source):
+        parameter.copy_(tensor)
+
+
+def rank_slices(
+    model: ModernBert, source: WeightSource, starts: tuple[str, ...] = ("",)
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Yield this rank's parameters whose names begin so, each with its slice of the tensor in `source`."""
     architecture = model.architecture
     by_name = {ours: (hf, row) for hf, ours, row in parameters(architecture)}
     by_name[TIED] = by_name["embedding.word_embeddings.weight"]
     rank, size = model.tp_group.rank(), model.tp_group.size()
     for name, parameter in model.named_parameters():
-        hf, row = by_name[global_name(model, name)]
-        parameter.copy_(shard(to_ours(source(hf), row, architecture), row, rank, size))
+        if name.startswith(starts):
+            hf, row = by_name[global_name(model, name)]
+            yield parameter, shard(to_ours(source(hf), row, architecture), row, rank, size)
 
 
-def random_weights(architecture: ModernBertConfig, seed: int) -> WeightSource:
+def random_weights(architecture: ModernBertConfig, seed: int | str) -> WeightSource:
     """Initialise as ModernBERT does (truncated normals, transformers' `_init_weights`): a pure function of the seed."""
     shapes = parameter_shapes(architecture)
     narrow = architecture.initializer_range
@@ -116,7 +125,9 @@ def random_weights(architecture: ModernBertConfig, seed: int) -> WeightSource:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         std = deep if name.endswith("Wo.weight") or name.startswith("head.") else narrow
         cut = architecture.initializer_cutoff_factor * std
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+        # 32 bits hashed from both, because torch's generator takes no more than the low 32 bits of a seed.
+        words = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(words, "little"))
         return torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -cut, cut, generator=generator)
 
     return source

@@ -6,6 +6,8 @@ and its keys differ, so a checkpoint could not move between a CPU and a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -68,7 +70,7 @@ class NoNorm(torch.nn.Module):
 
 
 class ModernBertLayer(TransformerLayer):
-    """TransformerLayer without biases and dropout, so that each norm is fused with the residual addition before it."""
+    """TransformerLayer without biases, so that each norm is fused with the residual addition before it."""
 
     def forward(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackedDocuments, **_: Any
@@ -78,8 +80,12 @@ class ModernBertLayer(TransformerLayer):
         attended, _bias = self.self_attention(
             normed, attention_mask=None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
         )
+        dropout = packed_seq_params.dropout
+        if dropout is not None:
+            attended = dropout.on_attention_output(attended, self.layer_number)
         states, normed = self.pre_mlp_layernorm.after(states, attended)
-        output, _bias = self.mlp(normed)
+        drop = None if dropout is None else partial(dropout.on_gated_states, layer=self.layer_number)
+        output, _bias = self.mlp(normed, drop)
         return states + output, None
 
 
@@ -90,9 +96,12 @@ class GatedMLP(MLP):
         """Accept the two arguments that Megatron 0.19 gives any MLP; the tensor-parallel group comes from the spec."""
         super().__init__(*args, **kwargs)
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
-        """Map [T, 1, hidden] to ([T, 1, hidden], bias)."""
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(geglu(self.linear_fc1(hidden_states)[0]))
+    def forward(
+        self, hidden_states: Tensor, drop: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map [T, 1, hidden] to ([T, 1, hidden], bias); `drop` is dropout between the matrices."""
+        gated = geglu(self.linear_fc1(hidden_states)[0])
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(gated if drop is None else drop(gated))
         return output
 
 

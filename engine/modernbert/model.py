@@ -75,7 +75,8 @@ class OutputLayer(ColumnParallelLinear):
 class ModernBert(LanguageModule):
     """One pipeline stage of ModernBERT with its prediction head, which serves both objectives.
 
-    `PackedDocuments` says for each batch whether attention is causal, so the model is the same for every objective.
+    `PackedDocuments` says for each batch whether attention is causal and what dropout drops, so the model is the same
+    for every objective, in training and in evaluation.
     """
 
     def __init__(
@@ -155,6 +156,8 @@ class ModernBert(LanguageModule):
         states = None
         if self.pre_process:
             states = self.embedding_norm(self.embedding(input_ids=input_ids, position_ids=None))
+            if packed.dropout is not None:
+                states = packed.dropout.on_embedding(states)
         states = self.decoder(
             hidden_states=states,
             attention_mask=None,

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datapipe.targets import threshold
 from engine import device
+
+STEP = 0x9E3779B9
+"""Distance of the hashes' inputs of two neighbouring channels, as in `datapipe.targets.position_hashes`."""
 
 
 @functools.cache
@@ -127,6 +131,71 @@ def add_and_norm(states: Tensor, other: Tensor | None, weight: Tensor, eps: floa
         return both
     total = states if other is None else states + other
     return total, F.layer_norm(total, weight.shape, weight, None, eps)
+
+
+def drop(states: Tensor, keys: Tensor, site: int, first_channel: int, rate: float) -> Tensor:
+    """Set elements to 0 with probability `rate`, by a hash, and divide the others by 1 - rate; [T, 1, n] -> [T, 1, n].
+
+    Args:
+        states: [T, 1, n]
+        keys: [T] int32, the hash of each token.
+        site: uint32, the hash of the place in the model.
+        first_channel: Number of the first of the n channels in the whole model.
+        rate: Share of the elements, below 1.
+    """
+    if states.is_cuda and _has_kernels():
+        from engine.modernbert.kernels import pointwise
+
+        output: Tensor = pointwise.Drop.apply(states, keys, site, first_channel, int(threshold(rate)), 1 / (1 - rate))
+        return output
+    dropped: Tensor = _Drop.apply(states, keys, site, first_channel, rate)
+    return dropped
+
+
+class _Drop(torch.autograd.Function):
+    """Computes the hash again in backward, because a mask would hold memory from forward to backward."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, keys: Tensor, site: int, first_channel: int, rate: float) -> Tensor:
+        ctx.save_for_backward(keys)
+        ctx.site, ctx.first_channel, ctx.rate = site, first_channel, rate
+        return _drop_by_keys(states, keys, site, first_channel, rate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (keys,) = ctx.saved_tensors
+        return _drop_by_keys(grads[0], keys, ctx.site, ctx.first_channel, ctx.rate), None, None, None, None
+
+
+def _drop_by_keys(states: Tensor, keys: Tensor, site: int, first_channel: int, rate: float) -> Tensor:
+    zeros = dropped_elements(keys, site, first_channel, states.shape[-1], rate).view(states.shape)
+    return states.mul(1 / (1 - rate)).masked_fill_(zeros, 0.0)
+
+
+def dropped_elements(keys: Tensor, site: int, first_channel: int, channels: int, rate: float) -> Tensor:
+    """Compute which elements `drop` sets to 0, [T, channels] bool.
+
+    torch has little arithmetic for uint32. int32 wraps around to the same bits.
+    """
+    tokens = _mix_(keys ^ _int32(site))
+    numbers = torch.arange(first_channel, first_channel + channels, dtype=torch.int32, device=keys.device)
+    hashes = _mix_(tokens[:, None] + numbers * _int32(STEP))
+    return hashes.bitwise_xor_(-(2**31)) < int(threshold(rate)) - 2**31  # unsigned order as signed order
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """Apply `datapipe.targets.mix` in place to int32. torch's shift copies the sign, which the masks remove."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= _int32(0x846CA68B)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+
+def _int32(word: int) -> int:
+    """Return the int32 with the bits of a uint32."""
+    return word - 2**32 if word >= 2**31 else word
 
 
 def exponentials_(logits: Tensor, largest: Tensor | None) -> Tensor:

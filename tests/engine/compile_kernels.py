@@ -29,6 +29,8 @@ def main() -> None:
     tile = {"width": 1152, "ROWS": pointwise.ROWS, "COLUMNS": pointwise.COLUMNS}
     build(pointwise._geglu, {"states": BF16, "output": BF16, "rows": "i32"}, tile)
     build(pointwise._geglu_backward, {"states": BF16, "grad": BF16, "result": BF16, "rows": "i32"}, tile)
+    place = {"site": "i64", "first_channel": "i32", "threshold": "i64", "scale": "fp32"}
+    build(pointwise._drop, {"states": BF16, "keys": "*i32", "output": BF16, "rows": "i32", **place}, tile)
     turned = dict.fromkeys(("qkv", "q", "k", "v", "cos", "sin"), BF16)
     for back in (False, True):
         sizes = {"DIM": 64, "ROWS": 4 * pointwise.ROWS, "BACK": back}

@@ -25,7 +25,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytest.importorskip("triton")
 
 from engine.modernbert.kernels.attention import LocalAttention  # noqa: E402
-from engine.modernbert.kernels.pointwise import ROWS_PER_PROGRAM, AddAndNorm, GeGLU, Rotate, exponentials_  # noqa: E402
+from engine.modernbert.kernels.pointwise import ROWS_PER_PROGRAM, AddAndNorm, Drop, GeGLU, Rotate, exponentials_  # noqa: E402
 
 BAR = 1e-5
 """Relative to the largest value; all but attention computes in fp32 throughout."""
@@ -78,6 +78,18 @@ def test_add_and_norm(adds: bool) -> None:
     compare(found, (expected[0] * 1.0, expected[1]), [states, weight, *([other] if adds else [])])
 
 
+@pytest.mark.parametrize("site", [0, 5, 0x9ABCDEF0])
+def test_drop(site: int) -> None:
+    """The same elements to the bit, above and below the sign bit of the hash's inputs and of the threshold."""
+    ours, reference = pair(37, 1, 200)
+    keys = torch.randint(-(2**31), 2**31, (37,), dtype=torch.int32)
+    for rate in (0.1, 0.7):
+        expected = ops.drop(reference, keys, site, 300, rate)
+        found = Drop.apply(ours, keys.to(DEVICE), site, 300, round(rate * 2**32), 1 / (1 - rate))
+        assert torch.equal(found.cpu() == 0, expected == 0)
+        compare((found,), (expected,), [(ours, reference)])
+
+
 def test_exponentials() -> None:
     ours, reference = (x.detach() for x in pair(9, 10_001))
     peak = reference.amax(dim=1, keepdim=True)
@@ -114,4 +126,4 @@ def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.engine.compile_kernels"]
     found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert len(found.stdout.splitlines()) == 10
+    assert len(found.stdout.splitlines()) == 11

@@ -14,7 +14,7 @@ from monitoring.telemetry import Telemetry
 from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
 
 KEYS = [
-    *("step", "phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "packing_ratio"),
+    *("step", "phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "packing_ratio", "clipped_share"),
     *("step_seconds", "data_wait_seconds", "tokens_per_second", "mfu"),
 ]
 
@@ -142,6 +142,39 @@ def test_a_loss_that_is_not_finite_is_null_in_the_log_and_nan_in_telemetry(tmp_p
     assert now
     assert math.isnan(now.loss["clm"])
     assert math.isnan(now.grad_norm)
+
+
+@pytest.mark.parametrize("saved", [None, 22])
+def test_the_share_of_clipped_steps_is_that_of_the_phase(tmp_path: Path, saved: int | None) -> None:
+    """Clipped: odd steps of the first phase, every fourth of the second. A resume neither loses nor repeats a step."""
+    config = make_config(monitoring={"every": "1 steps"}, optimizer={"clip": 0.5})
+
+    def advance(recorder: Recorder, steps: range) -> None:
+        for step in steps:
+            clipped = step % 4 == 0 if step > 20 else step % 2 == 1
+            recorder.step(make_record(config, step, grad_norm=math.inf if step == 7 else 0.5 + 0.1 * clipped))
+
+    recorder = make_recorder(tmp_path, config)
+    advance(recorder, range(1, 25))
+    if saved:
+        before = make_recorder(tmp_path / "saved", config)
+        advance(before, range(1, saved + 1))
+        recorder = make_recorder(tmp_path, config, json.loads(json.dumps(before.state())), saved)
+        advance(recorder, range(saved + 1, 25))
+    recorder.close()
+    shares = {line["step"]: line["clipped_share"] for line in read_metrics(tmp_path)}
+    assert [shares[step] for step in (1, 2, 7, 20, 21, 24)] == pytest.approx([1, 1 / 2, 3 / 7, 9 / 20, 0, 1 / 4])
+    now = Telemetry.read(tmp_path)
+    assert now
+    assert now.counters.clipped_shares() == {"0": 9 / 20, "1": 1 / 4}
+
+
+def test_without_clipping_there_is_no_share(tmp_path: Path) -> None:
+    config = make_config(optimizer={"clip": 0.0})
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 5))
+    recorder.close()
+    assert "clipped_share" not in read_metrics(tmp_path)[0]
 
 
 def test_an_unknown_peak_gives_no_mfu(tmp_path: Path) -> None:

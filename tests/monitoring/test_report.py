@@ -77,6 +77,7 @@ def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path, monkeypatch:
         "checkpoint saved at step 20",
         "phase started at step 20",
         "<b>killed</b>",
+        "clipped in 100 % of the steps of phase 1, 100 % of the steps of phase 2",
     ):
         assert text in page.said, text
     assert page.count["svg"] == 9

@@ -235,6 +235,58 @@ def _norm_backward(  # type: ignore[no-untyped-def]
     tl.store(parts + tl.program_id(0) * width + column, part, mask)
 
 
+class Drop(torch.autograd.Function):
+    """Dropout by a hash, [T, 1, n] -> [T, 1, n]; the arguments are those of `ops.drop`.
+
+    `threshold` is the uint32 below which a hash drops its element, and `scale` multiplies the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, keys: Tensor, site: int, first_channel: int, threshold: int, scale: float
+    ) -> Tensor:
+        """Drop elements."""
+        ctx.save_for_backward(keys)
+        ctx.place = (site, first_channel, threshold, scale)
+        return _dropped(states, keys, *ctx.place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        """Drop the same elements of the gradient."""
+        (keys,) = ctx.saved_tensors
+        return _dropped(grads[0], keys, *ctx.place), None, None, None, None, None
+
+
+def _dropped(states: Tensor, keys: Tensor, site: int, first_channel: int, threshold: int, scale: float) -> Tensor:
+    states = states.contiguous()
+    output = torch.empty_like(states)
+    place = (site, first_channel, threshold)
+    _drop[_tiles(output)](states, keys, output, *_shape(output), *place, scale, ROWS, COLUMNS)
+    return output
+
+
+@triton.jit(do_not_specialize=["site", "first_channel", "threshold"])
+def _drop(  # type: ignore[no-untyped-def]
+    states, keys, output, rows, width: tl.constexpr, site, first_channel, threshold, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, mask = _tile(rows, width, ROWS, COLUMNS)
+    token = _mix(tl.load(keys + row, row < rows, 0).to(tl.uint32, bitcast=True) ^ site.to(tl.uint32))
+    number = (column + first_channel).to(tl.uint32)
+    hashes = _mix(token + number * tl.full([1, 1], 0x9E3779B9, tl.uint32))
+    offs = row * width + column
+    value = tl.load(states + offs, mask, 0.0).to(tl.float32) * scale
+    tl.store(output + offs, tl.where(hashes < threshold.to(tl.uint32), 0.0, value), mask)
+
+
+@triton.jit
+def _mix(x):  # type: ignore[no-untyped-def]
+    """Apply `datapipe.targets.mix` to uint32."""
+    x = (x ^ (x >> 16)) * tl.full([1, 1], 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full([1, 1], 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
 def exponentials_(logits: Tensor, largest: Tensor) -> Tensor:
     """Turn logits [N, V] into exp(logits - largest) in offs, and return their sums, [N, 1] fp32 as `largest`."""
     sums = torch.empty_like(largest)
