@@ -60,7 +60,8 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
     if config.data.sequence_length > architecture.max_position_embeddings:
         errors.append(
             f"data.sequence_length: {config.data.sequence_length} is more than the model's "
-            f"max_position_embeddings {architecture.max_position_embeddings}"
+            f"max_position_embeddings {architecture.max_position_embeddings}; shorten it, or set "
+            f"model.max_position_embeddings={config.data.sequence_length} and a larger model.global_rope_theta"
         )
     if workers % (tensor * pipeline):
         errors.append(

@@ -282,7 +282,7 @@ def _tokenizer_folder(folder: Path, changes: dict[str, str], config: dict[str, s
 
 
 def test_another_tokenizer_than_the_models_is_refused(hf_model: Path, tmp_path: Path) -> None:
-    from datapipe.tokenizer import first_difference
+    from datapipe.vocabulary import first_difference
 
     trained = load_tokenizer("package://tokenizer/modernbert")
     swapped = {'"hello"': '"<held>"', '"world"': '"hello"', '"<held>"': '"world"'}
