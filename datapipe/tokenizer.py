@@ -139,7 +139,7 @@ def load_tokenizer(reference: str) -> Tokenizer:
             with a tokenizer.json beside it, or Detour checkpoint, which knows the tokenizer it was trained with.
 
     Raises:
-        InputError: There is no such tokenizer, its files are damaged, or it lacks a [CLS], [SEP], [PAD] or [MASK] token.
+        InputError: There is no such tokenizer, its files are damaged, or a [CLS], [SEP], [PAD] or [MASK] is missing.
     """
     directory = _directory(reference)
     content = (directory / "tokenizer.json").read_bytes().removeprefix(BOM)
