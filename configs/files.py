@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+CHECKPOINT_RECORD = "detour.json"
+"""File of a checkpoint that holds everything but the tensors."""
+RUN_TOKENIZER = "tokenizer"
+"""Folder of a run directory with the run's own copy of its tokenizer."""
+
 
 def partial_path(path: Path) -> Path:
     """The hidden name beside `path` under which it is written until it is complete."""

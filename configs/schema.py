@@ -85,7 +85,7 @@ class Model(Section):
     size: Literal["tiny", "base", "large"] | None = None
     """Named architecture of a new model. Only with `init: scratch`."""
     vocab_size: PositiveInt | None = None
-    """Entries of the vocabulary. At least the tokenizer's."""
+    """Entries of the vocabulary. At least the tokenizer's. A tokenizer that extends that of `init` adds entries."""
     hidden_size: PositiveInt | None = None
     """Width of the hidden states."""
     intermediate_size: PositiveInt | None = None
@@ -482,7 +482,8 @@ class RunConfig(Section):
     model: Model
     """Initial weights and architecture."""
     tokenizer: str
-    """Directory with a tokenizer.json, a hub id, or `package://tokenizer/modernbert` for the shipped tokenizer."""
+    """Directory with a tokenizer.json, a hub id, or `package://tokenizer/modernbert` for the shipped tokenizer. Without
+    a value: that of `model.init`. With `init: scratch` it is required."""
     data: Data
     """Training data."""
     batch: Batch = Batch()
@@ -518,6 +519,15 @@ class RunConfig(Section):
                 "fp8_bf16_edges", "Megatron has no BF16 layers with fp8_recipe: delayed; use tensorwise or false"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_model(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("tokenizer") is not None or not isinstance(tree.get("model"), dict):
+            return tree
+        rest = {key: value for key, value in tree.items() if key != "tokenizer"}
+        init = tree["model"].get("init", SCRATCH)
+        return rest if init == SCRATCH else {"tokenizer": init, **rest}
 
     @model_validator(mode="after")
     def _streams_divide_the_batch(self) -> Self:

@@ -58,6 +58,17 @@ class MicroBatch:
     """One origin per row, in order."""
 
 
+def label_bytes(labels: Any, byte_lengths: NDArray[np.int32]) -> int:
+    """UTF-8 bytes of the text that the labels stand for.
+
+    Args:
+        labels: `MicroBatch.labels`; those of the dali backend are on the GPU.
+        byte_lengths: `Tokenizer.byte_lengths`.
+    """
+    ids = labels if isinstance(labels, np.ndarray) else labels.cpu().numpy()
+    return int(byte_lengths[ids[ids != IGNORE]].sum())
+
+
 class Drawn(NamedTuple):
     """Documents of one source that entered the streams."""
 

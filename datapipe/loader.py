@@ -3,7 +3,7 @@
 A batch comes together in these stages, each a pure function of the stage before it and of the seed:
 
     shard           000003.tar: documents of token ids
-      v   Source          one corpus: any document by (shard, number), with [CLS] and [SEP] around it
+      v   Source          one corpus: any document by (shard, number), framed as the tokenizer frames it
       v   Cursor          position of one stream in one source; an order per epoch
       v   Mixture         picks the source that is furthest behind its share of the tokens
       v   Buffer          64 pieces that wait; a piece is a document, or a part of a document longer than a row
@@ -286,7 +286,8 @@ def _checked_summary(source: Source, share: float, vocab_size: int) -> SourceSum
         raise InputError(f"source {source.name}: {problems[0]}{more}", key="data.sources", code=problems[0].code)
     documents, size = sum(source.documents), sum(shard.bytes for shard in source.shards)
     texts = tuple(map(str, problems))
-    return SourceSummary(source.name, len(source.shards), documents, source.tokens, size, share, texts)
+    counts = (source.tokens, source.framed_tokens)
+    return SourceSummary(source.name, len(source.shards), documents, *counts, size, share, texts)
 
 
 def evaluation_batches(

@@ -11,7 +11,8 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import file_sha256, write_json
-from datapipe.tokenizer import Tokenizer
+from datapipe.paths import local_path
+from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -43,11 +44,29 @@ class TokenizerIdentity:
     """Hexadecimal, of its tokenizer.json."""
     vocab_size: int
     special_ids: tuple[int, ...]
+    content_sha256: str = ""
+    """Hexadecimal, `Tokenizer.content_sha256`; manifests of 0.1.0 do not have it."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerIdentity:
         """The identity of a loaded tokenizer."""
-        return cls(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids)
+        return cls(
+            tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids, tokenizer.content_sha256
+        )
+
+    def is_of(self, tokenizer: Tokenizer) -> bool:
+        """Whether a tokenizer gives every text the ids of this one, whoever saved its files."""
+        if self.sha256 == tokenizer.sha256:
+            return True
+        return (self.content_sha256 or self._content_by_name()) == tokenizer.content_sha256
+
+    def _content_by_name(self) -> str | None:
+        """The content digest of a manifest of 0.1.0, if its tokenizer is still where it was."""
+        try:
+            named = load_tokenizer(self.name) if local_path(self.name).is_dir() else None
+        except InputError:
+            return None
+        return named.content_sha256 if named and named.sha256 == self.sha256 else None
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,8 @@ def _wrong_values(
         yield from _wrong_counts(f"shard {shard.name}", asdict(shard), ("bytes", "documents", "tokens"))
         yield from _wrong_sha256(f"shard {shard.name}", shard.sha256)
     yield from _wrong_sha256("tokenizer", tokenizer.sha256)
+    if tokenizer.content_sha256:
+        yield from _wrong_sha256("tokenizer", tokenizer.content_sha256)
     yield from _wrong_counts("tokenizer", asdict(tokenizer), ("vocab_size",))
     for name, counts in sources.items():
         yield from _wrong_counts(f"source {name}", counts, counts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from datapipe.manifest import Manifest, read_manifest, verify
 from datapipe.order import permutation
 from datapipe.packing import packing_ratio
 from datapipe.shards import DamagedError, ShardReader, read_index, webdataset_samples
-from datapipe.tokenizer import load_tokenizer
+from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 PACKED = 20_000
 """Documents from which the packing ratio is estimated."""
@@ -39,6 +39,8 @@ class ShardReport:
     """`[documents] int64`, tokens per document, special tokens not counted."""
     samples: tuple[tuple[str, str], ...]
     """Key and beginning of the text of some documents; empty if their tokenizer is not available."""
+    tokenizer: Tokenizer | None
+    """The shards' tokenizer; None if it is not available, or another has its name by now."""
 
     @property
     def histogram(self) -> list[tuple[int, int, int]]:
@@ -51,7 +53,8 @@ class ShardReport:
         parts = np.split(self.lengths, np.cumsum([shard.documents for shard in self.manifest.shards])[:-1])
         # In the order of a stream, shard by shard, because documents of a shard may be alike.
         lengths = np.concatenate([part[permutation(len(part), "inspect")] for part in parts])
-        return packing_ratio((lengths[:PACKED] + 2).tolist(), row)
+        framing = 2 if self.tokenizer is None else self.tokenizer.framing_length
+        return packing_ratio((lengths[:PACKED] + framing).tolist(), row)
 
     def __str__(self) -> str:
         manifest, lengths = self.manifest, self.lengths
@@ -60,6 +63,7 @@ class ShardReport:
             f"{self.directory}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
             f"{format_count(manifest.tokens)} tokens; every sha256, count and id is right",
             f"  tokenizer   {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} entries",
+            *([] if self.tokenizer is None else [f"  framing     {self.tokenizer.framing}"]),
             f"  lengths     {lengths.mean():,.0f} tokens on average, median {np.median(lengths):,.0f}, "
             f"longest {lengths.max():,}",
             *(
@@ -103,7 +107,8 @@ def inspect_shards(directory: Path) -> ShardReport:
         lengths, problems = _read(directory, manifest)
     if problems:
         raise _damaged(directory, problems)
-    return ShardReport(directory, manifest, lengths, _samples(directory, manifest))
+    tokenizer = _tokenizer(manifest)
+    return ShardReport(directory, manifest, lengths, _samples(directory, manifest, tokenizer), tokenizer)
 
 
 def _damaged(directory: Path, problems: Sequence[str]) -> InputError:
@@ -143,9 +148,8 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
     return np.array(lengths, np.int64), problems
 
 
-def _samples(directory: Path, manifest: Manifest) -> tuple[tuple[str, str], ...]:
+def _samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> tuple[tuple[str, str], ...]:
     """A document from the middle of some shards, which WebDataset must read as `ShardReader` does."""
-    decode = _decoder(manifest)
     samples: list[tuple[str, str]] = []
     filled: Sequence[int] = [number for number, shard in enumerate(manifest.shards) if shard.documents]
     for shard in (filled[i] for i in permutation(len(filled), "inspect")[:SAMPLES]):
@@ -153,19 +157,18 @@ def _samples(directory: Path, manifest: Manifest) -> tuple[tuple[str, str], ...]
         with closing(ShardReader(path.open("rb", buffering=0), str(path))) as reader:
             _require_same_by_webdataset(directory, path, reader)
             document = len(reader) // 2
-            if decode is not None:
-                text = decode(reader.ids(document)[:SAMPLE_CHARACTERS].tolist())
+            if tokenizer is not None:
+                text = tokenizer.backend.decode(reader.ids(document)[:SAMPLE_CHARACTERS].tolist())
                 samples.append((f"{path.name}[{document}]", text[:SAMPLE_CHARACTERS]))
     return tuple(samples)
 
 
-def _decoder(manifest: Manifest) -> Callable[[list[int]], str] | None:
-    """Turns ids into text; None if the shards' tokenizer is not available, or another has its name by now."""
+def _tokenizer(manifest: Manifest) -> Tokenizer | None:
     try:
         tokenizer = load_tokenizer(manifest.tokenizer.name)
     except InputError:
         return None
-    return tokenizer.backend.decode if tokenizer.sha256 == manifest.tokenizer.sha256 else None
+    return tokenizer if manifest.tokenizer.is_of(tokenizer) else None
 
 
 def _require_same_by_webdataset(directory: Path, path: Path, reader: ShardReader) -> None:

@@ -35,6 +35,8 @@ class SourceSummary:
     documents: int
     tokens: int
     """Special tokens not counted; 0 for raw text, which is tokenized as it is read."""
+    framed_tokens: int
+    """The same with the special tokens around each document."""
     bytes: int
     share: float
     """Share of the training tokens, from 0 to 1."""
@@ -82,8 +84,9 @@ class Source:
                 key=KEY,
                 code="upsample-of-raw-text",
             )
-        with_special_tokens = self.tokens + 2 * sum(self.documents)
-        self.weight = config.weight or (config.upsample or 0.0) * with_special_tokens or 1.0
+        self.framed_tokens = self.tokens + tokenizer.framing_length * sum(self.documents) if self.tokens else 0
+        """Tokens with the special tokens around each document; 0 for raw text."""
+        self.weight = config.weight or (config.upsample or 0.0) * self.framed_tokens or 1.0
         """Share of the tokens, relative to the other sources."""
         self._open: OrderedDict[int, ShardReader | DamagedError] = OrderedDict()
         self._most_open = 2 * (streams or data.streams)  # per stream the shard it reads and the shard before
@@ -150,7 +153,7 @@ class Source:
         return ids
 
     def with_special_tokens(self, shard: int, document: int) -> NDArray[np.int32]:
-        """[CLS] ids [SEP], `[tokens] int32`; empty for an empty document.
+        """The document as the tokenizer frames it, `[tokens] int32`; empty for an empty document.
 
         Raises:
             DamagedError: The document cannot be used.
@@ -158,9 +161,11 @@ class Source:
         ids = self.ids(shard, document)
         if not len(ids):
             return np.empty(0, np.int32)
-        result = np.empty(len(ids) + 2, np.int32)
-        result[0], result[-1] = self._tokenizer.cls_id, self._tokenizer.sep_id
-        result[1:-1] = ids
+        start = len(self._tokenizer.prefix_ids)
+        result = np.empty(len(ids) + self._tokenizer.framing_length, np.int32)
+        result[:start] = self._tokenizer.prefix_ids
+        result[start : start + len(ids)] = ids
+        result[start + len(ids) :] = self._tokenizer.suffix_ids
         return result
 
     def usable(self) -> bool:
@@ -285,7 +290,7 @@ def _locate(
         raise InputError(
             f"{label} holds no documents; prepare it again from text that has some", key=KEY, code="no-documents"
         )
-    if manifest is not None and manifest.tokenizer.sha256 != tokenizer.sha256:
+    if manifest is not None and not manifest.tokenizer.is_of(tokenizer):
         raise InputError(
             f"{label} was made with tokenizer {_describe(manifest.tokenizer)}, "
             f"this run's is {_describe(TokenizerIdentity.of(tokenizer))}; set `tokenizer` to the one of the shards, "

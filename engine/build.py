@@ -23,7 +23,7 @@ from configs.spans import PhaseSpan
 from datapipe.batch import MicroBatch, StepData
 from datapipe.loader import Loader, evaluation_batches
 from datapipe.prefetch import LaunchGate
-from datapipe.tokenizer import Tokenizer, load_tokenizer
+from datapipe.tokenizer import Tokenizer
 from engine import device, micro_batch
 from engine.checkpoint.manager import CheckpointManager
 from engine.checkpoint_meta import CheckpointMeta
@@ -32,11 +32,12 @@ from engine.initial_weights import load_initial_weights, reset_head
 from engine.megatron import ddp_timing
 from engine.megatron.optimizer import FrozenWeights, build_optimizer
 from engine.megatron.teardown import release
-from engine.modernbert.config import parameter_count, phase_architecture, resolve_architecture, resolve_dropout
+from engine.modernbert.config import parameter_count, phase_architecture, resolve_dropout
 from engine.modernbert.model import ModernBert, transformer_config
 from engine.objectives import CausalLM, MaskedLM, Objective, objective_of
 from engine.parallel import Layout, initialise, micro_setting, plan
 from engine.precision import DTYPE, Precision, resolve_precision
+from engine.run_inputs import run_architecture, run_tokenizer
 from engine.schedule import PhaseSchedule
 from engine.step import StepRunner, to_device_batch, weight_buffers
 from engine.train_state import TrainState
@@ -127,8 +128,8 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     Raises:
         InputError: Checkpoints, weights or data do not fit the configuration.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
-    architecture = resolve_architecture(config.model, tokenizer)
+    tokenizer = run_tokenizer(config, directory)
+    architecture = run_architecture(config, directory, tokenizer)
     precision = resolve_precision(config, parameter_count(architecture))
     layout = plan(config, architecture, dist.get_world_size())
     initialise(layout, config.seed, config.cluster.hang_timeout + 60)  # longer, so that the launcher sees a hang first
@@ -141,7 +142,7 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     meta = manager.restore()
     state = TrainState()
     if meta is None:
-        load_initial_weights(config, architecture, model, optimizer)
+        load_initial_weights(config, architecture, tokenizer, model, optimizer)
     else:
         state.load_state_dict(meta)
     recorder = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,6 +30,8 @@ class StepTotals(NamedTuple):
     """Sum of the losses over the label positions."""
     label_tokens: float
     """Label positions."""
+    label_bytes: float
+    """UTF-8 bytes of the text that the labels stand for."""
     tokens: float
     """Tokens, padding not counted."""
     flops: float
@@ -46,6 +49,11 @@ class StepTotals(NamedTuple):
     def loss(self) -> float:
         """Mean loss over the label positions."""
         return self.loss_sum / max(1.0, self.label_tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits of loss per byte of the predicted text; NaN without text."""
+        return self.loss_sum / math.log(2) / self.label_bytes if self.label_bytes else math.nan
 
     def sum_over_ranks(self) -> StepTotals:
         """Return the sum over all ranks, by one small all-reduce."""

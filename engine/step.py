@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
 
 from configs.schema import Optimizer
-from datapipe.batch import IGNORE, MicroBatch
+from datapipe.batch import IGNORE, MicroBatch, label_bytes
 from engine import device
 from engine.megatron.ddp_timing import ParameterWaits
 from engine.megatron.optimizer import FrozenWeights, set_learning_rate
@@ -69,6 +71,15 @@ def to_device_batch(micro_batch: MicroBatch, causal: bool, dropout: DropoutRates
             device.to_device(labels, target),
             device.to_device(torch.tensor(len(positions), dtype=torch.int32), target),
         )
+
+
+class Evaluation(NamedTuple):
+    """Means over the label positions of the held-out set, by objective."""
+
+    loss: dict[str, float]
+    accuracy: dict[str, float]
+    bits_per_byte: dict[str, float]
+    """Bits of loss per byte of the predicted text."""
 
 
 @dataclass
@@ -132,16 +143,14 @@ class StepRunner:
         self.frozen.clear_gradients()
         return optimizer_step(self.optimizer, losses)
 
-    def evaluate(self, held_out: dict[Objective, list[MicroBatch]]) -> tuple[dict[str, float], dict[str, float]]:
+    def evaluate(self, held_out: dict[Objective, list[MicroBatch]], byte_lengths: NDArray[np.int32]) -> Evaluation:
         """Run the held-out set forward; the training streams and the weights are not touched.
 
         Args:
             held_out: This rank's share of the held-out set, as each objective sees it.
-
-        Returns:
-            Mean loss and accuracy of each objective over its label positions, by the objective's name.
+            byte_lengths: `Tokenizer.byte_lengths`.
         """
-        loss, accuracy = {}, {}
+        result = Evaluation({}, {}, {})
         for objective, micro_batches in held_out.items():
             self.ddp_model.eval()
             batches = [to_device_batch(micro_batch, objective.causal) for micro_batch in micro_batches]
@@ -149,11 +158,13 @@ class StepRunner:
                 sums = self._run(batches, forward_only=True).sum(dim=0, dtype=torch.float64)
             self.ddp_model.train()
             label_tokens = sum(int((micro_batch.labels != IGNORE).sum()) for micro_batch in micro_batches)
-            share = [*sums.tolist(), label_tokens] if reports_loss() else [0.0, 0.0, 0.0]
+            text = sum(label_bytes(micro_batch.labels, byte_lengths) for micro_batch in micro_batches)
+            share = [*sums.tolist(), label_tokens, text] if reports_loss() else [0.0] * 4
             totals = torch.tensor(share, dtype=torch.float64, device=device.device())
             dist.all_reduce(totals)
-            loss[objective.name], accuracy[objective.name] = (totals[:2] / totals[2]).tolist()
-        return loss, accuracy
+            result.loss[objective.name], result.accuracy[objective.name] = (totals[:2] / totals[2]).tolist()
+            result.bits_per_byte[objective.name] = float(totals[0] / totals[3]) / math.log(2)
+        return result
 
     def _run(self, batches: Sequence[DeviceBatch], forward_only: bool) -> torch.Tensor:
         """[micro-batches, 2]: summed loss and correct predictions of each; [0, 2] before the last pipeline stage."""

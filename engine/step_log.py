@@ -14,13 +14,11 @@ from engine import device
 from engine.device import Stopwatch
 from engine.rank_stats import RankStats, StepTotals, latest_epochs, reports_loss, total_drawn
 from engine.schedule import PhaseSchedule
+from engine.step import Evaluation
 from monitoring.events import DocumentsSkipped, record
 from monitoring.log import Follower
 from monitoring.recorder import Recorder, StepRecord, WorkerRecord, due
 from monitoring.run_directory import RunDirectory
-
-Evaluation = tuple[dict[str, float], dict[str, float]]
-"""Loss and accuracy on the held-out set, by objective."""
 
 
 class StepTimes(NamedTuple):
@@ -68,13 +66,14 @@ class StepLog:
             return
         if drawn is not None:
             self._report_skipped(step, drawn)
-        eval_loss, eval_accuracy = evaluation or (None, None)
+        eval_loss, eval_accuracy, eval_bits_per_byte = evaluation or (None, None, None)
         self._recorder.step(
             StepRecord(
                 step=step,
                 phase=span.index,
                 objective=span.phase.objective,
                 loss=totals.loss,
+                bits_per_byte=totals.bits_per_byte,
                 tokens=int(totals.tokens),
                 learning_rate=self._schedule.learning_rate(step - 1),
                 grad_norm=grad_norm,
@@ -86,6 +85,7 @@ class StepLog:
                 workers=workers,
                 eval_loss=eval_loss,
                 eval_accuracy=eval_accuracy,
+                eval_bits_per_byte=eval_bits_per_byte,
                 drawn=None if drawn is None else {**drawn},
             )
         )

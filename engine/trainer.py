@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import RunConfig
-from datapipe.batch import IGNORE, StepData
+from datapipe.batch import IGNORE, StepData, label_bytes
 from datapipe.loader import end_of_data
 from engine.build import Components, build
 from engine.device import Stopwatch
@@ -54,6 +54,7 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
     """Train the remaining steps of a run that was built. Arguments and errors as for `train`."""
     state, runner = run.state, run.runner
     log = StepLog(run.config, run.directory, run.schedule, run.recorder)
+    lengths = run.tokenizer.byte_lengths
     for span in run.schedule.remaining(state.step):
         objective = run.begin_phase(span)
         if run.recorder:
@@ -72,7 +73,7 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
                 suspects = _suspects(run, batch, batch_losses)
                 run.guards.check(state.step, objective.name, totals.loss, grad_norm, suspects)
                 times = StepTimes(watch.seconds(), waited, own_work)
-                evaluation = runner.evaluate(run.held_out) if run.evaluation_due(span) else None
+                evaluation = runner.evaluate(run.held_out, lengths) if run.evaluation_due(span) else None
                 log.record(state.step, span, batch, totals, grad_norm, times, evaluation)
 
                 run.checkpoints.poll(all_idle=not totals.writing)
@@ -99,18 +100,20 @@ def _timed(batches: Iterator[StepData]) -> Iterator[tuple[StepData, Stopwatch, f
 
 def _totals(run: Components, batch: StepData, causal: bool, losses: list[float], reason: str | None) -> StepTotals:
     """Return this rank's contribution to the step, and on rank 0 the decisions to save and to stop."""
-    loss_sum, label_tokens, tokens, flops = 0.0, 0, 0, 0.0
+    loss_sum, label_tokens, predicted_bytes, tokens, flops = 0.0, 0, 0, 0, 0.0
     if reports_loss():
         loss_sum = sum(losses)
         for micro_batch in batch.micro_batches:
             labels = int((micro_batch.labels != IGNORE).sum())
             lengths = micro_batch.cu_seqlens[1:] - micro_batch.cu_seqlens[:-1]
             label_tokens += labels
+            predicted_bytes += label_bytes(micro_batch.labels, run.tokenizer.byte_lengths)
             tokens += micro_batch.tokens
             flops += training_flops(run.architecture, lengths, labels, causal)
     return StepTotals(
         loss_sum=loss_sum,
         label_tokens=label_tokens,
+        label_bytes=predicted_bytes,
         tokens=tokens,
         flops=flops,
         save=float(run.recorder is not None and run.checkpoints.is_due(run.state)),

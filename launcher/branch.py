@@ -17,6 +17,7 @@ from configs.files import partial_path
 from configs.load import changes_of_run, load_config, validate
 from configs.schema import Origin, RunConfig
 from configs.spans import PhaseSpan
+from launcher.same_inputs import spelt_as_before
 from monitoring.events import Branched, record
 from monitoring.run_directory import RunDirectory
 
@@ -99,7 +100,11 @@ def check_branch(config: RunConfig, origin: Origin) -> Path:
             code="no-optimizer-state",
         )
     past = validate(RunConfig, meta.config, str(checkpoint))
-    changed = [line for line in changes_of_run(past, config) if not line.startswith(FREE)]
+    changed = [
+        line
+        for line in changes_of_run(past, spelt_as_before(Path(origin.run), past, config))
+        if not line.startswith(FREE)
+    ]
     if config.total_steps < origin.step:
         changed.append(f"phases: {config.total_steps:,} steps in all, fewer than the {origin.step:,} of the past")
     else:
@@ -124,6 +129,8 @@ def begin_branch(directory: Path, origin: Origin, checkpoint: Path) -> None:
     hidden = partial_path(target)
     shutil.rmtree(hidden, ignore_errors=True)
     shutil.copytree(checkpoint, hidden, copy_function=_link_or_copy)
+    if source.tokenizer.is_dir() and not run.tokenizer.is_dir():
+        shutil.copytree(source.tokenizer, run.tokenizer)
     if source.metrics.is_file():
         shutil.copyfile(source.metrics, run.metrics)  # the resume cuts off the lines after the checkpoint
     record(directory, Branched(step=origin.step, run=origin.run))

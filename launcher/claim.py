@@ -13,6 +13,7 @@ from configs.errors import InputError
 from configs.files import exclusive_lock, write_atomically
 from configs.load import changes_of_run, dump_config, load_config
 from configs.schema import RunConfig
+from launcher.same_inputs import spelt_as_before
 from monitoring.run_directory import RunDirectory
 
 
@@ -89,7 +90,7 @@ def _same_run(run: RunDirectory, config: RunConfig) -> RunConfig:
     before = load_config(str(run.config))
     if config.origin is None:
         config = config.model_copy(update={"origin": before.origin})
-    if changed := changes_of_run(before, config):
+    if changed := changes_of_run(before, spelt_as_before(run.path, before, config)):
         raise InputError(
             f"--output {run.path} holds a different run\n  "
             + "\n  ".join(changed)

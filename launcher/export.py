@@ -46,6 +46,5 @@ def export_model(source: Path, output: Path, kind: ExportKind = "encoder", dtype
     meta = describe(checkpoint)
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} is not empty; name a new directory for the model", code="output-not-empty")
-    tokenizer = load_tokenizer(meta.config["tokenizer"] if meta.config else str(meta.source))
-    export_hf(checkpoint, output, tokenizer, kind=kind, dtype=dtype)
+    export_hf(checkpoint, output, load_tokenizer(str(checkpoint)), kind=kind, dtype=dtype)
     return Exported(checkpoint, meta.step)

@@ -16,7 +16,7 @@ from datapipe.source import SourceSummary
 from datapipe.tokenizer import Tokenizer
 from launcher.cluster import alive_nodes, is_joined
 from launcher.topology import Topology
-from monitoring.events import DataDamaged, record
+from monitoring.events import DataDamaged, InitialModel, record
 
 WORKING_COPIES = "working_dir_files"
 """Folder in which Ray keeps the working directories of submitted jobs."""
@@ -49,11 +49,14 @@ def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Con
     Raises:
         InputError: The run cannot start.
     """
-    from engine.modernbert.config import parameter_count, resolve_architecture
+    from engine.modernbert.config import parameter_count
     from engine.parallel import plan
     from engine.precision import resolve_precision
+    from engine.run_inputs import run_architecture
 
-    architecture = resolve_architecture(config.model, tokenizer)
+    architecture = run_architecture(config, directory, tokenizer)
+    if not tokenizer.frames_itself:
+        console.print(f"[yellow]tokenizer:[/] documents are framed {escape(tokenizer.framing)}", highlight=False)
     topologies, problems = [], {}
     for topology in possible_topologies(config):
         try:
@@ -100,20 +103,21 @@ def require_sound_schedule(config: RunConfig) -> None:
             )
 
 
-def check_initial_model(config: RunConfig, tokenizer: Tokenizer, console: Console) -> None:
-    """Check the model that a new run starts from, and print what its start leaves out or makes anew.
+def check_initial_model(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Console) -> None:
+    """Check and record the model that a new run starts from, and print what its start leaves out or makes anew.
 
     Raises:
         InputError: `model.init` cannot be read, or does not hold exactly the model that the recipe asks for.
     """
     if config.model.init == SCRATCH:
         return
-    from engine.initial_weights import check_initial_weights
+    from engine.initial_weights import check_initial_weights, initial_sha256
     from engine.modernbert.config import resolve_architecture
 
     architecture = resolve_architecture(config.model, tokenizer)
     for note in check_initial_weights(config.model.init, architecture, tokenizer):
         console.print(f"[yellow]model.init:[/] {escape(note)}", soft_wrap=True, highlight=False)
+    record(directory, InitialModel(init=config.model.init, sha256=initial_sha256(config.model.init)))
 
 
 def possible_topologies(config: RunConfig) -> list[Topology]:
@@ -172,9 +176,7 @@ def _require_enough(config: RunConfig, sources: list[SourceSummary]) -> None:
     summaries = sources[: len(limits)]  # without the evaluation set
     if None in limits or not all(source.tokens for source in summaries):  # raw text is not counted before it is read
         return
-    tokens = sum(
-        (source.tokens + 2 * source.documents) * (epochs or 0) for source, epochs in zip(summaries, limits, strict=True)
-    )
+    tokens = sum(source.framed_tokens * (epochs or 0) for source, epochs in zip(summaries, limits, strict=True))
     slots = config.spans[-1].tokens(config.total_steps)
     if 2 * tokens < slots:  # packed rows are at least half full
         raise InputError(

@@ -18,7 +18,8 @@ from configs.errors import InputError, RunFailedError
 from configs.files import partial_path
 from configs.schema import RunConfig
 from datapipe.prepare import ensure_prepared
-from datapipe.tokenizer import Tokenizer, load_tokenizer
+from datapipe.tokenizer import Tokenizer
+from engine.run_inputs import keep_tokenizer, run_tokenizer
 from launcher.branch import begin_branch, check_branch
 from launcher.claim import claim
 from launcher.cluster import Node, alive_nodes, connect, draining_nodes
@@ -92,12 +93,13 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             begin_branch(directory, config.origin, check_branch(config, config.origin))
         if RunDirectory(directory).export.exists() or _is_trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
-            return _finish(config, directory, load_tokenizer(config.tokenizer), console)
+            return _finish(config, directory, run_tokenizer(config, directory), console)
         node_range(config)  # fails early if the run needs a cluster
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = run_tokenizer(config, directory)
         if not _saved_step(directory):  # a run that is under way keeps what it was started with
             require_sound_schedule(config)
-            check_initial_model(config, tokenizer, console)  # before Ray starts: a wrong file is soon found
+            check_initial_model(config, tokenizer, directory, console)  # before Ray: a wrong file is soon found
+        keep_tokenizer(tokenizer, directory)
         with status_line(console, "preparing shards") as show:
             ensure_prepared(config.data, tokenizer, show)
         with _importing("engine.parallel"):  # torch's import takes seconds, and so does the start of Ray's processes

@@ -76,6 +76,15 @@ class Started(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitialModel(Event):
+    """A new run starts from the weights of `init`; `sha256` identifies them, wherever they lie later."""
+
+    KIND = "initial_model"
+    init: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseStarted(Event):
     """Phase `phase`, counted from 0, begins after `step` completed steps."""
 

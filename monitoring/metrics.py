@@ -186,6 +186,22 @@ METRICS: tuple[Metric, ...] = (
         ),
     ),
     Metric(
+        "detour_train_bits_per_byte",
+        "gauge",
+        "Bits of training loss per byte of the predicted text, which compares tokenizers, at the latest step",
+        "",
+        lambda now: now.bits_per_byte,
+        labels=("objective",),
+    ),
+    Metric(
+        "detour_eval_bits_per_byte",
+        "gauge",
+        "Bits of held-out loss per byte of the predicted text, which compares tokenizers",
+        "",
+        lambda now: now.eval_bits_per_byte,
+        labels=("objective",),
+    ),
+    Metric(
         "detour_train_tokens_total",
         "counter",
         "Real tokens trained on, without padding",

@@ -39,6 +39,8 @@ class StepRecord(StepValues):
     objective: str
     loss: float
     """Mean over the label positions."""
+    bits_per_byte: float = math.nan
+    """Bits of loss per byte of the predicted text."""
     tokens: int
     """Real tokens, without padding."""
     step_seconds: float
@@ -54,6 +56,8 @@ class StepRecord(StepValues):
     """Held-out loss by objective, at the steps that evaluate."""
     eval_accuracy: dict[str, float] | None = None
     """Share of the held-out label positions, from 0 to 1, at which the likeliest token is the right one."""
+    eval_bits_per_byte: dict[str, float] | None = None
+    """Bits of held-out loss per byte of the predicted text, by objective."""
     drawn: dict[str, tuple[int, int, int]] | None = None
     """At a due step, as `Counters.drawn`, summed over all ranks."""
 
@@ -180,6 +184,7 @@ class Recorder:
         telemetry.step, telemetry.step_time = record.step, time.time()
         telemetry.phase = record.phase
         telemetry.loss[record.objective] = record.loss
+        telemetry.bits_per_byte[record.objective] = record.bits_per_byte
         telemetry.epochs = {**telemetry.epochs, **record.epochs}  # idle sources keep their epoch
         for name, value in record.step_values().items():
             setattr(telemetry, name, value)
@@ -189,6 +194,7 @@ class Recorder:
             counters.drawn = {**counters.drawn, **record.drawn}  # idle sources keep their counts
         if record.eval_loss is not None:
             telemetry.eval_loss, telemetry.eval_accuracy = record.eval_loss, record.eval_accuracy or {}
+            telemetry.eval_bits_per_byte = record.eval_bits_per_byte or {}
         if self.due(record.step) or record.eval_loss is not None:
             line = self._line(record)
             self._lines.append(line)
@@ -238,6 +244,7 @@ class Recorder:
             "phase": record.phase,
             "objective": record.objective,
             "loss": record.loss,
+            "bits_per_byte": record.bits_per_byte,
             "tokens": sum(self._counters.tokens.values()),
             **record.step_values(),
             **self._clipped_share(record.phase),
@@ -245,7 +252,7 @@ class Recorder:
             "data_wait_seconds": window.wait / window.steps,
             **window.rates(self._peak_flops).rates(),
         }
-        held_out = {"eval_loss": record.eval_loss, "eval_accuracy": record.eval_accuracy}
+        held_out = {name: getattr(record, name) for name in ("eval_loss", "eval_accuracy", "eval_bits_per_byte")}
         return line | {name: values for name, values in held_out.items() if values is not None}
 
     def _clipped_share(self, phase: int) -> dict[str, float]:

@@ -97,6 +97,9 @@ def _tiles(run: RunFiles) -> list[Tile]:
         losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
         value = f"{losses[-1]:.3f}" if losses else "-"
         note = f"from {losses[0]:.3f}, {_fall(losses[0], losses[-1])}" if losses else "not reached"
+        bits = [row["bits_per_byte"] for row in run.phase(index) if row.get("bits_per_byte") is not None]
+        if bits:
+            note += f"; {bits[-1]:.3f} bits per byte of the predicted text"
         tiles.append(Tile(f"{phase.objective.upper()} loss", value, note))
     if run.rows:
         mfu = run.median("mfu")

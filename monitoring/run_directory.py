@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.files import RUN_TOKENIZER
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -36,6 +38,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints, `step-00000500` and so on."""
         return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The run's copy of its tokenizer, so that a resume needs neither the hub nor the directory it came from."""
+        return self.path / RUN_TOKENIZER
 
     @property
     def export(self) -> Path:

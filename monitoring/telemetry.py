@@ -137,10 +137,14 @@ class Telemetry(StepValues, Rates):
     """Index of the current phase, from 0."""
     loss: dict[str, Number] = {}
     """Training loss by objective, at the latest step of each. Empty before the first step."""
+    bits_per_byte: dict[str, Number] = {}
+    """Bits of training loss per byte of the predicted text, by objective, at the latest step of each."""
     eval_loss: dict[str, Number] = {}
     """Held-out loss by objective. Empty without a held-out set."""
     eval_accuracy: dict[str, Number] = {}
     """Held-out accuracy by objective, from 0 to 1."""
+    eval_bits_per_byte: dict[str, Number] = {}
+    """Bits of held-out loss per byte of the predicted text, by objective."""
     tokens_per_second_per_device: Number = 0.0
     step_seconds: Number = math.nan
     """Mean of the latest steps, from which the time left is estimated."""

@@ -147,7 +147,7 @@ def _scalars(line: Line) -> dict[str, float]:
         values[f"loss/{line['objective']}"] = values.pop("loss")
     held_out = {
         f"{key}/{objective}": value
-        for key in ("eval_loss", "eval_accuracy")
+        for key in ("eval_loss", "eval_accuracy", "eval_bits_per_byte")
         for objective, value in line.get(key, {}).items()
         if math.isfinite(value)
     }

@@ -80,9 +80,7 @@ def _export_or_checkpoint(directory: Path) -> Path:
 
 def _export(checkpoint: Path, folder: Path) -> Path:
     from datapipe.tokenizer import load_tokenizer
-    from engine.checkpoint import describe
     from engine.export import export_hf
 
-    meta = describe(checkpoint)
-    export_hf(checkpoint, folder, load_tokenizer(str((meta.config or {}).get("tokenizer") or meta.source)))
+    export_hf(checkpoint, folder, load_tokenizer(str(checkpoint)))
     return folder

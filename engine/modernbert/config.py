@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
+from configs.files import CHECKPOINT_RECORD
 from configs.hub import download_snapshot, is_hub_id
 from configs.schema import SCRATCH, Model, RunConfig
 from datapipe.tokenizer import Tokenizer
@@ -22,8 +23,7 @@ SIZES: dict[str, dict[str, int]] = {
     "base": {"num_hidden_layers": 22, "hidden_size": 768, "intermediate_size": 1152, "num_attention_heads": 12},
     "large": {"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 2624, "num_attention_heads": 16},
 }
-CONFIG_FILE = "detour.json"
-"""File of a checkpoint that holds everything but the tensors."""
+CONFIG_FILE = CHECKPOINT_RECORD
 
 VOCABULARY_MULTIPLE = 128
 """Multiple to which the vocabulary is padded, whatever the tensor-parallel size.
@@ -89,10 +89,12 @@ def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig
             fields["rope_parameters"] = {**fields["rope_parameters"], kind: {"rope_theta": overrides.pop(old)}}
     architecture = build_config({**fields, **overrides}, "the recipe" if model.init == SCRATCH else model.init)
     _require_no_weight_dropout(model, architecture)
+    if model.init != SCRATCH and "vocab_size" not in overrides:  # the weights' new rows are made when they are read
+        architecture.vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     if architecture.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"model.vocab_size: {architecture.vocab_size} entries, but tokenizer {tokenizer.name} has "
-            f"{tokenizer.vocab_size}; set tokenizer to the model's own",
+            f"{tokenizer.vocab_size}; remove model.vocab_size, or set tokenizer to the model's own",
             key="model.vocab_size",
             code="tokenizer-too-large",
         )
@@ -144,13 +146,13 @@ def _require_no_weight_dropout(model: Model, architecture: ModernBertConfig) -> 
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The special ids of a ModernBertConfig, by the tokenizer: a document begins with cls and ends with sep."""
+    """The special ids of a ModernBertConfig, by the tokenizer."""
     return {
         "pad_token_id": tokenizer.pad_id,
         "cls_token_id": tokenizer.cls_id,
         "sep_token_id": tokenizer.sep_id,
-        "bos_token_id": tokenizer.cls_id,
-        "eos_token_id": tokenizer.sep_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
     }
 
 

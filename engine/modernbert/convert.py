@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import ModernBertConfig
 
+from configs.errors import InputError
 from engine.megatron.names import global_name
 from engine.modernbert.config import locate, padded_vocabulary
 from engine.modernbert.pretrained import EMBEDDING, PretrainedWeights
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 WeightSource = Callable[[str], Tensor]
 """Hugging Face parameter name -> the whole tensor."""
+NewTokens = Mapping[int, Sequence[int]]
+"""Id of a token that the weights do not know -> ids of the pieces of its text."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ TABLE = (
     Row("head.norm.weight", "lm_head.norm.weight"),
     Row("decoder.bias", "output_layer.bias", "vocabulary", 0),
 )
+VOCABULARY = frozenset(row.hf for row in TABLE if row.kind == "vocabulary")
+"""Hugging Face names of the parameters that have a row per token."""
 TIED = "output_layer.weight"
 """The last pipeline stage's own copy of the embedding, where it is not the first stage too."""
 
@@ -133,35 +138,60 @@ def random_weights(architecture: ModernBertConfig, seed: int | str) -> WeightSou
     return source
 
 
-def huggingface_weights(init: str, architecture: ModernBertConfig, seed: int) -> WeightSource:
+def huggingface_weights(
+    init: str, architecture: ModernBertConfig, seed: int, new_tokens: NewTokens | None = None
+) -> WeightSource:
     """Open the weights of a model of the family; a prediction head that an encoder lacks starts fresh.
 
     Args:
         init: `model.init`: a Hugging Face directory, hub id, or weight file.
         architecture: The model to fill.
         seed: Seed of a fresh head.
+        new_tokens: Tokens whose rows are made from those of their pieces.
 
     Raises:
         InputError: The files do not hold exactly this model, or cannot be read. Reading a tensor raises it as well
             where values are not finite.
     """
-    stored = open_weights(init, architecture)[0]
+    stored = open_weights(init, architecture, new_tokens)[0]
     fresh = random_weights(architecture, seed)
 
     def source(name: str) -> Tensor:
-        return stored.tensor(name) if name in stored else fresh(name)
+        if name not in stored:
+            return fresh(name)
+        tensor = stored.tensor(name)
+        return _grown(tensor, architecture.vocab_size, new_tokens) if new_tokens and name in VOCABULARY else tensor
 
     return source
 
 
-def open_weights(init: str, architecture: ModernBertConfig) -> tuple[PretrainedWeights, list[str]]:
+def _grown(rows: Tensor, size: int, new_tokens: NewTokens) -> Tensor:
+    """Bring the rows of a vocabulary to `size`; the row of each new token is the mean of its pieces' rows, in fp32."""
+    rows = rows.float()
+    result = torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
+    for token_id, pieces in new_tokens.items():
+        result[token_id] = (rows[list(pieces)] if pieces else rows).mean(dim=0)
+    return result
+
+
+def open_weights(
+    init: str, architecture: ModernBertConfig, new_tokens: NewTokens | None = None
+) -> tuple[PretrainedWeights, list[str]]:
     """Check that files and model agree, by headers alone; return the weights, and what a user should be told of them.
 
     Raises:
         InputError: As `huggingface_weights`.
     """
     stored = PretrainedWeights(locate(init))
-    shapes = parameter_shapes(architecture)
+    rows = stored.shape(EMBEDDING)[0] if new_tokens and EMBEDDING in stored else architecture.vocab_size
+    shapes = parameter_shapes(architecture, min(rows, architecture.vocab_size))
+    if new_tokens and max(max(pieces, default=0) for pieces in new_tokens.values()) >= rows:
+        raise InputError(
+            f"model.init: {init} has {rows:,} embeddings, fewer than its own tokenizer.json has tokens; take a whole "
+            "model directory",
+            key="model.init",
+            code="weights-shape",
+        )
     fresh = stored.require(shapes, [name for name in shapes if name.startswith(("head.", "decoder."))])
     notes = [f"{', '.join(fresh)}: not in the files, so they start fresh"] if fresh else []
     if dropped := stored.dropped():
@@ -169,9 +199,10 @@ def open_weights(init: str, architecture: ModernBertConfig) -> tuple[PretrainedW
     return stored, notes
 
 
-def parameter_shapes(architecture: ModernBertConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter by its Hugging Face name."""
-    hidden, inner, vocabulary = architecture.hidden_size, architecture.intermediate_size, architecture.vocab_size
+def parameter_shapes(architecture: ModernBertConfig, vocabulary: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by its Hugging Face name; `vocabulary` replaces the model's own size."""
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    vocabulary = vocabulary or architecture.vocab_size
     by_suffix: dict[str, tuple[int, ...]] = {
         "tok_embeddings.weight": (vocabulary, hidden),
         "attn.Wqkv.weight": (3 * hidden, hidden),

@@ -7,6 +7,7 @@ Composer's `.pt` files of FlexBERT are read alike. Pickles are read with `weight
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 import zipfile
@@ -28,6 +29,7 @@ BODY = ("embeddings.", "layers.", "final_norm.")
 QKV = re.compile(r"(model\.layers\.\d+\.attn\.)([qkv])_proj\.weight")
 TIED_WEIGHT = "decoder.weight"
 EMBEDDING = "model.embeddings.tok_embeddings.weight"
+FIRST_MATRIX = "model.layers.0.attn.Wo.weight"
 LFS_POINTER = b"version https://git-lfs"
 
 Read = Callable[[], Tensor]
@@ -105,6 +107,18 @@ class PretrainedWeights:
                 code="weights-not-finite",
             )
         return tensor
+
+    def sha256(self) -> str:
+        """Digest names and shapes of all tensors, and the values of vectors and of one matrix.
+
+        They differ between any two trainings of a model, and are quickly read.
+        """
+        digest = hashlib.sha256()
+        for name, stored in sorted(self._by_name.items()):
+            digest.update(f"{name} {stored.shape}".encode())
+            if stored.is_floating and (len(stored.shape) == 1 or name == FIRST_MATRIX):
+                digest.update(self.tensor(name).float().numpy().tobytes())
+        return digest.hexdigest()
 
     def require(self, shapes: Mapping[str, tuple[int, ...]], optional: Collection[str]) -> list[str]:
         """Check that the files and a model agree, name by name and shape by shape; return the names to start fresh.

@@ -111,7 +111,6 @@ def test_the_export_is_the_trained_model(shards: Path, alone_run: Path, tmp_path
         (None, "config-missing"),
         ([1, 2], "config-invalid"),
         ({"model_type": "modernbert", **SHAPE, "vocab_size": 50368}, "weights-missing"),
-        ({"model_type": "modernbert", **SHAPE, "vocab_size": 100}, "tokenizer-too-large"),
         ({"model_type": "modernbert", **SHAPE, "num_hidden_layers": "64"}, "config-invalid"),
         ({"model_type": "modernbert", **SHAPE, "hidden_size": None}, "config-invalid"),
         ({"model_type": "modernbert", **SHAPE, "rope_parameters": {"rope_theta": 1e4}}, "config-invalid"),
@@ -282,7 +281,7 @@ def _tokenizer_folder(folder: Path, changes: dict[str, str], config: dict[str, s
 
 
 def test_another_tokenizer_than_the_models_is_refused(hf_model: Path, tmp_path: Path) -> None:
-    from datapipe.tokenizer import first_difference
+    from datapipe.vocabulary import first_difference
 
     trained = load_tokenizer("package://tokenizer/modernbert")
     swapped = {'"hello"': '"<held>"', '"world"': '"hello"', '"<held>"': '"world"'}
@@ -311,3 +310,49 @@ def test_a_start_checks_tokenizer_and_weights_together(hf_model: Path, tmp_path:
     with pytest.raises(InputError) as refusal:
         check_initial_weights(str(model), architecture, other)
     assert (refusal.value.key, refusal.value.code) == ("tokenizer", "tokenizer-not-the-models")
+
+
+def test_a_vocabulary_override_below_the_tokenizer_is_refused(hf_model: Path) -> None:
+    from configs.schema import Model
+    from engine.modernbert.config import resolve_architecture
+
+    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    with pytest.raises(InputError) as refusal:
+        resolve_architecture(Model(init=str(hf_model), vocab_size=100), tokenizer)
+    assert (refusal.value.key, refusal.value.code) == ("model.vocab_size", "tokenizer-too-large")
+
+
+def test_a_checkpoint_takes_its_own_tokenizer_alone(shards: Path, alone_run: Path, tmp_path: Path) -> None:
+    from engine.initial_weights import check_initial_weights
+    from tests.toy_tokenizers import extended
+
+    checkpoint = step_directory(alone_run / "checkpoints", 5)
+    own = load_tokenizer(str(checkpoint))
+    assert own.sha256 == load_tokenizer(toy_config(shards).tokenizer).sha256
+    swapped = {'"hello"': '"<held>"', '"world"': '"hello"', '"<held>"': '"world"'}
+    others = {
+        "tokenizer-not-the-models": _tokenizer_folder(tmp_path / "ids", swapped),
+        "tokenizer-extends-checkpoint": extended(tmp_path / "more", own.directory),
+    }
+    for code, folder in others.items():
+        with pytest.raises(InputError) as refusal:
+            check_initial_weights(str(checkpoint), ModernBertConfig(), load_tokenizer(str(folder)))
+        assert (refusal.value.key, refusal.value.code) == ("tokenizer", code)
+
+
+def test_a_run_under_way_takes_its_architecture_from_its_checkpoint(alone_run: Path, shards: Path) -> None:
+    from engine.micro_batch import identity
+    from engine.modernbert.config import resolve_architecture
+    from engine.parallel import Layout
+    from engine.run_inputs import run_architecture, run_tokenizer
+
+    config = toy_config(shards)
+    tokenizer = run_tokenizer(config, alone_run)
+    kept, resolved = run_architecture(config, alone_run, tokenizer), resolve_architecture(config.model, tokenizer)
+    assert kept.to_dict() == resolved.to_dict()
+    keys = [identity(config, one, Layout(1, 1, 1, False, 1, 1), None) for one in (kept, resolved)]
+    assert keys[0] == keys[1], "the micro-batch would be measured again"
+    gone = config.model_copy(update={"model": config.model.model_copy(update={"init": "gone/away"})})
+    assert run_architecture(gone, alone_run, tokenizer).to_dict() == resolved.to_dict()
+    other = config.model_copy(update={"model": config.model.model_copy(update={"hidden_size": 64})})
+    assert run_architecture(other, alone_run, tokenizer).hidden_size == 64

@@ -49,7 +49,7 @@ def truncated_shard(tree: dict[str, Any], shards: Path) -> None:
 
 def other_tokenizer(tree: dict[str, Any], shards: Path) -> None:
     manifest = json.loads((shards / "manifest.json").read_text())
-    manifest["tokenizer"]["sha256"] = "0" * 64
+    manifest["tokenizer"] |= {"sha256": "0" * 64, "content_sha256": "0" * 64}
     (shards / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -48,6 +48,7 @@ def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) ->
         "phase": phase,
         "objective": config.phases[phase].objective,
         "loss": 10.0 * math.exp(-step / 20) + 1,
+        "bits_per_byte": 3.0 * math.exp(-step / 20) + 0.3,
         "tokens": 900 + step,
         "learning_rate": 1e-3 * min(1, step / 5),
         "grad_norm": 1.0 + 1 / step,
@@ -61,6 +62,7 @@ def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) ->
         if step % 20 == 0
         else None,
         "eval_accuracy": {"clm": 0.3, "mlm": 0.5 - 0.4 * math.exp(-step / 300)} if step % 20 == 0 else None,
+        "eval_bits_per_byte": {"clm": 1.2, "mlm": 0.9} if step % 20 == 0 else None,
         "workers": [WorkerRecord(rank, seconds + 0.001 * rank, 10**9 + rank) for rank in range(ranks)],
     }
     return StepRecord(**(values | changes))

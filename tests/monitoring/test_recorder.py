@@ -14,9 +14,11 @@ from monitoring.telemetry import Telemetry
 from tests.monitoring.synthetic import drive, make_config, make_record, make_recorder
 
 KEYS = [
-    *("step", "phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "packing_ratio", "clipped_share"),
+    *("step", "phase", "objective", "loss", "bits_per_byte", "tokens", "learning_rate", "grad_norm", "packing_ratio"),
+    "clipped_share",
     *("step_seconds", "data_wait_seconds", "tokens_per_second", "mfu"),
 ]
+HELD_OUT = ["eval_loss", "eval_accuracy", "eval_bits_per_byte"]
 
 
 def test_due_steps_are_every_nth_and_the_last() -> None:
@@ -31,7 +33,7 @@ def test_a_line_holds_the_step_itself_and_means_since_the_line_before(tmp_path: 
     recorder.close()
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 24, 28, 30]
-    assert all(list(line) == KEYS + ["eval_loss", "eval_accuracy"] * (line["step"] == 20) for line in lines)
+    assert all(list(line) == KEYS + HELD_OUT * (line["step"] == 20) for line in lines)
 
     steps = [make_record(config, step) for step in range(1, 31)]
     window, line = steps[20:24], lines[5]

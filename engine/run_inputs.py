@@ -1,0 +1,67 @@
+"""Tokenizer and architecture of a run: by its directory once they are there, else by its recipe.
+
+A run that has begun therefore continues without the directory or hub repository that it started from.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.errors import InputError
+from configs.files import partial_path
+from configs.schema import RunConfig
+from datapipe.tokenizer import Tokenizer, load_tokenizer
+from monitoring.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import ModernBertConfig
+
+
+def run_tokenizer(config: RunConfig, directory: Path) -> Tokenizer:
+    """Load the copy that the run keeps, or the recipe's tokenizer where it has none yet.
+
+    Raises:
+        InputError: The tokenizer cannot be read.
+    """
+    copy = RunDirectory(directory).tokenizer
+    if copy.is_dir():
+        return replace(load_tokenizer(str(copy)), name=config.tokenizer)
+    return load_tokenizer(config.tokenizer)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Copy the tokenizer into the run directory, unless it is there."""
+    copy = RunDirectory(directory).tokenizer
+    if copy.is_dir():
+        return
+    partial = partial_path(copy)
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    partial.rename(copy)
+
+
+def run_architecture(config: RunConfig, directory: Path, tokenizer: Tokenizer) -> ModernBertConfig:
+    """Return the architecture of the run's newest checkpoint, or resolve it by the recipe.
+
+    The checkpoint decides only where the recipe's model section asks for what it was saved under.
+
+    Raises:
+        InputError: `resolve_architecture` raises it.
+    """
+    from transformers import ModernBertConfig
+
+    from engine.checkpoint import describe, list_checkpoints
+    from engine.modernbert.config import resolve_architecture
+
+    asked = config.model.model_dump(mode="json", exclude={"init"}, exclude_none=True)
+    for checkpoint in list_checkpoints(RunDirectory(directory).checkpoints):
+        with suppress(InputError):
+            meta = describe(checkpoint)
+            saved = {key: value for key, value in (meta.config or {}).get("model", {}).items() if key != "init"}
+            if saved == asked:
+                return ModernBertConfig(**meta.architecture)
+    return resolve_architecture(config.model, tokenizer)
