@@ -16,6 +16,8 @@ from transformers import ModernBertConfig, ModernBertDecoderConfig
 
 ExportDtype = Literal["fp32", "bf16"]
 DTYPES: dict[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DECODER_ONLY = frozenset({"architectures", "use_cache", "sliding_window"})
+"""Fields of a decoder's configuration that an encoder's does not have, or understands otherwise."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 OLD_STYLE = (
     ("global_rope_theta", "full_attention"),
@@ -49,7 +51,8 @@ def decoder_config(architecture: ModernBertConfig, dtype: torch.dtype) -> dict[s
 
 def encoder_fields(decoder: Mapping[str, Any]) -> dict[str, Any]:
     """Turn the config.json of a `ModernBertDecoderForCausalLM` into the fields of the encoder with the same window."""
-    fields = {key: value for key, value in decoder.items() if key not in ("architectures", "use_cache")}
+    # An encoder's configuration takes its window from `sliding_window` too, which means another one there.
+    fields = {key: value for key, value in decoder.items() if key not in DECODER_ONLY}
     window = int(fields.get("local_attention") or 128)
     return fields | {"model_type": "modernbert", "local_attention": (window // 2 - 1) * 2}
 

@@ -121,10 +121,10 @@ KINDS: dict[str, Kind] = {
     "changed thetas, old style": Kind({"rope_parameters": THETAS}, style="old"),
     "wide window": Kind({"local_attention": 40}),
     "layer types without a period": Kind(
-        {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]}
+        {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
     ),
-    "one global layer": Kind({"layer_types": ["full_attention"] + ["sliding_attention"] * 3}, style="old"),
-    "global layers only": Kind({"layer_types": ["full_attention"] * 4}),
+    "one global layer": Kind({"layer_types": ["full_attention"] + ["sliding_attention"] * 2}, style="old"),
+    "global layers only": Kind({"layer_types": ["full_attention"] * 3}),
     "Ettin encoder": Kind({"rope_parameters": EQUAL_THETAS}, style="old"),
     "Ettin decoder": Kind({"rope_parameters": EQUAL_THETAS}, model=ModernBertDecoderForCausalLM),
     "decoder with changed thetas": Kind({"rope_parameters": THETAS}, model=ModernBertDecoderForCausalLM),
@@ -237,8 +237,8 @@ def _random_model(kind: Kind, tokenizer: Tokenizer) -> PreTrainedModel:
     shape = {
         "vocab_size": tokenizer.vocab_size + kind.more_rows,
         "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "local_attention": 16,
         "max_position_embeddings": 128,
