@@ -55,6 +55,8 @@ def _fault(key: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("rule", "{message}", {"key": key, "message": message})
 
 
+ObjectiveName = Literal["clm", "mlm"]
+
 SCRATCH = "scratch"
 """The `model.init` of a new model with random weights."""
 
@@ -271,10 +273,12 @@ class LearningRate(Section):
 
 
 class Phase(Section):
-    """A stretch of training with one objective. Weights and optimizer state pass unchanged to the next phase."""
+    """A stretch of training with one objective or a mixture. Weights and optimizer state pass unchanged to the next."""
 
-    objective: Literal["clm", "mlm"]
-    """`clm`: causal language modelling. `mlm`: masked language modelling."""
+    objective: ObjectiveName | dict[ObjectiveName, PositiveFloat]
+    """`clm`: causal language modelling. `mlm`: masked language modelling. Odds such as `{clm: 1, mlm: 15}`: each packed
+    sequence has one of the two, drawn by a hash of the data seed and its place. Every label position weighs the same in
+    the loss, and a causal sequence has more of them."""
     tokens: Count | None = None
     """Length in tokens, padding included (`batch.sequences` x `data.sequence_length` per step), rounded to a step."""
     steps: PositiveInt | None = None
@@ -285,6 +289,10 @@ class Phase(Section):
     """Share of the maskable tokens that MLM predicts."""
     mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of the predicted tokens that become the mask token, become a random token, and stay."""
+    mask_unit: Literal["token", "word"] = "token"
+    """`word`: the tokens of a word are predicted all or none. Spaces separate words, so `word` does not suit languages
+    without spaces; a WordPiece tokenizer says itself where words begin. `mask_split` draws for each token, as BERT's
+    whole-word masking does."""
     freeze: tuple[int, ...] = ()
     """Layers whose weights and Adam moments do not change in this phase. 0 is the first layer."""
 
@@ -294,11 +302,26 @@ class Phase(Section):
             raise ValueError("give the phase one length: tokens or steps")
         if self.tokens == 0:
             raise ValueError("tokens must be greater than 0")
+        if isinstance(self.objective, dict) and len(self.objective) < 2:
+            raise ValueError(f"odds need both objectives, such as {{clm: 1, mlm: 15}}, got {self.objective}")
         if min(self.mask_split) < 0 or abs(sum(self.mask_split) - 1) > 1e-9:
             raise ValueError(f"mask_split needs three shares that add up to 1, got {list(self.mask_split)}")
         if len(set(self.freeze)) < len(self.freeze) or any(layer < 0 for layer in self.freeze):
             raise ValueError(f"freeze lists different layer numbers from 0, got {list(self.freeze)}")
         return self
+
+    @property
+    def objectives(self) -> dict[ObjectiveName, float]:
+        """Share of the packed sequences that each objective has, in the order clm, mlm; the shares add up to 1."""
+        if isinstance(self.objective, str):
+            return {self.objective: 1.0}
+        total = sum(self.objective.values())
+        return {name: self.objective[name] / total for name in sorted(self.objective)}
+
+    @property
+    def objective_name(self) -> str:
+        """Name in logs and metrics: `clm`, `mlm`, or `clm+mlm` for a mixture."""
+        return "+".join(self.objectives)
 
     def length(self, tokens_per_step: int) -> int:
         """Return the optimizer steps of this phase, at least one."""

@@ -69,7 +69,7 @@ class DaliBatches:
         for rows in batches:
             self._feed(rows)
             inputs, labels = self._pipeline.run()
-            micro_batches.append(collate(rows, self._flat(inputs), self._flat(labels)))
+            micro_batches.append(collate(rows, self._flat(inputs), self._flat(labels), self._targets.objective))
         return micro_batches
 
     def _source(self, name: str, dtype: Any) -> Any:
@@ -83,6 +83,8 @@ class DaliBatches:
             for number, name in enumerate(KEYS):
                 self._pipeline.feed_input(name, [key[number : number + 1] for key in keys])
             self._pipeline.feed_input("positions", [self._positions] * len(rows))
+            if self._targets.starts_word is not None:
+                self._pipeline.feed_input("units", list(self._targets.units(rows)))
         else:
             for name, arrays in zip(("ids", "labels"), self._targets(rows), strict=True):
                 unpadded = [ids[: sum(row.lengths)] for row, ids in zip(rows, arrays, strict=True)]
@@ -91,7 +93,9 @@ class DaliBatches:
     def _masked(self, ids: Any, targets: Masked) -> tuple[Any, Any]:
         """Apply the arithmetic of `Masked.__call__` to whole rows."""
         positions = self._source("positions", types.UINT32)
-        choice, action, draw = (_hashes(self._source(name, types.UINT32), positions) for name in KEYS)
+        units = positions if targets.starts_word is None else self._source("units", types.UINT32)
+        places = zip(KEYS, (units, positions, positions), strict=True)
+        choice, action, draw = (_hashes(self._source(name, types.UINT32), place) for name, place in places)
         chosen = choice < _uint32(threshold(targets.rate))
         for special in targets.special_ids:  # the padding token is one of them
             chosen &= ids != special

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Protocol
+from itertools import accumulate, chain
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.schema import ObjectiveName
 from datapipe.batch import IGNORE, Ids, MicroBatch, PackedSequence, collate
 
 
 class Targets(Protocol):
     """An objective as the data sees it."""
+
+    objective: ClassVar[ObjectiveName]
 
     def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
         """Inputs and labels, `[rows, sequence_length] int64`; labels are IGNORE at positions without a loss.
@@ -28,6 +31,8 @@ class Targets(Protocol):
 @dataclass(frozen=True)
 class NextToken:
     """Causal language modelling: every token of a document, except the last, predicts the next token."""
+
+    objective: ClassVar[ObjectiveName] = "clm"
 
     def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
         """Inputs and labels, as `Targets` says."""
@@ -47,8 +52,12 @@ class Masked:
     The treatment of a position depends on (seed, stream, number of the row, position) only. Special tokens are never
     masked. A random replacement is uniform over the ordinary tokens, because a [CLS] or [SEP] inside a document would
     tell the model of a boundary that does not exist.
+
+    With `starts_word` a word is predicted as a whole: the hash of its first position decides for all its tokens. A word
+    ends before the next start, at a special token, and at the end of its document or row.
     """
 
+    objective: ClassVar[ObjectiveName] = "mlm"
     rate: float
     """Share of the ordinary tokens that is predicted."""
     split: tuple[float, float, float]
@@ -59,6 +68,8 @@ class Masked:
     vocab_size: int
     """Number of ids, special tokens included."""
     special_ids: tuple[int, ...]
+    starts_word: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
+    """`[vocab_size]`, whether a piece begins a word (`datapipe.words`); None masks token by token."""
     _maskable: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
     _ordinary: Ids = field(init=False, repr=False, compare=False)
 
@@ -75,7 +86,7 @@ class Masked:
         labels = np.full_like(inputs, IGNORE)
         choice, action, draw = np.stack([row_keys(self.seed, row) for row in rows], axis=1)
         ends = np.array([sum(row.lengths) for row in rows])
-        chosen = position_hashes(choice[:, None], np.arange(ids.shape[1], dtype=np.uint32)) < threshold(self.rate)
+        chosen = position_hashes(choice[:, None], self.units(rows)) < threshold(self.rate)
         row, position = np.nonzero(chosen)
         maskable = self._maskable[ids[row, position]] & (position < ends[row])
         row, position = row[maskable], position[maskable]
@@ -91,6 +102,70 @@ class Masked:
         inputs[row, position] = self._ordinary[ranks >> np.uint64(32)]
         return inputs, labels
 
+    def units(self, rows: Sequence[PackedSequence]) -> NDArray[np.uint32]:
+        """`[rows, sequence_length]`, the position that is hashed to decide for each position: its word's first."""
+        ids = _ids(rows)
+        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.uint32), ids.shape)
+        if self.starts_word is None:
+            return positions
+        starts = self.starts_word[ids]
+        starts[:, 1:] |= ~self._maskable[ids[:, :-1]]
+        for row, row_starts in zip(rows, starts, strict=True):
+            row_starts[np.cumsum((0, *row.lengths[:-1]), dtype=np.int64)] = True
+        return np.maximum.accumulate(np.where(starts, positions, np.uint32(0)), axis=1)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Several objectives: each row has one, drawn by a hash of (seed, stream, number of the row)."""
+
+    targets: tuple[Targets, ...]
+    shares: tuple[float, ...]
+    """Share of the rows that each has; they add up to 1."""
+    seed: int
+    """Seed of the hash."""
+
+    def draw(self, row: PackedSequence) -> int:
+        """Return the place in `targets` of a row's objective."""
+        # `person` keeps the hash apart from that of the masks.
+        words = f"{self.seed} {row.stream} {row.number}".encode()
+        (drawn,) = np.frombuffer(hashlib.blake2b(words, digest_size=4, person=b"objective").digest(), "<u4")
+        bounds = accumulate(self.shares[:-1])
+        return sum(bool(drawn >= threshold(bound)) for bound in bounds)
+
+
+class BatchMaker(Protocol):
+    """A backend that makes micro-batches."""
+
+    def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
+        """Make one micro-batch from each list of rows."""
+        ...
+
+
+class MixedBatches:
+    """Makes micro-batches that have one objective each, because attention has one direction in a micro-batch.
+
+    A step has as many micro-batches of an objective as its rows need, so their number differs from step to step.
+
+    Args:
+        mixed: The objectives and their shares.
+        make: Returns the backend for one of them.
+    """
+
+    def __init__(self, mixed: Mixed, make: Callable[[Targets], BatchMaker]) -> None:
+        self._mixed = mixed
+        self._makers = [make(targets) for targets in mixed.targets]
+
+    def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
+        """Group the rows of all batches by objective, in their order, into micro-batches no larger than the first."""
+        size, rows = len(batches[0]), list(chain.from_iterable(batches))
+        drawn = [self._mixed.draw(row) for row in rows]
+        made: list[MicroBatch] = []
+        for number, maker in enumerate(self._makers):
+            own = [row for row, place in zip(rows, drawn, strict=True) if place == number]
+            made += maker([own[i : i + size] for i in range(0, len(own), size)]) if own else []
+        return made
+
 
 @dataclass(frozen=True)
 class NumpyBatches:
@@ -104,7 +179,9 @@ class NumpyBatches:
         micro_batches, first = [], 0
         for rows in batches:
             own = slice(first, first + len(rows))
-            micro_batches.append(collate(rows, inputs[own].reshape(-1), labels[own].reshape(-1)))
+            micro_batches.append(
+                collate(rows, inputs[own].reshape(-1), labels[own].reshape(-1), self.targets.objective)
+            )
             first = own.stop
         return micro_batches
 

@@ -7,7 +7,6 @@ import logging
 import socket
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +85,7 @@ class Components:
         self, objective: Objective, first: int, last: int, data: dict[str, Any] | None
     ) -> Generator[StepData, None, None]:
         """Yield this rank's batches of the 0-based steps first..last-1, on the device; `data` as in `Loader.steps`."""
-        stage = partial(to_device_batch, causal=objective.causal)
-        return self.loader.steps(objective.targets(), self.layout.micro_batch_size, first, last, data, stage)
+        return self.loader.steps(objective.targets(), self.layout.micro_batch_size, first, last, data, to_device_batch)
 
     def close(self) -> None:
         """Flush logs and mirror, and free the process groups and the model."""
@@ -255,7 +253,7 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[O
         return {}
     rank, size = parallel_state.get_data_parallel_rank(), layout.data
     masked = Phase(objective="mlm", steps=1, mask_rate=config.data.evaluation.mask_rate)
-    objectives = (CausalLM(), MaskedLM(masked, tokenizer, config.data.seed))
+    objectives: tuple[CausalLM | MaskedLM, ...] = (CausalLM(), MaskedLM(masked, tokenizer, config.data.seed))
     return {
         objective: evaluation_batches(config.data, objective.targets(), layout.micro_batch_size, tokenizer, rank, size)
         for objective in objectives

@@ -77,7 +77,7 @@ class GpuProbe:
         ends = np.arange(0, len(ids) + 1, self.sequence_length, dtype=np.int32)
         torch.cuda.empty_cache()  # because unused blocks of other sizes would count
         torch.cuda.reset_peak_memory_stats()
-        batch = to_device_batch(MicroBatch(ids, labels, ends, len(ids)), causal=True)
+        batch = to_device_batch(MicroBatch(ids, labels, ends, len(ids), "clm"))
         with preserve_fp8_state(self.runner.model):
             self.runner.forward_backward([batch] * self.num_micro_batches)
         return float(torch.cuda.max_memory_reserved())

@@ -62,14 +62,14 @@ def _trained_phases(config: RunConfig, step: int) -> list[str]:
         if done > 0:
             tokens = done * config.tokens_per_step
             whole = "" if done == length else f" of the {length:,} planned"
-            lines.append(f"{span.phase.objective.upper()}, {done:,} steps{whole}, {tokens:,} tokens")
+            lines.append(f"{span.phase.objective_name.upper()}, {done:,} steps{whole}, {tokens:,} tokens")
     return lines
 
 
 def _has_trained_masks(config: RunConfig, step: int) -> bool:
     """Whether the head can fill masks: the run has trained MLM, or started from a model."""
     spans = PhaseSchedule(config).spans
-    return config.model.init != SCRATCH or any(span.phase.objective == "mlm" and span.first < step for span in spans)
+    return config.model.init != SCRATCH or any("mlm" in span.phase.objectives and span.first < step for span in spans)
 
 
 _CARD = """---

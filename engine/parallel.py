@@ -85,13 +85,15 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
             f"(batch.sequences {config.batch.sequences} over {data} ranks)",
             key="batch.micro",
         )
-    if micro * config.data.sequence_length % tensor:
+    # A mixture of objectives cuts micro-batches of any number of rows.
+    micro_rows = 1 if any(len(phase.objectives) > 1 for phase in config.phases) else micro
+    if micro_rows * config.data.sequence_length % tensor:
         raise InputError(
-            f"data.sequence_length: a micro-batch of {micro} x {config.data.sequence_length} tokens "
+            f"data.sequence_length: a micro-batch of {micro_rows} x {config.data.sequence_length} tokens "
             f"does not divide over {tensor} tensor-parallel ranks",
             key="data.sequence_length",
         )
-    slots = micro * config.data.sequence_length // (tensor if config.parallel.sequence else 1)
+    slots = micro_rows * config.data.sequence_length // (tensor if config.parallel.sequence else 1)
     multiple = 32 if config.fp8_recipe == "mxfp8" else 16  # as in megatron.core.fp8_utils.get_fp8_align_size
     if config.precision == "fp8" and slots % multiple:
         raise InputError(

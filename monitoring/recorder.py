@@ -37,10 +37,15 @@ class StepRecord(StepValues):
     phase: int
     """Index into the phases of the configuration, from 0."""
     objective: str
+    """`clm`, `mlm`, or `clm+mlm` in a phase that mixes them."""
     loss: float
     """Mean over the label positions."""
+    losses: dict[str, float] | None = None
+    """In a mixture, the loss of each objective that the step had label positions of."""
     tokens: int
     """Real tokens, without padding."""
+    objective_tokens: dict[str, int] | None = None
+    """In a mixture, `tokens` by objective."""
     step_seconds: float
     """Wall time, with the wait for data."""
     data_wait_seconds: float
@@ -94,7 +99,7 @@ def _labels(config: RunConfig, directory: Path) -> dict[str, str | int | float]:
     nodes = config.cluster.nodes
     return {
         "model": config.model.size or config.model.init,
-        "phases": "-".join(phase.objective for phase in config.phases),
+        "phases": "-".join(phase.objective_name for phase in config.phases),
         "nodes": len(set(started[-1])) if started else nodes if isinstance(nodes, int) else max(nodes),
     }
 
@@ -139,7 +144,7 @@ class Recorder:
             | {
                 "run": config.name,
                 "info": _labels(config, directory) | info,
-                "objectives": [phase.objective for phase in config.phases],
+                "objectives": [phase.objective_name for phase in config.phases],
                 "total_steps": config.total_steps,
                 "step": step,
                 "resume_time": time.time(),
@@ -168,7 +173,8 @@ class Recorder:
     def step(self, record: StepRecord) -> None:
         """Take in one step. Call it after every step, in order."""
         counters, telemetry = self._counters, self._telemetry
-        counters.tokens[record.objective] = counters.tokens.get(record.objective, 0) + record.tokens
+        for name, tokens in (record.objective_tokens or {record.objective: record.tokens}).items():
+            counters.tokens[name] = counters.tokens.get(name, 0) + tokens
         counters.data_wait_seconds += record.data_wait_seconds
         counters.step_seconds.observe(record.step_seconds)
         self._since_line.add(record)
@@ -177,7 +183,7 @@ class Recorder:
 
         telemetry.step, telemetry.step_time = record.step, time.time()
         telemetry.phase = record.phase
-        telemetry.loss[record.objective] = record.loss
+        telemetry.loss |= {record.objective: record.loss, **(record.losses or {})}
         telemetry.epochs = record.epochs
         for name, value in record.step_values().items():
             setattr(telemetry, name, value)
@@ -242,8 +248,12 @@ class Recorder:
             "data_wait_seconds": window.wait / window.steps,
             **window.rates(self._peak_flops).rates(),
         }
-        held_out = {"eval_loss": record.eval_loss, "eval_accuracy": record.eval_accuracy}
-        return line | {name: values for name, values in held_out.items() if values is not None}
+        by_objective = {
+            "losses": record.losses,
+            "eval_loss": record.eval_loss,
+            "eval_accuracy": record.eval_accuracy,
+        }
+        return line | {name: values for name, values in by_objective.items() if values is not None}
 
     def _start_writing(self) -> Future[None]:
         """Write telemetry.json in the thread. Its counters never fall: after a rollback they wait at their highest."""

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from configs.files import write_atomically
 from configs.load import dump_config
+from configs.schema import Phase
 from configs.units import format_count
 from monitoring.charts import HALF, WIDE, Band, Line, Mark, Point, line_chart, smoothed
 from monitoring.events import CheckpointSaved, PhaseStarted, kinds_where
@@ -78,7 +79,7 @@ def _state(run: RunFiles) -> str:
 def _lead(run: RunFiles) -> str:
     config = run.config
     phases = " then ".join(
-        f"{phase.objective.upper()} for {phase.length(config.tokens_per_step):,} steps" for phase in config.phases
+        f"{phase.objective_name.upper()} for {phase.length(config.tokens_per_step):,} steps" for phase in config.phases
     )
     return (
         f"{config.model.size or config.model.init}, {phases}; {config.batch.sequences:,} sequences of "
@@ -92,7 +93,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
         losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
         value = f"{losses[-1]:.3f}" if losses else "-"
         note = f"from {losses[0]:.3f}, {_fall(losses[0], losses[-1])}" if losses else "not reached"
-        tiles.append(Tile(f"{phase.objective.upper()} loss", value, note))
+        tiles.append(Tile(f"{phase.objective_name.upper()} loss", value, note))
     if run.rows:
         mfu = run.median("mfu")
         tiles.append(Tile("Tokens", format_count(run.rows[-1]["tokens"]), f"in {run.step:,} steps"))
@@ -149,9 +150,15 @@ def _loss_lines(run: RunFiles) -> list[Line]:
     lines = []
     for index, phase in enumerate(run.config.phases):
         points = curve(run.phase(index), "loss")
-        lines.append(Line(f"{phase.objective} loss", points, phase.objective, faint=True))
-        lines.append(Line(f"{phase.objective} loss, smoothed", smoothed(points), phase.objective))
+        name, color = phase.objective_name, _color(phase)
+        lines.append(Line(f"{name} loss", points, color, faint=True))
+        lines.append(Line(f"{name} loss, smoothed", smoothed(points), color))
     return lines
+
+
+def _color(phase: Phase) -> str:
+    """Class of the style sheet for a phase: the name of its objective, or ink for a mixture."""
+    return phase.objective if isinstance(phase.objective, str) else "ink"
 
 
 def _held_out_lines(run: RunFiles) -> list[Line]:
@@ -184,8 +191,9 @@ def _timeline(events: Sequence[Row]) -> Markup:
 
 
 def _learned(run: RunFiles, index: int) -> Row:
-    """First and last training loss, held-out loss and held-out accuracy of a phase's objective."""
-    objective = run.config.phases[index].objective
+    """First and last training loss, held-out loss and held-out accuracy of a phase's objective; a mixture's is MLM."""
+    phase = run.config.phases[index]
+    objective = phase.objective if isinstance(phase.objective, str) else "mlm"
     losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
     steps = [row["step"] for row in run.phase(index)]
     held_out, accuracy = (
@@ -193,8 +201,8 @@ def _learned(run: RunFiles, index: int) -> Row:
         for key in ("eval_loss", "eval_accuracy")
     )
     return {
-        "phase": f"{index + 1}. {objective.upper()}",
-        "objective": objective,
+        "phase": f"{index + 1}. {phase.objective_name.upper()}",
+        "objective": _color(phase),
         "training": _change(losses),
         "training_perplexity": _change(losses, perplexity),
         "held_out": _change(held_out),
@@ -214,7 +222,7 @@ def _bands(run: RunFiles) -> list[Band]:
     for phase in run.config.phases:
         end = start + phase.length(run.config.tokens_per_step)
         if start < run.step or not bands:
-            bands.append(Band(start, min(end, run.step), phase.objective.upper(), phase.objective))
+            bands.append(Band(start, min(end, run.step), phase.objective_name.upper(), _color(phase)))
         start = end
     return bands
 
