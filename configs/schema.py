@@ -5,7 +5,8 @@ The docstrings of sections and keys are the text of `docs/configuration.md`: run
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -56,6 +57,18 @@ def _fault(key: str, message: str) -> PydanticCustomError:
 
 
 ObjectiveName = Literal["clm", "mlm"]
+
+
+def _objective(value: Any) -> Any:
+    names = get_args(ObjectiveName)
+    if isinstance(value, str) and value in names:
+        return value
+    if isinstance(value, dict) and set(value) == set(names):
+        odds = [odd for odd in value.values() if isinstance(odd, int | float) and 0 < odd < math.inf]
+        if len(odds) == len(names):
+            return value
+    raise ValueError(f"give clm or mlm, or odds above 0 for both such as {{clm: 1, mlm: 15}}, got {value!r}")
+
 
 SCRATCH = "scratch"
 """The `model.init` of a new model with random weights."""
@@ -275,7 +288,7 @@ class LearningRate(Section):
 class Phase(Section):
     """A stretch of training with one objective or a mixture. Weights and optimizer state pass unchanged to the next."""
 
-    objective: ObjectiveName | dict[ObjectiveName, PositiveFloat]
+    objective: Annotated[ObjectiveName | dict[ObjectiveName, float], BeforeValidator(_objective)]
     """`clm`: causal language modelling. `mlm`: masked language modelling. Odds such as `{clm: 1, mlm: 15}`: each packed
     sequence has one of the two, drawn by a hash of the data seed and its place. Every label position weighs the same in
     the loss, and a causal sequence has more of them."""
@@ -302,8 +315,6 @@ class Phase(Section):
             raise ValueError("give the phase one length: tokens or steps")
         if self.tokens == 0:
             raise ValueError("tokens must be greater than 0")
-        if isinstance(self.objective, dict) and len(self.objective) < 2:
-            raise ValueError(f"odds need both objectives, such as {{clm: 1, mlm: 15}}, got {self.objective}")
         if min(self.mask_split) < 0 or abs(sum(self.mask_split) - 1) > 1e-9:
             raise ValueError(f"mask_split needs three shares that add up to 1, got {list(self.mask_split)}")
         if len(set(self.freeze)) < len(self.freeze) or any(layer < 0 for layer in self.freeze):

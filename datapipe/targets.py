@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import ClassVar, Protocol
 
@@ -129,9 +131,12 @@ class Mixed:
         """Return the place in `targets` of a row's objective."""
         # `person` keeps the hash apart from that of the masks.
         words = f"{self.seed} {row.stream} {row.number}".encode()
-        (drawn,) = np.frombuffer(hashlib.blake2b(words, digest_size=4, person=b"objective").digest(), "<u4")
-        bounds = accumulate(self.shares[:-1])
-        return sum(bool(drawn >= threshold(bound)) for bound in bounds)
+        drawn = int.from_bytes(hashlib.blake2b(words, digest_size=4, person=b"objective").digest(), "little")
+        return bisect_right(self._bounds, drawn)
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        return [int(threshold(bound)) for bound in accumulate(self.shares[:-1])]
 
 
 class BatchMaker(Protocol):

@@ -19,8 +19,9 @@ METASPACE = ("▁",)
 def word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     """Return `[vocab_size]`, whether a piece begins a word wherever it stands; special tokens do.
 
-    A piece of a byte-level or SentencePiece tokenizer begins a word if a space stands before its text. So a word is what
-    lies between spaces, its punctuation included. A WordPiece begins a word if it has no mark of a continuation (`##`).
+    A piece of a byte-level or SentencePiece tokenizer begins a word if a space stands before its text. So a word is
+    what lies between spaces, its punctuation included. A WordPiece begins a word if it has no mark of a continuation
+    (`##`).
 
     Raises:
         InputError: The pieces do not say where words begin.

@@ -46,21 +46,23 @@ def tokenizer_of(kind: str) -> Tokenizer:
         return load_tokenizer(folder)
 
 
-def by_word(tokenizer: Tokenizer, seed: int) -> Masked:
+@cache
+def by_word(kind: str) -> Masked:
+    tokenizer = tokenizer_of(kind)
     ids = tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids
-    return Masked(0.5, (0.8, 0.1, 0.1), seed, *ids, word_starts(tokenizer))
+    return Masked(0.5, (0.8, 0.1, 0.1), 0, *ids, word_starts(tokenizer))
 
 
 @settings(max_examples=60)
-@given(kind=st.sampled_from(KINDS), text=texts, seed=st.integers(0, 1000))
-def test_no_word_is_half_masked(kind: str, text: str, seed: int) -> None:
+@given(kind=st.sampled_from(KINDS), text=texts, number=st.integers(0, 1000))
+def test_no_word_is_half_masked(kind: str, text: str, number: int) -> None:
     tokenizer = tokenizer_of(kind)
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     ids = np.array([tokenizer.cls_id, *encoding.ids, tokenizer.sep_id], np.int32)
-    labels = by_word(tokenizer, seed)([PackedSequence(ids, (len(ids),), 0, seed)])[1][0]
+    labels = by_word(kind)([PackedSequence(ids, (len(ids),), 0, number)])[1][0]
     chosen = labels[1:-1] != IGNORE
     if kind == "wordpiece":
-        words = [np.array([word == number for word in encoding.word_ids]) for number in set(encoding.word_ids)]
+        words = [np.array([word == one for word in encoding.word_ids]) for one in set(encoding.word_ids)]
     else:
         spans = [match.span() for match in re.finditer(r"\S+", text)]
         words = [np.array([a < end and b > start for a, b in encoding.offsets]) for start, end in spans]
