@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from configs.load import load_config
+from configs.load import dump_config, load_config
 
 
 @pytest.mark.parametrize(
