@@ -31,8 +31,9 @@ import torch.distributed as dist
 from benchmarks.table import Row, arguments, report
 from configs.load import validate
 from configs.schema import RunConfig
-from datapipe.batch import IGNORE, Ids, PackedSequence, StepData
+from datapipe.batch import StepData
 from datapipe.prepare import ensure_prepared
+from datapipe.targets import NextToken
 from datapipe.tokenizer import load_tokenizer
 from engine.megatron import cpu
 from engine.modernbert import linear_cross_entropy
@@ -147,15 +148,11 @@ def documents_of(config: RunConfig, skip: int = SKIP) -> list[list[int]]:
     """The documents of the run's batches; those longer than a row come in parts, on both sides."""
     from datapipe.loader import Loader
 
-    def unchanged(rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
-        inputs = np.stack([row.ids for row in rows]).astype(np.int64)
-        return inputs, np.full_like(inputs, IGNORE)
-
     tokenizer = load_tokenizer(config.tokenizer)
     loader = Loader(config.data, config.batch.sequences, tokenizer, 0, 1)
     return [
         document.tolist()
-        for batch in islice(loader.steps(unchanged, 1, 0, skip + config.total_steps, None), skip, None)
+        for batch in islice(loader.steps(NextToken(), 1, 0, skip + config.total_steps, None), skip, None)
         for micro in batch.micro_batches
         for document in np.split(micro.inputs[: micro.tokens], micro.cu_seqlens[1:-1])
         if len(document)

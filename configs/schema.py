@@ -6,7 +6,8 @@ The docstrings of sections and keys are the text of `docs/configuration.md`: run
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -65,6 +66,29 @@ def _part(value: int | str) -> int | str:
 
 Part = Annotated[int | str, AfterValidator(_part)]
 """A part of the model: the number of a layer, `embeddings` or `head`."""
+
+
+def _rates(value: Any) -> Any:
+    rates = [value] if isinstance(value, int | float) else value
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if (is_pair or rates is not value) and all(isinstance(rate, int | float) and 0 < rate < 1 for rate in rates):
+        return value
+    raise ValueError(f"give a share above 0 and below 1, or two such as [0.3, 0.15], got {value!r}")
+
+
+ObjectiveName = Literal["clm", "mlm"]
+
+
+def _objective(value: Any) -> Any:
+    names = get_args(ObjectiveName)
+    if isinstance(value, str) and value in names:
+        return value
+    if isinstance(value, dict) and set(value) == set(names):
+        odds = [odd for odd in value.values() if isinstance(odd, int | float) and 0 < odd < math.inf]
+        if len(odds) == len(names):
+            return value
+    raise ValueError(f"give clm or mlm, or odds above 0 for both such as {{clm: 1, mlm: 15}}, got {value!r}")
+
 
 SCRATCH = "scratch"
 """The `model.init` of a new model with random weights."""
@@ -297,10 +321,12 @@ class PhaseBatch(Section):
 
 
 class Phase(Section):
-    """A stretch of training with one objective. Weights and optimizer state pass unchanged to the next phase."""
+    """A stretch of training with one objective or a mixture. Weights and optimizer state pass unchanged to the next."""
 
-    objective: Literal["clm", "mlm"]
-    """`clm`: causal language modelling. `mlm`: masked language modelling."""
+    objective: Annotated[ObjectiveName | dict[ObjectiveName, float], BeforeValidator(_objective)]
+    """`clm`: causal language modelling. `mlm`: masked language modelling. Odds such as `{clm: 1, mlm: 15}`: each packed
+    sequence has one of the two, drawn by a hash of the data seed and its place. Every label position weighs the same in
+    the loss, and a causal sequence has more of them."""
     tokens: Count | None = None
     """Length in tokens, padding included (sequences x sequence length per step), rounded to a step."""
     steps: PositiveInt | None = None
@@ -317,10 +343,15 @@ class Phase(Section):
     """Batch sizes."""
     lr: LearningRate = LearningRate()
     """Learning-rate schedule."""
-    mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
-    """Share of the maskable tokens that MLM predicts."""
+    mask_rate: Annotated[float | tuple[float, float], BeforeValidator(_rates)] = 0.15
+    """Share of the maskable tokens that MLM predicts. Two shares: those of the first and of the last step, with a
+    straight line between them."""
     mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of the predicted tokens that become the mask token, become a random token, and stay."""
+    mask_unit: Literal["token", "word"] = "token"
+    """`word`: the tokens of a word are predicted all or none. Spaces separate words, so `word` does not suit languages
+    without spaces; a WordPiece tokenizer says itself where words begin. `mask_split` draws for each token, as BERT's
+    whole-word masking does."""
     freeze: tuple[Part, ...] = ()
     """Parts whose weights and Adam moments do not change in this phase: numbers of layers, from 0, `embeddings` and
     `head`. `embeddings` are the token embeddings and their norm. The decoder's matrix is the token embeddings, so it
@@ -343,6 +374,19 @@ class Phase(Section):
         if "head" in self.freeze and "head" in self.reset:
             raise ValueError("freeze and reset both name the head: a new head must train; remove it from one of them")
         return self
+
+    @property
+    def objectives(self) -> dict[ObjectiveName, float]:
+        """Share of the packed sequences that each objective has, in the order clm, mlm; the shares add up to 1."""
+        if isinstance(self.objective, str):
+            return {self.objective: 1.0}
+        total = sum(self.objective.values())
+        return {name: self.objective[name] / total for name in sorted(self.objective)}
+
+    @property
+    def objective_name(self) -> str:
+        """Name in logs and metrics: `clm`, `mlm`, or `clm+mlm` for a mixture."""
+        return "+".join(self.objectives)
 
     def length(self, tokens_per_step: int) -> int:
         """Return the optimizer steps of this phase, at least one."""

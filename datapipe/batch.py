@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.schema import ObjectiveName
+
 IGNORE = -100
 """Label of a position that carries no loss."""
 Ids = NDArray[np.int64]
@@ -54,8 +56,14 @@ class MicroBatch:
     """`[documents + 1]`, document boundaries from 0 to T; the padding of a row is a document of its own."""
     tokens: int
     """Tokens without padding."""
+    objective: ObjectiveName
     origins: tuple[Origin, ...] = ()
     """One origin per row, in order."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only the tokens before it in its document."""
+        return self.objective == "clm"
 
 
 def label_bytes(labels: Any, byte_lengths: NDArray[np.int32]) -> int:
@@ -106,13 +114,14 @@ class StepData:
         return self.encode_state()
 
 
-def collate(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids) -> MicroBatch:
+def collate(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids, objective: ObjectiveName) -> MicroBatch:
     """Join rows into a micro-batch.
 
     Args:
         rows: Packed sequences.
         inputs: `[T]`, made from these rows.
         labels: `[T]`, made from these rows.
+        objective: Objective that made them.
     """
     lengths = [0]
     for row in rows:
@@ -120,4 +129,4 @@ def collate(rows: Sequence[PackedSequence], inputs: Ids, labels: Ids) -> MicroBa
         lengths += [*row.lengths, padding] if padding else row.lengths
     cu_seqlens, tokens = np.cumsum(lengths, dtype=np.int32), sum(sum(row.lengths) for row in rows)
     origins = tuple(Origin(row.stream, row.number, row.documents) for row in rows)
-    return MicroBatch(inputs, labels, cu_seqlens, tokens, origins)
+    return MicroBatch(inputs, labels, cu_seqlens, tokens, objective, origins)

@@ -63,36 +63,42 @@ class DaliBatches:
             self._pipeline.set_outputs(*outputs)
         self._pipeline.build()
 
-    def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
+    def __call__(self, batches: Sequence[Sequence[PackedSequence]], step: int = 0) -> list[MicroBatch]:
         """Make one micro-batch from each list of rows."""
         micro_batches = []
         for rows in batches:
-            self._feed(rows)
+            self._feed(rows, step)
             inputs, labels = self._pipeline.run()
-            micro_batches.append(collate(rows, self._flat(inputs), self._flat(labels)))
+            micro_batches.append(collate(rows, self._flat(inputs), self._flat(labels), self._targets.objective))
         return micro_batches
 
     def _source(self, name: str, dtype: Any) -> Any:
         node = fn.external_source(name=name, dtype=dtype, ndim=1)
         return node if self._device is None else node.gpu()
 
-    def _feed(self, rows: Sequence[PackedSequence]) -> None:
+    def _feed(self, rows: Sequence[PackedSequence], step: int) -> None:
         if isinstance(self._targets, Masked):
             self._pipeline.feed_input("ids", [row.ids[: sum(row.lengths)].astype(np.int64) for row in rows])
             keys = [row_keys(self._targets.seed, row) for row in rows]
             for number, name in enumerate(KEYS):
                 self._pipeline.feed_input(name, [key[number : number + 1] for key in keys])
             self._pipeline.feed_input("positions", [self._positions] * len(rows))
+            rate = np.array([threshold(self._targets.rate_at(step))], np.uint32)
+            self._pipeline.feed_input("rate", [rate] * len(rows))
+            if self._targets.starts_word is not None:
+                self._pipeline.feed_input("units", list(self._targets.units(rows)))
         else:
-            for name, arrays in zip(("ids", "labels"), self._targets(rows), strict=True):
+            for name, arrays in zip(("ids", "labels"), self._targets(rows, step), strict=True):
                 unpadded = [ids[: sum(row.lengths)] for row, ids in zip(rows, arrays, strict=True)]
                 self._pipeline.feed_input(name, unpadded)
 
     def _masked(self, ids: Any, targets: Masked) -> tuple[Any, Any]:
         """Apply the arithmetic of `Masked.__call__` to whole rows."""
         positions = self._source("positions", types.UINT32)
-        choice, action, draw = (_hashes(self._source(name, types.UINT32), positions) for name in KEYS)
-        chosen = choice < _uint32(threshold(targets.rate))
+        units = positions if targets.starts_word is None else self._source("units", types.UINT32)
+        places = zip(KEYS, (units, positions, positions), strict=True)
+        choice, action, draw = (_hashes(self._source(name, types.UINT32), place) for name, place in places)
+        chosen = choice < self._source("rate", types.UINT32)
         for special in targets.special_ids:  # the padding token is one of them
             chosen &= ids != special
         masked = chosen & (action < _uint32(threshold(targets.split[0])))

@@ -48,7 +48,7 @@ from datapipe.packing import BUFFER
 from datapipe.prefetch import LaunchGate, prefetched
 from datapipe.source import Source, SourceSummary
 from datapipe.stream import Stream, StreamSnapshot, StreamState
-from datapipe.targets import NumpyBatches, Targets
+from datapipe.targets import BatchMaker, Mixed, MixedBatches, NumpyBatches, Targets
 from datapipe.tokenizer import Tokenizer
 
 EVALUATION = "(evaluation)"
@@ -61,9 +61,9 @@ SCAN_BYTES = 256 * 2**20
 class StepPlan:
     """The steps that a caller asks for, and how to make their batches."""
 
-    targets: Targets
+    targets: Targets | Mixed
     micro_batch_size: int
-    """Rows per micro-batch."""
+    """Rows per micro-batch; the most where objectives are mixed."""
     first: int
     """0-based step to begin with."""
     last: int
@@ -115,7 +115,7 @@ class Loader:
 
     def steps(
         self,
-        targets: Targets,
+        targets: Targets | Mixed,
         micro_batch_size: int,
         first: int,
         last: int,
@@ -127,8 +127,8 @@ class Loader:
         """Yield the batches of the 0-based steps first..last-1, made ahead in a thread that ends with the generator.
 
         Args:
-            targets: Objective.
-            micro_batch_size: Rows per micro-batch; divides the rows of a rank.
+            targets: Objective, or a mixture, of which each micro-batch has one.
+            micro_batch_size: Rows per micro-batch, the most in a mixture; divides the rows of a rank.
             first: Step to begin with.
             last: Step to end before.
             state: `StepData.state` of step `first - 1`, united over the ranks, whatever their number was. None begins
@@ -181,7 +181,7 @@ class Loader:
                 for number, stream in streams.items():
                     stream.restore(self._stream_state(_saved(plan.state, number), identity, plan.begins_phase))
                 identity = identity.with_idle(next(iter(plan.state.values())))
-            make_batches = self._batch_maker(plan)
+            make_batches = self._batch_maker(plan.targets, plan.micro_batch_size)
             limited = all(source.epochs is not None for source in sources)
             rows = None
             for step in range(plan.first, plan.last):
@@ -189,7 +189,7 @@ class Loader:
                 if rows is None:
                     raise end_of_data(step)
                 size = plan.micro_batch_size
-                micro_batches = tuple(make_batches([rows[i : i + size] for i in range(0, len(rows), size)]))
+                micro_batches = tuple(make_batches([rows[i : i + size] for i in range(0, len(rows), size)], step))
                 snapshots = {str(number): stream.snapshot() for number, stream in streams.items()}
                 made = StepData(
                     step=step,
@@ -228,13 +228,15 @@ class Loader:
             raise _data_changed(changed, {name: content[name] for name in changed})
         return state.for_phase(list(identity.content), self._data.sequence_length)
 
-    def _batch_maker(self, plan: StepPlan) -> Callable[[list[list[PackedSequence]]], list[MicroBatch]]:
+    def _batch_maker(self, targets: Targets | Mixed, micro_batch_size: int) -> BatchMaker:
+        if isinstance(targets, Mixed):
+            return MixedBatches(targets, partial(self._batch_maker, micro_batch_size=micro_batch_size))
         if self._data.backend == "numpy":
-            return NumpyBatches(plan.targets)
+            return NumpyBatches(targets)
         from datapipe.dali import DaliBatches
 
         length, pad_id = self._data.sequence_length, self._tokenizer.pad_id
-        return DaliBatches(plan.targets, plan.micro_batch_size, length, pad_id, self._device)
+        return DaliBatches(targets, micro_batch_size, length, pad_id, self._device)
 
     def _next_rows(self, streams: Collection[Stream]) -> list[PackedSequence] | None:
         """Rows of the next step; None if a stream has no more of them."""

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Protocol
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.schema import ObjectiveName
 from datapipe.batch import IGNORE, Ids, MicroBatch, PackedSequence, collate
 
 
 class Targets(Protocol):
     """An objective as the data sees it."""
 
-    def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+    objective: ClassVar[ObjectiveName]
+
+    def __call__(self, rows: Sequence[PackedSequence], step: int = 0) -> tuple[Ids, Ids]:
         """Inputs and labels, `[rows, sequence_length] int64`; labels are IGNORE at positions without a loss.
+
+        Args:
+            rows: Packed sequences of one step.
+            step: The 0-based step that trains on them.
 
         The result for a row does not depend on the other rows. They come together to save NumPy calls.
         """
@@ -29,7 +38,9 @@ class Targets(Protocol):
 class NextToken:
     """Causal language modelling: every token of a document, except the last, predicts the next token."""
 
-    def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+    objective: ClassVar[ObjectiveName] = "clm"
+
+    def __call__(self, rows: Sequence[PackedSequence], step: int = 0) -> tuple[Ids, Ids]:
         """Inputs and labels, as `Targets` says."""
         inputs = _ids(rows).astype(np.int64)
         labels = np.full_like(inputs, IGNORE)
@@ -47,8 +58,12 @@ class Masked:
     The treatment of a position depends on (seed, stream, number of the row, position) only. Special tokens are never
     masked. A random replacement is uniform over the ordinary tokens, because a [CLS] or [SEP] inside a document would
     tell the model of a boundary that does not exist.
+
+    With `starts_word` a word is predicted as a whole: the hash of its first position decides for all its tokens. A word
+    ends before the next start, at a special token, and at the end of its document or row.
     """
 
+    objective: ClassVar[ObjectiveName] = "mlm"
     rate: float
     """Share of the ordinary tokens that is predicted."""
     split: tuple[float, float, float]
@@ -59,6 +74,12 @@ class Masked:
     vocab_size: int
     """Number of ids, special tokens included."""
     special_ids: tuple[int, ...]
+    final_rate: float | None = None
+    """`rate` of the phase's last step, if it changes linearly; None keeps it."""
+    steps: tuple[int, int] = (0, 1)
+    """0-based first step of the phase, and the step after its end."""
+    starts_word: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
+    """`[vocab_size]`, whether a piece begins a word (`datapipe.words`); None masks token by token."""
     _maskable: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
     _ordinary: Ids = field(init=False, repr=False, compare=False)
 
@@ -68,14 +89,14 @@ class Masked:
         object.__setattr__(self, "_maskable", maskable)
         object.__setattr__(self, "_ordinary", np.flatnonzero(maskable))
 
-    def __call__(self, rows: Sequence[PackedSequence]) -> tuple[Ids, Ids]:
+    def __call__(self, rows: Sequence[PackedSequence], step: int = 0) -> tuple[Ids, Ids]:
         """Inputs and labels, as `Targets` says."""
         ids = _ids(rows)
         inputs = ids.astype(np.int64)
         labels = np.full_like(inputs, IGNORE)
         choice, action, draw = np.stack([row_keys(self.seed, row) for row in rows], axis=1)
         ends = np.array([sum(row.lengths) for row in rows])
-        chosen = position_hashes(choice[:, None], np.arange(ids.shape[1], dtype=np.uint32)) < threshold(self.rate)
+        chosen = position_hashes(choice[:, None], self.units(rows)) < threshold(self.rate_at(step))
         row, position = np.nonzero(chosen)
         maskable = self._maskable[ids[row, position]] & (position < ends[row])
         row, position = row[maskable], position[maskable]
@@ -91,6 +112,80 @@ class Masked:
         inputs[row, position] = self._ordinary[ranks >> np.uint64(32)]
         return inputs, labels
 
+    def rate_at(self, step: int) -> float:
+        """Return the share of the ordinary tokens that a 0-based step predicts."""
+        if self.final_rate is None:
+            return self.rate
+        first, end = self.steps
+        return self.rate + (self.final_rate - self.rate) * (step - first) / max(1, end - 1 - first)
+
+    def units(self, rows: Sequence[PackedSequence]) -> NDArray[np.uint32]:
+        """`[rows, sequence_length]`, the position that is hashed to decide for each position: its word's first."""
+        ids = _ids(rows)
+        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.uint32), ids.shape)
+        if self.starts_word is None:
+            return positions
+        starts = self.starts_word[ids]
+        starts[:, 1:] |= ~self._maskable[ids[:, :-1]]
+        for row, row_starts in zip(rows, starts, strict=True):
+            row_starts[np.cumsum((0, *row.lengths[:-1]), dtype=np.int64)] = True
+        return np.maximum.accumulate(np.where(starts, positions, np.uint32(0)), axis=1)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Several objectives: each row has one, drawn by a hash of (seed, stream, number of the row)."""
+
+    targets: tuple[Targets, ...]
+    shares: tuple[float, ...]
+    """Share of the rows that each has; they add up to 1."""
+    seed: int
+    """Seed of the hash."""
+
+    def draw(self, row: PackedSequence) -> int:
+        """Return the place in `targets` of a row's objective."""
+        # `person` keeps the hash apart from that of the masks.
+        words = f"{self.seed} {row.stream} {row.number}".encode()
+        drawn = int.from_bytes(hashlib.blake2b(words, digest_size=4, person=b"objective").digest(), "little")
+        return bisect_right(self._bounds, drawn)
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        return [int(threshold(bound)) for bound in accumulate(self.shares[:-1])]
+
+
+class BatchMaker(Protocol):
+    """A backend that makes micro-batches."""
+
+    def __call__(self, batches: Sequence[Sequence[PackedSequence]], step: int = 0) -> list[MicroBatch]:
+        """Make one micro-batch from each list of rows, as the 0-based step trains on them."""
+        ...
+
+
+class MixedBatches:
+    """Makes micro-batches that have one objective each, because attention has one direction in a micro-batch.
+
+    A step has as many micro-batches of an objective as its rows need, so their number differs from step to step.
+
+    Args:
+        mixed: The objectives and their shares.
+        make: Returns the backend for one of them.
+    """
+
+    def __init__(self, mixed: Mixed, make: Callable[[Targets], BatchMaker]) -> None:
+        self._mixed = mixed
+        self._makers = [make(targets) for targets in mixed.targets]
+
+    def __call__(self, batches: Sequence[Sequence[PackedSequence]], step: int = 0) -> list[MicroBatch]:
+        """Group the rows of all batches by objective, in their order, into micro-batches no larger than the first."""
+        size, rows = len(batches[0]), list(chain.from_iterable(batches))
+        drawn = [self._mixed.draw(row) for row in rows]
+        made: list[MicroBatch] = []
+        for number, maker in enumerate(self._makers):
+            own = [row for row, place in zip(rows, drawn, strict=True) if place == number]
+            made += maker([own[i : i + size] for i in range(0, len(own), size)], step) if own else []
+        return made
+
 
 @dataclass(frozen=True)
 class NumpyBatches:
@@ -98,13 +193,15 @@ class NumpyBatches:
 
     targets: Targets
 
-    def __call__(self, batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
+    def __call__(self, batches: Sequence[Sequence[PackedSequence]], step: int = 0) -> list[MicroBatch]:
         """Make one micro-batch from each list of rows."""
-        inputs, labels = self.targets(list(chain.from_iterable(batches)))
+        inputs, labels = self.targets(list(chain.from_iterable(batches)), step)
         micro_batches, first = [], 0
         for rows in batches:
             own = slice(first, first + len(rows))
-            micro_batches.append(collate(rows, inputs[own].reshape(-1), labels[own].reshape(-1)))
+            micro_batches.append(
+                collate(rows, inputs[own].reshape(-1), labels[own].reshape(-1), self.targets.objective)
+            )
             first = own.stop
         return micro_batches
 

@@ -86,7 +86,7 @@ class Components:
         self.loader = _loader(self.config, span, self.tokenizer, self.loader.gate)
         if span.phase.reset and self.state.step == span.first:
             reset_head(self.runner.model, self.runner.optimizer, self.config.seed, span.index)
-        return objective_of(span.phase, self.tokenizer, self.config.data.seed)
+        return objective_of(span, self.tokenizer, self.config.data.seed)
 
     def batches(
         self, span: PhaseSpan, objective: Objective, first: int, last: int, data: dict[str, Any] | None
@@ -95,14 +95,13 @@ class Components:
 
         `begin_phase` comes first. `data` is as in `Loader.steps`.
         """
-        dropout = resolve_dropout(self.config, self.architecture)
         return self.loader.steps(
             objective.targets(),
             self.layout.micro_batch_sizes[span.index],
             first,
             last,
             data,
-            partial(to_device_batch, causal=objective.causal, dropout=dropout),
+            partial(to_device_batch, dropout=resolve_dropout(self.config, self.architecture)),
             begins_phase=first == span.first,
         )
 
@@ -285,7 +284,7 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[O
     micro = max(1, slots // config.data.sequence_length)
     rank, size = parallel_state.get_data_parallel_rank(), layout.data
     masked = Phase(objective="mlm", steps=1, mask_rate=config.data.evaluation.mask_rate)
-    objectives = (CausalLM(), MaskedLM(masked, tokenizer, config.data.seed))
+    objectives: tuple[CausalLM | MaskedLM, ...] = (CausalLM(), MaskedLM(masked, tokenizer, config.data.seed))
     return {
         objective: evaluation_batches(config.data, objective.targets(), micro, tokenizer, rank, size)
         for objective in objectives

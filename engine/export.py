@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,37 +43,53 @@ def export_hf(
     Raises:
         InputError: The checkpoint is damaged.
     """
+    from engine.megatron.torch_index import read_tensors
     from engine.modernbert.convert import parameters, to_hf
 
     meta = checkpoints.verify(checkpoint)
     architecture = ModernBertConfig(**meta.architecture)
     table = parameters(architecture)
-    stored = _read_weights(checkpoint, [ours for _, ours, _ in table])
+    names = stored_names(checkpoint, [ours for _, ours, _ in table])
+    stored = read_tensors(checkpoint, list(names.values()))
     weights: dict[str, torch.Tensor] = {}
     for hf, ours, row in table:
-        tensor = to_hf(stored[ours], row, architecture).to(DTYPES[dtype]).contiguous()
+        tensor = to_hf(stored[names[ours]], row, architecture).to(DTYPES[dtype]).contiguous()
         weights |= decoder_weights(hf, tensor) if kind == "decoder" else {hf: tensor}
-    out.mkdir(parents=True, exist_ok=True)
     config = decoder_config if kind == "decoder" else encoder_config
-    write_json(out / "config.json", config(architecture, DTYPES[dtype]) | special_ids(tokenizer))
+    write_model(out, config(architecture, DTYPES[dtype]), weights, tokenizer, model_card(meta, tokenizer, kind))
+
+
+def write_model(
+    out: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], tokenizer: Tokenizer, card: str
+) -> None:
+    """Write the files of a Hugging Face model; the directory is created if missing."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", config | special_ids(tokenizer))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(out)
-    write_atomically(out / "README.md", model_card(meta, tokenizer, kind))
+    write_atomically(out / "README.md", card)
 
 
-def _read_weights(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Read the fp32 main weights of the optimizer, or the model's own where it keeps none; by our names."""
-    from engine.megatron.torch_index import read_tensors, tensor_names
+def stored_names(checkpoint: Path, names: list[str]) -> dict[str, str]:
+    """Map our names to those of the optimizer's fp32 main weights, or to themselves where it keeps none."""
+    from engine.megatron.torch_index import tensor_names
 
     main = {name: f"{MAIN_WEIGHTS}{name}" for name in names}
-    if not tensor_names(checkpoint).issuperset(main.values()):
-        return read_tensors(checkpoint, names)
-    stored = read_tensors(checkpoint, list(main.values()))
-    return {name: stored[key] for name, key in main.items()}
+    return main if tensor_names(checkpoint).issuperset(main.values()) else {name: name for name in names}
 
 
-def import_hf(init: str, out: Path, seed: int = 17) -> None:
-    """Write a Hugging Face ModernBERT (directory or hub id) as a step-0 checkpoint without optimizer state."""
+def import_hf(init: str, out: Path, seed: int = 17, source: str | None = None) -> None:
+    """Write a Hugging Face ModernBERT as a step-0 checkpoint without optimizer state.
+
+    Args:
+        init: Directory or hub id of the model.
+        out: Directory of the checkpoint; new or empty.
+        seed: Seed of a head that the model lacks.
+        source: Origin that the checkpoint names; default `init`.
+
+    Raises:
+        InputError: The model cannot be read, or `out` is not empty.
+    """
     from engine.megatron import cpu
 
     cpu.install()
@@ -86,5 +103,7 @@ def import_hf(init: str, out: Path, seed: int = 17) -> None:
     with single_process():
         model = ModernBert(transformer_config(architecture), architecture)
         load_weights(model, huggingface_weights(init, architecture, seed))
-        meta = CheckpointMeta(step=0, architecture=architecture.to_dict(), optimizer=False, files={}, source=init)
+        meta = CheckpointMeta(
+            step=0, architecture=architecture.to_dict(), optimizer=False, files={}, source=source or init
+        )
         save_now(out, model, None, meta)

@@ -81,7 +81,7 @@ class GpuProbe:
         torch.cuda.empty_cache()  # because unused blocks of other sizes would count
         torch.cuda.reset_peak_memory_stats()
         origins = tuple(Origin(0, number, ()) for number in range(rows))
-        batch = to_device_batch(MicroBatch(ids, labels, ends, len(ids), origins), True, self.dropout)
+        batch = to_device_batch(MicroBatch(ids, labels, ends, len(ids), "clm", origins), self.dropout)
         with preserve_fp8_state(self.runner.model):
             self.runner.forward_backward([batch] * self.num_micro_batches)
         return float(torch.cuda.max_memory_reserved())

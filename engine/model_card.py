@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from configs.schema import SCRATCH, RunConfig
@@ -20,7 +21,7 @@ def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> 
         start += f" (this run branched off {config.origin.run} at step {config.origin.step:,})"
     sources = ", ".join(source.name for source in config.data.sources) if config else ""
     trained = [f"- {line}" for line in _trained_phases(config, meta.step)] if config else []
-    knows_masks = kind == "encoder" and (config is None or _has_trained_masks(config, meta.step))
+    knows_masks = kind == "encoder" and has_trained_masks(meta)
     use = _DECODER_USE if kind == "decoder" else _EMBEDDING_USE + (_MASK_USE if knows_masks else "")
     task = "text-generation" if kind == "decoder" else "fill-mask" if knows_masks else "feature-extraction"
     return _CARD.format(
@@ -36,6 +37,25 @@ def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> 
     )
 
 
+def merge_card(origins: Sequence[tuple[str, float]], tokenizer: Tokenizer, knows_masks: bool) -> str:
+    """Write the card of a merged model.
+
+    Args:
+        origins: Name and coefficient of each model.
+        tokenizer: The tokenizer of all of them.
+        knows_masks: Whether each of them can fill masks.
+    """
+    rows = "\n".join(f"| {name} | {coefficient:.6f} |" for name, coefficient in origins)
+    use = (_EMBEDDING_USE + (_MASK_USE if knows_masks else "")).replace("MASK_TOKEN", tokenizer.mask_token)
+    task = "fill-mask" if knows_masks else "feature-extraction"
+    return _MERGE_CARD.format(task=task, count=len(origins), tokenizer=tokenizer.name, rows=rows, use=use)
+
+
+def has_trained_masks(meta: CheckpointMeta) -> bool:
+    """Whether the model of a checkpoint can fill masks; a model that was only imported is believed to."""
+    return meta.config is None or _has_trained_masks(RunConfig.model_validate(meta.config), meta.step)
+
+
 def _trained_phases(config: RunConfig, step: int) -> list[str]:
     lines = []
     for span in config.spans:
@@ -43,14 +63,14 @@ def _trained_phases(config: RunConfig, step: int) -> list[str]:
         if done > 0:
             tokens = done * span.tokens_per_step
             whole = "" if done == span.steps else f" of the {span.steps:,} planned"
-            lines.append(f"{span.phase.objective.upper()}, {done:,} steps{whole}, {tokens:,} tokens")
+            lines.append(f"{span.phase.objective_name.upper()}, {done:,} steps{whole}, {tokens:,} tokens")
     return lines
 
 
 def _has_trained_masks(config: RunConfig, step: int) -> bool:
     """Whether the head can fill masks: the run has trained MLM, or started from a model."""
     return config.model.init != SCRATCH or any(
-        span.phase.objective == "mlm" and span.first < step for span in config.spans
+        "mlm" in span.phase.objectives and span.first < step for span in config.spans
     )
 
 
@@ -66,6 +86,24 @@ A ModernBERT {kind} trained with Detour (the CLM detour, arXiv 2605.12438), take
 Started from: {start}. Tokenizer: {tokenizer}. Training text: {sources}.
 
 {phases}
+
+```python
+{use}```
+"""
+_MERGE_CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags: [modernbert, merge]
+---
+# Merge of {count} ModernBERT models
+
+The weights are the sum of the weights of these models, each times its coefficient (WSM, arXiv 2507.17634).
+
+| model | coefficient |
+|---|---|
+{rows}
+
+Tokenizer: {tokenizer}.
 
 ```python
 {use}```

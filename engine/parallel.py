@@ -105,13 +105,15 @@ def _micro_batch_size(config: RunConfig, span: PhaseSpan, data: int) -> int:
             f"({span.sequences} sequences over {data} ranks)",
             key=key,
         )
-    if micro * length % tensor:
+    # A mixture of objectives cuts micro-batches of any number of rows.
+    micro_rows = 1 if len(span.phase.objectives) > 1 else micro
+    if micro_rows * length % tensor:
         raise InputError(
-            f"{where}.sequence_length: a micro-batch of {micro} x {length} tokens does not divide over {tensor} "
+            f"{where}.sequence_length: a micro-batch of {micro_rows} x {length} tokens does not divide over {tensor} "
             "tensor-parallel ranks",
             key=f"{where}.sequence_length",
         )
-    slots = micro * length // (tensor if config.parallel.sequence else 1)
+    slots = micro_rows * length // (tensor if config.parallel.sequence else 1)
     multiple = 32 if config.fp8_recipe == "mxfp8" else 16  # as in megatron.core.fp8_utils.get_fp8_align_size
     if config.precision == "fp8" and slots % multiple:
         raise InputError(

@@ -26,14 +26,8 @@ def reports_loss() -> bool:
 class StepTotals(NamedTuple):
     """One rank's contribution to a step, and after `sum_over_ranks` that of all ranks."""
 
-    loss_sum: float
-    """Sum of the losses over the label positions."""
-    label_tokens: float
-    """Label positions."""
     label_bytes: float
     """UTF-8 bytes of the text that the labels stand for."""
-    tokens: float
-    """Tokens, padding not counted."""
     flops: float
     """Floating-point operations of forward and backward."""
     save: float
@@ -44,16 +38,43 @@ class StepTotals(NamedTuple):
     """Ranks whose data ends with this step."""
     writing: float
     """Ranks that are writing a checkpoint."""
+    clm_loss_sum: float = 0.0
+    """Sum of the losses over the label positions of CLM."""
+    clm_label_tokens: float = 0.0
+    """Label positions of CLM."""
+    clm_tokens: float = 0.0
+    """Tokens of the rows trained by CLM, padding not counted."""
+    mlm_loss_sum: float = 0.0
+    mlm_label_tokens: float = 0.0
+    mlm_tokens: float = 0.0
 
     @property
     def loss(self) -> float:
         """Mean loss over the label positions."""
-        return self.loss_sum / max(1.0, self.label_tokens)
+        return (self.clm_loss_sum + self.mlm_loss_sum) / max(1.0, self.clm_label_tokens + self.mlm_label_tokens)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Mean loss of each objective over its label positions; an objective without any is left out."""
+        sums = {"clm": (self.clm_loss_sum, self.clm_label_tokens), "mlm": (self.mlm_loss_sum, self.mlm_label_tokens)}
+        return {name: loss / labels for name, (loss, labels) in sums.items() if labels}
+
+    @property
+    def tokens(self) -> float:
+        """Tokens, padding not counted."""
+        return self.clm_tokens + self.mlm_tokens
+
+    @property
+    def objective_tokens(self) -> dict[str, int]:
+        """Tokens of the rows trained by each objective, padding not counted."""
+        return {"clm": int(self.clm_tokens), "mlm": int(self.mlm_tokens)}
 
     @property
     def bits_per_byte(self) -> float:
         """Bits of loss per byte of the predicted text; NaN without text."""
-        return self.loss_sum / math.log(2) / self.label_bytes if self.label_bytes else math.nan
+        return (
+            (self.clm_loss_sum + self.mlm_loss_sum) / math.log(2) / self.label_bytes if self.label_bytes else math.nan
+        )
 
     def sum_over_ranks(self) -> StepTotals:
         """Return the sum over all ranks, by one small all-reduce."""

@@ -44,12 +44,11 @@ class DeviceBatch:
     """[] int32, N."""
 
 
-def to_device_batch(micro_batch: MicroBatch, causal: bool, dropout: DropoutRates | None = None) -> DeviceBatch:
+def to_device_batch(micro_batch: MicroBatch, dropout: DropoutRates | None = None) -> DeviceBatch:
     """Copy a micro-batch to the device. A GPU copies in its stream's order, and the host does not wait for it.
 
     Args:
         micro_batch: Packed sequences with inputs and labels.
-        causal: No token sees a later one.
         dropout: Rates of a training batch; None in evaluation.
     """
     target = device.device()
@@ -66,7 +65,7 @@ def to_device_batch(micro_batch: MicroBatch, causal: bool, dropout: DropoutRates
         drop = dropout and Dropout.of_rows(dropout, micro_batch.origins, len(micro_batch.inputs), target)
         return DeviceBatch(
             device.to_device(torch.as_tensor(micro_batch.inputs)[None], target),
-            PackedDocuments.from_lengths(lengths, causal, target, drop),
+            PackedDocuments.from_lengths(lengths, micro_batch.is_causal, target, drop),
             device.to_device(positions, target),
             device.to_device(labels, target),
             device.to_device(torch.tensor(len(positions), dtype=torch.int32), target),
@@ -153,7 +152,7 @@ class StepRunner:
         result = Evaluation({}, {}, {})
         for objective, micro_batches in held_out.items():
             self.ddp_model.eval()
-            batches = [to_device_batch(micro_batch, objective.causal) for micro_batch in micro_batches]
+            batches = [to_device_batch(micro_batch) for micro_batch in micro_batches]
             with torch.no_grad():
                 sums = self._run(batches, forward_only=True).sum(dim=0, dtype=torch.float64)
             self.ddp_model.train()
@@ -168,6 +167,9 @@ class StepRunner:
 
     def _run(self, batches: Sequence[DeviceBatch], forward_only: bool) -> torch.Tensor:
         """[micro-batches, 2]: summed loss and correct predictions of each; [0, 2] before the last pipeline stage."""
+        lengths = {batch.inputs.shape[1] for batch in batches}
+        # A mixture of objectives has micro-batches of different sizes, whose shapes pipeline stages must exchange.
+        self.model.config.variable_seq_lengths = len(lengths) > 1
         outputs = get_forward_backward_func()(
             forward_step_func=lambda data, model: _forward(next(data), model),
             data_iterator=iter(batches),

@@ -67,14 +67,17 @@ class StepLog:
         if drawn is not None:
             self._report_skipped(step, drawn)
         eval_loss, eval_accuracy, eval_bits_per_byte = evaluation or (None, None, None)
+        is_mixed = len(span.phase.objectives) > 1
         self._recorder.step(
             StepRecord(
                 step=step,
                 phase=span.index,
-                objective=span.phase.objective,
+                objective=span.phase.objective_name,
                 loss=totals.loss,
                 bits_per_byte=totals.bits_per_byte,
+                losses=totals.losses if is_mixed else None,
                 tokens=int(totals.tokens),
+                objective_tokens=totals.objective_tokens if is_mixed else None,
                 learning_rate=self._schedule.learning_rate(step - 1),
                 grad_norm=grad_norm,
                 step_seconds=times.step_seconds,

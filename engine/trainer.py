@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
                 state.step += 1
 
                 reason = stop() if run.recorder else None
-                totals = _totals(run, batch, objective.causal, batch_losses, reason).sum_over_ranks()
+                totals = _totals(run, batch, batch_losses, reason).sum_over_ranks()
                 suspects = _suspects(run, batch, batch_losses)
                 run.guards.check(state.step, objective.name, totals.loss, grad_norm, suspects)
                 times = StepTimes(watch.seconds(), waited, own_work)
@@ -98,23 +99,23 @@ def _timed(batches: Iterator[StepData]) -> Iterator[tuple[StepData, Stopwatch, f
         watch = Stopwatch()
 
 
-def _totals(run: Components, batch: StepData, causal: bool, losses: list[float], reason: str | None) -> StepTotals:
+def _totals(run: Components, batch: StepData, losses: list[float], reason: str | None) -> StepTotals:
     """Return this rank's contribution to the step, and on rank 0 the decisions to save and to stop."""
-    loss_sum, label_tokens, predicted_bytes, tokens, flops = 0.0, 0, 0, 0, 0.0
+    sums: defaultdict[str, float] = defaultdict(float)
+    predicted_bytes, flops = 0, 0.0
     if reports_loss():
-        loss_sum = sum(losses)
-        for micro_batch in batch.micro_batches:
+        for micro_batch, loss in zip(batch.micro_batches, losses, strict=True):
             labels = int((micro_batch.labels != IGNORE).sum())
             lengths = micro_batch.cu_seqlens[1:] - micro_batch.cu_seqlens[:-1]
-            label_tokens += labels
             predicted_bytes += label_bytes(micro_batch.labels, run.tokenizer.byte_lengths)
-            tokens += micro_batch.tokens
-            flops += training_flops(run.architecture, lengths, labels, causal)
+            name = micro_batch.objective
+            sums[f"{name}_loss_sum"] += loss
+            sums[f"{name}_label_tokens"] += labels
+            sums[f"{name}_tokens"] += micro_batch.tokens
+            flops += training_flops(run.architecture, lengths, labels, micro_batch.is_causal)
     return StepTotals(
-        loss_sum=loss_sum,
-        label_tokens=label_tokens,
+        **sums,
         label_bytes=predicted_bytes,
-        tokens=tokens,
         flops=flops,
         save=float(run.recorder is not None and run.checkpoints.is_due(run.state)),
         stop=float(reason is not None),

@@ -209,6 +209,45 @@ def import_(
 
 
 @app.command()
+def merge(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="One run with --steps; else runs, checkpoints or Hugging Face models."),
+    ],
+    output: Output,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Merge the run's N newest checkpoints that are kept: N saved steps, not N steps back.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["mean", "1-sqrt"],
+        typer.Option(
+            help="Decay of the learning rate that the merge stands for, over the N checkpoints: mean (equal weights, a "
+            "linear decay) or 1-sqrt. Several models have equal weights."
+        ),
+    ] = "mean",
+) -> None:
+    """Average the weights of a run's checkpoints, or of several models.
+
+    Writes a Hugging Face model, OUTPUT/hf, and a checkpoint of step 0 for model.init, OUTPUT/checkpoint.
+    """
+    from rich.console import Console
+
+    from engine.merge import merge as run
+    from launcher.status_line import status_line
+
+    with status_line(Console(), "reading") as show:
+        merged = run(models, output, show, steps=steps, weights=weights)
+    for name, coefficient in merged:
+        print(f"{coefficient:.6f}  {name}")
+    print(f"{output / 'hf'}: merge of {len(merged)} models; train from it with model.init={output / 'checkpoint'}")
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from configs.load import RECIPES, shipped

@@ -14,6 +14,7 @@ from configs.units import format_count
 from datapipe.loader import check_sources
 from datapipe.source import SourceSummary
 from datapipe.tokenizer import Tokenizer
+from datapipe.words import word_starts
 from launcher.cluster import alive_nodes, is_joined
 from launcher.topology import Topology
 from monitoring.events import DataDamaged, InitialModel, record
@@ -71,6 +72,8 @@ def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Con
     precision: str = config.precision
     if not is_joined():  # the head of a cluster may have another device than the workers, which check for themselves
         precision = resolve_precision(config, parameter_count(architecture))
+    if any(phase.mask_unit == "word" for phase in config.phases):
+        word_starts(tokenizer)
     sources = check_sources(config.data, tokenizer, architecture.vocab_size)
     for source in sources:
         for problem_of_source in source.problems:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs.schema import RunConfig
+from configs.schema import Phase, RunConfig
 from configs.units import format_count
 from launcher.topology import Topology
 from monitoring.log import read_metrics
@@ -31,7 +31,7 @@ def print_header(
 
     schedule = PhaseSchedule(config)
     phases = {
-        f"phase {span.index + 1}": f"{span.phase.objective}, {span.steps:,} steps of {span.sequences:,} x "
+        f"phase {span.index + 1}": f"{_objective(span.phase)}, {span.steps:,} steps of {span.sequences:,} x "
         f"{span.data.sequence_length:,} = {format_count(span.steps * span.tokens_per_step)} tokens, learning rate "
         f"{schedule.learning_rate(span.first):.3g} -> {schedule.learning_rate(span.last - 1):.3g}, "
         f"{', '.join(source.name for source in span.data.sources)}"
@@ -73,7 +73,7 @@ def print_summary(
     for index, phase in enumerate(config.phases):
         losses = [line["loss"] for line in lines if line["phase"] == index and line["loss"] is not None]
         if losses:
-            rows[f"phase {index + 1} {phase.objective}"] = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+            rows[f"phase {index + 1} {phase.objective_name}"] = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     speeds = [line["tokens_per_second"] for line in lines if line["tokens_per_second"]]
     if speeds:
         rows["speed"] = f"{format_count(statistics.median(speeds))} tokens/s"
@@ -86,6 +86,13 @@ def print_summary(
         "next": "detour-train --output ANOTHER_DIRECTORY starts another run; detour recipes lists the shipped recipes",
     }
     _print(console, f"[bold]{config.name}[/] is complete: {config.total_steps:,} steps", rows)
+
+
+def _objective(phase: Phase) -> str:
+    if isinstance(phase.objective, str):
+        return phase.objective
+    shares = (f"{share:.1%} {name}" for name, share in phase.objectives.items())
+    return f"{phase.objective_name} ({', '.join(shares)} of the sequences)"
 
 
 def _print(console: Console, title: str, rows: dict[str, str]) -> None:

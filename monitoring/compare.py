@@ -15,7 +15,7 @@ from configs.units import format_count
 from monitoring.charts import HALF, NOTHING, WIDE, Line, Point, line_chart, smoothed
 from monitoring.formatting import format_seconds, percent, plain, scientific
 from monitoring.page import Figure, render
-from monitoring.run_files import Row, RunFiles, curve, open_run
+from monitoring.run_files import RunFiles, curve, open_run
 
 MOST_RUNS = 8
 """The charts have as many colours that can be told apart."""
@@ -74,7 +74,7 @@ def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
     """Rows of the table: title -> one cell per run."""
     rows: dict[str, Callable[[RunFiles], Cell]] = {
         "model": lambda run: str(run.info.get("model", run.config.model.size or run.config.model.init)),
-        "phases": lambda run: " then ".join(phase.objective.upper() for phase in run.config.phases),
+        "phases": lambda run: " then ".join(phase.objective_name.upper() for phase in run.config.phases),
         "precision": lambda run: str(run.info.get("precision", run.config.precision)),
         "nodes": lambda run: str(run.info.get("nodes", run.config.cluster.nodes)),
         "steps": lambda run: f"{run.step:,} of {run.config.total_steps:,}",
@@ -157,7 +157,7 @@ def _losses(run: RunFiles) -> list[Point]:
 
 def _last_phase(run: RunFiles) -> list[Point]:
     last = len(run.config.phases) - 1
-    if run.config.phases[last].objective != "mlm":
+    if run.config.phases[last].objective_name != "mlm":
         return []
     rows = run.phase(last)
     start = max((row["tokens"] for row in run.rows if row["phase"] < last), default=0)
@@ -174,8 +174,7 @@ def _by_tokens(run: RunFiles, key: str) -> list[Point]:
 
 
 def _last_loss(run: RunFiles, objective: str) -> Cell:
-    rows: list[Row] = [row for row in run.rows if row["objective"] == objective]
-    return _last(smoothed(curve(rows, "loss")))
+    return _last(smoothed(run.losses(objective)))
 
 
 def _last(points: Sequence[Point]) -> Cell:

@@ -37,12 +37,17 @@ class StepRecord(StepValues):
     phase: int
     """Index into the phases of the configuration, from 0."""
     objective: str
+    """`clm`, `mlm`, or `clm+mlm` in a phase that mixes them."""
     loss: float
     """Mean over the label positions."""
     bits_per_byte: float = math.nan
     """Bits of loss per byte of the predicted text."""
+    losses: dict[str, float] | None = None
+    """In a mixture, the loss of each objective that the step had label positions of."""
     tokens: int
     """Real tokens, without padding."""
+    objective_tokens: dict[str, int] | None = None
+    """In a mixture, `tokens` by objective."""
     step_seconds: float
     """Wall time, with the wait for data."""
     data_wait_seconds: float
@@ -98,7 +103,7 @@ def _labels(config: RunConfig, directory: Path) -> dict[str, str | int | float]:
     nodes = config.cluster.nodes
     return {
         "model": config.model.size or config.model.init,
-        "phases": "-".join(phase.objective for phase in config.phases),
+        "phases": "-".join(phase.objective_name for phase in config.phases),
         "nodes": len(set(started[-1])) if started else nodes if isinstance(nodes, int) else max(nodes),
     }
 
@@ -143,7 +148,7 @@ class Recorder:
             | {
                 "run": config.name,
                 "info": _labels(config, directory) | info,
-                "objectives": [phase.objective for phase in config.phases],
+                "objectives": [phase.objective_name for phase in config.phases],
                 "total_steps": config.total_steps,
                 "step": step,
                 "resume_time": time.time(),
@@ -172,7 +177,8 @@ class Recorder:
     def step(self, record: StepRecord) -> None:
         """Take in one step. Call it after every step, in order."""
         counters, telemetry = self._counters, self._telemetry
-        counters.tokens[record.objective] = counters.tokens.get(record.objective, 0) + record.tokens
+        for name, tokens in (record.objective_tokens or {record.objective: record.tokens}).items():
+            counters.tokens[name] = counters.tokens.get(name, 0) + tokens
         counters.data_wait_seconds += record.data_wait_seconds
         counters.step_seconds.observe(record.step_seconds)
         if clip := self._config.optimizer.clip:
@@ -183,7 +189,7 @@ class Recorder:
 
         telemetry.step, telemetry.step_time = record.step, time.time()
         telemetry.phase = record.phase
-        telemetry.loss[record.objective] = record.loss
+        telemetry.loss |= {record.objective: record.loss, **(record.losses or {})}
         telemetry.bits_per_byte[record.objective] = record.bits_per_byte
         telemetry.epochs = {**telemetry.epochs, **record.epochs}  # idle sources keep their epoch
         for name, value in record.step_values().items():
@@ -252,8 +258,9 @@ class Recorder:
             "data_wait_seconds": window.wait / window.steps,
             **window.rates(self._peak_flops).rates(),
         }
-        held_out = {name: getattr(record, name) for name in ("eval_loss", "eval_accuracy", "eval_bits_per_byte")}
-        return line | {name: values for name, values in held_out.items() if values is not None}
+        names = ("losses", "eval_loss", "eval_accuracy", "eval_bits_per_byte")
+        by_objective = {name: getattr(record, name) for name in names}
+        return line | {name: values for name, values in by_objective.items() if values is not None}
 
     def _clipped_share(self, phase: int) -> dict[str, float]:
         """The share of a phase's steps so far whose gradient was clipped; empty without clipping."""

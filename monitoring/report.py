@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from configs.files import write_atomically
 from configs.load import dump_config
-from configs.schema import RunConfig
+from configs.schema import Phase, RunConfig
 from configs.units import format_count
 from monitoring.charts import HALF, WIDE, Band, Line, Mark, Point, line_chart, smoothed
 from monitoring.events import CheckpointSaved, PhaseStarted, kinds_where
@@ -78,7 +78,7 @@ def _state(run: RunFiles) -> str:
 
 def _lead(run: RunFiles) -> str:
     config = run.config
-    phases = " then ".join(f"{span.phase.objective.upper()} for {span.steps:,} steps" for span in config.spans)
+    phases = " then ".join(f"{span.phase.objective_name.upper()} for {span.steps:,} steps" for span in config.spans)
     return (
         f"{config.model.size or config.model.init}, {phases}; {_batches(config)} per step, "
         f"peak learning rate {config.optimizer.lr:g}"
@@ -100,7 +100,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
         bits = [row["bits_per_byte"] for row in run.phase(index) if row.get("bits_per_byte") is not None]
         if bits:
             note += f"; {bits[-1]:.3f} bits per byte of the predicted text"
-        tiles.append(Tile(f"{phase.objective.upper()} loss", value, note))
+        tiles.append(Tile(f"{phase.objective_name.upper()} loss", value, note))
     if run.rows:
         mfu = run.median("mfu")
         tiles.append(Tile("Tokens", format_count(run.rows[-1]["tokens"]), f"in {run.step:,} steps"))
@@ -168,9 +168,15 @@ def _loss_lines(run: RunFiles) -> list[Line]:
     lines = []
     for index, phase in enumerate(run.config.phases):
         points = curve(run.phase(index), "loss")
-        lines.append(Line(f"{phase.objective} loss", points, phase.objective, faint=True))
-        lines.append(Line(f"{phase.objective} loss, smoothed", smoothed(points), phase.objective))
+        name, color = phase.objective_name, _color(phase)
+        lines.append(Line(f"{name} loss", points, color, faint=True))
+        lines.append(Line(f"{name} loss, smoothed", smoothed(points), color))
     return lines
+
+
+def _color(phase: Phase) -> str:
+    """Class of the style sheet for a phase: the name of its objective, or ink for a mixture."""
+    return phase.objective if isinstance(phase.objective, str) else "ink"
 
 
 def _held_out_lines(run: RunFiles) -> list[Line]:
@@ -203,8 +209,9 @@ def _timeline(events: Sequence[Row]) -> Markup:
 
 
 def _learned(run: RunFiles, index: int) -> Row:
-    """First and last training loss, held-out loss and held-out accuracy of a phase's objective."""
-    objective = run.config.phases[index].objective
+    """First and last training loss, held-out loss and held-out accuracy of a phase's objective; a mixture's is MLM."""
+    phase = run.config.phases[index]
+    objective = phase.objective if isinstance(phase.objective, str) else "mlm"
     losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
     steps = [row["step"] for row in run.phase(index)]
     held_out, accuracy = (
@@ -212,8 +219,8 @@ def _learned(run: RunFiles, index: int) -> Row:
         for key in ("eval_loss", "eval_accuracy")
     )
     return {
-        "phase": f"{index + 1}. {objective.upper()}",
-        "objective": objective,
+        "phase": f"{index + 1}. {phase.objective_name.upper()}",
+        "objective": _color(phase),
         "training": _change(losses),
         "training_perplexity": _change(losses, perplexity),
         "held_out": _change(held_out),
@@ -231,8 +238,8 @@ def _bands(run: RunFiles) -> list[Band]:
     bands: list[Band] = []
     for span in run.config.spans:
         if span.first < run.step or not bands:
-            objective = span.phase.objective
-            bands.append(Band(span.first, min(span.last, run.step), objective.upper(), objective))
+            name = span.phase.objective_name.upper()
+            bands.append(Band(span.first, min(span.last, run.step), name, _color(span.phase)))
     return bands
 
 

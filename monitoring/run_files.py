@@ -82,6 +82,12 @@ class RunFiles:
         values = [row[key] for row in rows if row[key] is not None]
         return statistics.median(values) if values else math.nan
 
+    def losses(self, objective: str) -> list[Point]:
+        """Points (step, training loss) of an objective, over the phases that have it alone or in a mixture."""
+        by_step = {row["step"]: row.get("losses") or {row["objective"]: row["loss"]} for row in self.rows}
+        points = ((step, losses.get(objective)) for step, losses in by_step.items())
+        return [(step, loss) for step, loss in points if loss is not None]
+
     def evaluations(self, objective: str, key: str = "eval_loss") -> list[Point]:
         """Points (step, held-out loss) of an objective; with key `eval_accuracy`, the held-out accuracy."""
         held_out = [(row["step"], row[key].get(objective)) for row in self.rows if row.get(key)]

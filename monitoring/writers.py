@@ -145,10 +145,11 @@ def _scalars(line: Line) -> dict[str, float]:
     values = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
     if "loss" in values:
         values[f"loss/{line['objective']}"] = values.pop("loss")
-    held_out = {
-        f"{key}/{objective}": value
-        for key in ("eval_loss", "eval_accuracy", "eval_bits_per_byte")
+    names = {"losses": "loss", **{key: key for key in ("eval_loss", "eval_accuracy", "eval_bits_per_byte")}}
+    by_objective = {
+        f"{name}/{objective}": value
+        for key, name in names.items()
         for objective, value in line.get(key, {}).items()
         if math.isfinite(value)
     }
-    return values | held_out
+    return values | by_objective

@@ -199,7 +199,7 @@ def _outcome(run: RunFiles) -> dict[str, Any]:
     tail = losses[-max(FEWEST_LOSSES, len(losses) // 10) :]
     if not tail:
         raise RunFailedError(f"{run.directory} logged no loss in its last phase; lower monitoring.every")
-    objective = config.phases[-1].objective.upper()
+    objective = config.phases[-1].objective_name.upper()
     return {
         "parameters": parameter_count(architecture),
         "tokens": run.rows[-1]["tokens"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from configs.load import load_config
+from configs.load import dump_config, load_config
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from configs.load import load_config
         ("sead=1", "sead"),
         ("phases.1.mask_rate=2", "phases.1.mask_rate"),
         ("batch.sequences=0", "batch.sequences"),
+        ("phases.0.objective=xlm", "phases.0.objective"),
         ("data.sources.0.shards=pipe:ls", "data.sources.0.shards"),
         ("parallel.sequence=true", "parallel"),
         ("data.streams=3", "data.streams"),
@@ -37,6 +38,24 @@ def test_missing_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load_config(str(recipe))
     assert error.value.key == "model"
+
+
+@pytest.mark.parametrize(
+    "odds", ["{clm: 1}", "{clm: 1, mlm: 0}", "{clm: 1, xlm: 1}", "{clm: 1, mlm: .inf}", "[clm, mlm]"]
+)
+def test_odds_that_are_none(odds: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config("demo", [f"phases.0.objective={odds}"])
+    assert error.value.key == "phases.0.objective"
+
+
+def test_odds_are_shares_in_one_order(tmp_path: Path) -> None:
+    config = load_config("demo", ["phases.0.objective={mlm: 15, clm: 1}"])
+    assert (
+        config.phases[0].objectives == {"clm": 1 / 16, "mlm": 15 / 16} and config.phases[0].objective_name == "clm+mlm"
+    )
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "again.yaml")) == config
 
 
 @pytest.mark.parametrize("override", ["seed", "=1", "phases.nine.steps=1", "seed={"])

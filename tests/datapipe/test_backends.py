@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from datapipe.loader import Loader, check_sources, evaluation_batches
 from datapipe.paths import local_path
 from datapipe.prepare import ensure_prepared
 from datapipe.shards import DamagedError
-from datapipe.targets import Masked, NextToken, Targets
+from datapipe.targets import Masked, Mixed, NextToken, Targets
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer
+from datapipe.words import word_starts
 from tests.datapipe.conftest import refused
 from tests.datapipe.tars import TAR_END, tar_member
 
@@ -50,18 +52,43 @@ def assert_same(ours: list[StepData], theirs: list[StepData]) -> None:
                 left, right = getattr(a, field), getattr(b, field)
                 assert left.dtype == right.dtype
                 np.testing.assert_array_equal(left, right)
-            assert a.tokens == b.tokens
+            assert (a.tokens, a.objective) == (b.tokens, b.objective)
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def made(tokenizer: Tokenizer) -> dict[str, Targets | Mixed]:
+    by_word = replace(masked(tokenizer), starts_word=word_starts(tokenizer))
+    mixed = Mixed((NextToken(), by_word), (0.4, 0.6), 7)
+    return {"clm": NextToken(), "mlm": masked(tokenizer), "words": by_word, "mixture": mixed}
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm", "words", "mixture"])
 def test_dali_makes_the_same_batches(data: Data, tokenizer: Tokenizer, objective: str) -> None:
-    targets: Targets = NextToken() if objective == "clm" else masked(tokenizer)
+    targets = made(tokenizer)[objective]
     dali = data.model_copy(update={"backend": "dali"})
     ours = list(Loader(data, 8, tokenizer, 0, 2).steps(targets, 2, 0, 40, None))
     theirs = list(Loader(dali, 8, tokenizer, 0, 2).steps(targets, 2, 0, 40, None))
     assert_same(ours, theirs)
     # A run may change the backend at a restart.
     assert_same(ours[25:], list(Loader(dali, 8, tokenizer, 0, 2).steps(targets, 2, 25, 40, ours[24].state)))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_a_row_has_one_objective_whatever_the_ranks(data: Data, tokenizer: Tokenizer, micro: int) -> None:
+    """Micro-batches have one objective each, and at most the asked rows; every row of the step is in one of them."""
+    mixed = made(tokenizer)["mixture"]
+    drawn: list[dict[tuple[int, int], tuple[str, bytes]]] = []
+    for size in (1, 2):
+        rows = {}
+        for rank in range(size):
+            for step in Loader(data, 8, tokenizer, rank, size).steps(mixed, micro, 0, 10, None):
+                assert sum(len(batch.origins) for batch in step.micro_batches) == 8 // size
+                for batch in step.micro_batches:
+                    assert 0 < len(batch.origins) <= micro
+                    for origin, ids in zip(batch.origins, batch.inputs.reshape(-1, 128), strict=True):
+                        rows[origin.stream, origin.number] = batch.objective, ids.tobytes()
+        drawn.append(rows)
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 80
+    assert {objective for objective, _ in drawn[0].values()} == {"clm", "mlm"}
 
 
 def test_dali_that_is_not_installed(data: Data, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

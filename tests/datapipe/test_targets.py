@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datapipe.batch import IGNORE, Ids, PackedSequence, collate
-from datapipe.targets import Masked, NextToken, Targets
+from datapipe.targets import Masked, Mixed, NextToken, Targets
 
 VOCABULARY, SPECIAL, MASK = 1000, (1, 500, 998, 999), 998
 seeds = st.integers(0, 2**63)
@@ -129,7 +129,7 @@ def test_padding_is_a_document_without_labels() -> None:
     for targets in (NextToken(), masked(0.9)):
         inputs, labels = only(targets, row(ids, (3, 2)))
         assert (labels[5:] == IGNORE).all() and (inputs[5:] == 0).all()
-        batch = collate([row(ids, (3, 2)), row(ids, (8,))], inputs, labels)
+        batch = collate([row(ids, (3, 2)), row(ids, (8,))], inputs, labels, targets.objective)
         assert batch.cu_seqlens.tolist() == [0, 3, 5, 8, 16]
         assert batch.tokens == 13
     assert only(NextToken(), row(ids, (3, 2)))[1].tolist() == [6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE, IGNORE]
@@ -138,3 +138,38 @@ def test_padding_is_a_document_without_labels() -> None:
 def test_an_empty_row_has_no_labels() -> None:
     for targets in (NextToken(), masked(0.9)):
         assert (only(targets, PackedSequence(np.full(8, 2, np.int32), (), 0, 0))[1] == IGNORE).all()
+
+
+def test_a_mixture_has_the_asked_shares() -> None:
+    """The draw of a row depends on its place and the seed alone, and not on the mask of any position."""
+    mixed = Mixed((NextToken(), masked()), (1 / 16, 15 / 16), 3)
+    ids = np.zeros(1, np.int32)
+    rows = [PackedSequence(ids, (1,), number % 7, number) for number in range(300_000)]
+    drawn = np.array([mixed.draw(one) for one in rows])
+    assert abs(drawn.mean() - 15 / 16) < 0.001
+    assert [mixed.draw(one) for one in rows[:20]] == drawn[:20].tolist()
+    masks = [only(masked(0.5, seed=3), one)[1][0] != IGNORE for one in rows[:2000]]
+    even = np.array([Mixed((NextToken(), masked()), (0.5, 0.5), 3).draw(one) for one in rows[:2000]])
+    assert abs(np.corrcoef(masks, even)[0, 1]) < 5 / np.sqrt(2000)
+
+
+def test_the_draws_are_the_same_for_ever() -> None:
+    even = Mixed((NextToken(), masked()), (0.5, 0.5), 42)
+    assert [even.draw(row(np.zeros(1), stream=3, number=number)) for number in range(16)] == [
+        1,
+        0,
+        1,
+        0,
+        1,
+        1,
+        1,
+        0,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0,
+        1,
+    ]

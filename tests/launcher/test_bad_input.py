@@ -155,6 +155,7 @@ def test_every_error_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         (["inspect", "nothing"], "nothing"),
         (["export", "nothing", "out"], "nothing"),
         (["import", "./nothing", "out"], "./nothing"),
+        (["merge", "./nothing", "./either", "--output", "out"], "./nothing"),
         (["study", "nothing"], "'nothing'"),
         (["prepare", "nothing.jsonl", "--tokenizer", "package://tokenizer/modernbert", "--output", "out"], "nothing"),
     ],

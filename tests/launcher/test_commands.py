@@ -99,6 +99,17 @@ def test_import(undisturbed: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "start/detour.json").read_text())["step"] == 0
 
 
+def test_merge(undisturbed: Path, tmp_path: Path) -> None:
+    """In a process of its own, because it opens process groups."""
+    options = ("--steps", "2", "--weights", "1-sqrt", "--output", "merged")
+    result = run(*DETOUR, "merge", undisturbed, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "0.707107" in result.stdout and "model.init=merged/checkpoint" in result.stdout
+    assert (tmp_path / "merged/hf/model.safetensors").is_file()
+    again = run(*DETOUR, "merge", undisturbed, *options, cwd=tmp_path)
+    assert again.returncode == BAD_INPUT and "--output" in again.stderr
+
+
 def test_drift(start: Start, undisturbed: Path, tmp_path: Path) -> None:
     output = start("drift", undisturbed, undisturbed, "--output", "out", "--count", "4").output
     assert "cka" in output

@@ -43,11 +43,15 @@ def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) ->
     first = config.spans[0].last
     phase = int(step > first)
     seconds = 0.2 + 0.01 * (step % 5)
+    loss = 10.0 * math.exp(-step / 20) + 1
+    mixed = isinstance(config.phases[phase].objective, dict)
     values: dict[str, Any] = {
         "step": step,
         "phase": phase,
-        "objective": config.phases[phase].objective,
-        "loss": 10.0 * math.exp(-step / 20) + 1,
+        "objective": config.phases[phase].objective_name,
+        "loss": loss,
+        "losses": {"clm": loss + 1, "mlm": loss - 0.5} if mixed else None,
+        "objective_tokens": {"clm": 300, "mlm": 600 + step} if mixed else None,
         "bits_per_byte": 3.0 * math.exp(-step / 20) + 0.3,
         "tokens": 900 + step,
         "learning_rate": 1e-3 * min(1, step / 5),

@@ -13,6 +13,7 @@ from monitoring.events import record
 from monitoring.log import append_event
 from monitoring.report import write_report
 from monitoring.run_directory import RunDirectory
+from monitoring.run_files import open_run
 from tests.monitoring.synthetic import FINISHED, STARTED, drive, make_config, make_record, make_recorder
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -154,3 +155,16 @@ def test_smoothing_keeps_a_constant_and_follows_a_level() -> None:
     stepped = smoothed([(float(x), 0.0 if x < 500 else 1.0) for x in range(1000)])
     assert stepped[499][1] == 0
     assert stepped[-1][1] > 0.99
+
+
+def test_a_mixture_of_objectives(tmp_path: Path) -> None:
+    config = make_config(phases=[{"objective": {"clm": 1, "mlm": 15}, "steps": 20}, {"objective": "mlm", "steps": 10}])
+    record(tmp_path, STARTED)
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 31))
+    recorder.close()
+    assert "CLM+MLM" in read(tmp_path).said
+    run = open_run(tmp_path)
+    assert [len(run.losses(name)) for name in ("clm", "mlm", "clm+mlm")] == [5, 8, 0]
+    assert run.now is not None
+    assert run.now.loss.keys() == {"clm", "mlm", "clm+mlm"} and run.now.counters.tokens["clm"] == 20 * 300
