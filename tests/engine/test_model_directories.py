@@ -308,7 +308,7 @@ def test_in(name: str, trained: dict[str, Made]) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_out(name: str, trained: dict[str, Made], tmp_path: Path) -> None:
-    """In transformers' classes the exports have the losses of both objectives that the run measured."""
+    """The exports have, in transformers' classes, the losses of both objectives that the run measured."""
     made = trained[name]
     lines = read_metrics(made.run)
     assert [line["objective"] for line in lines] == ["clm"] * STEPS + ["mlm"] * STEPS
