@@ -97,7 +97,7 @@ class Kind:
     """A kind of model directory."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Of its configuration."""
+    """Fields of its configuration."""
     style: str = "new"
     """Style of its config.json: `new` as transformers 5 writes it, `old` as transformers 4, or `both`."""
     model: type[PreTrainedModel] = ModernBertForMaskedLM
@@ -158,7 +158,7 @@ class Made:
     run: Path
     architecture: ModernBertConfig
     tensors: Tensors
-    """By the names of a ModernBertForMaskedLM, in fp32."""
+    """fp32, by the names of a ModernBertForMaskedLM."""
     new_tokens: NewTokens
 
 
