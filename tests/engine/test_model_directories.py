@@ -120,9 +120,7 @@ KINDS: dict[str, Kind] = {
     "changed thetas, new style": Kind({"rope_parameters": THETAS}),
     "changed thetas, old style": Kind({"rope_parameters": THETAS}, style="old"),
     "wide window": Kind({"local_attention": 40}),
-    "layer types without a period": Kind(
-        {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
-    ),
+    "layer types without a period": Kind({"layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
     "one global layer": Kind({"layer_types": ["full_attention"] + ["sliding_attention"] * 2}, style="old"),
     "global layers only": Kind({"layer_types": ["full_attention"] * 3}),
     "Ettin encoder": Kind({"rope_parameters": EQUAL_THETAS}, style="old"),
