@@ -513,8 +513,14 @@ class Origin(Section):
     """Completed steps of the checkpoint that this run started from."""
 
 
+def _tokenizer_is_optional(schema: dict[str, Any]) -> None:
+    schema["required"].remove("tokenizer")
+
+
 class RunConfig(Section):
     """One run: a model, its data, and the phases that it is trained through."""
+
+    model_config = ConfigDict(json_schema_extra=_tokenizer_is_optional)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run. The run directory is `runs/NAME` unless `--output` says otherwise."""

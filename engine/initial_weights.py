@@ -16,7 +16,7 @@ from datapipe.vocabulary import first_difference, pieces_of_new_tokens
 from engine import checkpoint as checkpoints
 from engine.checkpoint.manager import require_same_shape
 from engine.megatron.optimizer import PARTS, replace_weights
-from engine.modernbert.config import is_checkpoint, locate
+from engine.modernbert.config import build_config, is_checkpoint, locate, read_config
 from engine.modernbert.convert import (
     NewTokens,
     huggingface_weights,
@@ -132,6 +132,14 @@ def _new_tokens(init: str, trained: Tokenizer | None, chosen: Tokenizer) -> NewT
         InputError: An id means another token than the one that the model was trained on, or that cannot be known.
     """
     if trained is None:
+        entries = build_config(read_config(init), init).vocab_size
+        if entries < chosen.vocab_size:
+            raise InputError(
+                f"tokenizer: {chosen.name} has {chosen.vocab_size:,} tokens and {init} {entries:,} entries, and no "
+                f"tokenizer.json in {init} shows that one extends the other; save the model's own tokenizer there",
+                key="tokenizer",
+                code="tokenizer-too-large",
+            )
         return {}
     if difference := first_difference(trained, chosen):
         raise InputError(

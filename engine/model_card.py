@@ -30,7 +30,7 @@ def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> 
         kind=kind,
         step=meta.step,
         start=start,
-        tokenizer=tokenizer.name,
+        tokenizer=(config.tokenizer if config else meta.source) or tokenizer.name,
         sources=sources or "none",
         phases="\n".join(trained) or "- nothing yet: these are the weights it started from",
         use=use.replace("MASK_TOKEN", tokenizer.mask_token),

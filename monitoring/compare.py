@@ -82,6 +82,8 @@ def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
         "last CLM loss": lambda run: _last_loss(run, "clm"),
         "last MLM loss": lambda run: _last_loss(run, "mlm"),
         "held-out MLM loss": lambda run: _last(run.evaluations("mlm")),
+        "last CLM bits per byte": _last_bits,
+        "held-out CLM bits per byte": lambda run: _last(run.evaluations("clm", "eval_bits_per_byte")),
         "tokens per second": lambda run: _number(run.median("tokens_per_second"), format_count),
         "per device": lambda run: _number(_per_device(run), format_count),
         "scaling efficiency": lambda run: _number(scaling_efficiency(run, runs), percent),
@@ -175,6 +177,12 @@ def _by_tokens(run: RunFiles, key: str) -> list[Point]:
 
 def _last_loss(run: RunFiles, objective: str) -> Cell:
     return _last(smoothed(run.losses(objective)))
+
+
+def _last_bits(run: RunFiles) -> Cell:
+    """CLM loss in bits per byte, which compares runs with different tokenizers; runs of 0.1.0 did not log it."""
+    rows = [row for row in run.rows if row["objective"] == "clm" and "bits_per_byte" in row]
+    return _last(smoothed(curve(rows, "bits_per_byte")))
 
 
 def _last(points: Sequence[Point]) -> Cell:

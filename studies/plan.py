@@ -149,7 +149,8 @@ def _parameters(config: RunConfig, value: Any) -> list[str]:
     from studies.sizes import model_shape
 
     shape = model_shape(parse_count(value), load_tokenizer(config.tokenizer).vocab_size)
-    return ["model.init=scratch", "model.size=null", *(f"model.{key}={number}" for key, number in shape.items())]
+    kept = f"tokenizer={config.tokenizer}"  # which the recipe may leave to the model that is no longer the start
+    return ["model.init=scratch", "model.size=null", kept, *(f"model.{key}={number}" for key, number in shape.items())]
 
 
 def _decay_share(config: RunConfig, value: Any) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from configs.errors import InputError
 from configs.load import dump_config, load_config
+from configs.schema import RunConfig
 
 
 @pytest.mark.parametrize(
@@ -87,3 +88,13 @@ def test_misspelt_recipe_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(InputError) as error:
         load_config("one-gpu-evenin")
     assert error.value.code == "unknown-name" and "'one-gpu-evening'" in str(error.value)
+
+
+def test_the_tokenizer_follows_from_the_model() -> None:
+    assert load_config("one-gpu-evening").tokenizer == "answerdotai/ModernBERT-base"
+    assert load_config("one-gpu-evening", ["model.init=org/other@v2"]).tokenizer == "org/other@v2"
+    assert load_config("one-gpu-evening", ["tokenizer=mine"]).tokenizer == "mine"
+    assert "tokenizer" not in RunConfig.model_json_schema()["required"]
+    with pytest.raises(InputError) as refusal:
+        load_config("one-gpu-evening", ["model.init=scratch", "model.size=tiny"])
+    assert refusal.value.key == "tokenizer"

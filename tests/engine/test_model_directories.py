@@ -97,7 +97,7 @@ class Kind:
     """A kind of model directory."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Change the fields of the configuration."""
+    """Fields of its configuration."""
     style: str = "new"
     """Style of its config.json: `new` as transformers 5 writes it, `old` as transformers 4, or `both`."""
     model: type[PreTrainedModel] = ModernBertForMaskedLM
@@ -156,7 +156,7 @@ class Made:
     run: Path
     architecture: ModernBertConfig
     tensors: Tensors
-    """Return tensors under the names of a ModernBertForMaskedLM, in fp32."""
+    """Tensors in fp32, by the names of a ModernBertForMaskedLM."""
     new_tokens: NewTokens
 
 
@@ -306,7 +306,7 @@ def test_in(name: str, trained: dict[str, Made]) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_out(name: str, trained: dict[str, Made], tmp_path: Path) -> None:
-    """In transformers' classes the exports have the losses of both objectives that the run measured."""
+    """The exports have, in transformers' classes, the losses of both objectives that the run measured."""
     made = trained[name]
     lines = read_metrics(made.run)
     assert [line["objective"] for line in lines] == ["clm"] * STEPS + ["mlm"] * STEPS
