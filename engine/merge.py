@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -49,6 +49,15 @@ COMPUTED = (
 """Fields of a configuration that decide what the weights compute."""
 
 
+class Merged(NamedTuple):
+    """The merge that was written."""
+
+    shares: list[tuple[str, float]]
+    """Name and coefficient of each model, in order; a run's oldest checkpoint comes first."""
+    notes: list[str]
+    """Reasons why the merge may not stand for the decay that was asked for."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """One of the models that are merged."""
@@ -70,7 +79,7 @@ def merge(
     *,
     steps: int | None = None,
     weights: MergeWeights = "mean",
-) -> list[tuple[str, float]]:
+) -> Merged:
     """Write the merge of several models as a Hugging Face model and as a step-0 checkpoint.
 
     Args:
@@ -80,9 +89,6 @@ def merge(
         show: Takes a note on the progress.
         steps: Number of the run's newest kept checkpoints to merge.
         weights: Decay that the merge of a run's checkpoints stands for.
-
-    Returns:
-        Name and coefficient of each model, in order; a run's oldest checkpoint comes first.
 
     Raises:
         InputError: The models do not fit each other, one cannot be read, or `output` is not empty. Nothing is written.
@@ -115,7 +121,7 @@ def merge(
         raise RunFailedError(f"{output} was not written: {error}") from None
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-    return named
+    return Merged(named, [] if steps is None else _notes(references))
 
 
 def coefficients(count: int, weights: MergeWeights) -> list[float]:
@@ -191,6 +197,19 @@ def _references(models: Sequence[str], steps: int | None, weights: MergeWeights)
             code="too-few-checkpoints",
         )
     return [str(path) for path in reversed(kept[:steps])]
+
+
+def _notes(paths: Sequence[str]) -> list[str]:
+    metas = [checkpoints.describe(Path(path)) for path in paths]
+    steps = [meta.step for meta in metas]
+    notes = []
+    if len({later - step for step, later in pairwise(steps)}) > 1:
+        notes.append(
+            f"the steps {', '.join(map(str, steps))} are unevenly spaced; the coefficients assume even intervals"
+        )
+    if len({meta.phase for meta in metas}) > 1:
+        notes.append("the checkpoints are of different phases; a merge stands for a decay of one phase")
+    return notes
 
 
 def _open(reference: str, tokenizers: dict[str, Tokenizer]) -> Origin:

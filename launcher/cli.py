@@ -242,9 +242,13 @@ def merge(
 
     with status_line(Console(), "reading") as show:
         merged = run(models, output, show, steps=steps, weights=weights)
-    for name, coefficient in merged:
+    for name, coefficient in merged.shares:
         print(f"{coefficient:.6f}  {name}")
-    print(f"{output / 'hf'}: merge of {len(merged)} models; train from it with model.init={output / 'checkpoint'}")
+    for note in merged.notes:
+        print(f"note: {note}")
+    print(
+        f"{output / 'hf'}: merge of {len(merged.shares)} models; train from it with model.init={output / 'checkpoint'}"
+    )
 
 
 @app.command()

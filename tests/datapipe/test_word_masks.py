@@ -86,7 +86,7 @@ def test_where_words_begin() -> None:
 
 
 def test_words_are_masked_at_the_asked_rate() -> None:
-    """Of four million tokens, in words of a random length, the asked share is predicted, to 0.1 %."""
+    """The asked share of four million tokens is predicted to 0.1 %, in words of random lengths."""
     begins = np.zeros(1000, bool)
     begins[:500] = True
     targets = Masked(0.3, (0.8, 0.1, 0.1), 5, 999, 1000, (0, 999), begins)

@@ -83,8 +83,9 @@ def run(alone_run: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory)
 def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The merge of the toy run's two checkpoints."""
     output = tmp_path_factory.mktemp("merged") / "out"
-    named = merge([str(run)], output, steps=2, weights="1-sqrt")
-    assert [Path(name).name for name, _ in named] == ["step-00000003", "step-00000005"]
+    shares, notes = merge([str(run)], output, steps=2, weights="1-sqrt")
+    assert len(notes) == 1 and "phases" in notes[0]
+    assert [Path(name).name for name, _ in shares] == ["step-00000003", "step-00000005"]
     return output
 
 
