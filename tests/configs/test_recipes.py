@@ -9,6 +9,7 @@ import pytest
 
 from configs.load import RECIPES, load_config, shipped
 from configs.schema import RunConfig
+from configs.spans import PhaseSpan
 
 H100 = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-2026-11-26.json"
 PAPER = {
@@ -16,6 +17,9 @@ PAPER = {
     "modernbert-large-bio-en": [15_895, 1_589],
     "moderncamembert-base-bio-fr": [3_179, 318],
     "freeze-low-layers": [3_179, 318],
+    "freeze-low-layers-decay": [3_179, 318],
+    "modernbert-base-bio-en-10b": [3_179, 318],
+    "moderncamembert-large-bio-fr": [3_179, 318],
 }
 
 
@@ -71,3 +75,35 @@ def test_one_gpu_evening_is_an_evening_on_the_gpu_that_was_measured() -> None:
 def _with_clm(config: RunConfig, like: RunConfig) -> RunConfig:
     """`config` under the other's name and with the other's first phase."""
     return config.model_copy(update={"name": like.name, "phases": (like.phases[0], *config.phases[1:])})
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped(RECIPES)) - {"demo"}))  # which is a demonstration on one machine
+def test_recipe_starts_on_any_usual_number_of_gpus(name: str) -> None:
+    """Numbers 2^n and 3 x 2^n from 1 to 128."""
+    config = load_config(name)
+    for gpus in [2**n for n in range(8)] + [3 * 2**n for n in range(6)]:
+        assert config.data.streams % gpus == 0
+        assert all(span.sequences % gpus == 0 for span in config.spans)
+
+
+def test_recipes_of_the_family_have_their_authors_numbers() -> None:
+    """Lengths in B tokens, sequence lengths, learning rates and masks of each stage."""
+    clinical, stages = load_config("bioclinical-modernbert-base"), load_config("modernbert-three-stages")
+    assert [_stage(span) for span in clinical.spans] == [
+        (160, 8192, ["biomedical", "clinical"], 0.3, 0.0),
+        (8, 8192, ["clinical"], 0.15, 0.001),
+    ]
+    assert [_stage(span) for span in stages.spans] == [
+        (1719, 1024, ["pretraining"], 0.3, 0.0),
+        (250, 8192, ["long"], 0.3, 0.0),
+        (50, 8192, ["decay"], 0.3, 0.001),
+    ]
+    assert [phase.lr.peak for phase in stages.phases] == [8e-4, None, None]
+    assert stages.optimizer.lr == clinical.optimizer.lr == 3e-4
+    assert [phase.global_rope_theta for phase in stages.phases] == [10_000, 160_000, None]
+    assert {config.model.attention_output_dropout for config in (clinical, stages)} == {0.1}
+
+
+def _stage(span: PhaseSpan) -> tuple[int, int, list[str], object, float]:
+    billions, sources = round(span.steps * span.tokens_per_step / 1e9), [source.name for source in span.data.sources]
+    return billions, span.data.sequence_length, sources, span.phase.mask_rate, span.phase.lr.final
