@@ -7,7 +7,7 @@ that the exports give in transformers' own classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -161,8 +161,10 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    """Every kind, made and trained in one process."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
+    """Every kind, made and trained in one process; more threads than one only cost time at this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     home = tmp_path_factory.mktemp("family")
     folders = {"bytes": byte_level(home / "bytes"), "pieces": sentencepiece_like(home / "pieces")}
     folders |= {f"more {name}": extended(home / f"more {name}", folder) for name, folder in folders.items()}
@@ -175,7 +177,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
         for number, (name, kind) in enumerate(KINDS.items())
     }
     run_world(1, _train_all, [(one.config, one.run) for one in made.values()])
-    return made
+    yield made
+    torch.set_num_threads(threads)
 
 
 def _train_all(runs: list[tuple[RunConfig, Path]]) -> None:
