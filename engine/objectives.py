@@ -61,7 +61,8 @@ class MixedObjective(Objective):
     def targets(self) -> Mixed:
         """Return the targets of each objective, and the shares by which a row draws one."""
         masked = MaskedLM(self.phase, self.tokenizer, self.seed).targets()
-        targets = tuple(NextToken() if name == "clm" else masked for name in self.phase.objectives)
+        by_name: dict[str, Targets] = {"clm": NextToken(), "mlm": masked}
+        targets = tuple(by_name[name] for name in self.phase.objectives)
         return Mixed(targets, tuple(self.phase.objectives.values()), self.seed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ def _timed(batches: Iterator[StepData]) -> Iterator[tuple[StepData, Stopwatch, f
 
 def _totals(run: Components, batch: StepData, losses: list[float], reason: str | None) -> StepTotals:
     """Return this rank's contribution to the step, and on rank 0 the decisions to save and to stop."""
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = defaultdict(float)
     flops = 0.0
     if reports_loss():
         for micro_batch, loss in zip(batch.micro_batches, losses, strict=True):

@@ -78,7 +78,7 @@ def test_a_row_has_one_objective_whatever_the_ranks(data: Data, tokenizer: Token
     mixed = made(tokenizer)["mixture"]
     drawn: list[dict[tuple[int, int], tuple[str, bytes]]] = []
     for size in (1, 2):
-        rows = {}
+        rows: dict[tuple[int, int], tuple[str, bytes]] = {}
         for rank in range(size):
             for step in Loader(data, 8, tokenizer, rank, size).steps(mixed, micro, 0, 10, None):
                 assert sum(len(batch.origins) for batch in step.micro_batches) == 8 // size
