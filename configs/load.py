@@ -106,7 +106,14 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
             raise InputError(message, key=key or None, code="override-malformed")
         try:
             OmegaConf.update(tree, key, OmegaConf.from_dotlist(["value" + override[len(key) :]]).value, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
+        except IndexError:
+            name = re.split(r"\.\d+", key)[0]
+            message = (
+                f"{override!r} is past the end of {name}, whose entries in {recipe} are numbered from 0; add the entry "
+                "in a recipe file of your own"
+            )
+            raise InputError(message, key=key, code="override-past-the-end") from None
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             message = f"{override!r} cannot be applied to {recipe}: {_first_line(error)}"
             raise InputError(message, key=key, code="override-malformed") from None
     try:

@@ -16,6 +16,11 @@ from configs.schema import RunConfig
     [
         ("sead=1", "sead"),
         ("phases.1.mask_rate=2", "phases.1.mask_rate"),
+        ("phases.1.mask_rate=1", "phases.1.mask_rate"),
+        ("phases.1.mask_rate=[0.3,0]", "phases.1.mask_rate"),
+        ("phases.1.sources.medquat=1", "phases.1.sources.medquat"),
+        ("phases.1.sources={}", "phases.1.sources"),
+        ("phases.1.batch.sequences=6", "data.streams"),
         ("batch.sequences=0", "batch.sequences"),
         ("phases.0.objective=xlm", "phases.0.objective"),
         ("data.sources.0.shards=pipe:ls", "data.sources.0.shards"),
@@ -29,6 +34,13 @@ def test_wrong_value_is_an_error_with_its_key(override: str, key: str) -> None:
         load_config("demo", override.split())
     assert (error.value.key, error.value.code) == (key, "invalid-config")
     assert f"\n  {key}: " in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["phases.2.steps", "phases.7", "data.sources.3.weight"])
+def test_an_override_past_the_end_is_refused(key: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config("demo", [f"{key}=2"])
+    assert (error.value.key, error.value.code) == (key, "override-past-the-end")
 
 
 def test_missing_key_is_named(tmp_path: Path) -> None:

@@ -57,11 +57,12 @@ def assert_same(ours: list[StepData], theirs: list[StepData]) -> None:
 
 def made(tokenizer: Tokenizer) -> dict[str, Targets | Mixed]:
     by_word = replace(masked(tokenizer), starts_word=word_starts(tokenizer))
+    changing = replace(masked(tokenizer), final_rate=0.05, steps=(10, 40))
     mixed = Mixed((NextToken(), by_word), (0.4, 0.6), 7)
-    return {"clm": NextToken(), "mlm": masked(tokenizer), "words": by_word, "mixture": mixed}
+    return {"clm": NextToken(), "mlm": masked(tokenizer), "words": by_word, "rates": changing, "mixture": mixed}
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm", "words", "mixture"])
+@pytest.mark.parametrize("objective", ["clm", "mlm", "words", "rates", "mixture"])
 def test_dali_makes_the_same_batches(data: Data, tokenizer: Tokenizer, objective: str) -> None:
     targets = made(tokenizer)[objective]
     dali = data.model_copy(update={"backend": "dali"})
@@ -78,7 +79,7 @@ def test_a_row_has_one_objective_whatever_the_ranks(data: Data, tokenizer: Token
     mixed = made(tokenizer)["mixture"]
     drawn: list[dict[tuple[int, int], tuple[str, bytes]]] = []
     for size in (1, 2):
-        rows = {}
+        rows: dict[tuple[int, int], tuple[str, bytes]] = {}
         for rank in range(size):
             for step in Loader(data, 8, tokenizer, rank, size).steps(mixed, micro, 0, 10, None):
                 assert sum(len(batch.origins) for batch in step.micro_batches) == 8 // size

@@ -173,3 +173,13 @@ def test_the_draws_are_the_same_for_ever() -> None:
         0,
         1,
     ]
+
+
+def test_a_rate_changes_linearly_over_its_phase() -> None:
+    """The asked rates within 0.1 %: those of the first and the last step, and their mean in the middle."""
+    targets = Masked(0.3, (0.8, 0.1, 0.1), 0, MASK, VOCABULARY, SPECIAL, final_rate=0.15, steps=(100, 111))
+    rows = [row(np.full(8192, 7), number=number) for number in range(200)]
+    for step, rate in ((100, 0.3), (105, 0.225), (110, 0.15)):
+        assert targets.rate_at(step) == pytest.approx(rate)
+        assert abs((targets(rows, step)[1] != IGNORE).mean() - rate) < 1e-3
+    assert Masked(0.3, (1, 0, 0), 0, MASK, VOCABULARY, SPECIAL, final_rate=0.1, steps=(5, 6)).rate_at(5) == 0.3

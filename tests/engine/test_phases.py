@@ -28,6 +28,7 @@ PHASES: list[dict[str, Any]] = [
         "steps": 3,
         "sources": {"fr": 0.3},
         "sequence_length": 64,
+        "mask_rate": [0.4, 0.1],
         "lr": {"peak": 3e-4, "shape": "1-sqrt", "final": 0.1},
     },
 ]
