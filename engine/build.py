@@ -41,6 +41,7 @@ from engine.train_state import TrainState
 from monitoring.events import Resumed, Started, record
 from monitoring.log import read_events
 from monitoring.recorder import Recorder
+from monitoring.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,12 @@ def _open_recorder(
     }
     step, recorded = (meta.step, meta.recorder) if meta else (0, None)
     again = any(event["event"] == Started.KIND for event in read_events(directory))
-    record(directory, (Resumed if again else Started)(step=step, precision=precision))
+    before = Telemetry.read(directory)
+    lost = max(0, before.step - step) if before else 0
+    event = (
+        Resumed(step=step, precision=precision, steps_lost=lost) if again else Started(step=step, precision=precision)
+    )
+    record(directory, event)
     return Recorder(directory, config, info, layout.workers, device.peak_flops(precision), recorded, step)
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel
 
-from monitoring.events import EVENT_TYPES, REASONS, State, kinds_where
+from monitoring.events import EVENT_TYPES, REASONS, EventLine, Resized, State, kinds_where
 from monitoring.telemetry import Telemetry
 
-EventLine = dict[str, Any]
-"""A line of events.jsonl."""
 INTERRUPTIONS = kinds_where(lambda event: event.INTERRUPTS)
 ENDINGS = kinds_where(lambda event: event.ENDS_WORKERS)
 STATES: dict[str, State] = {event.KIND: event.STATE for event in EVENT_TYPES if event.STATE}
@@ -60,3 +58,16 @@ def count_restarts(events: Sequence[EventLine]) -> Counter[str]:
     counts = Counter({str(reason): 0 for reason in REASONS})
     counts.update(str(event.get("reason") or event["event"]) for event in events if event["event"] in INTERRUPTIONS)
     return counts
+
+
+def interruptions_in_words(events: Sequence[EventLine]) -> str:
+    """Say how often and why the workers were interrupted, and how many steps were done twice."""
+    reasons = {reason.replace("_", " "): count for reason, count in count_restarts(events).items() if count}
+    if resized := sum(event["event"] == Resized.KIND for event in events):
+        reasons["resized"] = resized
+    if not reasons:
+        return "never interrupted"
+    lost = sum(event.get("steps_lost", 0) for event in events)
+    times = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    total = sum(reasons.values())
+    return f"interrupted {total} time{'s' * (total != 1)} ({times}); {lost:,} step{'s' * (lost != 1)} trained again"
