@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -19,6 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from transformers import ModernBertConfig
 
 from configs.schema import Phase, RunConfig
+from configs.versions import software
 from datapipe.batch import MicroBatch, StepData
 from datapipe.loader import Loader, evaluation_batches
 from datapipe.tokenizer import Tokenizer, load_tokenizer
@@ -200,7 +200,7 @@ def _open_recorder(
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "data": layout.data,
-        "torch": torch.__version__,
+        **software(),
     }
     step, recorded = (meta.step, meta.recorder) if meta else (0, None)
     again = any(event["event"] == Started.KIND for event in read_events(directory))

@@ -50,6 +50,8 @@ class CheckpointMeta(BaseModel):
     """`Recorder.state()`."""
     guards: dict[str, list[float]] | None = None
     """`Guards.state()`."""
+    software: dict[str, str] | None = None
+    """Versions of Detour and its packages that wrote a run's checkpoint."""
     micro_batch: MicroBatchChoice | None = None
     """The choice of `batch.micro: auto`; None where the configuration decides."""
 

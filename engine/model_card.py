@@ -31,6 +31,7 @@ def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> 
         tokenizer=tokenizer.name,
         sources=sources or "none",
         phases="\n".join(trained) or "- nothing yet: these are the weights it started from",
+        software=_software(meta.software),
         use=use.replace("MASK_TOKEN", tokenizer.mask_token),
     )
 
@@ -44,6 +45,15 @@ def _trained_phases(config: RunConfig, step: int) -> list[str]:
             whole = "" if done == length else f" of the {length:,} planned"
             lines.append(f"{span.phase.objective.upper()}, {done:,} steps{whole}, {tokens:,} tokens")
     return lines
+
+
+def _software(versions: dict[str, str] | None) -> str:
+    if not versions:  # an import, or a checkpoint of an older version
+        return ""
+    return (
+        f"\nTrained with Detour {versions['version']} (commit {versions['commit']}), torch {versions['torch']}, "
+        f"Megatron-Core {versions['megatron']} and Ray {versions['ray']}.\n"
+    )
 
 
 def _has_trained_masks(config: RunConfig, step: int) -> bool:
@@ -64,7 +74,7 @@ A ModernBERT {kind} trained with Detour (the CLM detour, arXiv 2605.12438), take
 Started from: {start}. Tokenizer: {tokenizer}. Training text: {sources}.
 
 {phases}
-
+{software}
 ```python
 {use}```
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import InputError, RunFailedError
-from launcher.versions import version_of
+from configs.versions import version_of
 
 
 @dataclass(frozen=True)

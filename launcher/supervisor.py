@@ -18,8 +18,9 @@ import ray
 from rich.console import Console
 
 from configs.errors import InputError, RunFailedError
-from configs.files import partial_path
+from configs.files import partial_path, write_json
 from configs.schema import RunConfig
+from configs.versions import software
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from launcher.claim import claim
@@ -102,6 +103,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         with _importing("engine.parallel"):  # torch's import takes seconds, and so does the start of Ray's processes
             stack.enter_context(connect(local_workers=workers_per_node(config, gpus=0)))
         plan = check(config, tokenizer, directory, console)
+        write_json(RunDirectory(directory).software, software())
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import ray
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+from configs.versions import code_files, compared_versions
 from launcher.claim import token_of
 from monitoring.run_directory import RunDirectory
 
@@ -49,6 +50,10 @@ class WorkerInfo:
     address: str
     gpus: tuple[str, ...]
     """Device numbers, or names of MIG slices."""
+    files: dict[str, str] = field(default_factory=dict)
+    """`code_files` of the node."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """`compared_versions` of the node."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Worker:
             os.chdir(working_directory)
         context = ray.get_runtime_context()
         gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
-        return WorkerInfo(context.get_node_id(), ray.util.get_node_ip_address(), gpus)
+        address = ray.util.get_node_ip_address()
+        return WorkerInfo(context.get_node_id(), address, gpus, code_files(), compared_versions())
 
     def setup(self, assignment: RankAssignment, directory: Path, token: str) -> None:
         """Take a rank: redirect output to the rank's log, set threads and devices, and import the trainer.

@@ -25,6 +25,7 @@ from configs.schema import RunConfig
 from launcher.claim import token_of
 from launcher.cluster import alive_nodes, silent_nodes
 from launcher.failures import WorkerError, root_cause
+from launcher.same_code import check_same_code
 from launcher.topology import Topology, check_tensor_groups
 from launcher.worker import STOP, RankAssignment, RunResult, WorkerInfo
 
@@ -115,6 +116,7 @@ class WorkerGroup:
         # Rank 0 writes the log that this process reads. Therefore it runs on this node if any worker does.
         order = sorted(range(len(actors)), key=lambda i: (located[i].node != own_node, i // topology.per_node, i))
         self._actors, self.workers = [actors[i] for i in order], [located[i] for i in order]
+        check_same_code(self.workers)
         check_tensor_groups(self.workers, self._config.parallel.tensor)
         token = token_of(self._directory) or ""
         calls = [

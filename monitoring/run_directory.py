@@ -18,6 +18,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def software(self) -> Path:
+        """Versions of Detour and its packages at the latest start, as JSON."""
+        return self.path / "software.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON line per logged step."""
         return self.path / "metrics.jsonl"

@@ -13,6 +13,7 @@ from transformers import ModernBertConfig
 
 from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
+from configs.versions import software
 from engine.checkpoint.format import (
     clear_partial,
     describe,
@@ -154,6 +155,7 @@ class CheckpointManager:
             guards=guards.state(),
             optimizer=True,
             files={},
+            software=software(),
         )
 
     def _finish(self, complete: Callable[[], tuple[Path, float]], last: bool = False) -> None:
