@@ -161,7 +161,8 @@ def _alerts(prometheus: str, run: RunState) -> list[str] | None:
     """Names of the run's firing alerts; None if Prometheus does not answer."""
     if run.telemetry is None:
         return None
-    query = f'ALERTS{{alertstate="firing",run={json.dumps(run.telemetry.run)}}}'
+    identity = f"run={json.dumps(run.telemetry.run)}" + (f',id="{run.id}"' if run.id else "")
+    query = f'ALERTS{{alertstate="firing",{identity}}}'
     try:
         with urlopen(f"{prometheus}/api/v1/query?{urlencode({'query': query})}", timeout=TIMEOUT_SECONDS) as answer:
             result = json.load(answer)["data"]["result"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,11 +15,11 @@ from rich.live import Live
 from rich.text import Text
 
 from configs.units import format_count
-from monitoring.events import tell
+from monitoring.events import EventLine, tell
 from monitoring.formatting import format_seconds
 from monitoring.log import Follower
 from monitoring.run_directory import RunDirectory
-from monitoring.run_state import interruptions_in_words
+from monitoring.run_state import interruptions_in_words, seconds_left
 from monitoring.telemetry import Telemetry
 
 REFRESH_SECONDS = 0.5
@@ -98,16 +99,16 @@ class Progress:
         now = self._current()
         if now is None:
             return Text(f"{self._note} · {format_seconds(time.monotonic() - self._started)}")
-        return Text(describe(now))
+        return Text(describe(now, self._events.read()))
 
 
 def _time_of_day() -> str:
     return time.strftime("%H:%M:%S")
 
 
-def describe(now: Telemetry) -> str:
+def describe(now: Telemetry, events: Sequence[EventLine] = ()) -> str:
     """Say phase, objective, step, loss, throughput and time left in one line."""
-    left = (now.total_steps - now.step) * now.step_seconds
+    left = seconds_left(now, events, time.time())
     loss = now.loss.get(now.objective)
     return " · ".join(
         [

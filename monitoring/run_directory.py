@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,11 @@ class RunDirectory:
     """The paths of the files of the run in `path`. The class reads nothing, and the files need not exist."""
 
     path: Path
+
+    @property
+    def id(self) -> str:
+        """Short id of the path, which tells two runs of one name apart."""
+        return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:6]
 
     @property
     def config(self) -> Path:
