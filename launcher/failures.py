@@ -30,10 +30,17 @@ class WorkerError(Exception):
         detail: Message for people.
         address: Address of the rank's node, where it is known.
         cause: Ray's account of the failure.
+        collective: On a hang, the collective in which the other ranks wait.
     """
 
     def __init__(
-        self, reason: Reason, rank: int | None, detail: str, address: str | None = None, cause: str | None = None
+        self,
+        reason: Reason,
+        rank: int | None,
+        detail: str,
+        address: str | None = None,
+        cause: str | None = None,
+        collective: str | None = None,
     ) -> None:
         who = "" if rank is None else f"rank {rank}{f' on {address}' if address else ''}: "
         super().__init__(f"{who}{detail}{f' (Ray: {cause})' if cause else ''}")
@@ -42,6 +49,7 @@ class WorkerError(Exception):
         self.detail = detail
         self.address = address
         self.cause = cause
+        self.collective = collective
 
 
 def root_cause(failures: Sequence[WorkerError], first_rank: int) -> WorkerError:

@@ -192,7 +192,10 @@ def train_once(run: Run, stop: StopRequest, progress: Progress) -> RunResult:
         growth = GrowthWatch(run.directory, larger, own_nodes, run.config.cluster.grow_every)
 
         def watch() -> str | None:
-            hang.check()
+            try:
+                hang.check()
+            except WorkerError as error:
+                raise group.explain_hang(error) from None
             if own_nodes & draining_nodes().keys():  # save now, and continue on other nodes
                 stop.ask(PREEMPTED)
             elif growth.has_room():
@@ -227,6 +230,7 @@ def supervise(run: Run, stop: StopRequest, progress: Progress, attempt: Attempt 
                 detail=failure.detail,
                 address=failure.address,
                 cause=failure.cause,
+                collective=failure.collective,
             )
             record(run.directory, event)
             pause = budget.spend(failure, _saved_step(run.directory))

@@ -19,6 +19,7 @@ from configs.errors import InputError
 from configs.schema import RunConfig
 from configs.versions import code_files, compared_versions
 from launcher.claim import token_of
+from launcher.stacks import answer_requests
 from monitoring.run_directory import RunDirectory
 
 STOP = "detour-stop"
@@ -113,6 +114,7 @@ class Worker:
             LOCAL_RANK=str(assignment.local_rank),
             LOCAL_WORLD_SIZE=str(assignment.local_size),
             OMP_NUM_THREADS=str(assignment.threads),
+            TORCH_FR_BUFFER_SIZE="2000",  # NCCL's flight recorder: the latest collectives, for `launcher.stacks`
             CUDA_DEVICE_MAX_CONNECTIONS="1",  # Megatron's overlap of tensor-parallel work relies on the launch order
         )
         if assignment.gpus:
@@ -161,6 +163,7 @@ class Worker:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         patience = timedelta(seconds=config.cluster.hang_timeout + GRACE_SECONDS)
         dist.init_process_group(backend, store=store, rank=own.rank, world_size=own.size, timeout=patience)
+        answer_requests(dist.TCPStore(address, port, is_master=False), own.rank, directory)
         try:
             outcome = train(config, directory, lambda: store.get(STOP).decode() if store.check([STOP]) else None)
         except torch.OutOfMemoryError as error:

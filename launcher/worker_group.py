@@ -26,6 +26,7 @@ from launcher.claim import token_of
 from launcher.cluster import alive_nodes, silent_nodes
 from launcher.failures import WorkerError, root_cause
 from launcher.same_code import check_same_code
+from launcher.stacks import collect_stacks, culprit
 from launcher.topology import Topology, check_tensor_groups
 from launcher.worker import STOP, RankAssignment, RunResult, WorkerInfo
 
@@ -169,6 +170,16 @@ class WorkerGroup:
         if self._store is not None:
             with contextlib.suppress(RuntimeError):  # rank 0 has gone, which the waiting will notice
                 self._store.set(STOP, reason)
+
+    def explain_hang(self, hang: WorkerError) -> WorkerError:
+        """Return the hang with the rank that the others wait for. The stacks of all ranks are in the run directory."""
+        if self._store is None:
+            return hang
+        stacks = collect_stacks(self._store, len(self.workers), self._directory)
+        rank, collective, sentence = culprit(stacks, len(self.workers))
+        address = None if rank is None else self.workers[rank].address
+        detail = f"{hang.detail}; {sentence}" if sentence else hang.detail
+        return WorkerError("hung", rank, detail, address, collective=collective)
 
     def _call(self, method: str, *arguments: object, patience: float | None = None) -> list[Any]:
         """Call a method on every worker and wait for the results."""

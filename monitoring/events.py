@@ -137,6 +137,8 @@ class WorkerFailed(Event):
     address: str | None = None
     """Address of the rank's node, where it is known."""
     cause: str | None = None
+    collective: str | None = None
+    """On a hang, the collective in which the other ranks wait."""
 
 
 @dataclass(frozen=True, kw_only=True)

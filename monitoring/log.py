@@ -105,11 +105,18 @@ class Follower:
     """Reads a growing file of JSON lines, each line once, from any thread.
 
     A file that became shorter is read again from its start. A file that cannot be read now is tried again next time.
+
+    Args:
+        path: The file.
+        tail: Bytes at the end of the file to begin with; None: the whole file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tail: int | None = None) -> None:
         self._path = path
         self._offset = 0
+        if tail is not None:
+            with suppress(OSError):
+                self._offset = max(0, path.stat().st_size - tail)
         self._records: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
@@ -132,6 +139,20 @@ class Follower:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Read every logged step of the run, in order."""
     return list(_read(RunDirectory(directory).metrics))
+
+
+def iterate_metrics(directory: Path) -> Iterator[dict[str, Any]]:
+    """Yield every logged step of the run, in order, without holding all of them."""
+    return _read(RunDirectory(directory).metrics)
+
+
+def count_metrics(directory: Path) -> int:
+    """Count the lines of metrics.jsonl."""
+    try:
+        with RunDirectory(directory).metrics.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+    except OSError:
+        return 0
 
 
 def rewind_metrics(directory: Path, step: int) -> None:

@@ -64,6 +64,11 @@ class RunDirectory:
         return self.path / "logs"
 
     @property
+    def stacks(self) -> Path:
+        """Folder of the ranks' stacks at the latest hang."""
+        return self.path / "stacks"
+
+    @property
     def lock(self) -> Path:
         """Lock file of the job that owns the directory; it holds the job's token."""
         return self.path / ".lock"
