@@ -38,6 +38,7 @@ def check_command(command: str) -> None:
 
 def test_ray_cluster_starts_with_a_token_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private.authentication.authentication_token_setup import _get_default_token_path
+    from ray.autoscaler._private.docker import docker_start_cmds
     from ray.autoscaler._private.util import fillout_defaults, hash_runtime_conf, validate_config
 
     text = (DEPLOY / "ray-cluster.yaml").read_text()
@@ -50,6 +51,14 @@ def test_ray_cluster_starts_with_a_token_on_every_node(tmp_path: Path, monkeypat
     ((there, here),) = config["file_mounts"].items()
     assert Path(there).expanduser() == Path(here).expanduser() == _get_default_token_path()
     hash_runtime_conf(config["file_mounts"], [], [])  # reads what it mounts
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    (home,) = re.findall(r"^ENV HOME=(\S+)$", dockerfile, re.MULTILINE)
+    start = docker_start_cmds(
+        "ubuntu", config["docker"]["image"], {there: "/tmp/token"}, "detour", [], "detour", 8 * 2**30, home, "docker"
+    )
+    assert f"-v /tmp/token:{home}/.ray/auth_token" in start, "where the image's user looks"
+    assert f"USER 1001:1001\nWORKDIR {home}" in dockerfile and " rsync " in dockerfile
+    assert all("ImageId" in node["node_config"] for node in config["available_node_types"].values())
     for start in config["head_start_ray_commands"][1:] + config["worker_start_ray_commands"][1:]:
         assert start.startswith("RAY_AUTH_MODE=token ")
     head, gpu = (config["available_node_types"][name]["resources"] for name in (config["head_node_type"], "gpu"))
@@ -71,6 +80,7 @@ def test_rayjob_runs_a_recipe_on_the_nodes_it_asks_for() -> None:
     for spec in (job["spec"]["rayClusterSpec"]["headGroupSpec"], group):
         pod = spec["template"]["spec"]
         (container,) = pod["containers"]
+        assert f"--uid {pod['securityContext']['fsGroup']} " in (DEPLOY / "Dockerfile").read_text()
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     pod = group["template"]["spec"]
