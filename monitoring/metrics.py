@@ -432,5 +432,5 @@ def collect(run: RunState, metrics: Sequence[Metric] = METRICS) -> Iterator[tupl
     """Yield the metrics that exist now, with their samples."""
     for metric in metrics:
         samples = metric.samples(run)
-        if samples is not None:
+        if samples or (samples is not None and run.telemetry):
             yield metric, samples

@@ -53,10 +53,8 @@ def test_ray_cluster_starts_with_a_token_on_every_node(tmp_path: Path, monkeypat
     hash_runtime_conf(config["file_mounts"], [], [])  # reads what it mounts
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     (home,) = re.findall(r"^ENV HOME=(\S+)$", dockerfile, re.MULTILINE)
-    start = docker_start_cmds(
-        "ubuntu", config["docker"]["image"], {there: "/tmp/token"}, "detour", [], "detour", 8 * 2**30, home, "docker"
-    )
-    assert f"-v /tmp/token:{home}/.ray/auth_token" in start, "where the image's user looks"
+    start = docker_start_cmds("ubuntu", "detour", config["file_mounts"], "detour", [], "detour", home, "docker")
+    assert f":{home}/.ray/auth_token " in start, "where the image's user looks"
     assert f"USER 1001:1001\nWORKDIR {home}" in dockerfile and " rsync " in dockerfile
     assert all("ImageId" in node["node_config"] for node in config["available_node_types"].values())
     for start in config["head_start_ray_commands"][1:] + config["worker_start_ray_commands"][1:]:

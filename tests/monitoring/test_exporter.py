@@ -101,6 +101,7 @@ def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(
     config = make_config()
     with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
         early = {"detour_run_info", "detour_launcher_restarts_total", "detour_events_total"}
+        early |= {"detour_run_state", "detour_clock_seconds"}
         assert scrape(exporter).keys() == early
         recorder = make_recorder(tmp_path, config)
         drive(recorder, config, range(1, 9))

@@ -16,6 +16,7 @@ from monitoring.exporter import Exporter
 from monitoring.grafana.board import LAYERS, layer_kinds
 from monitoring.grafana.run import run as run_dashboard
 from monitoring.metrics import METRICS, RUN, Metric, Panel, collect
+from monitoring.run_directory import RunDirectory
 from monitoring.run_state import RunState, count_restarts, seconds_left, state_of
 from monitoring.telemetry import Telemetry, WorkerRecord
 from tests.monitoring.dashboards import boards
@@ -43,7 +44,8 @@ def test_a_new_metric_is_one_row(tmp_path: Path) -> None:
     with Exporter(tmp_path, "toy", "127.0.0.1", 0, table) as exporter, urlopen(exporter.url) as answer:
         lines = answer.read().decode().splitlines()
     assert "# TYPE detour_train_objectives gauge" in lines
-    assert 'detour_train_objectives{run="toy"} 2.0' in lines
+    identity = f'id="{RunDirectory(tmp_path).id}",run="toy"'
+    assert f"detour_train_objectives{{{identity}}} 2.0" in lines
     assert "| `detour_train_objectives` | gauge | objectives |  | Objectives met so far |" in metrics_table(table)
     titles = [panel["title"] for panel in run_dashboard(table)["panels"]]
     assert titles[titles.index("Learning") : titles.index("Speed")].count("Objectives") == 1

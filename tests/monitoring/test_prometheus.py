@@ -18,7 +18,7 @@ import yaml
 from configs.schema import RunConfig
 from monitoring import kubernetes
 from monitoring.discovery import announced
-from monitoring.events import Resumed, Started, WorkerFailed, record
+from monitoring.events import Resumed, Started, WorkerFailed, WorkersStarted, record
 from monitoring.exporter import Exporter
 from monitoring.telemetry import WorkerRecord
 from tests.monitoring.browser import needs_chromium, photograph
@@ -54,6 +54,7 @@ class SteadyRun(threading.Thread):
 
     def run(self) -> None:
         recorder = make_recorder(self.directory, self.config)
+        record(self.directory, WorkersStarted(workers=["10.0.0.1", "10.0.0.2", "10.0.0.2"], seconds=1.0))
         record(self.directory, Started(step=0, precision="fp32"))
         recorder.phase_started(0, self.config.phases[0].objective, 0)
         step, state, failed = 0, None, not self.fails
