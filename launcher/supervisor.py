@@ -283,10 +283,11 @@ def _open_group(run: Run, stop: StopRequest, progress: Progress) -> WorkerGroup:
         is_last = topology is run.topologies[-1]
         if not is_last and not topology.fits_on(answering):
             continue
+        avoid = silent if topology.fits_on(answering) else ()  # else wait for them: a silent node may come back
         progress.note(f"starting {topology.workers} worker{'s' * (topology.workers > 1)}")
         try:
             return WorkerGroup(
-                topology, run.config, run.directory, run.working_directory, watch, patient=is_last, avoid=silent
+                topology, run.config, run.directory, run.working_directory, watch, patient=is_last, avoid=avoid
             )
         except NoRoomError:
             if is_last:

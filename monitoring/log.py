@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from monitoring.run_directory import RunDirectory
 
 _held_lines: dict[Path, bytes] = {}
@@ -202,7 +204,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line)
+        record = from_json(line)  # several times as fast as json, which counts in a long log
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

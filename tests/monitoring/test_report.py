@@ -178,4 +178,4 @@ def test_a_long_run_is_thinned_and_keeps_its_peaks_evaluations_and_faults(tmp_pa
         saved = CheckpointSaved(step=number, seconds=1, stall_seconds=0, path="p")
         record(tmp_path, fault if number == 1000 else saved)
     page = write_report(tmp_path).read_text()
-    assert len(page) < 500_000 and "sequence 1000" in page and "2000 more are in events.jsonl" in page.replace(",", "")
+    assert len(page) < 500_000 and "sequence 1000" in page and "2499 more are in events.jsonl" in page
