@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 from benchmarks.table import Row, arguments, report
@@ -122,7 +123,7 @@ def _write_long_run(folder: Path, steps: int, events: int) -> None:
     with run.metrics.open("a") as file:
         for step in range(1, steps + 1):
             phase = int(step > steps // 2)
-            line = {"step": step, "phase": phase, "objective": config.phases[phase].objective}
+            line: dict[str, Any] = {"step": step, "phase": phase, "objective": config.phases[phase].objective}
             line |= {"loss": 3 + math.sin(step) / 9, "tokens": 2000 * step, "learning_rate": 1e-3 / step}
             line |= {"grad_norm": 1 + math.cos(step) / 9, "packing_ratio": 0.99, "step_seconds": 0.2}
             line |= {"data_wait_seconds": 0.001, "tokens_per_second": 1e4 + step % 97, "mfu": 0.4}

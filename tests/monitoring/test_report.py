@@ -3,6 +3,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -163,7 +164,11 @@ def test_a_long_run_is_thinned_and_keeps_its_peaks_evaluations_and_faults(tmp_pa
     run.config.write_text(dump_config(make_config()))
     with run.metrics.open("w") as file:
         for step in range(1, 3001):
-            line = {"step": step, "phase": int(step > 1500), "objective": "clm" if step <= 1500 else "mlm"}
+            line: dict[str, Any] = {
+                "step": step,
+                "phase": int(step > 1500),
+                "objective": "clm" if step <= 1500 else "mlm",
+            }
             line |= {"loss": 99.0 if step == 1234 else 3.0, "grad_norm": 1.0 if step != 777 else 55.0}
             line |= {"eval_loss": {"mlm": 2.0}} if step == 2345 else {}
             file.write(json.dumps(line) + "\n")
