@@ -107,14 +107,14 @@ def culprit(stacks: Sequence[Stack], ranks: int) -> tuple[int | None, str | None
     waiting = [stack for stack in stacks if stack.collective]
     elsewhere = [stack for stack in stacks if not stack.collective]
     collective = waiting[0].collective if waiting else None
-    others = f"; the others wait in {collective} at {waiting[0].position}" if waiting else ""
+    others = f"; the others are in torch.distributed's {collective}, called by {waiting[0].position}" if waiting else ""
     if silent:
         named = ", ".join(map(str, silent[:8]))
         plural = "s" * (len(silent) > 1)
         return silent[0], collective, f"no answer from rank{plural} {named}, suspended or stuck in native code{others}"
     if waiting and elsewhere:
         return elsewhere[0].rank, collective, f"it is at {elsewhere[0].position}{others}"
-    return None, collective, f"all ranks wait{others.removeprefix('; the others wait')}" if waiting else ""
+    return None, collective, others.replace("; the others are", "all ranks are")
 
 
 def _collective(stack: traceback.StackSummary) -> str | None:

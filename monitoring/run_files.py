@@ -116,10 +116,10 @@ def read_steps(directory: Path, most: int = MOST_ROWS) -> list[Row]:
     rows: list[Row] = []
     lines, phase = iterate_metrics(directory), None
     while part := list(itertools.islice(lines, stretch)):
-        kept = {0, len(part) - 1}
-        for key, choose in (("loss", min), ("loss", max), ("grad_norm", max)):
-            finite = [index for index, row in enumerate(part) if row[key] is not None]
-            kept |= {choose(finite, key=lambda index: part[index][key])} if finite else set()
+        low = [math.inf if row["loss"] is None else row["loss"] for row in part]
+        high = [-math.inf if row["loss"] is None else row["loss"] for row in part]
+        norms = [-math.inf if row["grad_norm"] is None else row["grad_norm"] for row in part]
+        kept = {0, len(part) - 1, low.index(min(low)), high.index(max(high)), norms.index(max(norms))}
         for index, row in enumerate(part):
             if row["phase"] != phase:
                 kept |= {index, max(0, index - 1)}
