@@ -137,6 +137,28 @@ def test_slurm_script_trains_and_requeues_itself_when_stopped(undisturbed: Path,
     assert not [words for words in left if any(f"port={port}" in word for word in words)], "Ray is left behind"
 
 
+@pytest.mark.parametrize("code", [0, 2, 3, 75])
+@pytest.mark.parametrize("ray", ["exit 0", "exec sleep 300"])
+def test_slurm_script_ends_with_the_code_of_the_run_though_ray_is_gone(tmp_path: Path, code: int, ray: str) -> None:
+    """Every command is replaced, because only the script's own logic is at stake."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    skip_options = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+    for name, body in {
+        "srun": skip_options,
+        "scontrol": f'if [[ $1 == show ]]; then echo localhost; else echo "$@" > {tmp_path}/requeued; fi',
+        "python": "echo 127.0.0.1",
+        "ray": f"if [[ $1 == start ]]; then {ray}; fi",
+        "detour-train": f"sleep 0.3; exit {code}",
+    }.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    slurm = {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
+    ended = subprocess.run(["bash", DEPLOY / "slurm.sh", "demo"], env=slurm, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code, ended.stderr
+    assert (tmp_path / "requeued").exists() == (code == 75)
+
+
 def test_workflow_runs_the_whole_check() -> None:
     workflow = yaml.load((ROOT / ".github" / "workflows" / "ci.yml").read_text(), yaml.BaseLoader)  # `on` is no boolean
     assert {"push", "pull_request"} <= set(workflow["on"])
