@@ -110,13 +110,14 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         stack.enter_context(announced(Path(config.monitoring.targets), exporter.target))
         print_header(console, config, directory, plan.topologies[0], plan.precision, exporter.url)
         run = Run(config, directory, working_directory, plan.topologies)
-        with failures_recorded(directory), StopRequest() as stop, Progress(directory, console) as progress:
+        with Progress(directory, console) as progress, failures_recorded(directory), StopRequest() as stop:
             head = ray.get_runtime_context().gcs_address
             with HeadWatch(head, lambda message: _end_without_head(message, directory, stop)):
                 result = supervise(run, stop, progress)
+            if not result.finished:
+                record(directory, Stopped(step=result.step, reason=result.reason))
         if result.finished:
             return _finish(config, directory, tokenizer, console)
-        record(directory, Stopped(step=result.step, reason=result.reason))
         write_report(directory)
         return result
 
