@@ -473,6 +473,8 @@ class Cluster(Section):
     """Worker failures that the run survives."""
     max_preemptions: int = Field(default=100, ge=0)
     """Preemptions with notice, which lose no step, that the run survives. It then stops with everything saved."""
+    grow_every: int = Field(default=300, ge=0)
+    """Fewest seconds between two growths of a run with [fewest, most] nodes, because each costs a restart."""
 
     @field_validator("nodes")
     @classmethod

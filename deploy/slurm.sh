@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 port=$((20000 + SLURM_JOB_ID % 20000))
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
@@ -31,9 +31,9 @@ if ((${#nodes[@]} > 1)); then
         ray start --address="$address:$port" "${resources[@]}" --block &
 fi
 
-trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT     # Ray ends with the script
+trap 'kill $(jobs -p) 2>/dev/null || true; wait || true' EXIT     # Ray ends with the script, whose exit code stays
 export RAY_ADDRESS="$address:$port"
-for _ in $(seq 60); do ray health-check --address "$RAY_ADDRESS" && break || sleep 2; done
+for _ in $(seq 60); do if ray health-check --address "$RAY_ADDRESS"; then break; else sleep 2; fi; done
 detour-train "$@" --nodes "${#nodes[@]}" &
 train=$!
 trap 'kill -TERM $train' TERM      # Slurm's notice, 180 s before the end: save and exit 75

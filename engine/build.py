@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -20,6 +19,7 @@ from transformers import ModernBertConfig
 
 from configs.schema import Phase, RunConfig
 from configs.spans import PhaseSpan
+from configs.versions import software
 from datapipe.batch import MicroBatch, StepData
 from datapipe.loader import Loader, evaluation_batches
 from datapipe.prefetch import LaunchGate
@@ -44,6 +44,7 @@ from engine.train_state import TrainState
 from monitoring.events import Resumed, Started, record
 from monitoring.log import read_events
 from monitoring.recorder import Recorder
+from monitoring.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -224,11 +225,16 @@ def _open_recorder(
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "data": layout.data,
-        "torch": torch.__version__,
+        **software(),
     }
     step, recorded = (meta.step, meta.recorder) if meta else (0, None)
     again = any(event["event"] == Started.KIND for event in read_events(directory))
-    record(directory, (Resumed if again else Started)(step=step, precision=precision))
+    before = Telemetry.read(directory)
+    lost = max(0, before.step - step) if before else 0
+    event = (
+        Resumed(step=step, precision=precision, steps_lost=lost) if again else Started(step=step, precision=precision)
+    )
+    record(directory, event)
     return Recorder(directory, config, info, layout.workers, device.peak_flops(precision), recorded, step)
 
 

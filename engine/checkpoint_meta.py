@@ -41,6 +41,8 @@ class CheckpointMeta(BaseModel):
     """`Recorder.state()`."""
     guards: dict[str, list[float]] | None = None
     """`Guards.state()`."""
+    software: dict[str, str] | None = None
+    """Versions of Detour and its packages that wrote a run's checkpoint."""
     micro_batches: dict[str, int] = {}
     """The choices of `batch.micro: auto`: packed sequences of a micro-batch, by `engine.micro_batch.identity`."""
 

@@ -33,6 +33,7 @@ def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> 
         tokenizer=(config.tokenizer if config else meta.source) or tokenizer.name,
         sources=sources or "none",
         phases="\n".join(trained) or "- nothing yet: these are the weights it started from",
+        software=_software(meta.software),
         use=use.replace("MASK_TOKEN", tokenizer.mask_token),
     )
 
@@ -67,6 +68,15 @@ def _trained_phases(config: RunConfig, step: int) -> list[str]:
     return lines
 
 
+def _software(versions: dict[str, str] | None) -> str:
+    if not versions:  # an import, or a checkpoint of an older version
+        return ""
+    return (
+        f"\nTrained with Detour {versions['version']} (commit {versions['commit']}), torch {versions['torch']}, "
+        f"Megatron-Core {versions['megatron']} and Ray {versions['ray']}.\n"
+    )
+
+
 def _has_trained_masks(config: RunConfig, step: int) -> bool:
     """Whether the head can fill masks: the run has trained MLM, or started from a model."""
     return config.model.init != SCRATCH or any(
@@ -86,7 +96,7 @@ A ModernBERT {kind} trained with Detour (the CLM detour, arXiv 2605.12438), take
 Started from: {start}. Tokenizer: {tokenizer}. Training text: {sources}.
 
 {phases}
-
+{software}
 ```python
 {use}```
 """

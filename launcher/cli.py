@@ -21,7 +21,7 @@ app = typer.Typer(name="detour", no_args_is_help=True, add_completion=False, pre
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from launcher.versions import version_line
+        from configs.versions import version_line
 
         print(version_line())
         raise typer.Exit

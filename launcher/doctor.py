@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import InputError, RunFailedError
-from launcher.versions import version_of
+from configs.versions import version_of
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ def _ray() -> list[Finding]:
         with connect(local_workers=1):
             nodes = alive_nodes()
             ray.get(ray.remote(num_cpus=0)(lambda: None).remote())
+    except InputError as error:  # the cluster cannot be joined; the message names the variable and the remedy
+        return [Finding("ray", cluster, str(error))]
     except Exception as error:  # any error is a finding
         remedy = "check RAY_ADDRESS" if is_joined() else "see the logs in /tmp/ray/session_latest/logs"
         return [Finding("ray", f"{cluster}: {error}".splitlines()[0], remedy)]

@@ -28,13 +28,28 @@ class WorkerError(Exception):
         reason: `died`, `out_of_memory`, `node_lost`, `exception` or `hung`.
         rank: Rank at fault, where it is known.
         detail: Message for people.
+        address: Address of the rank's node, where it is known.
+        cause: Ray's account of the failure.
+        collective: On a hang, the collective in which the other ranks wait.
     """
 
-    def __init__(self, reason: Reason, rank: int | None, detail: str) -> None:
-        super().__init__(detail if rank is None else f"rank {rank}: {detail}")
+    def __init__(
+        self,
+        reason: Reason,
+        rank: int | None,
+        detail: str,
+        address: str | None = None,
+        cause: str | None = None,
+        collective: str | None = None,
+    ) -> None:
+        who = "" if rank is None else f"rank {rank}{f' on {address}' if address else ''}: "
+        super().__init__(f"{who}{detail}{f' (Ray: {cause})' if cause else ''}")
         self.reason = reason
         self.rank = rank
         self.detail = detail
+        self.address = address
+        self.cause = cause
+        self.collective = collective
 
 
 def root_cause(failures: Sequence[WorkerError], first_rank: int) -> WorkerError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -12,6 +14,7 @@ from configs.errors import RunFailedError
 SIGNAL = "signal"
 PREEMPTED = "preempted"
 RESIZED = "resized"
+HEAD_LOST = "the Ray head was lost"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -26,6 +29,21 @@ class StopRequest:
         self._signalled = False
         self._asked: str | None = None
         self._handlers_before: dict[int, Any] = {}
+        self._relay: Callable[[str], object] | None = None
+
+    @contextmanager
+    def relayed_by(self, relay: Callable[[str], object]) -> Iterator[None]:
+        """Have `relay` carry reasons to the workers while the context is open."""
+        self._relay = relay
+        try:
+            yield
+        finally:
+            self._relay = None
+
+    def relay(self, reason: str) -> None:
+        """Tell the workers to save and return, from any thread and without Ray. Without workers nothing happens."""
+        if relay := self._relay:
+            relay(reason)
 
     def ask(self, reason: str) -> None:
         """Ask the workers to stop; the first reason counts."""

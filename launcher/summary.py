@@ -10,8 +10,8 @@ from rich.console import Console
 from configs.schema import Phase, RunConfig
 from configs.units import format_count
 from launcher.topology import Topology
-from monitoring.log import read_metrics
 from monitoring.run_directory import RunDirectory
+from monitoring.run_files import read_steps
 
 
 def print_header(
@@ -68,7 +68,7 @@ def print_summary(
         report: The HTML report.
         mask_token: Text of the tokenizer's mask token.
     """
-    lines = read_metrics(directory)
+    lines = read_steps(directory)
     rows = {}
     for index, phase in enumerate(config.phases):
         losses = [line["loss"] for line in lines if line["phase"] == index and line["loss"] is not None]

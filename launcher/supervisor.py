@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,18 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
+import ray
 from rich.console import Console
 
 from configs.errors import InputError, RunFailedError
-from configs.files import partial_path
+from configs.files import partial_path, write_json
 from configs.schema import RunConfig
+from configs.versions import software
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import Tokenizer
 from engine.run_inputs import keep_tokenizer, run_tokenizer
 from launcher.branch import begin_branch, check_branch
 from launcher.claim import claim
-from launcher.cluster import Node, alive_nodes, connect, draining_nodes
+from launcher.cluster import alive_nodes, connect, draining_nodes, require_cluster, silent_nodes
+from launcher.exits import STOPPED
 from launcher.failures import FailureBudget, HangWatch, WorkerError
+from launcher.growth import GrowthWatch
+from launcher.head import HeadWatch
 from launcher.preflight import (
     check,
     check_initial_model,
@@ -33,7 +40,7 @@ from launcher.preflight import (
     workers_per_node,
 )
 from launcher.status_line import status_line
-from launcher.stop import PREEMPTED, RESIZED, SIGNAL, StopRequest
+from launcher.stop import HEAD_LOST, PREEMPTED, RESIZED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
 from launcher.topology import Topology
 from launcher.worker import RunResult
@@ -68,10 +75,6 @@ class Run:
     topologies: list[Topology]
     """Topologies that the run may take, the largest first."""
 
-    def can_grow(self, current: Topology, nodes: list[Node]) -> bool:
-        """Return whether there are nodes for more workers than now."""
-        return any(larger.nodes > current.nodes and larger.fits_on(nodes) for larger in self.topologies)
-
 
 Attempt = Callable[[Run, StopRequest, Progress], RunResult]
 """Trains until the workers finish, are stopped or fail."""
@@ -94,6 +97,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         if RunDirectory(directory).export.exists() or _is_trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
             return _finish(config, directory, run_tokenizer(config, directory), console)
+        require_cluster()
         node_range(config)  # fails early if the run needs a cluster
         tokenizer = run_tokenizer(config, directory)
         if not _saved_step(directory):  # a run that is under way keeps what it was started with
@@ -105,17 +109,21 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         with _importing("engine.parallel"):  # torch's import takes seconds, and so does the start of Ray's processes
             stack.enter_context(connect(local_workers=workers_per_node(config, gpus=0)))
         plan = check(config, tokenizer, directory, console)
+        write_json(RunDirectory(directory).software, software())
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )
         stack.enter_context(announced(Path(config.monitoring.targets), exporter.target))
         print_header(console, config, directory, plan.topologies[0], plan.precision, exporter.url)
         run = Run(config, directory, working_directory, plan.topologies)
-        with failures_recorded(directory), StopRequest() as stop, Progress(directory, console) as progress:
-            result = supervise(run, stop, progress)
+        with Progress(directory, console) as progress, failures_recorded(directory), StopRequest() as stop:
+            head = ray.get_runtime_context().gcs_address
+            with HeadWatch(head, lambda message: _end_without_head(message, directory, stop)):
+                result = supervise(run, stop, progress)
+            if not result.finished:
+                record(directory, Stopped(step=result.step, reason=result.reason))
         if result.finished:
             return _finish(config, directory, tokenizer, console)
-        record(directory, Stopped(step=result.step, reason=result.reason))
         write_report(directory)
         return result
 
@@ -137,12 +145,39 @@ def failures_recorded(directory: Path) -> Iterator[None]:
     try:
         yield
     except (RunFailedError, InputError) as failure:
-        try:
-            record(directory, Failed(step=_last_step(directory), detail=str(failure)))
-            write_report(directory)
-        except Exception as error:  # it must not hide why the run failed
-            logging.getLogger(__name__).warning("%s: no report of the failed run: %s", directory, error)
+        _record_failure(directory, failure)
         raise
+
+
+def _record_failure(directory: Path, failure: Exception) -> None:
+    try:
+        record(directory, Failed(step=_last_step(directory), detail=str(failure)))
+        write_report(directory)
+    except Exception as error:  # it must not hide why the run failed
+        logging.getLogger(__name__).warning("%s: no report of the failed run: %s", directory, error)
+
+
+SAVE_SECONDS = 20.0
+"""Seconds that workers may take to save after their head is lost, before Ray ends their processes too."""
+
+
+def _end_without_head(message: str, directory: Path, stop: StopRequest) -> None:
+    """Let the workers save, record the failure, and end this process with exit code 75.
+
+    Workers reach each other without the head. Their nodes may outlive it by a minute, in which they would write into
+    the directory of a run that has been started again. Therefore they are asked to stop.
+    """
+    saved_before, until = _saved_step(directory), time.monotonic() + SAVE_SECONDS
+    stop.relay(HEAD_LOST)
+    while (saved := _saved_step(directory)) == saved_before and time.monotonic() < until:
+        time.sleep(0.5)
+    failure = RunFailedError(f"{message}; the newest checkpoint is of step {saved}")
+    try:
+        _record_failure(directory, failure)
+        print(f"stopped: {failure}; the same command again continues", file=sys.stderr, flush=True)
+    finally:
+        sys.stdout.flush()
+        os._exit(STOPPED)  # because Ray would wait for the head once more
 
 
 def train_once(run: Run, stop: StopRequest, progress: Progress) -> RunResult:
@@ -152,25 +187,25 @@ def train_once(run: Run, stop: StopRequest, progress: Progress) -> RunResult:
         InputError: The workers found bad input, or the cluster has no room.
         WorkerError: A worker failed.
     """
-    nodes_before = alive_nodes()
     began = time.monotonic()
-    with _open_group(run, nodes_before, stop, progress) as group:
+    with _open_group(run, stop, progress) as group, stop.relayed_by(group.ask_to_stop):
         seconds = round(time.monotonic() - began, 2)
         addresses = [worker.address for worker in group.workers]
         record(run.directory, WorkersStarted(workers=addresses, seconds=seconds))
         progress.note("loading the model")
         own_nodes = {worker.node for worker in group.workers}
         hang = HangWatch(run.directory, run.config.cluster.hang_timeout)
+        larger = [topology for topology in run.topologies if topology.nodes > group.topology.nodes]
+        growth = GrowthWatch(run.directory, larger, own_nodes, run.config.cluster.grow_every)
 
         def watch() -> str | None:
-            hang.check()
+            try:
+                hang.check()
+            except WorkerError as error:
+                raise group.explain_hang(error) from None
             if own_nodes & draining_nodes().keys():  # save now, and continue on other nodes
                 stop.ask(PREEMPTED)
-            elif (
-                len(run.topologies) > 1
-                and (nodes := alive_nodes()) != nodes_before
-                and run.can_grow(group.topology, nodes)
-            ):
+            elif growth.has_room():
                 stop.ask(RESIZED)
             return stop.reason
 
@@ -195,10 +230,18 @@ def supervise(run: Run, stop: StopRequest, progress: Progress, attempt: Attempt 
             result = attempt(run, stop, progress)
         except WorkerError as failure:
             step = _last_step(run.directory)
-            event = WorkerFailed(step=step, reason=failure.reason, rank=failure.rank, detail=failure.detail)
+            event = WorkerFailed(
+                step=step,
+                reason=failure.reason,
+                rank=failure.rank,
+                detail=failure.detail,
+                address=failure.address,
+                cause=failure.cause,
+                collective=failure.collective,
+            )
             record(run.directory, event)
             pause = budget.spend(failure, _saved_step(run.directory))
-            progress.note(f"{failure}; starting again")
+            progress.note("starting again")
             _rest(pause, stop)
         except _StopWhileStartingError:
             break
@@ -233,20 +276,26 @@ def _rest(seconds: float, stop: StopRequest) -> None:
         time.sleep(min(left, 0.5))
 
 
-def _open_group(run: Run, nodes: list[Node], stop: StopRequest, progress: Progress) -> WorkerGroup:
+def _open_group(run: Run, stop: StopRequest, progress: Progress) -> WorkerGroup:
     """Start workers in the largest topology that finds room. Raises NoRoomError if even the smallest does not."""
 
     def watch() -> None:
         if stop.reason == SIGNAL:
             raise _StopWhileStartingError
 
+    nodes = alive_nodes()
+    silent = silent_nodes(nodes)  # asked for once: a node that was just lost stays on Ray's list for many seconds
+    answering = [node for node in nodes if node.id not in silent]
     for topology in run.topologies:
         is_last = topology is run.topologies[-1]
-        if not is_last and not topology.fits_on(nodes):
+        if not is_last and not topology.fits_on(answering):
             continue
+        avoid = silent if topology.fits_on(answering) else ()  # else wait for them: a silent node may come back
         progress.note(f"starting {topology.workers} worker{'s' * (topology.workers > 1)}")
         try:
-            return WorkerGroup(topology, run.config, run.directory, run.working_directory, watch, patient=is_last)
+            return WorkerGroup(
+                topology, run.config, run.directory, run.working_directory, watch, patient=is_last, avoid=avoid
+            )
         except NoRoomError:
             if is_last:
                 raise

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import ray
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+from configs.versions import code_files, compared_versions
 from launcher.claim import token_of
+from launcher.stacks import answer_requests
 from monitoring.run_directory import RunDirectory
 
 STOP = "detour-stop"
@@ -49,6 +51,10 @@ class WorkerInfo:
     address: str
     gpus: tuple[str, ...]
     """Device numbers, or names of MIG slices."""
+    files: dict[str, str] = field(default_factory=dict)
+    """`code_files` of the node."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """`compared_versions` of the node."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class Worker:
             os.chdir(working_directory)
         context = ray.get_runtime_context()
         gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
-        return WorkerInfo(context.get_node_id(), ray.util.get_node_ip_address(), gpus)
+        address = ray.util.get_node_ip_address()
+        return WorkerInfo(context.get_node_id(), address, gpus, code_files(), compared_versions())
 
     def setup(self, assignment: RankAssignment, directory: Path, token: str) -> None:
         """Take a rank: redirect output to the rank's log, set threads and devices, and import the trainer.
@@ -107,6 +114,7 @@ class Worker:
             LOCAL_RANK=str(assignment.local_rank),
             LOCAL_WORLD_SIZE=str(assignment.local_size),
             OMP_NUM_THREADS=str(assignment.threads),
+            TORCH_FR_BUFFER_SIZE="2000",  # NCCL's flight recorder: the latest collectives, for `launcher.stacks`
             CUDA_DEVICE_MAX_CONNECTIONS="1",  # Megatron's overlap of tensor-parallel work relies on the launch order
         )
         if assignment.gpus:
@@ -155,6 +163,7 @@ class Worker:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         patience = timedelta(seconds=config.cluster.hang_timeout + GRACE_SECONDS)
         dist.init_process_group(backend, store=store, rank=own.rank, world_size=own.size, timeout=patience)
+        answer_requests(dist.TCPStore(address, port, is_master=False), own.rank, directory)
         try:
             outcome = train(config, directory, lambda: store.get(STOP).decode() if store.check([STOP]) else None)
         except torch.OutOfMemoryError as error:

@@ -7,8 +7,9 @@ its resize ends the workers before they can save.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +23,10 @@ import detour_train
 from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
 from launcher.claim import token_of
-from launcher.cluster import alive_nodes, is_reachable
+from launcher.cluster import alive_nodes, silent_nodes
 from launcher.failures import WorkerError, root_cause
+from launcher.same_code import check_same_code
+from launcher.stacks import collect_stacks, culprit
 from launcher.topology import Topology, check_tensor_groups
 from launcher.worker import STOP, RankAssignment, RunResult, WorkerInfo
 
@@ -35,6 +38,10 @@ QUICK_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
 FATAL_ERRORS = (InputError, RunFailedError)
 """Errors that another attempt would meet again."""
+CAUSE_CHARACTERS = 300
+"""Longest account of a failure that is kept of Ray's."""
+NODE_ID = "ray.io/node-id"
+"""Ray's label of each node with its id."""
 
 Watch = Callable[[], object]
 """Called about twice per second while workers are awaited; it may raise."""
@@ -55,6 +62,7 @@ class WorkerGroup:
         working_directory: Path,
         watch: Watch,
         patient: bool = True,
+        avoid: Collection[str] = (),
     ) -> None:
         """Place the workers and start them.
 
@@ -65,6 +73,7 @@ class WorkerGroup:
             working_directory: Base of relative paths in the configuration.
             watch: Called about twice per second, also while the workers start.
             patient: True waits for nodes to join; False gives up soon, and at once if there are too few nodes.
+            avoid: Ids of nodes that get no worker, because they are lost and Ray does not know it yet.
 
         Raises:
             NoRoomError: The cluster lacks the nodes.
@@ -74,10 +83,14 @@ class WorkerGroup:
         self.workers: list[WorkerInfo] = []
         """One per rank, in order; empty until all have answered."""
         self._actors: list[Any] = []
+        self._store: Any = None
         self._start_patience = max(config.cluster.start_timeout, config.cluster.hang_timeout)
         timeout = config.cluster.start_timeout if patient else min(config.cluster.start_timeout, QUICK_SECONDS)
         strategy = "STRICT_SPREAD" if topology.nodes > 1 else "STRICT_PACK"
-        self._reservation = placement_group([topology.bundle] * topology.nodes, strategy=strategy)
+        elsewhere = [{NODE_ID: f"!in({','.join(sorted(avoid))})"}] * topology.nodes if avoid else None
+        self._reservation = placement_group(
+            [topology.bundle] * topology.nodes, strategy=strategy, bundle_label_selector=elsewhere
+        )
         try:
             deadline = time.monotonic() + timeout
             while not self._reservation.wait(POLL_SECONDS):
@@ -104,6 +117,7 @@ class WorkerGroup:
         # Rank 0 writes the log that this process reads. Therefore it runs on this node if any worker does.
         order = sorted(range(len(actors)), key=lambda i: (located[i].node != own_node, i // topology.per_node, i))
         self._actors, self.workers = [actors[i] for i in order], [located[i] for i in order]
+        check_same_code(self.workers)
         check_tensor_groups(self.workers, self._config.parallel.tensor)
         token = token_of(self._directory) or ""
         calls = [
@@ -138,19 +152,34 @@ class WorkerGroup:
         address = self.workers[0].address
         opened = [self._actors[0].open_store.remote(address)]
         (port,) = wait_for_results(opened, self._watch, self._diagnose, self._start_patience)
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+        self._store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
         forwarded: str | None = None
 
         def forward_stop() -> None:
             nonlocal forwarded
             if (reason := watch()) and reason != forwarded:
                 forwarded = reason
-                with contextlib.suppress(RuntimeError):  # rank 0 has gone, which the waiting will notice
-                    store.set(STOP, reason)
+                self.ask_to_stop(reason)
 
         self._watch = forward_stop
         results: list[RunResult] = self._call("train", self._config, self._directory, address, port)
         return results[0]
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Ask the workers to save and return, if they train. Any thread may call it, and Ray takes no part."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # rank 0 has gone, which the waiting will notice
+                self._store.set(STOP, reason)
+
+    def explain_hang(self, hang: WorkerError) -> WorkerError:
+        """Return the hang with the rank that the others wait for. The stacks of all ranks are in the run directory."""
+        if self._store is None:
+            return hang
+        stacks = collect_stacks(self._store, len(self.workers), self._directory)
+        rank, collective, sentence = culprit(stacks, len(self.workers))
+        address = None if rank is None else self.workers[rank].address
+        detail = f"{hang.detail}; {sentence}" if sentence else hang.detail
+        return WorkerError("hung", rank, detail, address, collective=collective)
 
     def _call(self, method: str, *arguments: object, patience: float | None = None) -> list[Any]:
         """Call a method on every worker and wait for the results."""
@@ -167,19 +196,24 @@ class WorkerGroup:
                 cause = getattr(error, "cause", error)
                 assert isinstance(cause, Exception)
                 return cause
-        own_nodes = {worker.node for worker in self.workers}
-        alive = {node.id for node in alive_nodes() if node.id not in own_nodes or is_reachable(node)}
+            if failed_import := import_error(error):
+                return failed_import
+        nodes, own_nodes = alive_nodes(), {worker.node for worker in self.workers}
+        alive = {node.id for node in nodes} - silent_nodes([node for node in nodes if node.id in own_nodes])
         return root_cause([self._explain(rank, error, alive) for rank, error in errors.items()], first_rank)
 
     def _explain(self, rank: int, error: Exception, alive: set[str]) -> WorkerError:
+        address = self.workers[rank].address if self.workers else address_in(str(error))
         if isinstance(error, ray.exceptions.RayTaskError):
             cause = error.cause
-            return WorkerError("exception", rank, f"{type(cause).__name__}: {cause}".strip().splitlines()[0])
+            detail = f"{type(cause).__name__}: {cause}".strip().splitlines()[0]
+            return WorkerError("exception", rank, detail, address)
+        account = rays_account(str(error))
         if isinstance(error, ray.exceptions.OutOfMemoryError):
-            return WorkerError("out_of_memory", rank, "killed because its node ran out of memory")
+            return WorkerError("out_of_memory", rank, "killed because its node ran out of memory", address, account)
         if self.workers and self.workers[rank].node not in alive:
-            return WorkerError("node_lost", rank, f"its node {self.workers[rank].address} is gone")
-        return WorkerError("died", rank, "its process ended (killed, or crashed)")
+            return WorkerError("node_lost", rank, f"its node {address} is gone", address, account)
+        return WorkerError("died", rank, "its process ended (killed, or crashed)", address, account)
 
     def close(self) -> None:
         """End every worker and release the reserved resources."""
@@ -227,6 +261,34 @@ def wait_for_results(
         if pending and patience and time.monotonic() - began > patience:
             raise WorkerError("hung", None, f"no answer while it started, in {patience:.0f} s")
     return list(ray.get(list(calls)))
+
+
+def import_error(error: Exception) -> InputError | None:
+    """Return the verdict on a package that a node lacks, because another attempt would lack it too."""
+    text = str(error)
+    found = re.search(r"\b(?:ModuleNotFoundError|ImportError): .*", text)
+    if not found or not (
+        isinstance(getattr(error, "cause", None), ImportError) or isinstance(error, ray.exceptions.RayActorError)
+    ):
+        return None
+    return InputError(
+        f"cluster.nodes: the node {address_in(text) or 'of a worker'} cannot start a worker: {found[0].strip()}; "
+        "install the same packages on every node",
+        key="cluster.nodes",
+        code="import-failed",
+    )
+
+
+def address_in(account: str) -> str | None:
+    """Return the address of the node that Ray's account of a failure names."""
+    found = re.search(r"\bip[=:]\s*([0-9a-fA-F.:]+[0-9a-fA-F])", account)
+    return found[1] if found else None
+
+
+def rays_account(text: str) -> str:
+    """Return the sentences of Ray's account of a failure, without its list of ids and its stack."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not re.match(r"\s+\w+: \S+$", line)]
+    return " ".join(lines)[:CAUSE_CHARACTERS]
 
 
 def _error_of(call: Any) -> Exception | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from monitoring.events import State
 from monitoring.run_state import RunState
 from monitoring.telemetry import Histogram, Telemetry
 
@@ -20,9 +21,9 @@ Query = tuple[str, str]
 Steps = Sequence[tuple[float, str]]
 """Thresholds: from this value on the panel has this colour. Below the first value it is green."""
 
-RUN = '{run="$run"}'
+RUN = '{run="$run",id="$id"}'
 """PromQL selector of the run that the Run dashboard shows. A run's name is not a pattern there."""
-CURRENT = "and on (instance, job, run, objective) detour_train_phase == 1"
+CURRENT = "and on (instance, job, run, id, objective) detour_train_phase == 1"
 """PromQL that keeps the current objective, because the series of an earlier objective stands still."""
 WARN, BAD = "orange", "red"
 
@@ -55,7 +56,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table. Every sample has the label `run` besides those of the row.
+    """A row of the table. Every sample has the labels `run` and `id` besides those of the row.
 
     Args:
         name: Name on the endpoint; a counter's ends in `_total`.
@@ -64,7 +65,7 @@ class Metric:
         unit: Unit of the value, in words; empty for a bare number.
         value: Computes the value from the telemetry. The metric is absent before the first telemetry.
         run_value: Takes the place of `value` in a metric that exists before the first telemetry.
-        labels: Labels besides `run`. With labels, the value is a mapping from their values to numbers.
+        labels: Labels besides `run` and `id`. With labels, the value is a mapping from their values to numbers.
         free_labels: The value is a mapping from labels to their values, and the metric is always 1.
         panel: Graph on the Run dashboard; None: no graph.
     """
@@ -74,7 +75,7 @@ class Metric:
     help: str
     unit: str = ""
     value: Callable[[Telemetry], Value] | None = None
-    run_value: Callable[[RunState], Mapping[str, float]] | None = None
+    run_value: Callable[[RunState], ByLabel | float] | None = None
     labels: tuple[str, ...] = ()
     free_labels: Callable[[Telemetry], Mapping[str, object]] | None = None
     panel: Panel | None = None
@@ -85,10 +86,11 @@ class Metric:
             labels = self.free_labels(run.telemetry) if run.telemetry else {}
             return [({key: str(value) for key, value in labels.items()}, 1.0)]
         if self.run_value:
-            return self._labelled(self.run_value(run))
-        if run.telemetry is None or self.value is None:
+            value: Value = self.run_value(run)
+        elif run.telemetry is None or self.value is None:
             return None
-        value = self.value(run.telemetry)
+        else:
+            value = self.value(run.telemetry)
         if value is None:
             return []
         return self._labelled(value) if isinstance(value, Mapping) else [({}, value)]
@@ -133,6 +135,20 @@ METRICS: tuple[Metric, ...] = (
             queries=[(f"increase(detour_events_total{RUN}[$__rate_interval]) > 0", "{{event}}")],
             width=8,
         ),
+    ),
+    Metric(
+        "detour_run_state",
+        "gauge",
+        "1 on the state of the run, 0 on the others",
+        labels=("state",),
+        run_value=lambda run: {state: float(state == run.state) for state in get_args(State)},
+    ),
+    Metric(
+        "detour_clock_seconds",
+        "gauge",
+        "Unix time of the endpoint's machine, to which every other time of the run refers",
+        "seconds",
+        run_value=lambda run: run.time,
     ),
     Metric(
         "detour_run_info",
@@ -423,24 +439,26 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "Time of each rank's own work in the latest logged step, until it first waits for another rank",
         "seconds",
-        lambda now: {worker.rank: worker.step_seconds for worker in now.workers},
-        labels=("rank",),
+        run_value=lambda run: {key: worker.step_seconds for key, worker in run.workers.items()},
+        labels=("rank", "node"),
     ),
     Metric(
         "detour_worker_memory_bytes",
         "gauge",
         "Memory of each rank: on a GPU the peak of its allocator, else the resident memory of the process",
         "bytes",
-        lambda now: {worker.rank: float(worker.memory_bytes) for worker in now.workers},
-        labels=("rank",),
+        run_value=lambda run: {key: float(worker.memory_bytes) for key, worker in run.workers.items()},
+        labels=("rank", "node"),
     ),
     Metric(
         "detour_worker_gpu_utilization_ratio",
         "gauge",
         "Share of the time in which the rank's GPU ran a kernel",
         "ratio",
-        lambda now: {w.rank: w.gpu_utilization for w in now.workers if w.gpu_utilization is not None},
-        labels=("rank",),
+        run_value=lambda run: {
+            key: worker.gpu_utilization for key, worker in run.workers.items() if worker.gpu_utilization is not None
+        },
+        labels=("rank", "node"),
     ),
 )
 
@@ -449,5 +467,5 @@ def collect(run: RunState, metrics: Sequence[Metric] = METRICS) -> Iterator[tupl
     """Yield the metrics that exist now, with their samples."""
     for metric in metrics:
         samples = metric.samples(run)
-        if samples is not None:
+        if samples or (samples is not None and run.telemetry):
             yield metric, samples

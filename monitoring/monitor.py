@@ -30,6 +30,8 @@ TIMEOUT_SECONDS = 3.0
 """Longest wait for one answer."""
 SILENCE_SECONDS = 30.0
 """Time without an answer after which the run counts as ended. A single late answer is no end."""
+TAIL_BYTES = 2**20
+"""End of metrics.jsonl that is read, some thousands of steps, because the curve has few characters."""
 PROMETHEUS = "http://127.0.0.1:9090"
 
 UNREADABLE = (OSError, HTTPException, ValueError)
@@ -48,7 +50,7 @@ class DirectorySource:
 
     def __init__(self, directory: Path) -> None:
         self._reader = RunReader(directory, directory.name)
-        self._lines = Follower(RunDirectory(directory).metrics)
+        self._lines = Follower(RunDirectory(directory).metrics, tail=TAIL_BYTES)
 
     def read(self) -> View:
         """Read the files now."""
@@ -161,7 +163,8 @@ def _alerts(prometheus: str, run: RunState) -> list[str] | None:
     """Names of the run's firing alerts; None if Prometheus does not answer."""
     if run.telemetry is None:
         return None
-    query = f'ALERTS{{alertstate="firing",run={json.dumps(run.telemetry.run)}}}'
+    identity = f"run={json.dumps(run.telemetry.run)}" + (f',id="{run.id}"' if run.id else "")
+    query = f'ALERTS{{alertstate="firing",{identity}}}'
     try:
         with urlopen(f"{prometheus}/api/v1/query?{urlencode({'query': query})}", timeout=TIMEOUT_SECONDS) as answer:
             result = json.load(answer)["data"]["result"]

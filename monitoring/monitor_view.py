@@ -40,6 +40,11 @@ class View:
         """Whether the run has ended."""
         return self.run.state in ("finished", "stopped", "failed")
 
+    @property
+    def time(self) -> float:
+        """Now, by the clock of the times of the run."""
+        return self.run.time if math.isfinite(self.run.time) else time.time()
+
 
 def draw(view: View, alerts: list[str] | None) -> RenderableType:
     """Draw the whole screen. `alerts` are the names of firing alerts; None: no Prometheus answers."""
@@ -62,9 +67,9 @@ def draw(view: View, alerts: list[str] | None) -> RenderableType:
             f"gradient norm {now.grad_norm:.3g}",
             f"packing {now.packing_ratio:.1%}",
         ),
-        "last step": _last_step(now, view.ended),
+        "last step": _last_step(now, view.time, view.ended),
         "ranks": Text(_ranks(now.workers)),
-        "checkpoint": Text(_checkpoint(now)),
+        "checkpoint": Text(_checkpoint(now, view.time)),
         "restarts": _restarts(view.run.restarts),
         "alerts": _alert_text(alerts),
     }
@@ -73,7 +78,7 @@ def draw(view: View, alerts: list[str] | None) -> RenderableType:
     table.add_column(ratio=1)
     for name, value in rows.items():
         table.add_row(name, value)
-    left = f"{format_seconds((now.total_steps - now.step) * now.step_seconds)} left"
+    left = f"{format_seconds(view.run.seconds_left)} left"
     ending = (view.run.state, "bold red" if view.run.state == "failed" else "bold") if view.ended else left
     head = Table.grid(expand=True)
     head.add_column()
@@ -110,16 +115,16 @@ def _restarts(reasons: dict[str, int]) -> Text:
     return Text(", ".join(happened), style="yellow") if happened else Text("none", style="green")
 
 
-def _last_step(now: Telemetry, ended: bool) -> Text:
+def _last_step(now: Telemetry, clock: float, ended: bool) -> Text:
     since = now.step_time or now.resume_time
-    ago = time.time() - since if since else math.nan
+    ago = clock - since if since else math.nan
     return Text(f"{format_seconds(ago)} ago", style="yellow" if ago > LONG_SECONDS and not ended else "")
 
 
-def _checkpoint(now: Telemetry) -> str:
+def _checkpoint(now: Telemetry, clock: float) -> str:
     if now.checkpoint_step is None:
         return "none yet"
-    age = f", {format_seconds(time.time() - now.checkpoint_time)} ago" if now.checkpoint_time else ""
+    age = f", {format_seconds(clock - now.checkpoint_time)} ago" if now.checkpoint_time else ""
     return f"step {now.checkpoint_step:,}{age}"
 
 

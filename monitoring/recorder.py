@@ -102,6 +102,7 @@ def _labels(config: RunConfig, directory: Path) -> dict[str, str | int | float]:
     started = [event["workers"] for event in read_events(directory) if event["event"] == WorkersStarted.KIND]
     nodes = config.cluster.nodes
     return {
+        "directory": str(directory),
         "model": config.model.size or config.model.init,
         "phases": "-".join(phase.objective_name for phase in config.phases),
         "nodes": len(set(started[-1])) if started else nodes if isinstance(nodes, int) else max(nodes),

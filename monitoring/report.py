@@ -24,6 +24,10 @@ from monitoring.run_directory import RunDirectory
 from monitoring.run_files import Row, RunFiles, curve, open_run
 
 FAULTS = kinds_where(lambda event: event.FAULT)
+MOST_EVENTS = 1000
+"""Most events listed."""
+MOST_MARKS = 200
+"""Most marks of each kind on a chart; more would cover each other."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def write_report(directory: Path) -> Path:
     run = open_run(directory)
     files = RunDirectory(directory)
     again = directory.with_name(f"{directory.name}-again")
+    events = _shown(run.events)
     command = shlex.join(["detour-train", str(files.config), "--output", str(again)])
     page = render(
         "report.html",
@@ -56,7 +61,8 @@ def write_report(directory: Path) -> Path:
         tiles=_tiles(run),
         figures=_figures(run),
         learned=[_learned(run, index) for index in range(len(run.config.phases))],
-        events=[_event(event) for event in run.events],
+        events=[_event(event) for event in events],
+        left_out=len(run.events) - len(events),
         command=f"cd {shlex.quote(str(Path.cwd()))} && {command}",  # relative paths of the configuration start here
         config_name=files.config.name,
         yaml=dump_config(run.config),
@@ -203,7 +209,7 @@ def _timeline(events: Sequence[Row]) -> Markup:
         number=lambda y: f"{y:,.0f}",
         x_name="minutes",
         x_number=plain,
-        marks=marks,
+        marks=_thinned(marks),
         from_zero=True,
     )
 
@@ -245,11 +251,33 @@ def _bands(run: RunFiles) -> list[Band]:
 
 def _marks(run: RunFiles) -> list[Mark]:
     kinds = {PhaseStarted.KIND: "switch", CheckpointSaved.KIND: "checkpoint"} | dict.fromkeys(FAULTS, "fault")
-    return [
-        Mark(event["step"], kinds[event["event"]], _name(event))
-        for event in run.events
-        if event["event"] in kinds and 0 < (event.get("step") or 0) <= run.step
-    ]
+    return _thinned(
+        [
+            Mark(event["step"], kinds[event["event"]], _name(event))
+            for event in run.events
+            if event["event"] in kinds and 0 < (event.get("step") or 0) <= run.step
+        ]
+    )
+
+
+def _thinned(marks: Sequence[Mark]) -> list[Mark]:
+    """Keep at most MOST_MARKS of each kind, evenly over the run."""
+    kept: list[Mark] = []
+    for kind in {mark.kind: None for mark in marks}:
+        one_kind = [mark for mark in marks if mark.kind == kind]
+        kept += one_kind[:: math.ceil(len(one_kind) / MOST_MARKS)]
+    return kept
+
+
+def _shown(events: Sequence[Row]) -> list[Row]:
+    """Return the events to list: all of a usual run; of a long one the faults and the latest of the others."""
+    if len(events) <= MOST_EVENTS:
+        return list(events)
+    half = MOST_EVENTS // 2
+    faults = [index for index, event in enumerate(events) if event["event"] in FAULTS][-half:]
+    others = [index for index, event in enumerate(events) if event["event"] not in FAULTS]
+    ends = {*others[: half // 5], *others[-(half - half // 5) :]}
+    return [events[index] for index in sorted({*faults, *ends})]
 
 
 def _name(event: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,19 @@ class RunDirectory:
     path: Path
 
     @property
+    def id(self) -> str:
+        """Short id of the path, which tells two runs of one name apart."""
+        return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:6]
+
+    @property
     def config(self) -> Path:
         """The resolved configuration, as YAML."""
         return self.path / "config.yaml"
+
+    @property
+    def software(self) -> Path:
+        """Versions of Detour and its packages at the latest start, as JSON."""
+        return self.path / "software.json"
 
     @property
     def metrics(self) -> Path:
@@ -58,6 +69,11 @@ class RunDirectory:
     def logs(self) -> Path:
         """Folder of the workers' outputs."""
         return self.path / "logs"
+
+    @property
+    def stacks(self) -> Path:
+        """Folder of the ranks' stacks at the latest hang."""
+        return self.path / "stacks"
 
     @property
     def lock(self) -> Path:

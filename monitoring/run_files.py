@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -17,13 +18,15 @@ from configs.load import load_config
 from configs.schema import RunConfig
 from monitoring.charts import Point
 from monitoring.events import State
-from monitoring.log import read_events, read_metrics
+from monitoring.log import count_metrics, iterate_metrics, read_events
 from monitoring.run_directory import RunDirectory
 from monitoring.run_state import INTERRUPTIONS, state_of
 from monitoring.telemetry import Telemetry
 
 Row = dict[str, Any]
 """A line of metrics.jsonl or events.jsonl."""
+MOST_ROWS = 20_000
+"""Most logged steps held in memory; a longer run is thinned."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class RunFiles:
     directory: Path
     config: RunConfig
     rows: list[Row]
-    """Lines of metrics.jsonl."""
+    """Lines of metrics.jsonl; of a long run a part (`read_steps`)."""
     events: list[Row]
     """Lines of events.jsonl."""
     now: Telemetry | None
@@ -102,8 +105,35 @@ def open_run(directory: Path) -> RunFiles:
     """
     config = require_run(directory).config
     return RunFiles(
-        directory, load_config(str(config)), read_metrics(directory), read_events(directory), Telemetry.read(directory)
+        directory, load_config(str(config)), read_steps(directory), read_events(directory), Telemetry.read(directory)
     )
+
+
+def read_steps(directory: Path, most: int = MOST_ROWS) -> list[Row]:
+    """Read the logged steps of a run, in order; of a run with more than `most` lines a part that shows the same curves.
+
+    Of each stretch of lines it keeps both ends, the lowest and the highest loss and the largest gradient norm; and it
+    keeps every evaluation and both ends of each phase. So no peak and no held-out value is lost.
+    """
+    total = count_metrics(directory)
+    if total <= most:
+        return list(iterate_metrics(directory))
+    stretch = math.ceil(5 * total / most)
+    rows: list[Row] = []
+    lines, phase = iterate_metrics(directory), None
+    while part := list(itertools.islice(lines, stretch)):
+        low = [math.inf if row["loss"] is None else row["loss"] for row in part]
+        high = [-math.inf if row["loss"] is None else row["loss"] for row in part]
+        norms = [-math.inf if row["grad_norm"] is None else row["grad_norm"] for row in part]
+        kept = {0, len(part) - 1, low.index(min(low)), high.index(max(high)), norms.index(max(norms))}
+        for index, row in enumerate(part):
+            if row["phase"] != phase:
+                kept |= {index, max(0, index - 1)}
+            elif row.get("eval_loss"):
+                kept.add(index)
+            phase = row["phase"]
+        rows += [part[index] for index in sorted(kept)]
+    return rows
 
 
 def require_run(directory: Path) -> RunDirectory:

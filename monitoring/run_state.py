@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel
 
-from monitoring.events import EVENT_TYPES, REASONS, State, kinds_where
-from monitoring.telemetry import Telemetry
+from monitoring.events import EVENT_TYPES, REASONS, EventLine, Resized, State, WorkersStarted, kinds_where
+from monitoring.telemetry import Number, Telemetry, WorkerRecord
 
-EventLine = dict[str, Any]
-"""A line of events.jsonl."""
 INTERRUPTIONS = kinds_where(lambda event: event.INTERRUPTS)
 ENDINGS = kinds_where(lambda event: event.ENDS_WORKERS)
 STATES: dict[str, State] = {event.KIND: event.STATE for event in EVENT_TYPES if event.STATE}
@@ -30,15 +30,60 @@ class RunState(BaseModel):
     """Lines of events.jsonl by kind. Every known kind is listed, so that its first event shows as a rise from 0."""
     restarts: dict[str, int]
     """Interruptions of the workers by reason. Every known reason is listed."""
+    id: str = ""
+    """`RunDirectory.id`."""
+    time: Number = math.nan
+    """Unix time at which the state was read. Every other time is given by the same clock."""
+    nodes: list[str] = []
+    """Address of the node of each rank, since the workers last started."""
+    seconds_left: Number = math.nan
+    """Estimated time to the last step."""
 
     @classmethod
-    def of(cls, run: str, telemetry: Telemetry | None, events: Sequence[EventLine]) -> Self:
-        """Sum up a run from what its files hold."""
+    def of(cls, run: str, telemetry: Telemetry | None, events: Sequence[EventLine], id: str = "") -> Self:
+        """Sum up a run from what its files hold. `id` is its `RunDirectory.id`."""
         kinds = Counter({event.KIND: 0 for event in EVENT_TYPES})
         kinds.update(event["event"] for event in events)
         kinds.update(telemetry.unwritten if telemetry else {})
         telemetry = idle_after_ending(telemetry, events)
-        return cls(run=run, state=state_of(events), telemetry=telemetry, events=kinds, restarts=count_restarts(events))
+        now = time.time()
+        started = [event["workers"] for event in events if event["event"] == WorkersStarted.KIND]
+        return cls(
+            run=run,
+            state=state_of(events),
+            telemetry=telemetry,
+            events=kinds,
+            restarts=count_restarts(events),
+            id=id,
+            time=now,
+            nodes=started[-1] if started else [],
+            seconds_left=seconds_left(telemetry, events, now) if telemetry else math.nan,
+        )
+
+    @property
+    def workers(self) -> dict[tuple[str, str], WorkerRecord]:
+        """The latest record of each rank, by rank and node."""
+        workers = self.telemetry.workers if self.telemetry else []
+        return {(str(one.rank), self.nodes[one.rank] if one.rank < len(self.nodes) else ""): one for one in workers}
+
+
+def seconds_left(telemetry: Telemetry, events: Sequence[EventLine], now: float) -> float:
+    """Estimate the time to the last step: a run that has stood still a tenth of its time will do so again."""
+    at_work = telemetry.counters.step_seconds.sum
+    lost = sum(event.get("steps_lost", 0) for event in events) * telemetry.step_seconds
+    share = 1 + (standstill_seconds(events, now) + (lost if lost else 0)) / at_work if at_work else 1
+    return (telemetry.total_steps - telemetry.step) * telemetry.step_seconds * share
+
+
+def standstill_seconds(events: Sequence[EventLine], now: float) -> float:
+    """Sum the times from an interruption until workers are ready again. One clock, the launcher's, has written both."""
+    total, since = 0.0, None
+    for event in events:
+        if since is None and event["event"] in (*INTERRUPTIONS, Resized.KIND):
+            since = datetime.fromisoformat(event["time"]).timestamp()
+        elif since is not None and event["event"] == WorkersStarted.KIND:
+            total, since = total + datetime.fromisoformat(event["time"]).timestamp() - since, None
+    return total + (max(0.0, now - since) if since is not None and state_of(events) == "running" else 0.0)
 
 
 def state_of(events: Sequence[EventLine]) -> State:
@@ -60,3 +105,16 @@ def count_restarts(events: Sequence[EventLine]) -> Counter[str]:
     counts = Counter({str(reason): 0 for reason in REASONS})
     counts.update(str(event.get("reason") or event["event"]) for event in events if event["event"] in INTERRUPTIONS)
     return counts
+
+
+def interruptions_in_words(events: Sequence[EventLine]) -> str:
+    """Say how often and why the workers were interrupted, and how many steps were done twice."""
+    reasons = {reason.replace("_", " "): count for reason, count in count_restarts(events).items() if count}
+    if resized := sum(event["event"] == Resized.KIND for event in events):
+        reasons["resized"] = resized
+    if not reasons:
+        return "never interrupted"
+    lost = sum(event.get("steps_lost", 0) for event in events)
+    times = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    total = sum(reasons.values())
+    return f"interrupted {total} time{'s' * (total != 1)} ({times}); {lost:,} step{'s' * (lost != 1)} trained again"

@@ -169,6 +169,12 @@ class Telemetry(StepValues, Rates):
         idle = Rates().rates() | {"tokens_per_second_per_device": 0.0, "workers": []}
         return self.model_copy(update=idle)
 
+    def shifted(self, seconds: float) -> Self:
+        """Return a copy whose times are given by a clock that is `seconds` ahead of the writer's."""
+        times = {name: getattr(self, name) for name in ("time", "start_time", "resume_time")}
+        times |= {name: at for name in ("step_time", "checkpoint_time") if (at := getattr(self, name)) is not None}
+        return self.model_copy(update={name: at + seconds for name, at in times.items()})
+
     @classmethod
     def read(cls, directory: Path) -> Self | None:
         """Read the latest telemetry of a run; None if it is missing, damaged or unreadable."""

@@ -38,6 +38,7 @@ def check_command(command: str) -> None:
 
 def test_ray_cluster_starts_with_a_token_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private.authentication.authentication_token_setup import _get_default_token_path
+    from ray.autoscaler._private.docker import docker_start_cmds
     from ray.autoscaler._private.util import fillout_defaults, hash_runtime_conf, validate_config
 
     text = (DEPLOY / "ray-cluster.yaml").read_text()
@@ -50,6 +51,12 @@ def test_ray_cluster_starts_with_a_token_on_every_node(tmp_path: Path, monkeypat
     ((there, here),) = config["file_mounts"].items()
     assert Path(there).expanduser() == Path(here).expanduser() == _get_default_token_path()
     hash_runtime_conf(config["file_mounts"], [], [])  # reads what it mounts
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    (home,) = re.findall(r"^ENV HOME=(\S+)$", dockerfile, re.MULTILINE)
+    start = docker_start_cmds("ubuntu", "detour", config["file_mounts"], "detour", [], "detour", home, "docker")
+    assert f":{home}/.ray/auth_token " in start, "where the image's user looks"
+    assert f"USER 1001:1001\nWORKDIR {home}" in dockerfile and " rsync " in dockerfile
+    assert all("ImageId" in node["node_config"] for node in config["available_node_types"].values())
     for start in config["head_start_ray_commands"][1:] + config["worker_start_ray_commands"][1:]:
         assert start.startswith("RAY_AUTH_MODE=token ")
     head, gpu = (config["available_node_types"][name]["resources"] for name in (config["head_node_type"], "gpu"))
@@ -71,6 +78,7 @@ def test_rayjob_runs_a_recipe_on_the_nodes_it_asks_for() -> None:
     for spec in (job["spec"]["rayClusterSpec"]["headGroupSpec"], group):
         pod = spec["template"]["spec"]
         (container,) = pod["containers"]
+        assert f"--uid {pod['securityContext']['fsGroup']} " in (DEPLOY / "Dockerfile").read_text()
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     pod = group["template"]["spec"]
@@ -127,6 +135,28 @@ def test_slurm_script_trains_and_requeues_itself_when_stopped(undisturbed: Path,
     port = str(20000 + os.getpid() % 20000)
     left = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [words for words in left if any(f"port={port}" in word for word in words)], "Ray is left behind"
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 75])
+@pytest.mark.parametrize("ray", ["exit 0", "exec sleep 300"])
+def test_slurm_script_ends_with_the_code_of_the_run_though_ray_is_gone(tmp_path: Path, code: int, ray: str) -> None:
+    """Every command is replaced, because only the script's own logic is at stake."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    skip_options = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+    for name, body in {
+        "srun": skip_options,
+        "scontrol": f'if [[ $1 == show ]]; then echo localhost; else echo "$@" > {tmp_path}/requeued; fi',
+        "python": "echo 127.0.0.1",
+        "ray": f"if [[ $1 == start ]]; then {ray}; fi",
+        "detour-train": f"sleep 0.3; exit {code}",
+    }.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    slurm = {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
+    ended = subprocess.run(["bash", DEPLOY / "slurm.sh", "demo"], env=slurm, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code, ended.stderr
+    assert (tmp_path / "requeued").exists() == (code == 75)
 
 
 def test_workflow_runs_the_whole_check() -> None:

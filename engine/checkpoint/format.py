@@ -67,16 +67,23 @@ def describe(checkpoint: Path) -> CheckpointMeta:
     return CheckpointMeta.from_json(content, path)
 
 
-def verify(checkpoint: Path) -> CheckpointMeta:
+def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> CheckpointMeta:
     """Read detour.json and check every file's size and sha256.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        part: Part of the files to check, from 0; part 0 checks the index of the tensors as well.
+        parts: Number of parts of about equal size, because several processes share the work.
 
     Raises:
         InputError: A file is damaged or not trusted; the message names it.
     """
-    from engine.megatron.torch_index import verify_index
+    from engine.megatron.torch_index import INDEX_FILE, verify_index
 
     meta = describe(checkpoint)
-    for name, (size, sha256) in meta.files.items():
+    # The index comes first, so that part 0 reads it after its sha256; then by size, so that the parts are alike.
+    files = sorted(meta.files.items(), key=lambda item: (item[0] != INDEX_FILE, -item[1][0], item[0]))
+    for name, (size, sha256) in files[part::parts]:
         path = checkpoint / name
         try:
             actual_size = path.stat().st_size if path.is_file() else None
@@ -87,7 +94,8 @@ def verify(checkpoint: Path) -> CheckpointMeta:
                 raise _damaged(f"{path} is damaged: its sha256 is not the one written")
         except OSError as error:
             raise _damaged(f"{path} cannot be read ({error.strerror})") from None
-    verify_index(checkpoint)
+    if part == 0:
+        verify_index(checkpoint)
     return meta
 
 

@@ -13,16 +13,17 @@ from transformers import ModernBertConfig
 
 from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
+from configs.versions import software
 from engine.checkpoint.format import (
     clear_partial,
     describe,
-    latest_valid,
     list_checkpoints,
     load,
     prune,
     set_aside,
     step_directory,
     step_of,
+    verify,
 )
 from engine.checkpoint.mirror import Mirror
 from engine.checkpoint.writer import SaveFailedError, Writer
@@ -155,6 +156,7 @@ class CheckpointManager:
             guards=guards.state(),
             optimizer=True,
             files={},
+            software=software(),
         )
 
     def _finish(self, complete: Callable[[], tuple[Path, float]], last: bool = False) -> None:
@@ -175,11 +177,12 @@ class CheckpointManager:
             self._mirror.upload(path)
 
     def _newest(self) -> Path | None:
-        """Choose on rank 0 the checkpoint to resume from; damaged ones that are newer are set aside."""
+        """Choose the checkpoint to resume from; damaged ones that are newer are set aside."""
         choice: list[Any] = [None, []]
         if dist.get_rank() == 0:
             clear_partial(self.folder)
-            valid, complaints = latest_valid(self.folder)
+        valid, complaints = self._latest_valid()
+        if dist.get_rank() == 0:
             damaged = list_checkpoints(self.folder)[: len(complaints)]
             newest = (self._mirror.fetch(self.folder, newer_than=valid) if self._mirror else None) or valid
             for path, complaint in zip(damaged, complaints, strict=True):
@@ -196,6 +199,25 @@ class CheckpointManager:
                 "; ".join(complaints) + f"; remove {self.folder} to start over", code="no-valid-checkpoint"
             )
         return newest
+
+    def _latest_valid(self) -> tuple[Path | None, list[str]]:
+        """Do what `latest_valid` does, with every rank hashing a part of the files."""
+        listed = [list_checkpoints(self.folder)]
+        dist.broadcast_object_list(listed)
+        complaints: list[str] = []
+        for path in listed[0]:
+            try:
+                verify(path, dist.get_rank(), dist.get_world_size())
+                complaint = None
+            except InputError as error:
+                complaint = str(error)
+            gathered: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, complaint)
+            found = [one for one in gathered if one]
+            if not found:
+                return path, complaints
+            complaints.append(found[0])
+        return None, complaints
 
 
 def require_same_shape(checkpoint: Path, meta: CheckpointMeta, architecture: ModernBertConfig) -> None:

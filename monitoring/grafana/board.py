@@ -8,9 +8,9 @@ from monitoring.events import Layer, kinds_where
 from monitoring.grafana.panels import DATASOURCE, Json
 from monitoring.metrics import CURRENT
 
-RUNS = '{run=~"$run"}'
+RUNS = '{run=~"$run",id=~"$id"}'
 """Selector of the runs that a dashboard of several runs shows."""
-ME = "on (instance, job, run)"
+ME = "on (instance, job, run, id)"
 STEP_TIME = f"rate(detour_train_step_seconds_sum{RUNS}[5m]) / (rate(detour_train_step_seconds_count{RUNS}[5m]) > 0)"
 """Mean step time over minutes, because no step may end within Grafana's own interval."""
 LABELLED = f"{ME} group_left (model, nodes, precision, phases) detour_run_info{RUNS}"
@@ -36,7 +36,7 @@ def new_board(
         "refresh": "5s",
         "schemaVersion": 41,
         "links": [link | {"keepTime": True, "targetBlank": False, "icon": "", "tooltip": ""}],
-        "templating": {"list": [_datasource_variable(), _run_variable(several)]},
+        "templating": {"list": [_datasource_variable(), *_run_variables(several)]},
         "annotations": {"list": list(annotations)},
         "panels": _laid_out(panels),
     }
@@ -59,12 +59,18 @@ def _datasource_variable() -> Json:
     return {"type": "datasource", "name": "datasource", "label": "Datasource", "query": "prometheus"}
 
 
-def _run_variable(several: bool) -> Json:
+def _run_variables(several: bool) -> list[Json]:
+    """The name of the run and the id of its directory, because runs of one recipe share a name."""
+    chosen = f'detour_run_info{{run{"=~" if several else "="}"$run"}}'
+    return [_variable("run", "Run", "detour_run_info", several), _variable("id", "Id", chosen, several)]
+
+
+def _variable(label: str, title: str, series: str, several: bool) -> Json:
     variable: Json = {
         "type": "query",
-        "name": "run",
-        "label": "Run",
-        "query": "label_values(detour_run_info, run)",
+        "name": label,
+        "label": title,
+        "query": f"label_values({series}, {label})",
         "datasource": DATASOURCE,
         "refresh": 2,  # when the time range changes
         "sort": 1,  # by name
@@ -82,8 +88,8 @@ def last(selector: str) -> str:
 def current_loss(selector: str) -> str:
     """Loss of the current or last objective. A live run's series comes before those of its earlier addresses."""
     loss, phase = f"detour_train_loss{selector}", f"detour_train_phase{selector}"
-    ended = f"{last(loss)} and on (instance, job, run, objective) {last(phase)} == 1"
-    return f"max by (run) ({loss} {CURRENT}) or max by (run) ({ended})"
+    ended = f"{last(loss)} and on (instance, job, run, id, objective) {last(phase)} == 1"
+    return f"max by (run, id) ({loss} {CURRENT}) or max by (run, id) ({ended})"
 
 
 def event_annotations(selector: str) -> list[Json]:

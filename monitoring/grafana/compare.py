@@ -6,8 +6,8 @@ from monitoring.grafana.board import LABELLED, ME, RUNS, STEP_TIME, current_loss
 from monitoring.grafana.panels import Json, against, graph, ranking, row
 from monitoring.metrics import CURRENT
 
-HELD_OUT = 'detour_eval_loss{run=~"$run",objective="mlm"}'
-TOKENS = f"max by (run) (sum by (run, instance) (detour_train_tokens_total{RUNS}))"
+HELD_OUT = 'detour_eval_loss{run=~"$run",id=~"$id",objective="mlm"}'
+TOKENS = f"max by (run, id) (sum by (run, id, instance) (detour_train_tokens_total{RUNS}))"
 PER_DEVICE = f"detour_train_tokens_per_second_per_device{RUNS}"
 OBJECTIVE = f"{ME} group_left (objective) (detour_train_phase{RUNS} == 1)"
 SPEED = f"({PER_DEVICE} * {OBJECTIVE} * {LABELLED})"
@@ -29,55 +29,66 @@ def _panels() -> list[Json]:
         ranking(
             "Runs",
             "What each run is and where it stands or ended; speeds are the last ones of the time shown.",
-            {"run": "Run", "model": "Model", "phases": "Phases", "nodes": "Nodes", "precision": "Precision"},
+            {
+                "run": "Run",
+                "id": "Id",
+                "model": "Model",
+                "phases": "Phases",
+                "nodes": "Nodes",
+                "precision": "Precision",
+            },
             {
                 "Progress": (
-                    f"max by (run) ({last(f'detour_train_step{RUNS}')} / {last(f'detour_train_steps_planned{RUNS}')})",
+                    f"max by (run, id) ({last(f'detour_train_step{RUNS}')} "
+                    f"/ {last(f'detour_train_steps_planned{RUNS}')})",
                     "percentunit",
                 ),
                 "Training loss": (current_loss(RUNS), "none"),
-                "Held-out MLM loss": (f"max by (run) ({last(HELD_OUT)})", "none"),
+                "Held-out MLM loss": (f"max by (run, id) ({last(HELD_OUT)})", "none"),
                 "Tokens": (
-                    f"max by (run) (sum by (run, instance) ({last(f'detour_train_tokens_total{RUNS}')}))",
+                    f"max by (run, id) (sum by (run, id, instance) ({last(f'detour_train_tokens_total{RUNS}')}))",
                     "short",
                 ),
                 "Tokens per second": (_last_speed("detour_train_tokens_per_second"), "short"),
                 "Tokens per second per device": (_last_speed("detour_train_tokens_per_second_per_device"), "short"),
                 "MFU": (_last_speed("detour_train_mfu_ratio"), "percentunit"),
             },
-            describing="max by (run, model, nodes, precision, phases) "
-            '(last_over_time(detour_run_info{run=~"$run",model!=""}[$__range]))',
+            describing="max by (run, id, model, nodes, precision, phases) "
+            '(last_over_time(detour_run_info{run=~"$run",id=~"$id",model!=""}[$__range]))',
         ),
         against(
             "Held-out masked loss against tokens",
             "Compares a detour with its matched MLM baseline: the same objective on the same text.",
             "none",
-            y=f"max by (run) ({HELD_OUT})",
+            y=f"max by (run, id) ({HELD_OUT})",
             x=TOKENS,
             x_name="tokens",
-            by="run",
+            by=("run", "id"),
         ),
         against(
             "Training loss against tokens",
             "Loss of each run's current objective over its real tokens; a jump is the switch.",
             "none",
-            y=f"max by (run) (detour_train_loss{RUNS} {CURRENT})",
+            y=f"max by (run, id) (detour_train_loss{RUNS} {CURRENT})",
             x=TOKENS,
             x_name="tokens",
-            by="run",
+            by=("run", "id"),
         ),
         graph(
             "Masked training loss",
             "MLM loss by run; the legend gives each run's phases.",
             "none",
-            (f'(detour_train_loss{{run=~"$run",objective="mlm"}} {CURRENT}) * {LABELLED}', "{{run}} ({{phases}})"),
+            (
+                f'(detour_train_loss{{run=~"$run",id=~"$id",objective="mlm"}} {CURRENT}) * {LABELLED}',
+                "{{run}} {{id}} ({{phases}})",
+            ),
             width=12,
         ),
         graph(
             "Training loss",
             "Loss of each run's current objective.",
             "none",
-            (f"detour_train_loss{RUNS} {CURRENT}", "{{run}} {{objective}}"),
+            (f"detour_train_loss{RUNS} {CURRENT}", "{{run}} {{id}} {{objective}}"),
             width=12,
         ),
         row("Speed and scaling"),
@@ -85,14 +96,14 @@ def _panels() -> list[Json]:
             "Tokens per second",
             "All devices of a run.",
             "short",
-            (f"detour_train_tokens_per_second{RUNS} * {LABELLED}", "{{run}} (nodes: {{nodes}})"),
+            (f"detour_train_tokens_per_second{RUNS} * {LABELLED}", "{{run}} {{id}} (nodes: {{nodes}})"),
             low=0,
         ),
         graph(
             "Tokens per second per device",
             "By model and precision.",
             "short",
-            (f"{PER_DEVICE} * {LABELLED}", "{{run}} ({{model}}, {{precision}})"),
+            (f"{PER_DEVICE} * {LABELLED}", "{{run}} {{id}} ({{model}}, {{precision}})"),
             low=0,
         ),
         graph(
@@ -102,7 +113,7 @@ def _panels() -> list[Json]:
             (
                 f"{SPEED} / on (model, precision, objective) group_left () "
                 f"max by (model, precision, objective) {SPEED}",
-                "{{run}} {{objective}} (nodes: {{nodes}})",
+                "{{run}} {{id}} {{objective}} (nodes: {{nodes}})",
             ),
             low=0,
             high=1.05,
@@ -111,14 +122,14 @@ def _panels() -> list[Json]:
             "Model FLOPs utilisation",
             "By model and precision.",
             "percentunit",
-            (f"detour_train_mfu_ratio{RUNS} * {LABELLED}", "{{run}} ({{model}}, {{precision}})"),
+            (f"detour_train_mfu_ratio{RUNS} * {LABELLED}", "{{run}} {{id}} ({{model}}, {{precision}})"),
             width=12,
             low=0,
         ),
-        graph("Step time", "Mean of five minutes.", "s", (STEP_TIME, "{{run}}"), width=12, low=0),
+        graph("Step time", "Mean of five minutes.", "s", (STEP_TIME, "{{run}} {{id}}"), width=12, low=0),
     ]
 
 
 def _last_speed(metric: str) -> str:
     """The latest speed while the run was at work, because a run without workers has a speed of 0."""
-    return f"max by (run) (last_over_time(({metric}{RUNS} > 0)[$__range:$__interval]))"
+    return f"max by (run, id) (last_over_time(({metric}{RUNS} > 0)[$__range:$__interval]))"

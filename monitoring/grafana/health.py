@@ -8,7 +8,7 @@ from monitoring.grafana.panels import Json, figure, graph, ranking
 from monitoring.metrics import BAD, WARN
 from monitoring.run_state import INTERRUPTIONS
 
-HEALTHY = f"0 * group by (run) (detour_run_info{RUNS})"
+HEALTHY = f"0 * group by (run, id) (detour_run_info{RUNS})"
 CHECKPOINT_AGE = f"run:detour_checkpoint_age_seconds{RUNS}"
 TYPICAL = f"{ME} group_left () run:detour_worker_step_seconds:typical{RUNS}"
 SLOWEST = f"topk(10, detour_worker_step_seconds{RUNS} / {TYPICAL})"
@@ -32,7 +32,7 @@ def _panels() -> list[Json]:
             "Alerts firing",
             "Sum over the chosen runs.",
             "none",
-            ('count(ALERTS{alertname=~"Detour.+",alertstate="firing",run=~"$run"}) or vector(0)', "alerts"),
+            ('count(ALERTS{alertname=~"Detour.+",alertstate="firing",run=~"$run",id=~"$id"}) or vector(0)', "alerts"),
             width=6,
             thresholds=[(1, BAD)],
             decimals=0,
@@ -41,7 +41,7 @@ def _panels() -> list[Json]:
             "Since the last step",
             "The longest time of the chosen runs.",
             "s",
-            (f"max(time() - detour_train_step_timestamp_seconds{RUNS})", "longest"),
+            (f"max(detour_clock_seconds{RUNS} - detour_train_step_timestamp_seconds{RUNS})", "longest"),
             width=6,
             thresholds=[(300, WARN), (900, BAD)],
             decimals=0,
@@ -72,9 +72,10 @@ def _panels() -> list[Json]:
             "Firing alerts by name; 0 without alerts.",
             "none",
             (
-                'count by (run, alertname) (ALERTS{alertname=~"Detour.+",alertstate="firing",run=~"$run"}) '
-                f"or on (run) {HEALTHY}",
-                "{{run}} {{alertname}}",
+                'count by (run, id, alertname) (ALERTS{alertname=~"Detour.+",alertstate="firing",'
+                'run=~"$run",id=~"$id"}) '
+                f"or on (run, id) {HEALTHY}",
+                "{{run}} {{id}} {{alertname}}",
             ),
             low=0,
             thresholds=[(1, BAD)],
@@ -83,7 +84,7 @@ def _panels() -> list[Json]:
             "Stragglers",
             "Slowest rank over the median rank; with two ranks, over the other rank.",
             "none",
-            (f"run:detour_worker_straggler:ratio{RUNS}", "{{run}}"),
+            (f"run:detour_worker_straggler:ratio{RUNS}", "{{run}} {{id}}"),
             thresholds=[(1.15, WARN), (1.3, BAD)],
             low=1,
         ),
@@ -91,18 +92,18 @@ def _panels() -> list[Json]:
             "Step time of the ranks",
             "Time of each rank's own work in the step.",
             "s",
-            (f"max by (run, instance) (detour_worker_step_seconds{RUNS})", "{{run}} slowest"),
-            (f"run:detour_worker_step_seconds:typical{RUNS}", "{{run}} median"),
+            (f"max by (run, id, instance) (detour_worker_step_seconds{RUNS})", "{{run}} {{id}} slowest"),
+            (f"run:detour_worker_step_seconds:typical{RUNS}", "{{run}} {{id}} median"),
             low=0,
         ),
         ranking(
             "Slowest ranks",
             "The ten slowest ranks, as a multiple of the median rank.",
-            {"run": "Run", "instance": "Endpoint", "rank": "Rank"},
+            {"run": "Run", "id": "Id", "rank": "Rank", "node": "Node"},
             {
-                "Times the median": (f"max by (run, instance, rank) ({SLOWEST})", "none"),
-                "Step time": (f"max by (run, instance, rank) (detour_worker_step_seconds{RUNS} and ({SLOWEST}))", "s"),
-                "Memory": (f"max by (run, instance, rank) (detour_worker_memory_bytes{RUNS} and ({SLOWEST}))", "bytes"),
+                "Times the median": (f"max by (run, id, rank, node) ({SLOWEST})", "none"),
+                "Step time": (f"max by (run, id, rank, node) (detour_worker_step_seconds{RUNS} and ({SLOWEST}))", "s"),
+                "Memory": (f"max by (run, id, rank, node) (detour_worker_memory_bytes{RUNS} and ({SLOWEST}))", "bytes"),
             },
             width=12,
         ),
@@ -110,8 +111,8 @@ def _panels() -> list[Json]:
             "Memory of the ranks",
             "On a GPU the peak of its allocator, else the resident memory of the process.",
             "bytes",
-            (f"max by (run, instance) (detour_worker_memory_bytes{RUNS})", "{{run}} most"),
-            (f"quantile by (run, instance) (0.5, detour_worker_memory_bytes{RUNS})", "{{run}} median"),
+            (f"max by (run, id, instance) (detour_worker_memory_bytes{RUNS})", "{{run}} {{id}} most"),
+            (f"quantile by (run, id, instance) (0.5, detour_worker_memory_bytes{RUNS})", "{{run}} {{id}} median"),
             width=6,
             low=0,
         ),
@@ -119,8 +120,11 @@ def _panels() -> list[Json]:
             "GPU utilisation of the ranks",
             "Share of the time in which a kernel ran; empty without GPUs.",
             "percentunit",
-            (f"min by (run, instance) (detour_worker_gpu_utilization_ratio{RUNS})", "{{run}} least"),
-            (f"quantile by (run, instance) (0.5, detour_worker_gpu_utilization_ratio{RUNS})", "{{run}} median"),
+            (f"min by (run, id, instance) (detour_worker_gpu_utilization_ratio{RUNS})", "{{run}} {{id}} least"),
+            (
+                f"quantile by (run, id, instance) (0.5, detour_worker_gpu_utilization_ratio{RUNS})",
+                "{{run}} {{id}} median",
+            ),
             width=6,
             low=0,
             high=1,
@@ -129,29 +133,29 @@ def _panels() -> list[Json]:
             "Checkpoint age",
             "Training time since the newest checkpoint, and the configured interval.",
             "s",
-            (CHECKPOINT_AGE, "{{run}}"),
-            (f"detour_checkpoint_interval_seconds{RUNS}", "{{run}} interval"),
+            (CHECKPOINT_AGE, "{{run}} {{id}}"),
+            (f"detour_checkpoint_interval_seconds{RUNS}", "{{run}} {{id}} interval"),
             low=0,
         ),
         graph(
             "Interruptions by reason",
             "Total by reason.",
             "none",
-            (f"detour_launcher_restarts_total{RUNS}", "{{run}} {{reason}}"),
+            (f"detour_launcher_restarts_total{RUNS}", "{{run}} {{id}} {{reason}}"),
             low=0,
         ),
         graph(
             "Failures among the events",
             "Total of the events that are faults or warnings, by kind.",
             "none",
-            (events(RUNS, kinds_where(lambda event: event.FAULT or event.WARNING)), "{{run}} {{event}}"),
+            (events(RUNS, kinds_where(lambda event: event.FAULT or event.WARNING)), "{{run}} {{id}} {{event}}"),
             low=0,
         ),
         graph(
             "Data wait",
             "Share of the step spent waiting for data.",
             "percentunit",
-            (f"run:detour_train_data_wait:ratio{RUNS}", "{{run}}"),
+            (f"run:detour_train_data_wait:ratio{RUNS}", "{{run}} {{id}}"),
             width=12,
             low=0,
             thresholds=[(0.05, WARN), (0.1, BAD)],
@@ -160,7 +164,7 @@ def _panels() -> list[Json]:
             "Documents left out",
             "Damaged documents, with data.on_error: skip.",
             "none",
-            (f"detour_data_skipped_documents_total{RUNS}", "{{run}} {{source}}"),
+            (f"detour_data_skipped_documents_total{RUNS}", "{{run}} {{id}} {{source}}"),
             width=12,
             low=0,
             thresholds=[(1, WARN)],

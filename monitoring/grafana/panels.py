@@ -104,7 +104,7 @@ def ranking(
     letters = dict(zip([*columns, *([""] if describing else [])], ascii_uppercase, strict=False))
     order = [*labels, *(f"Value #{letters[name]}" for name in columns)]
     targets = [
-        _target(expression, "{{run}}", letter) | {"instant": True, "range": False, "format": "table"}
+        _target(expression, "{{run}} {{id}}", letter) | {"instant": True, "range": False, "format": "table"}
         for expression, letter in zip(queries, letters.values(), strict=True)
     ]
     hidden = ["Time", *([f"Value #{letters['']}"] if describing else [])]
@@ -115,18 +115,21 @@ def ranking(
     }
     panel = _panel("table", title, description, "short", (width, 8), targets)
     panel["transformations"] = [MERGE, {"id": "organize", "options": organize}]
-    panel["fieldConfig"]["overrides"] = [_unit_of(name, unit) for name, (_, unit) in columns.items()]
+    units = [_unit_of(name, unit) for name, (_, unit) in columns.items()]
+    panel["fieldConfig"]["overrides"] = [*units, _link_of(labels["run"], labels["id"])]
     return panel
 
 
-def against(title: str, description: str, unit: str, y: str, x: str, x_name: str, by: str, width: int = 12) -> Json:
-    """One curve per value of the label `by`: PromQL `y` over PromQL `x`, both with that label alone."""
+def against(
+    title: str, description: str, unit: str, y: str, x: str, x_name: str, by: Sequence[str], width: int = 12
+) -> Json:
+    """One curve per value of the labels `by`: PromQL `y` over PromQL `x`, both with these labels alone."""
     targets = [
-        _target(expression, "{{" + by + "}}", letter) | {"format": "table"}
+        _target(expression, " ".join("{{" + label + "}}" for label in by), letter) | {"format": "table"}
         for letter, expression in (("X", x), ("Y", y))
     ]
     organize = {"excludeByName": {"Time": True}, "renameByName": {"Value #X": x_name, "Value #Y": title}}
-    partition = {"fields": [by], "naming": {"asLabels": True}, "keepFields": False}
+    partition = {"fields": list(by), "naming": {"asLabels": True}, "keepFields": False}
     options = {"mapping": "auto", "legend": LEGEND, "tooltip": {"mode": "single", "sort": "asc"}, "series": []}
     panel = _panel("xychart", title, description, unit, (width, 9), targets, options)
     panel["transformations"] = [
@@ -167,6 +170,13 @@ def _panel(
 
 def _target(expression: str, legend: str, letter: str) -> Json:
     return {"expr": expression, "legendFormat": legend, "refId": letter, "datasource": DATASOURCE}
+
+
+def _link_of(run: str, id: str) -> Json:
+    """A link from each cell of the column of names to the dashboard of that run."""
+    url = f"/d/detour-run?var-run=${{__data.fields.{run}}}&var-id=${{__data.fields.{id}}}&${{__url_time_range}}"
+    properties = [{"id": "links", "value": [{"title": "Dashboard of the run", "url": url}]}]
+    return {"matcher": {"id": "byName", "options": run}, "properties": properties}
 
 
 def _unit_of(column: str, unit: str) -> Json:

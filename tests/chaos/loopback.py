@@ -83,9 +83,8 @@ class LoopbackCluster:
         number = next(_numbers)
         address = f"127.0.0.{number}"
         for _ in range(5):
-            process = psutil.Popen(
-                self._start_command(address, number), env=self._environment, stdout=self._log, stderr=self._log
-            )
+            command = self._start_command(address, number)  # draws ports anew at each try
+            process = psutil.Popen(command, env=self._environment, stdout=self._log, stderr=self._log)
             while process.poll() is None:
                 ids = [entry["NodeID"] for entry in self._alive() if entry["NodeManagerAddress"] == address]
                 if ids:
@@ -98,17 +97,17 @@ class LoopbackCluster:
         if self.nodes:
             role = [f"--address={self._head}"]
         else:
-            port, self._dashboard = _free_port(), _free_port()
+            port, self._dashboard = _free_ports(2)
             self._head = f"{address}:{port}"
             role = ["--head", f"--port={port}", f"--dashboard-port={self._dashboard}", "--include-dashboard=true"]
-        first = 20000 + 500 * number
+        first = 20000 + 100 * (number % 120)  # below the ephemeral ports, which begin at 32768
         services: tuple[str, ...] = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent")
         services += ("dashboard-agent-listen", "dashboard-agent-grpc")
         return [
             *(*self._ray, "start", "--block", "--disable-usage-stats"),
             *(f"--node-ip-address={address}", f"--num-cpus={self._cpus}", f"--temp-dir={self._folder}"),
-            *(f"--{name}-port={_free_port()}" for name in services),
-            *(f"--min-worker-port={first}", f"--max-worker-port={first + 499}"),
+            *(f"--{name}-port={port}" for name, port in zip(services, _free_ports(len(services)), strict=True)),
+            *(f"--min-worker-port={first}", f"--max-worker-port={first + 99}"),
             f"--object-store-memory={80 * 2**20}",
             *role,
         ]
@@ -181,6 +180,8 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    """Draw ports that differ, because all sockets are open until the last is drawn."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(server.getsockname()[1]) for server in servers]

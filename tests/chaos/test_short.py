@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def test_submitted_job_loses_a_worker_and_then_a_node(toy_shards: Path, tmp_path
         reach(max(steps(disturbed)) + draw.randint(1, 20))
         cluster.kill_node(max(cluster.workers().values(), key=lambda node: node.address))  # never the head
         until(lambda: "finished" in events(disturbed))
+        until(lambda: "is complete" in cluster.job("logs", disturbed.name))
+        log = cluster.job("logs", disturbed.name)
+    told = re.findall(r"^\d\d:\d\d:\d\d (worker failed|2 workers started|resumed|checkpoint saved)", log, re.MULTILINE)
+    assert told.count("worker failed") == told.count("resumed") == 2, log
+    assert {"2 workers started", "checkpoint saved"} <= set(told) and "interrupted 2 times" in log
     reasons = [event["reason"] for event in lines(disturbed / "events.jsonl") if event["event"] == "worker_failed"]
     assert reasons[0] == "died" and len(reasons) == 2
     assert_same_run(disturbed, undisturbed)

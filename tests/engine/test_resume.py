@@ -106,6 +106,22 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(shards: Path, alone_
     assert victim.name in event["reason"]
 
 
+def test_every_file_is_checked_by_one_of_the_processes_that_share_the_check(alone_run: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000005"
+    shutil.copytree(step_directory(alone_run / "checkpoints", 5), checkpoint)
+    for name in describe(checkpoint).files:
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:-1])
+        refused = 0
+        for part in range(3):
+            try:
+                verify(checkpoint, part, parts=3)
+            except InputError as error:
+                refused += name in str(error)
+        assert refused == 1, name
+        (checkpoint / name).write_bytes(content)
+
+
 def test_a_checkpoint_of_another_model_size_is_refused(shards: Path, alone_run: Path) -> None:
     wider = toy_config(shards, model={"hidden_size": 64})
     with pytest.raises(AssertionError, match=r"holds a model of another size \(hidden_size 32 -> 64"):

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event as ThreadEvent
+from threading import Thread
 from typing import Any
 
 import pytest
 import ray
 
 from configs.errors import InputError, RunFailedError
-from launcher import cluster
+from launcher import cluster, growth
+from launcher.growth import GrowthWatch
+from launcher.head import HeadWatch
+from launcher.topology import Topology
+from monitoring.events import Resized, record
 
 
 class FakeRay:
@@ -52,13 +65,107 @@ def test_a_start_that_fails_twice_ends_the_run(monkeypatch: pytest.MonkeyPatch) 
     assert fake.calls == ["init", "shutdown"] * 2
 
 
-def test_a_cluster_that_is_not_there_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    fake = FakeRay(monkeypatch, ConnectionError("nobody answers"))
+@contextmanager
+def listening(answer: bytes) -> Iterator[str]:
+    """Yield the address of a server that sends `answer` to each client, and then nothing more."""
+    clients: list[socket.socket] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = server.accept()
+                client.sendall(answer)
+                clients.append(client)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        for client in clients:
+            client.close()
+
+
+def refusal_of(address: str, monkeypatch: pytest.MonkeyPatch) -> InputError:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    fake = FakeRay(monkeypatch)
     with pytest.raises(InputError) as refusal, cluster.connect(local_workers=2):
         pass
-    assert refusal.value.key == "RAY_ADDRESS" and "10.0.0.1:6379" in str(refusal.value)
-    assert fake.calls == ["init", "shutdown"]
+    assert not fake.calls, "Ray itself would try for minutes"
+    return refusal.value
+
+
+@pytest.mark.parametrize(
+    "address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265", "127.0.0.1", "127.0.0.1:70000", "no.such.host.:1"]
+)
+def test_an_address_that_is_no_head_is_refused_by_name(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = refusal_of(address, monkeypatch)
+    assert (refusal.key, refusal.code) == ("RAY_ADDRESS", "ray-unreachable") and address in str(refusal)
+
+
+def test_a_head_that_is_gone_and_another_program_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
+    with listening(b"SSH-2.0-OpenSSH") as other, listening(b"") as silent:
+        for address in (other, silent):
+            assert refusal_of(address, monkeypatch).code == "ray-unreachable"
+    assert refusal_of(other, monkeypatch).key == "RAY_ADDRESS", "nobody listens any more"
+
+
+@pytest.mark.parametrize(
+    ("says", "key"),
+    [
+        ("ray.exceptions.AuthenticationError: InvalidAuthToken: Authentication token is missing", "RAY_AUTH_TOKEN"),
+        ("Check failed: Ray couldn't find an authentication token. Create a token file", "RAY_AUTH_TOKEN"),
+        ("RuntimeError: Version mismatch: The cluster was started with Ray 2.40", "RAY_ADDRESS"),
+    ],
+)
+def test_the_head_refuses_and_the_message_names_the_variable(
+    says: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The health check is replaced, because a real head takes seconds to start; tests of clusters meet the real one."""
+    failed = subprocess.CompletedProcess([], 1, "", f"Traceback\n{says}\n")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
+    with listening(b"\0\0\x18\4\0\0\0\0\0") as head:
+        assert refusal_of(head, monkeypatch).key == key
+
+
+def test_a_head_that_stops_answering_is_told_once() -> None:
+    told: list[str] = []
+    lost = ThreadEvent()
+    with listening(b"") as address, HeadWatch(address, lambda message: (told.append(message), lost.set()), 0.2):
+        time.sleep(0.5)
+        assert not told
+    with HeadWatch(address, lambda message: (told.append(message), lost.set()), 0.2):
+        assert lost.wait(20)
+    assert len(told) == 1 and address in told[0]
+
+
+def node(number: int, port: int, cpus: int = 2) -> cluster.Node:
+    return cluster.Node(str(number), "127.0.0.1", port, cpus, 0)
+
+
+def test_a_run_grows_only_onto_nodes_that_are_free_and_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening(b"") as address:
+        port = int(address.rpartition(":")[2])
+        nodes = [node(0, port), node(1, port), node(2, port)]
+        free = {"1": {"CPU": 2.0}, "2": {"CPU": 1.0}}
+        monkeypatch.setattr(growth, "alive_nodes", lambda: nodes)
+        monkeypatch.setattr(cluster, "_ask_ray_for_free_resources", lambda: free)
+
+        def has_room(target: int, every: float = 0) -> bool:
+            return GrowthWatch(tmp_path, [Topology(target, 2, gpu=False)], {"0"}, every).has_room()
+
+        assert has_room(2) and not has_room(3), "node 2 is in use"
+        free["2"]["CPU"] = 2.0
+        assert has_room(3)
+        nodes[2] = node(2, port=1)
+        assert not has_room(3), "node 2 does not answer"
+        record(tmp_path, Resized(step=3))
+        assert has_room(2) and not has_room(2, every=300), "it has grown a moment ago"
+
+
+def test_ray_still_tells_what_is_free() -> None:
+    """The contract of `launcher.cluster.free_nodes`."""
+    assert not inspect.signature(ray._private.state.available_resources_per_node).parameters
 
 
 @pytest.mark.parametrize("error", [AttributeError, TypeError, ImportError, RuntimeError])

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import ray
 from rich.console import Console
 
 from configs.errors import InputError, RunFailedError
@@ -20,7 +21,7 @@ from launcher.stop import PREEMPTED, SIGNAL, StopRequest
 from launcher.supervisor import Run, run_job, supervise
 from launcher.topology import check_tensor_groups
 from launcher.worker import RankAssignment, RunResult, Worker, WorkerInfo
-from launcher.worker_group import wait_for_results
+from launcher.worker_group import address_in, import_error, rays_account, wait_for_results
 from monitoring.log import append_event, held_events, read_events
 from monitoring.progress import Progress
 from monitoring.telemetry import Telemetry
@@ -116,6 +117,37 @@ def test_preemptions_have_a_budget_of_their_own(tmp_path: Path) -> None:
 def test_a_run_that_ends_as_its_node_is_drained_has_finished(tmp_path: Path) -> None:
     assert result_of([RunResult(9, True, PREEMPTED)], tmp_path) == RunResult(9, True, PREEMPTED)
     assert not read_events(tmp_path)
+
+
+DEATH = """The actor died unexpectedly before finishing this task.
+\tclass_name: Worker
+\tactor_id: 02d1a5
+\tip: 127.0.0.21
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR."""
+
+
+class ActorDied(ray.exceptions.ActorDiedError):
+    """Ray's error with a text of ours, because Ray makes its text from a message of its own."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.error_msg = text
+
+
+def test_rays_account_of_a_death_is_kept_without_its_ids() -> None:
+    assert address_in(DEATH) == "127.0.0.21"
+    account = rays_account(DEATH)
+    assert "its worker process has died" in account and "02d1a5" not in account
+    failure = WorkerError("died", 3, "its process ended", "127.0.0.21", account)
+    assert all(part in str(failure) for part in ("rank 3 on 127.0.0.21", "its process ended", account))
+
+
+def test_a_package_that_a_node_lacks_is_a_verdict_at_once() -> None:
+    text = 'failed to import on the worker; ip=127.0.0.21\nModuleNotFoundError: No module named "launcher"\n'
+    verdict = import_error(ActorDied(text))
+    assert verdict and verdict.code == "import-failed"
+    assert "127.0.0.21" in str(verdict) and 'No module named "launcher"' in str(verdict)
+    assert import_error(ActorDied(DEATH)) is None
 
 
 def test_workers_that_do_not_start_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

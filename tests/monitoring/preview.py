@@ -133,7 +133,10 @@ def _table(server: Server, panel: dict[str, Any], run: str) -> Markup:
 
 def _against(server: Server, panel: dict[str, Any], run: str, seconds: float) -> Markup:
     x, y = (
-        {s["metric"]["run"]: dict(s["values"]) for s in server.query_range(fill_in(t["expr"], run, "15s"), seconds)}
+        {
+            f"{s['metric']['run']} {s['metric']['id']}": dict(s["values"])
+            for s in server.query_range(fill_in(t["expr"], run, "15s"), seconds)
+        }
         for t in panel["targets"]
     )
     lines = [

@@ -49,7 +49,7 @@ def test_every_panel_is_complete(name: str) -> None:
         if panel["type"] in ("timeseries", "xychart"):
             assert panel["options"]["legend"]["showLegend"], title
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
-    assert variables.keys() == {"datasource", "run"}
+    assert variables.keys() == {"datasource", "run", "id"}
     assert variables["run"]["datasource"] == VARIABLE
     assert all(annotation["datasource"] == VARIABLE for annotation in board["annotations"]["list"])
 
@@ -67,7 +67,7 @@ def test_panels_fill_the_grid_without_overlap(name: str) -> None:
 def test_every_query_follows_the_run_variable() -> None:
     for board, panel, expression in expressions():
         for selector in re.findall(r"\bdetour_[\w:]+(\{[^}]*\})?", expression.replace("detour_train_phase == 1", "")):
-            wanted = 'run="$run"' if board == "run" else 'run=~"$run"'
+            wanted = 'run="$run",id="$id"' if board == "run" else 'run=~"$run",id=~"$id"'
             assert wanted in selector, f"{board}: {panel}: {expression}"
 
 
@@ -75,7 +75,7 @@ def test_steps_are_not_looked_for_where_none_may_end_and_runs_of_one_name_are_no
     for board, panel, expression in expressions():
         if "rate(" in expression and "_step" in expression:
             assert "$__" not in expression, f"{board}: {panel}: a step may take longer than Grafana's interval"
-        assert not re.search(r"(sum|count) by \(run\) \((detour|last|rate)", expression), f"{board}: {panel}"
+        assert not re.search(r"(sum|count) by \(run, id\) \((detour|last|rate)", expression), f"{board}: {panel}"
 
 
 def test_provisioning_and_compose_fit_each_other() -> None:

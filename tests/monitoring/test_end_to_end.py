@@ -102,7 +102,7 @@ def test_a_real_run_is_watched_through_the_loss_of_a_worker(watched: Watched) ->
         extra = {"le"} if kind == "histogram" else set()
         for one in series:
             if name != "detour_run_info":
-                assert one["metric"].keys() == {"__name__", "job", "instance", "run"} | labels | extra, name
+                assert one["metric"].keys() == {"__name__", "job", "instance", "run", "id"} | labels | extra, name
             if kind != "gauge":
                 values = [float(value) for _, value in one["values"]]
                 assert values == sorted(values), one["metric"]

@@ -1,4 +1,5 @@
 import socket
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -9,12 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from configs.errors import InputError
-from monitoring.events import REASONS, record
+from monitoring.events import REASONS, WorkersStarted, record
 from monitoring.exporter import Exporter
 from monitoring.run_directory import RunDirectory
 from monitoring.run_state import RunState
 from monitoring.telemetry import Telemetry
-from tests.monitoring.synthetic import DIED, STARTED, drive, make_config, make_recorder
+from tests.monitoring.synthetic import DIED, FINISHED, STARTED, drive, make_config, make_recorder
 
 ENDPOINT = {
     "detour_train_loss": ("gauge", {"objective"}),
@@ -34,8 +35,8 @@ ENDPOINT = {
     "detour_checkpoint_seconds": ("histogram", set()),
     "detour_checkpoint_step": ("gauge", set()),
     "detour_launcher_restarts_total": ("counter", {"reason"}),
-    "detour_worker_step_seconds": ("gauge", {"rank"}),
-    "detour_worker_memory_bytes": ("gauge", {"rank"}),
+    "detour_worker_step_seconds": ("gauge", {"rank", "node"}),
+    "detour_worker_memory_bytes": ("gauge", {"rank", "node"}),
     "detour_train_bits_per_byte": ("gauge", {"objective"}),
     "detour_eval_loss": ("gauge", {"objective"}),
     "detour_eval_bits_per_byte": ("gauge", {"objective"}),
@@ -44,7 +45,9 @@ ENDPOINT = {
     "detour_data_documents_total": ("counter", {"source"}),
     "detour_data_skipped_documents_total": ("counter", {"source"}),
     "detour_run_resume_timestamp_seconds": ("gauge", set()),
-    "detour_run_info": ("gauge", {"model", "phases", "precision", "nodes", "workers"}),
+    "detour_run_state": ("gauge", {"state"}),
+    "detour_clock_seconds": ("gauge", set()),
+    "detour_run_info": ("gauge", {"directory", "model", "phases", "precision", "nodes", "workers"}),
 }
 
 
@@ -61,7 +64,9 @@ def scrape(exporter: Exporter) -> dict[str, tuple[str, list[Sample]]]:
 def values(exporter: Exporter, name: str) -> dict[str, float]:
     """Value by the label that is not `run`; the empty string where there is none."""
     _, samples = scrape(exporter)[name]
-    return {"".join(v for k, v in sample.labels.items() if k not in ("run", "le")): sample.value for sample in samples}
+    return {
+        "".join(v for k, v in sample.labels.items() if k not in ("run", "id", "le")): sample.value for sample in samples
+    }
 
 
 def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
@@ -79,7 +84,7 @@ def test_every_contract_metric_has_its_type_and_labels(tmp_path: Path) -> None:
             assert found[name][1], name
             for sample in found[name][1]:
                 assert sample.labels["run"] == "toy"
-                assert sample.labels.keys() - {"run", "le"} == labels, name
+                assert sample.labels.keys() - {"run", "id", "le"} == labels, name
         assert values(exporter, "detour_train_phase") == {"clm0": 0, "mlm1": 1}
         assert values(exporter, "detour_worker_memory_bytes") == {"0": 1e9, "1": 1e9 + 1}
         assert values(exporter, "detour_launcher_restarts_total") == dict.fromkeys(REASONS, 0) | {"died": 1}
@@ -99,6 +104,7 @@ def test_the_endpoint_answers_before_the_first_step_and_tells_when_nobody_works(
     config = make_config()
     with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
         early = {"detour_run_info", "detour_launcher_restarts_total", "detour_events_total"}
+        early |= {"detour_run_state", "detour_clock_seconds"}
         assert scrape(exporter).keys() == early
         recorder = make_recorder(tmp_path, config)
         drive(recorder, config, range(1, 9))
@@ -213,6 +219,50 @@ def test_the_state_is_served_beside_the_metrics(tmp_path: Path) -> None:
         assert (now.state, now.restarts["died"]) == ("running", 1)
         assert now.telemetry
         assert now.telemetry.workers == []
+
+
+@pytest.mark.parametrize("ahead", [0, 3600.0, -3600.0])
+def test_a_worker_whose_clock_differs_distorts_no_time(tmp_path: Path, ahead: float) -> None:
+    config = make_config()
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 3))
+    recorder.close()
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
+        first = Telemetry.read(tmp_path)
+        assert first
+        later = first.model_copy(update={"time": time.time() + ahead, "step_time": time.time() - 5 + ahead})
+        Telemetry.write(tmp_path, later.model_dump_json())
+        now = values(exporter, "detour_clock_seconds")[""]
+        age = now - values(exporter, "detour_train_step_timestamp_seconds")[""]
+    assert 3 <= age <= 12
+    assert abs(now - time.time()) < 60
+
+
+def test_ranks_are_labelled_with_their_nodes_and_namesakes_with_their_directories(tmp_path: Path) -> None:
+    config = make_config()
+    for name in ("a", "b"):
+        recorder = make_recorder(tmp_path / name, config)
+        record(tmp_path / name, WorkersStarted(workers=["10.0.0.1", "10.0.0.2"], seconds=1.0))
+        drive(recorder, config, range(1, 5))
+        recorder.close()
+    with Exporter(tmp_path / "a", "toy", "127.0.0.1", 0) as one, Exporter(tmp_path / "b", "toy", "127.0.0.1", 0) as two:
+        _, samples = scrape(one)["detour_worker_step_seconds"]
+        assert {(s.labels["rank"], s.labels["node"]) for s in samples} == {("0", "10.0.0.1"), ("1", "10.0.0.2")}
+        ids = {scrape(exporter)["detour_train_step"][1][0].labels["id"] for exporter in (one, two)}
+    assert ids == {RunDirectory(tmp_path / name).id for name in ("a", "b")} and len(ids) == 2
+
+
+def test_a_closing_exporter_waits_for_the_scrape_that_sees_the_end(tmp_path: Path) -> None:
+    with Exporter(tmp_path, "toy", "127.0.0.1", 0) as exporter:
+        for _ in range(2):
+            scrape(exporter)
+            time.sleep(0.5)
+        record(tmp_path, FINISHED)
+        seen: list[float] = []
+        late = threading.Timer(0.2, lambda: seen.append(values(exporter, "detour_run_state")["finished"]))
+        late.start()
+    late.join()
+    assert seen == [1.0]
 
 
 def test_a_scrape_of_512_ranks_is_quick_and_whole(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -15,7 +16,8 @@ from monitoring.exporter import Exporter
 from monitoring.grafana.board import LAYERS, layer_kinds
 from monitoring.grafana.run import run as run_dashboard
 from monitoring.metrics import METRICS, RUN, Metric, Panel, collect
-from monitoring.run_state import RunState, count_restarts, state_of
+from monitoring.run_directory import RunDirectory
+from monitoring.run_state import RunState, count_restarts, seconds_left, state_of
 from monitoring.telemetry import Telemetry, WorkerRecord
 from tests.monitoring.dashboards import boards
 from tests.monitoring.prometheus import SHIPPED
@@ -42,7 +44,8 @@ def test_a_new_metric_is_one_row(tmp_path: Path) -> None:
     with Exporter(tmp_path, "toy", "127.0.0.1", 0, table) as exporter, urlopen(exporter.url) as answer:
         lines = answer.read().decode().splitlines()
     assert "# TYPE detour_train_objectives gauge" in lines
-    assert 'detour_train_objectives{run="toy"} 2.0' in lines
+    identity = f'id="{RunDirectory(tmp_path).id}",run="toy"'
+    assert f"detour_train_objectives{{{identity}}} 2.0" in lines
     assert "| `detour_train_objectives` | gauge | objectives |  | Objectives met so far |" in metrics_table(table)
     titles = [panel["title"] for panel in run_dashboard(table)["panels"]]
     assert titles[titles.index("Learning") : titles.index("Speed")].count("Objectives") == 1
@@ -129,3 +132,21 @@ def test_the_runbook_speaks_of_every_fault() -> None:
     page = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
     for kind in kinds_where(lambda event: event.FAULT or event.WARNING):
         assert f"`{kind}`" in page, kind
+
+
+def test_time_left_counts_standstill() -> None:
+    now = Telemetry(run="r", info={}, objectives=["clm"], total_steps=200, step=100, step_seconds=1.0)
+    now.counters.step_seconds.observe(100.0)
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def event(kind: str, second: int, **fields: object) -> dict[str, object]:
+        return {"event": kind, "time": (start + timedelta(seconds=second)).isoformat(), **fields}
+
+    clock = start.timestamp() + 200
+    events = [event("workers_started", 0, workers=["a"]), event("started", 1)]
+    assert seconds_left(now, events, clock) == 100
+    events += [event("worker_failed", 50, reason="died"), event("workers_started", 80, workers=["a"])]
+    events += [event("resumed", 81, steps_lost=20)]
+    assert seconds_left(now, events, clock) == pytest.approx(150), "30 s of standstill and 20 steps of 1 s"
+    events += [event("preempted", 150, reason="preempted")]
+    assert seconds_left(now, events, clock) == pytest.approx(200), "and the workers are not back yet"

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from configs.schema import RunConfig
+from monitoring import kubernetes
 from monitoring.discovery import announced
-from monitoring.events import Resumed, Started, WorkerFailed, record
+from monitoring.events import Resumed, Started, WorkerFailed, WorkersStarted, record
 from monitoring.exporter import Exporter
 from monitoring.telemetry import WorkerRecord
 from tests.monitoring.browser import needs_chromium, photograph
@@ -53,6 +54,7 @@ class SteadyRun(threading.Thread):
 
     def run(self) -> None:
         recorder = make_recorder(self.directory, self.config)
+        record(self.directory, WorkersStarted(workers=["10.0.0.1", "10.0.0.2", "10.0.0.2"], seconds=1.0))
         record(self.directory, Started(step=0, precision="fp32"))
         recorder.phase_started(0, self.config.phases[0].objective, 0)
         step, state, failed = 0, None, not self.fails
@@ -124,7 +126,7 @@ def test_every_contract_metric_arrives_with_its_type_and_labels(scene: Scene) ->
         assert series, name
         extra = {"le"} if kind == "histogram" else set()
         for one in series:
-            assert one["metric"].keys() == {"__name__", "job", "instance", "run"} | labels | extra, name
+            assert one["metric"].keys() == {"__name__", "job", "instance", "run", "id"} | labels | extra, name
 
 
 @needs_prometheus
@@ -185,6 +187,23 @@ def test_alerts_fire_and_stay_silent_as_they_should() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def test_the_operators_file_holds_the_shipped_rules() -> None:
+    assert kubernetes.PAGE.read_text() == kubernetes.page(), "run python -m monitoring.kubernetes"
+    monitor, rules = kubernetes.documents()
+    job = yaml.safe_load((kubernetes.PAGE.parent / "rayjob.yaml").read_text())
+    (head,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert monitor["spec"]["podMetricsEndpoints"][0]["port"] in [port["name"] for port in head["ports"]]
+    assert "monitoring.address=0.0.0.0" in job["spec"]["entrypoint"]
+    assert [group["name"] for group in rules["spec"]["groups"]] == ["detour-alerts", "detour-recording"]
+
+
+def test_alertmanager_routes_to_receivers_that_exist() -> None:
+    config = yaml.safe_load((SHIPPED / "alertmanager.yml").read_text())
+    routes = [config["route"], *config["route"]["routes"]]
+    assert {route["receiver"] for route in routes} <= {receiver["name"] for receiver in config["receivers"]}
+    assert {"run", "id"} <= set(config["route"]["group_by"])
+
+
 def test_every_alert_has_its_tests_and_its_place_in_the_runbook() -> None:
     groups = yaml.safe_load((SHIPPED / "rules" / "alerts.yml").read_text())["groups"]
     cases = yaml.safe_load((HERE / "alerts_test.yml").read_text())["tests"]
@@ -194,5 +213,6 @@ def test_every_alert_has_its_tests_and_its_place_in_the_runbook() -> None:
         mine = [bool(test.get("exp_alerts")) for test in tested if test["alertname"] == rule["alert"]]
         assert {True, False} <= set(mine), rule["alert"]
         assert f"## {rule['alert']}\n" in runbook
-        assert rule["annotations"]["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
+        assert rule["annotations"]["runbook_url"].endswith(f"docs/runbook.md#{rule['alert'].lower()}")
+        assert "/d/detour-run?var-run={{ $labels.run }}&var-id={{ $labels.id }}" in rule["annotations"]["dashboard_url"]
         assert rule["labels"]["severity"] in ("critical", "warning")

@@ -1,19 +1,22 @@
+import json
 import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import InputError
+from configs.load import dump_config
 from monitoring.charts import Line, line_chart, smoothed, ticks
-from monitoring.events import record
+from monitoring.events import CheckpointSaved, StepSkipped, record
 from monitoring.log import append_event
 from monitoring.report import write_report
 from monitoring.run_directory import RunDirectory
-from monitoring.run_files import open_run
+from monitoring.run_files import open_run, read_steps
 from tests.monitoring.synthetic import FINISHED, STARTED, drive, make_config, make_record, make_recorder
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -168,3 +171,30 @@ def test_a_mixture_of_objectives(tmp_path: Path) -> None:
     assert [len(run.losses(name)) for name in ("clm", "mlm", "clm+mlm")] == [5, 8, 0]
     assert run.now is not None
     assert run.now.loss.keys() == {"clm", "mlm", "clm+mlm"} and run.now.counters.tokens["clm"] == 20 * 300
+
+
+def test_a_long_run_is_thinned_and_keeps_its_peaks_evaluations_and_faults(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.write_text(dump_config(make_config()))
+    with run.metrics.open("w") as file:
+        for step in range(1, 3001):
+            line: dict[str, Any] = {
+                "step": step,
+                "phase": int(step > 1500),
+                "objective": "clm" if step <= 1500 else "mlm",
+            }
+            line |= {"loss": 99.0 if step == 1234 else 3.0, "grad_norm": 1.0 if step != 777 else 55.0}
+            line |= {"eval_loss": {"mlm": 2.0}} if step == 2345 else {}
+            file.write(json.dumps(line) + "\n")
+    rows = read_steps(tmp_path, most=200)
+    steps = [row["step"] for row in rows]
+    assert len(rows) <= 210 and steps == sorted(set(steps))
+    assert {1, 777, 1234, 1500, 1501, 2345, 3000} <= set(steps)
+    assert len(read_steps(tmp_path, most=3000)) == 3000
+    run.metrics.unlink()
+    for number in range(3000):
+        fault = StepSkipped(step=7, loss=1.0, grad_norm=1.0, where=f"sequence {number}")
+        saved = CheckpointSaved(step=number, seconds=1, stall_seconds=0, path="p")
+        record(tmp_path, fault if number == 1000 else saved)
+    page = write_report(tmp_path).read_text()
+    assert len(page) < 500_000 and "sequence 1000" in page and "2499 more are in events.jsonl" in page
