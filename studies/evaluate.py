@@ -20,9 +20,10 @@ from configs.files import file_sha256, write_json
 from monitoring.run_directory import RunDirectory
 from studies.examples import Splits, load_examples
 from studies.finetune import PREDICTIONS, Job, finetune, read_result
+from studies.intervals import FEWEST_SEEDS, holm, paired_bootstrap, score_interval
 from studies.leakage import leakage
 from studies.models import config_of_run, huggingface_directory
-from studies.scores import counts, mean_interval, paired_bootstrap
+from studies.scores import baselines, counts
 from studies.tables import write_csv
 from studies.tasks import EvaluatedTask, Protocol, Task
 
@@ -89,41 +90,80 @@ def evaluate(
         "task": task.name,
         "metric": task.score,
         "scored_on": _scored_on(task),
-        "models": [_summary(model, results) for model in models],
+        "examples": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
+        "notes": list(splits.notes),
+        "baselines": baselines(task, splits),
+        "models": [_summary(model, task, results) for model in models],
         "pairs": _pairs(opened, task, splits, evaluated.seeds, output),
         "leakage": _leakage(splits, models, training_text),
         "runs": results,
     }
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", summary)
-    rows = [{**{k: v for k, v in result.items() if k != "protocol"}, **result["protocol"]} for result in results]
-    write_csv(output / "results.csv", rows)
+    write_csv(output / "results.csv", [_row(result) for result in results])
     return summary
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print the mean and interval of each model, the differences, and the leakage."""
+    """Print the mean and interval of each model, what needs no text to reach, the differences, and the leakage."""
 
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.2f} %"
+    def said(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
 
-    table = Table("model", "seeds", f"{summary['metric']} on {summary['scored_on']}", "95 % interval")
+    lenient = any(entry["lenient"] is not None for entry in summary["models"])
+    metric = f"{summary['metric']}{' (strict IOB2)' if lenient else ''} on {summary['scored_on']}"
+    table = Table("model", "seeds", metric, "95 % interval", "precision", "recall", *(["lenient"] if lenient else []))
     for entry in summary["models"]:
-        interval = f"{percent(entry['low'])} to {percent(entry['high'])}"
-        table.add_row(entry["model"], str(entry["seeds"]), percent(entry["mean"]), interval)
+        interval = f"{_percent(entry['low'])} to {_percent(entry['high'])}" if entry["low"] is not None else "-"
+        cells = [_percent(entry[key]) for key in ("precision", "recall", *(["lenient"] if lenient else []))]
+        table.add_row(entry["model"], str(entry["seeds"]), _percent(entry["mean"]), interval, *cells)
     console.print(table)
+    known = summary["baselines"]
+    best = f", always {known['best_answer']!r} {_percent(known['best_answer_score'])}" if "best_answer" in known else ""
+    said(
+        f"without reading: the majority ({known['majority_answer']!r}) {_percent(known['majority'])}{best}, "
+        f"chance {_percent(known['chance'])}"
+    )
+    for entry in summary["models"]:
+        for answer, seeds in entry["one_answer"].items():
+            said(
+                f"{entry['model']}: predicts only {answer!r} with seed {', '.join(map(str, seeds))}; it has not learned"
+            )
+        if entry["cut"]:
+            said(f"{entry['model']}: `length` cuts {entry['cut']:,} texts or words of {summary['scored_on']}")
     for pair in summary["pairs"]:
-        console.print(
-            f"{pair['model']} - {pair['against']}: {100 * pair['difference']:+.2f} points, 95 % interval "
-            f"{100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}, p = {pair['p']:.3g} (paired bootstrap)"
-        )
+        said(_said_of(pair, len(summary["pairs"])))
+    for note in summary["notes"]:
+        said(note)
     leaked = summary["leakage"]
-    console.print(
-        f"leakage: {leaked['found']:,} of {leaked['examples']:,} examples ({percent(leaked['share'])}) share 13 "
+    said(
+        f"leakage: {leaked['found']:,} of {leaked['examples']:,} examples ({_percent(leaked['share'])}) share 13 "
         f"consecutive words with the training text ({leaked['training_documents']:,} documents)"
         if leaked
         else "leakage: not checked, because the training text is not known; name it with --training-text"
     )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _said_of(pair: dict[str, Any], comparisons: int) -> str:
+    difference = f"{pair['model']} - {pair['against']}: {100 * pair['difference']:+.2f} points"
+    if pair["p"] is None:
+        return f"{difference} between these weights; {FEWEST_SEEDS} seeds or more give an interval and a p-value"
+    corrected = f", {pair['p_holm']:.2g} by Holm's correction of {comparisons} comparisons" if comparisons > 1 else ""
+    return (
+        f"{difference}, 95 % interval {100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}, "
+        f"p = {pair['p']:.2g}{corrected} (paired bootstrap over examples and seeds)"
+    )
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    """Flatten a result for a table, without its classes."""
+    nested = ("protocol", "cut", "versions")
+    plain = {key: value for key, value in result.items() if key not in (*nested, "classes")}
+    return plain | {f"{key}.{name}": value for key in nested for name, value in result[key].items()}
 
 
 def _require_libraries() -> None:
@@ -188,9 +228,25 @@ def _scored_on(task: Task) -> str:
     return "test" if task.files.test else "validation"
 
 
-def _summary(model: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    scores = [result["score"] for result in results if result["model"] == model]
-    return {"model": model, "seeds": len(scores), **mean_interval(scores).as_row()}
+def _summary(model: str, task: Task, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    own = [result for result in results if result["model"] == model]
+    scores = [result["score"] for result in own]
+    one_answer: dict[str, list[int]] = {}
+    for result in own:
+        if result["one_answer"] is not None:
+            one_answer.setdefault(result["one_answer"], []).append(result["seed"])
+    means = {
+        key: float(np.mean([result[key] for result in own])) if key in own[0] else None
+        for key in ("precision", "recall", "lenient")
+    }
+    return {
+        "model": model,
+        "seeds": len(scores),
+        **score_interval(task.score, scores).as_row(),
+        **means,
+        "one_answer": one_answer,
+        "cut": own[0]["cut"]["test"],
+    }
 
 
 def _pairs(
@@ -204,20 +260,18 @@ def _pairs(
             lines = (_results_of(output, model, seed) / PREDICTIONS).read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
             gold, predicted = ([row[key] for row in rows] for key in ("gold", "predicted"))
-            tables.append(counts(task.score, gold, predicted, splits.labels, task.positive))
+            tables.append(counts(task.score, gold, predicted, splits.scored, task.positive))
         return np.stack(tables)
 
     first, *others = models
     if not others:
         return []
     baseline = table(first)
+    pairs = [paired_bootstrap(task.score, baseline, table(model)) for model in others]
+    corrected = holm([pair["p"] for pair in pairs])
     return [
-        {
-            "model": model.reference,
-            "against": first.reference,
-            **paired_bootstrap(task.score, baseline, table(model)),
-        }
-        for model in others
+        {"model": model.reference, "against": first.reference, **pair, "p_holm": p}
+        for model, pair, p in zip(others, pairs, corrected, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -244,12 +245,16 @@ def _difference_cells(difference: Difference) -> dict[str, Any]:
     def interval(low: float, high: float) -> str:
         return f"{scale * low:+.3f} to {scale * high:+.3f}" if math.isfinite(low) else "-"
 
+    at = ", ".join(f"{key} {chosen}" for key, chosen in difference.at.items())
     return {
         "arms": f"{difference.arm} - {difference.baseline}",
+        "at": at or "all",
         "measure": difference.measure,
-        "mean": f"{scale * difference.bootstrap.mean:+.3f} {unit}",
-        "bootstrap": interval(difference.bootstrap.low, difference.bootstrap.high),
+        "n": len(difference.pairs),
+        "mean": f"{scale * fmean(difference.pairs):+.3f} {unit}",
         "students": interval(difference.students.low, difference.students.high),
+        "p": "-" if difference.p is None else f"{difference.p:.2g}",
+        "p_holm": "-" if difference.p_holm is None else f"{difference.p_holm:.2g}",
         "pairs": ", ".join(f"{scale * pair:+.3f}" for pair in difference.pairs),
         "verdict": difference.verdict,
     }

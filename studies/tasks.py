@@ -32,7 +32,11 @@ class Protocol(Section):
     batch: PositiveInt
     """Examples per step."""
     length: PositiveInt = 512
-    """Longest example in tokens. Words beyond it count as predicted O."""
+    """Longest example in tokens. A longer text is cut, and the result counts it. Words are read in windows."""
+    stride: int = Field(default=128, ge=0)
+    """Tokens that two windows of a long `tokens` example share, at most a quarter of `length`."""
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    """Probability from which a label of a `multi` example is predicted; default: the best on validation."""
     examples: PositiveInt | None = None
     """Number of training examples, and of validation examples, that are used; default: all."""
 
@@ -56,13 +60,13 @@ The paper does not state the weight decay of the French presets; they take the E
 
 
 class Files(Section):
-    """File names of a task, relative to its folder."""
+    """Files of a task, relative to its folder. Patterns such as `data/train-*.parquet` name several."""
 
     train: str
     validation: str | None = None
     """Default: every tenth training example, chosen by a hash of its content."""
     test: str | None = None
-    """Default: the validation examples, and the report says so."""
+    """Default: the validation examples, and the result says so."""
 
 
 class Columns(Section):
@@ -83,14 +87,22 @@ class Task(Section):
     source: str = ""
     """How the data is obtained."""
     licence: str = ""
-    kind: Literal["tokens", "single", "multi"]
-    """Token classification (CoNLL columns: token first, BIO tag last), one label per example, or several."""
-    score: Literal["entity_f1", "micro_f1", "macro_f1", "weighted_f1", "binary_f1", "accuracy"]
+    kind: Literal["tokens", "single", "multi", "regression"]
+    """Entities in words, one label per text, several labels per text, or a number per text. `columns.pair` adds a
+    second text."""
+    score: Literal["entity_f1", "micro_f1", "macro_f1", "weighted_f1", "binary_f1", "accuracy", "spearman", "pearson"]
+    """Entity F1 is micro-averaged over exact matches, strict IOB2: an I- without its beginning is no entity."""
     positive: str | None = None
     """Label that binary_f1 scores."""
+    scored: tuple[str, ...] = ()
+    """Labels that micro, macro and weighted F1 are taken over; default: all."""
     files: Files
     columns: Columns | None = None
-    """Columns of the files; not for `tokens`."""
+    """Columns of the files. For `tokens` only in files of records, where the usual names need not be given."""
+    types: tuple[str, ...] = ()
+    """Entity types that are kept, the others become O; default: all. Tags without a prefix need it."""
+    names: tuple[str, ...] = ()
+    """Names of the labels or tags that a file gives as ids, in the order of ids."""
     separator: str = "|"
     """Separator between the labels of a `multi` example that holds them in one string."""
     protocol: dict[str, Any] = Field(default_factory=dict)
@@ -98,14 +110,19 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        if (self.kind == "tokens") != (self.score == "entity_f1"):
-            raise ValueError("score entity_f1 belongs to kind tokens, the other scores to single and multi")
-        if (self.kind == "tokens") != (self.columns is None):
-            raise ValueError("columns are given for single and multi; token files need no columns")
+        suited = {"tokens": ("entity_f1",), "regression": ("spearman", "pearson")}
+        suited |= {"multi": ("micro_f1", "macro_f1", "weighted_f1")}
+        suited |= {"single": (*suited["multi"], "binary_f1", "accuracy")}
+        if self.score not in suited[self.kind]:
+            raise ValueError(f"{self.kind} is scored by {', '.join(suited[self.kind])}, not by {self.score}")
+        if self.kind != "tokens" and self.columns is None:
+            raise ValueError("columns are missing; single, multi and regression need them")
         if (self.score == "binary_f1") != (self.positive is not None):
             raise ValueError("binary_f1 needs positive, the label it scores; other scores do not take it")
-        if self.kind == "multi" and self.score in ("accuracy", "binary_f1"):
-            raise ValueError("multi is scored by micro_f1, macro_f1 or weighted_f1")
+        if self.scored and self.score not in suited["multi"]:
+            raise ValueError(f"scored belongs to {', '.join(suited['multi'])}")
+        if self.types and self.kind != "tokens":
+            raise ValueError("types belongs to tokens")
         return self
 
 
