@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import InputError
-from configs.files import file_sha256, write_json
+from configs.files import write_json
 from monitoring.run_directory import RunDirectory
 from studies.examples import Splits, load_examples
 from studies.finetune import PREDICTIONS, Job, finetune, read_result
 from studies.intervals import FEWEST_SEEDS, holm, paired_bootstrap, score_interval
-from studies.leakage import leakage
-from studies.models import config_of_run, huggingface_directory
+from studies.leakage import Corpora, leakage
+from studies.models import config_of_run, huggingface_directory, weights_digest
 from studies.scores import baselines, counts
 from studies.tables import write_csv
 from studies.tasks import EvaluatedTask, Protocol, Task
@@ -56,6 +56,7 @@ def evaluate(
     training_text: Sequence[str] = (),
     parallel: Parallel = map,
     say: Callable[[str], None] = print,
+    look_for_leakage: bool = True,
 ) -> dict[str, Any]:
     """Score each model with each seed, and write results.json and results.csv.
 
@@ -69,6 +70,7 @@ def evaluate(
             is known.
         parallel: Runs the fine-tunings.
         say: Receives a line of progress per fine-tuning.
+        look_for_leakage: Search the training text; a study does so once for all its models.
 
     Returns:
         The content of results.json.
@@ -76,10 +78,11 @@ def evaluate(
     Raises:
         InputError: A model, the task or one of its files is wrong. Nothing has been trained then.
     """
-    _require_libraries()
+    require_libraries()
     task, protocol, splits = load_examples(evaluated)
     if len(set(models)) < len(models):
         raise InputError(f"the same model is given twice among {', '.join(models)}", code="model-given-twice")
+    corpora = _corpora(models, training_text) if look_for_leakage else None
     with ExitStack() as stack:
         opened = [_open(stack, model) for model in models]
         jobs = [job for model in opened for job in _jobs(model, task, protocol, splits, evaluated.seeds, output)]
@@ -95,7 +98,7 @@ def evaluate(
         "baselines": baselines(task, splits),
         "models": [_summary(model, task, results) for model in models],
         "pairs": _pairs(opened, task, splits, evaluated.seeds, output),
-        "leakage": _leakage(splits, models, training_text),
+        "leakage": leakage(splits.test, corpora) if corpora else None,
         "runs": results,
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -135,13 +138,19 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         said(_said_of(pair, len(summary["pairs"])))
     for note in summary["notes"]:
         said(note)
-    leaked = summary["leakage"]
-    said(
-        f"leakage: {leaked['found']:,} of {leaked['examples']:,} examples ({_percent(leaked['share'])}) share 13 "
-        f"consecutive words with the training text ({leaked['training_documents']:,} documents)"
-        if leaked
-        else "leakage: not checked, because the training text is not known; name it with --training-text"
-    )
+    for line in said_of_leakage(summary["leakage"]):
+        said(line)
+
+
+def said_of_leakage(leaked: dict[str, Any]) -> list[str]:
+    """Describe the result of `leakage` in sentences."""
+    lines = ["leakage: not checked, because no training text is known; name it with --training-text"]
+    if leaked["found"] is not None:
+        lines = [
+            f"leakage: {leaked['found']:,} of {leaked['examples']:,} examples ({_percent(leaked['share'])}) share 13 "
+            f"consecutive words with the training text ({leaked['training_documents']:,} documents)"
+        ]
+    return lines + [f"leakage: not looked at: {source}" for source in leaked["not_looked_at"]]
 
 
 def _percent(value: float | None) -> str:
@@ -166,7 +175,12 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     return plain | {f"{key}.{name}": value for key in nested for name, value in result[key].items()}
 
 
-def _require_libraries() -> None:
+def require_libraries() -> None:
+    """Require the packages of the extra `studies`.
+
+    Raises:
+        InputError: One is not installed.
+    """
     missing = [name for name in ("accelerate", "scipy", "seqeval", "sklearn") if find_spec(name) is None]
     if missing:
         raise InputError(
@@ -176,10 +190,7 @@ def _require_libraries() -> None:
 
 def _open(stack: ExitStack, reference: str) -> _Model:
     folder = stack.enter_context(huggingface_directory(reference))
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(bytes.fromhex(file_sha256(path)))
-    return _Model(reference, folder.absolute(), digest.hexdigest())
+    return _Model(reference, folder.absolute(), weights_digest(folder))
 
 
 def _jobs(
@@ -275,13 +286,20 @@ def _pairs(
     ]
 
 
-def _leakage(splits: Splits, models: Sequence[str], training_text: Sequence[str]) -> dict[str, Any] | None:
-    """Search the training text for the test examples; None if no training text is known."""
-    text = list(training_text)
-    for config in filter(None, map(config_of_run, models)):
-        for source in config.data.sources:
-            text += [reference for reference in source.text if reference not in text]
-    return {**leakage(splits.test, text), "training_text": text} if text else None
+def _corpora(models: Sequence[str], training_text: Sequence[str]) -> Corpora:
+    """Collect the training text of the models.
+
+    Raises:
+        InputError: `--training-text` names no text.
+    """
+    corpora = Corpora()
+    for reference in training_text:
+        corpora.add_text(reference)
+    for model in models:
+        config = config_of_run(model)
+        if config is not None or not training_text:
+            corpora.add_run(model, config)
+    return corpora
 
 
 def _digest_of(splits: Splits) -> str:

@@ -50,6 +50,11 @@ def read_splits(task: Task, data: Path) -> Splits:
     Raises:
         InputError: A file is missing or wrong; the message names file and line. Or the test file is another split.
     """
+    if task.kind == "masked":
+        raise InputError(
+            f"task {task.name} is measured without fine-tuning; use detour probe", key="--task", code="masked-task"
+        )
+    assert task.files.train is not None
     notes: list[str] = []
 
     def read(name: str) -> tuple[Example, ...]:

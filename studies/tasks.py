@@ -62,7 +62,8 @@ The paper does not state the weight decay of the French presets; they take the E
 class Files(Section):
     """Files of a task, relative to its folder. Patterns such as `data/train-*.parquet` name several."""
 
-    train: str
+    train: str | None = None
+    """Needed but for kind `masked`."""
     validation: str | None = None
     """Default: every tenth training example, chosen by a hash of its content."""
     test: str | None = None
@@ -87,10 +88,20 @@ class Task(Section):
     source: str = ""
     """How the data is obtained."""
     licence: str = ""
-    kind: Literal["tokens", "single", "multi", "regression"]
-    """Entities in words, one label per text, several labels per text, or a number per text. `columns.pair` adds a
-    second text."""
-    score: Literal["entity_f1", "micro_f1", "macro_f1", "weighted_f1", "binary_f1", "accuracy", "spearman", "pearson"]
+    kind: Literal["tokens", "single", "multi", "regression", "masked"]
+    """Entities in words, one label per text, several labels per text, a number per text, or masked tokens of plain
+    text. `columns.pair` adds a second text."""
+    score: Literal[
+        "entity_f1",
+        "micro_f1",
+        "macro_f1",
+        "weighted_f1",
+        "binary_f1",
+        "accuracy",
+        "spearman",
+        "pearson",
+        "masked_accuracy",
+    ]
     """Entity F1 is micro-averaged over exact matches, strict IOB2: an I- without its beginning is no entity."""
     positive: str | None = None
     """Label that binary_f1 scores."""
@@ -111,11 +122,15 @@ class Task(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         suited = {"tokens": ("entity_f1",), "regression": ("spearman", "pearson")}
+        suited["masked"] = ("masked_accuracy",)
         suited |= {"multi": ("micro_f1", "macro_f1", "weighted_f1")}
         suited |= {"single": (*suited["multi"], "binary_f1", "accuracy")}
         if self.score not in suited[self.kind]:
             raise ValueError(f"{self.kind} is scored by {', '.join(suited[self.kind])}, not by {self.score}")
-        if self.kind != "tokens" and self.columns is None:
+        needed = "test" if self.kind == "masked" else "train"
+        if getattr(self.files, needed) is None:
+            raise ValueError(f"files: {needed} is missing")
+        if self.kind not in ("tokens", "masked") and self.columns is None:
             raise ValueError("columns are missing; single, multi and regression need them")
         if (self.score == "binary_f1") != (self.positive is not None):
             raise ValueError("binary_f1 needs positive, the label it scores; other scores do not take it")

@@ -23,7 +23,7 @@ from studies.evaluate import evaluate
 from studies.examples import Example, read_splits
 from studies.finetune import encode
 from studies.intervals import holm, mean_interval, paired_bootstrap, score_interval
-from studies.leakage import leakage
+from studies.leakage import Corpora, leakage
 from studies.scores import baselines, counts, score
 from studies.tasks import PROTOCOLS, SHIPPED, EvaluatedTask, load_task, parse_overrides
 
@@ -293,8 +293,42 @@ def test_leakage_finds_runs_of_words(write: Write) -> None:
             ("d", "no"),
         )
     ]
-    leaked = leakage(examples, [str(text)])
-    assert (leaked["found"], leaked["share"], leaked["where"]) == (2, 0.5, ["a", "b"])
+    corpora = Corpora()
+    corpora.add_text(str(text))
+    for processes in (None, 2):
+        leaked = leakage(examples, corpora, processes)
+        assert (leaked["found"], leaked["share"], leaked["where"]) == (2, 0.5, ["a", "b"])
+
+
+def test_leakage_looks_at_shards_and_at_the_run_before(toy_shards: Path, write: Write, tmp_path: Path) -> None:
+    """A run of text began from a run of shards, which began from a model of the hub."""
+    from configs.load import dump_config, load_config
+    from datapipe.manifest import read_manifest
+    from datapipe.shards import ShardReader
+    from datapipe.tokenizer import load_tokenizer
+    from studies.models import config_of_run
+
+    manifest = read_manifest(toy_shards)
+    ids = ShardReader((toy_shards / manifest.shards[0].name).open("rb", buffering=0), "").ids(0)
+    said = load_tokenizer(manifest.tokenizer.name).backend.decode(ids.tolist())
+    gone = f'{{name: gone, shards: "{tmp_path}/gone"}}'
+    sources = f'data.sources=[{{name: a, shards: "{toy_shards}"}}, {gone}]'
+    before = load_config("demo", [sources, "model.init=org/model", "model.size=null"])
+    text = write("corpus.jsonl", json.dumps({"text": "nothing of it"}))
+    now = f'data.sources=[{{name: b, shards: "{tmp_path}/new", text: "{text}"}}]'
+    after = load_config("demo", [now, f"model.init={tmp_path}/before/checkpoints/9", "model.size=null"])
+    (tmp_path / "before" / "checkpoints" / "9").mkdir(parents=True)
+    (tmp_path / "after").mkdir()
+    (tmp_path / "before" / "config.yaml").write_text(dump_config(before))
+    (tmp_path / "after" / "config.yaml").write_text(dump_config(after))
+    corpora = Corpora()
+    corpora.add_run(str(tmp_path / "after"), config_of_run(str(tmp_path / "after")))
+    leaked = leakage([Example("x", said, None, (), ()), Example("y", "else " * 20, None, (), ())], corpora, 1)
+    assert leaked["where"] == ["x"]
+    assert leaked["training_documents"] == 1 + manifest.documents
+    assert [word in line for word, line in zip(("gone", "org/model"), leaked["not_looked_at"], strict=True)] == [
+        True
+    ] * 2
 
 
 @pytest.mark.parametrize(
