@@ -373,8 +373,8 @@ def study(
         list[str],
         typer.Argument(
             metavar="STUDY [KEY=VALUE]...",
-            help="A study YAML or a shipped study (twin, freeze-low, freeze-mid, decay-length, scaling), and overrides "
-            "of every trial by dotted path.",
+            help="A study YAML or a shipped study (twin, freeze-low, freeze-mid, decay-length, scaling), and "
+            "overrides: of a grid key, of a key of the study (arms.NAME.KEY, evaluate), or of every trial by dotted path.",
         ),
     ],
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the study's.")] = None,

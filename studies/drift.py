@@ -103,9 +103,10 @@ def drift(
         noise: Models that differ from `a` in the seed only. The distance between these models is the yardstick.
 
     Returns:
-        The rows of drift.json. Each has the keys `layer`, `cka` and `weight_change` (||B - A|| / ||A||, None where
-        shapes differ, over the layer's matrices). `cka` is debiased and taken of the mean-pooled outputs of the layer;
-        the last layer's after the final norm. `low` and `high` are the ends of its 95 % interval over texts. With `noise` each also has `noise` (mean of 1 - CKA over pairs of seeds) and `ratio` ((1 - cka) / noise).
+        The rows of drift.json. Each has the keys `layer`, `cka`, `low` and `high` (its 95 % interval over texts), and
+        `weight_change` (||B - A|| / ||A|| over the layer's matrices, None where shapes differ). `cka` is debiased, and
+        taken of the mean-pooled outputs of the layer; the last layer's after the final norm. With `noise` each also has
+        `noise` (mean of 1 - CKA over pairs of seeds) and `ratio` ((1 - cka) / noise).
 
     Raises:
         InputError: A reference names no model, the depths differ, there are too few texts, or a model of `noise` is A

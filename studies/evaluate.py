@@ -202,7 +202,7 @@ def _jobs(
         "task": task.name,
         "metric": task.score,
         "scored_on": _scored_on(task),
-        "data": _digest_of(splits),
+        "data": digest_of(splits),
         "protocol": protocol.model_dump(exclude_none=True),
     }
     return [
@@ -302,6 +302,7 @@ def _corpora(models: Sequence[str], training_text: Sequence[str]) -> Corpora:
     return corpora
 
 
-def _digest_of(splits: Splits) -> str:
+def digest_of(splits: Splits) -> str:
+    """Return the sha256 of the examples of a task."""
     parts = [(e.text, e.pair, e.labels) for part in (splits.train, splits.validation, splits.test) for e in part]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

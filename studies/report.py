@@ -27,7 +27,7 @@ CURVE_POINTS = 40
 """Points that a law is drawn with."""
 
 
-def write_report(study: Study, records: Sequence[Record], output: Path) -> Path:
+def write_report(study: Study, records: Sequence[Record], output: Path, notes: Sequence[str] = ()) -> Path:
     """Write trials.csv, comparison.json, scaling.json, speed.csv and report.html.
 
     The configuration and the seeds determine all files but speed.csv, and all of the page but its section on speed.
@@ -36,6 +36,7 @@ def write_report(study: Study, records: Sequence[Record], output: Path) -> Path:
         study: The study.
         records: One record per trial, in the order of the trials.
         output: Existing folder.
+        notes: Lines about the tasks and the leakage, for the page.
 
     Returns:
         The path of the page.
@@ -64,6 +65,7 @@ def write_report(study: Study, records: Sequence[Record], output: Path) -> Path:
         speed_columns=list(speeds[0]),
         speeds=[[_cell(value) for value in row.values()] for row in speeds],
         charts=_speed_charts(speeds),
+        notes=notes,
         yaml=dump_study(study),
     )
     path = output / REPORT
