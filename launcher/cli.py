@@ -140,7 +140,7 @@ def monitor(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two to eight run directories.")],
+    runs: Annotated[list[Path], typer.Argument(help="Two to 64 run directories.")],
     output: Annotated[Path, typer.Option(help="The page of curves to write.")] = Path("compare.html"),
 ) -> None:
     """Compare runs: print a table, and write a page of curves."""
@@ -374,7 +374,7 @@ def study(
         typer.Argument(
             metavar="STUDY [KEY=VALUE]...",
             help="A study YAML or a shipped study (twin, freeze-low, freeze-mid, decay-length, scaling), and "
-            "overrides: of a grid key, of a key of the study (arms.NAME.KEY, evaluate), or of every trial by dotted path.",
+            "overrides: of a grid key, of a study's key (arms.NAME.KEY, evaluate), or of every trial by dotted path.",
         ),
     ],
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the study's.")] = None,

@@ -89,6 +89,7 @@ def finetune(job: Job) -> dict[str, Any]:
             data_collator=lambda rows: _collate(rows, tokenizer.pad_token_id, job.task.kind == "tokens"),
             compute_metrics=validation_score,
             optimizers=(_optimizer(model, job.protocol), None),
+            compute_loss_func=_balanced_loss(job) if job.protocol.balance else None,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
@@ -148,6 +149,7 @@ def _training_arguments(protocol: Protocol, seed: int, folder: str) -> Any:
         **interval,
         learning_rate=protocol.lr,
         warmup_steps=protocol.warmup,
+        max_grad_norm=protocol.clip,
         per_device_train_batch_size=protocol.batch,
         per_device_eval_batch_size=4 * protocol.batch,
         load_best_model_at_end=True,
@@ -307,6 +309,21 @@ def _decode(job: Job, encoded: Encoded, logits: Any, threshold: float) -> list[l
     if job.task.kind == "single":
         return [[labels[index]] for index in best]
     return [[labels[best[place]] if place else "O" for place in places] for places in encoded.words]
+
+
+def _balanced_loss(job: Job) -> Any:
+    """Build the binary cross-entropy of a `multi` task in which a label's examples weigh as much as the others."""
+    labels = job.splits.labels
+    held = np.array([sum(label in example.labels for example in job.splits.train) for label in labels], np.float64)
+    weights = torch.tensor((len(job.splits.train) - held) / held, dtype=torch.float32)
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs.logits
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, labels.to(logits.dtype), pos_weight=weights.to(logits.device)
+        )
+
+    return loss
 
 
 def _optimizer(model: Any, protocol: Protocol) -> torch.optim.Optimizer:
