@@ -78,10 +78,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 - `english`, `english-ner`, `french`: arXiv 2605.12438, fine-tuning protocol. It does not state the weight decay of the
   French presets; they take the English one.
-- `french-ner-linear`: steps, rates, warmup, clip, batch and length are those of the authors' nested-span tagger
-  (github.com/rntc/tabib, configs/base/ner_span_bert.yaml). Their head is a BiLSTM, a CRF and a biaffine layer; ours is one
-  linear layer over BIO tags. It cannot state nested entities: 25.9 % of the test entities of MEDLINE and 17.3 % of
-  EMEA's are lost, so scores are not those of the paper.
+- `french-ner-linear`: steps, rates, warmup, clip, batch and length of the authors' nested-span tagger
+  (github.com/Rian-T/tabib, configs/base/ner_span_bert.yaml). Their head is a BiLSTM, a CRF and a biaffine layer; ours
+  is one linear layer over BIO tags. It cannot state nested entities: 25.9 % of the test entities of MEDLINE and 17.3 %
+  of EMEA's are lost, so scores are not those of the paper.
 - `morfitt`: batch, length, threshold and weighted loss are those of the same repository; epochs and rates are `french`.
 """
 

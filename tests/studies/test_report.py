@@ -100,7 +100,7 @@ def test_sizes_are_never_pooled_and_the_slope_is_found(tmp_path: Path) -> None:
 
 def test_several_comparisons_are_corrected() -> None:
     records = pairs([0.1, 0.12, 0.02])
-    [loss, ner] = differences(records, "mlm")
+    [loss, _] = differences(records, "mlm")
     assert loss.p is not None and loss.p_holm == pytest.approx(min(1, 2 * loss.p))
     assert loss.verdict == "no difference shown"
 
