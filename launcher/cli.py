@@ -258,6 +258,9 @@ def drift(
     noise: Annotated[
         list[str] | None, typer.Option(help="A trained with another seed, as the noise level; repeatable.")
     ] = None,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="B is a run: compare each of its checkpoints with A.")
+    ] = False,
 ) -> None:
     """Measure how far two models differ per layer: CKA of their hidden states, and change of their weights."""
     from rich.console import Console
@@ -265,6 +268,12 @@ def drift(
 
     from studies.drift import drift as run
 
+    if trajectory:
+        from studies.trajectory import trajectory as follow
+
+        steps = follow(a, Path(b), output, texts=texts, count=count)
+        print(f"{output / 'trajectory.svg'}, {output / 'trajectory.json'}: {len(steps)} checkpoints")
+        return
     rows = run(a, b, output, texts=texts, count=count, noise=noise or ())
     table = Table(*rows[0])
     for row in rows:

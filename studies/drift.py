@@ -114,7 +114,7 @@ def drift(
     """
     silence_transformers()
     models = (a, b, *noise)
-    documents = _documents(texts, count)
+    documents = read_documents(texts, count)
     with ExitStack() as stack:
         folders = [stack.enter_context(huggingface_directory(model)) for model in models]
         _require_other_weights(models, [weights_digest(folder) for folder in folders])
@@ -197,7 +197,12 @@ def _require_other_weights(models: Sequence[str], digests: Sequence[str]) -> Non
             )
 
 
-def _documents(reference: str, count: int) -> list[str]:
+def read_documents(reference: str, count: int) -> list[str]:
+    """Read the first documents of some text.
+
+    Raises:
+        InputError: There are too few for CKA.
+    """
     first = islice((text for path in find_files(reference) for text in read_texts(path)), count)
     texts = [text.text.decode("utf-8", "replace") for text in first]
     if len(texts) < FEWEST_TEXTS:

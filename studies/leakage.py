@@ -65,17 +65,21 @@ class Corpora:
             self.add_run(init, before if before != config else None)
 
     def _add_source(self, text: Sequence[str], shards: str) -> bool:
+        """Add the text of a source, or its shards if the text is not here; return whether all of it was added."""
         try:
             for reference in text:
                 self.add_text(reference)
-            if not text:
-                manifest = read_manifest(Path(shards))
-                paths = [Path(shards) / shard.name for shard in manifest.shards]
-                self.files |= dict.fromkeys(filter(Path.is_file, paths), manifest.tokenizer.name)
-                return all(path.is_file() for path in paths)
+            if text:
+                return True
         except InputError:
-            return not text and self._add_raw(shards)
-        return True
+            pass  # the run read its shards, so they are as good
+        try:
+            manifest = read_manifest(Path(shards))
+        except InputError:
+            return self._add_raw(shards)
+        paths = [Path(shards) / shard.name for shard in manifest.shards]
+        self.files |= dict.fromkeys(filter(Path.is_file, paths), manifest.tokenizer.name)
+        return all(path.is_file() for path in paths)
 
     def _add_raw(self, shards: str) -> bool:
         """Add a directory of tars of raw text, which has no manifest."""

@@ -170,6 +170,16 @@ def expand(study: Study, folder: Path) -> list[Trial]:
             f"study {study.name}: grid: the same trial twice: {', '.join(sorted(repeated))}; give each value once",
             key="grid",
         )
+    addresses: dict[str, Trial] = {}
+    for trial in trials:
+        twin = addresses.setdefault(trial.address, trial)
+        if twin is not trial:
+            raise InputError(
+                f"study {study.name}: {twin.name} and {trial.name} compute the same, so their difference is none; "
+                "give each arm and grid value an effect of its own",
+                key="arms" if twin.arm != trial.arm else "grid",
+                code="same-trial",
+            )
     return trials
 
 

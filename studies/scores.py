@@ -88,6 +88,8 @@ def details(task: Task, splits: Splits, gold: Labels, predicted: Labels) -> dict
         counts entities without a beginning. For a regression both correlations.
     """
     answers = {tuple(sorted(set(row))) for row in predicted}
+    if task.kind == "tokens":
+        answers = {(tag,) for row in predicted for tag in row}
     one_answer = ", ".join(next(iter(answers))) or "none" if len(answers) == 1 else None
     if task.kind == "regression":
         return {"one_answer": one_answer, **{metric: score(metric, gold, predicted, ()) for metric in CORRELATIONS}}

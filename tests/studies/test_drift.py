@@ -17,6 +17,7 @@ from configs.errors import InputError
 from configs.load import dump_config, load_config
 from studies.drift import cka_interval, drift, linear_cka, pooled_states
 from studies.models import config_of_run, huggingface_directory
+from studies.trajectory import trajectory
 from tests.studies.conftest import save_model
 
 shapes = st.tuples(st.integers(4, 40), st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**32 - 1))
@@ -148,6 +149,19 @@ def test_a_checkpoint_is_exported_on_the_way(model: Path, tmp_path: Path) -> Non
     import_hf(str(model), tmp_path / "checkpoint")
     rows = drift(str(model), str(tmp_path / "checkpoint"), tmp_path, count=20)
     assert all(row["cka"] == pytest.approx(1, abs=1e-6) and row["weight_change"] == 0 for row in rows)
+
+
+def test_a_run_is_followed_over_its_checkpoints(model: Path, tmp_path: Path) -> None:
+    from engine.export import import_hf
+
+    run = tmp_path / "run"
+    import_hf(str(model), run / "checkpoints" / "step-0")
+    [row] = trajectory(str(model), run, tmp_path / "out", count=20)
+    assert row["cka"] == pytest.approx([1, 1, 1], abs=1e-6)
+    assert (tmp_path / "out" / "trajectory.svg").is_file()
+    with pytest.raises(InputError) as error:
+        trajectory(str(model), tmp_path, tmp_path / "out")
+    assert error.value.code == "no-checkpoint"
 
 
 def test_what_cannot_be_compared_is_refused(model: Path, tmp_path: Path) -> None:

@@ -104,11 +104,16 @@ def test_entities_are_learned_and_scored_as_seqeval_does(model: Path, write: Wri
         strict = entity_f1(gold, predicted, mode="strict", scheme=IOB2)
         assert (run["score"], run["lenient"]) == pytest.approx((strict, entity_f1(gold, predicted)))
         assert run["protocol"]["epochs"] == 3
+    assert summary["models"][0]["one_answer"] == {}
     scores = [run["score"] for run in summary["runs"]]
     assert summary["models"][0]["mean"] == pytest.approx(np.mean(scores))
     untrained = evaluate([str(model)], quick(task, lr=1e-12), tmp_path / "un")
     assert min(scores) > 0.9 > 0.3 > untrained["models"][0]["mean"]
     assert untrained["models"][0]["low"] is None, "one seed shows no spread"
+    words = json.loads(next(out.glob("*/seed-1/predictions.jsonl")).read_text().splitlines()[0])["words"]
+    assert words[:2] == ["The", "patient"]
+    assert summary["baselines"]["majority"] == 0 < summary["baselines"]["chance"] < 0.3
+    assert any("copies of training" in note for note in summary["notes"])
     before = (out / "results.json").read_bytes()
     said: list[str] = []
     evaluate([str(model)], quick(task, (1, 2)), out, say=said.append)

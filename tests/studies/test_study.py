@@ -190,6 +190,7 @@ def test_bad_recipes_are_refused_before_anything_starts(
         ({"arms": {"a": {}, "b": {"data.seed": 7}}, "grid": {}}, "arms", ["data.seed: 42 -> 7"]),
         ({"arms": {"a": {}, "b": {"model.hidden_size": 32}}}, "arms", ["model.hidden_size: 16 -> 32"]),
         ({"arms": {"a": {}}, "baseline": "c"}, "baseline", ["'c'", "a"]),
+        ({"arms": {"a": {}, "b": {"phases.0.objective": "clm"}}}, "arms", ["compute the same"]),
         ({"arms": {"a": {"decay_share": 1.5}}}, "decay_share", ["1.5"]),
         ({"grid": {"parameters": ["1k"]}, "arms": {}}, "parameters", ["parameters-1k", "1k"]),
     ],
