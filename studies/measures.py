@@ -49,6 +49,18 @@ class Measure:
         """Name of the folder of its results."""
         return f"{self.task.name}-{self.address}"
 
+    @property
+    def description(self) -> str:
+        """One line on what is scored, for the report."""
+        if self.splits is None:
+            return f"{self.label}: masked accuracy on general text, without fine-tuning"
+        split = "test" if self.task.files.test else "validation"
+        metric = f"{self.task.score}{' (strict IOB2)' if self.task.kind == 'tokens' else ''}"
+        return (
+            f"{self.label}: {metric} on {len(self.splits.test):,} {split} examples, mean of {len(self.seeds)} "
+            f"fine-tuning seeds, {len(self.splits.train[: self.protocol.examples]):,} training examples"
+        )
+
     def is_in(self, record: dict[str, Any]) -> bool:
         """Return whether a record has the scores of all seeds."""
         scores = record["scores"].get(self.address, {})

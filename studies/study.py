@@ -217,6 +217,7 @@ def _leakage(trials: Sequence[Trial], measures: Sequence[Measure], output: Path)
         corpora.add_run(trial.name, trial.config)
     text = [[str(path), path.stat().st_size] for path in corpora.files]
     for measure in measures:
+        lines.append(measure.description)
         if measure.splits is None:
             continue
         content = json.dumps([text, corpora.unseen, digest_of(measure.splits)])
