@@ -130,7 +130,7 @@ def baselines(task: Task, splits: Splits) -> dict[str, Any]:
     random = np.random.default_rng(0)
     if task.kind == "tokens":
         tags = np.array([tag for example in splits.train for tag in example.labels])
-        drawn = [[random.choice(tags, len(row)) for row in gold] for _ in range(DRAWS)]
+        drawn = [[random.choice(tags, len(row)).tolist() for row in gold] for _ in range(DRAWS)]
         best = {"majority": scored([["O"] * len(row) for row in gold]), "majority_answer": "O"}
     else:
         answers = [example.labels for example in splits.train]

@@ -94,7 +94,8 @@ def test_sizes_are_never_pooled_and_the_slope_is_found(tmp_path: Path) -> None:
     study = Study(name="s", recipe="demo", arms={"mlm": {}, "detour": {}})
     page = write_report(study, sized(gains), tmp_path).read_text()
     [row] = [row for row in json.loads((tmp_path / "gains.json").read_text()) if row["measure"] == "ner"]
-    assert row["low"] < row["slope"] == pytest.approx(-0.015) < row["high"] < 0
+    assert row["slope"] == pytest.approx(-0.015)
+    assert row["low"] < row["slope"] < row["high"] < 0
     assert "per doubling" in page
 
 
