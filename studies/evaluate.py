@@ -181,7 +181,7 @@ def require_libraries() -> None:
     Raises:
         InputError: One is not installed.
     """
-    missing = [name for name in ("accelerate", "scipy", "seqeval", "sklearn") if find_spec(name) is None]
+    missing = [name for name in ("accelerate", "joblib", "scipy", "seqeval", "sklearn") if find_spec(name) is None]
     if missing:
         raise InputError(
             f"{', '.join(missing)} not installed; pip install 'detour-train[studies]'", code="packages-missing"

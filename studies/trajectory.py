@@ -40,7 +40,7 @@ def trajectory(a: str, run: Path, output: Path, *, texts: str = TEXTS, count: in
     documents = read_documents(texts, count)
     with huggingface_directory(a) as folder:
         first = pooled_states(folder, documents)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for checkpoint in reversed(checkpoints):
         with huggingface_directory(str(checkpoint)) as folder:
             states = pooled_states(folder, documents)
