@@ -27,7 +27,7 @@ class Difference:
     """arm - baseline, one value per combination of seeds."""
     students: Interval
     p: float | None
-    """By Student's t; None if the pairs show no spread."""
+    """Student's; None if the pairs show no spread."""
     p_holm: float | None
     """`p` corrected for all comparisons of the study (Holm 1979)."""
     verdict: str
