@@ -97,7 +97,7 @@ def test_single_precision_fails_where_double_does_not() -> None:
     assert single_precision(x, y) == pytest.approx(truth, abs=1e-4), "it agrees within its range"
     assert single_precision(1e-8 * x, 1e-8 * y) != pytest.approx(truth, abs=1e-2)
     assert linear_cka(1e-8 * x, 1e-8 * y) == pytest.approx(truth, abs=1e-10)
-    offset = 1e6
+    offset = 1e7
     assert single_precision(x + offset, y + offset) != pytest.approx(truth, abs=1e-3)
     assert linear_cka(x + offset, y + offset) == pytest.approx(truth, abs=1e-8)
 
@@ -155,7 +155,7 @@ def test_a_run_is_followed_over_its_checkpoints(model: Path, tmp_path: Path) -> 
     from engine.export import import_hf
 
     run = tmp_path / "run"
-    import_hf(str(model), run / "checkpoints" / "step-0")
+    import_hf(str(model), run / "checkpoints" / "step-00000000")
     [row] = trajectory(str(model), run, tmp_path / "out", count=20)
     assert row["cka"] == pytest.approx([1, 1, 1], abs=1e-6)
     assert (tmp_path / "out" / "trajectory.svg").is_file()
