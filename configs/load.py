@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,6 +29,8 @@ MAY_CHANGE = re.compile(
 
 Shards may move, because a checkpoint identifies its data by content.
 """
+
+_IS_DATA = re.compile(r"data\.(sources\.\d+|evaluation)\.(shards|text)")
 
 
 def shipped(folder: Traversable) -> dict[str, str]:
@@ -161,6 +164,22 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 def changes_of_run(old: RunConfig, new: RunConfig) -> list[str]:
     """Return the `differences` that change what a run computes. Empty if `new` may continue a run of `old`."""
     return [line for line in differences(old, new) if not MAY_CHANGE.match(line)]
+
+
+def content_of_run(config: RunConfig, varied: Collection[str] = ()) -> str:
+    """Return what a run computes as text, equal for runs with equal results: no name, no keys of how it is executed.
+
+    Args:
+        config: The configuration.
+        varied: Keys that are part of it in any case, because a study compares their values.
+    """
+    leaves = _leaves(config.model_dump(mode="json", exclude={"name"}))
+    kept = {
+        key: value
+        for key, value in sorted(leaves.items())
+        if key in varied or _IS_DATA.match(key) or not MAY_CHANGE.match(f"{key}:")
+    }
+    return json.dumps(kept)
 
 
 def _key(item: Any) -> str | None:

@@ -154,7 +154,7 @@ def monitor(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two to eight run directories.")],
+    runs: Annotated[list[Path], typer.Argument(help="Two to 64 run directories.")],
     output: Annotated[Path, typer.Option(help="The page of curves to write.")] = Path("compare.html"),
 ) -> None:
     """Compare runs: print a table, and write a page of curves."""
@@ -315,6 +315,9 @@ def drift(
     noise: Annotated[
         list[str] | None, typer.Option(help="A trained with another seed, as the noise level; repeatable.")
     ] = None,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="B is a run: compare each of its checkpoints with A.")
+    ] = False,
 ) -> None:
     """Measure how far two models differ per layer: CKA of their hidden states, and change of their weights."""
     from rich.console import Console
@@ -322,6 +325,12 @@ def drift(
 
     from studies.drift import drift as run
 
+    if trajectory:
+        from studies.trajectory import trajectory as follow
+
+        steps = follow(a, Path(b), output, texts=texts, count=count)
+        print(f"{output / 'trajectory.svg'}, {output / 'trajectory.json'}: {len(steps)} checkpoints")
+        return
     rows = run(a, b, output, texts=texts, count=count, noise=noise or ())
     table = Table(*rows[0])
     for row in rows:
@@ -375,13 +384,63 @@ def evaluate(
 
 
 @app.command()
+def probe(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL... [KEY=VALUE]...",
+            help="Runs, checkpoints or Hugging Face models; the others are compared with the first. And overrides of "
+            "the protocol, such as length=256 examples=1000.",
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="A task YAML or a described task; `retention` measures forgetting.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the task's files; default: the YAML's own.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory of the results; default probes/TASK.")] = None,
+    processes: Annotated[int, typer.Option(help="Probes fitted at once; -1: one per core.")] = -1,
+) -> None:
+    """Measure frozen models: linear probes on every layer, or masked accuracy on general text (task retention)."""
+    from rich.console import Console
+
+    from studies.evaluate import require_libraries
+    from studies.probe import print_probes
+    from studies.probe import probe as run
+    from studies.retention import print_retention, retention
+    from studies.tasks import EvaluatedTask, load_task, parse_overrides
+
+    require_libraries()
+    models, overrides = ([w for w in arguments if ("=" in w) == is_override] for is_override in (False, True))
+    evaluated = EvaluatedTask(task=task, data=str(data) if data else None, protocol=parse_overrides(overrides))
+    described, protocol, folder = load_task(task, evaluated.protocol)
+    results = output or Path("probes") / Path(task).stem
+    if described.kind == "masked":
+        print_retention(retention(models, described, protocol, data or folder, results), Console())
+    else:
+        print_probes(run(models, evaluated, results, processes=processes), Console())
+
+
+@app.command()
+def transplant(
+    a: Annotated[str, typer.Argument(help="A run, a checkpoint or a Hugging Face model: all other weights.")],
+    b: Annotated[str, typer.Argument(help="The model that gives the layers.")],
+    layers: Annotated[str, typer.Option(help="Layers from 0, such as 0-7 or 0-3,9.")],
+    output: Output,
+) -> None:
+    """Write model A with some layers of model B, as a Hugging Face model to probe."""
+    from studies.transplant import parse_layers
+    from studies.transplant import transplant as run
+
+    moved = run(a, b, parse_layers(layers), output)
+    print(f"{output}: {a} with layers {layers} of {b} ({moved} weights)")
+
+
+@app.command()
 def study(
     arguments: Annotated[
         list[str],
         typer.Argument(
             metavar="STUDY [KEY=VALUE]...",
-            help="A study YAML or a shipped study (twin, freeze-low, freeze-mid, decay-length, scaling), and overrides "
-            "of every trial by dotted path.",
+            help="A study YAML or a shipped study (twin, freeze-low, freeze-mid, decay-length, scaling), and "
+            "overrides: of a grid key, of a study's key (arms.NAME.KEY, evaluate), or of every trial by dotted path.",
         ),
     ],
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the study's.")] = None,

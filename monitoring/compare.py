@@ -17,8 +17,9 @@ from monitoring.formatting import format_seconds, percent, plain, scientific
 from monitoring.page import Figure, render
 from monitoring.run_files import RunFiles, curve, open_run
 
-MOST_RUNS = 8
-"""The charts have as many colours that can be told apart."""
+MOST_RUNS = 64
+COLORS = 8
+"""Colours of the charts. Runs beyond them repeat the colours in faint lines."""
 
 Cell = str
 
@@ -27,7 +28,7 @@ def compare(directories: Sequence[Path], out: Path, console: Console | None = No
     """Print a table of the runs, write a page of their curves, and return its path.
 
     Args:
-        directories: Two to eight run directories.
+        directories: Two to 64 run directories.
         out: The page.
         console: Where the table is printed.
 
@@ -92,6 +93,8 @@ def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
         "interruptions": lambda run: str(run.interruptions),
         "time": lambda run: format_seconds(run.seconds),
     }
+    if len({_devices(run) for run in runs} - {None}) < 2:
+        del rows["scaling efficiency"]  # nothing was scaled
     return {title: [cell(run) for run in runs] for title, cell in rows.items()}
 
 
@@ -106,7 +109,10 @@ def _figures(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Figure]:
         wide: bool = False,
         from_zero: bool = False,
     ) -> Figure:
-        drawn = [Line(name, lines(run), f"c{index}") for index, (run, name) in enumerate(zip(runs, names, strict=True))]
+        drawn = [
+            Line(name, lines(run), f"c{index % COLORS}", faint=index >= COLORS)
+            for index, (run, name) in enumerate(zip(runs, names, strict=True))
+        ]
         chart = line_chart(
             title,
             drawn,
@@ -187,6 +193,13 @@ def _last_bits(run: RunFiles) -> Cell:
 
 def _last(points: Sequence[Point]) -> Cell:
     return _number(points[-1][1], lambda y: f"{y:.3f}") if points else "-"
+
+
+def _devices(run: RunFiles) -> int | None:
+    now = run.now
+    if now is None or not now.tokens_per_second_per_device:
+        return None
+    return round(now.tokens_per_second / now.tokens_per_second_per_device)
 
 
 def _per_device(run: RunFiles, objective: str | None = None) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from studies.scores import Interval, bootstrap_interval, mean_interval
+from studies.intervals import LEVEL, Interval, holm, mean_interval, paired_p
 
 Record = dict[str, Any]
 """Results of one trial, as its file in `records` holds them."""
@@ -16,36 +15,64 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference between an arm and the baseline in one measure, over all grid points."""
+    """Difference between an arm and the baseline in one measure, over the seeds of one setting."""
 
     arm: str
     baseline: str
     measure: str
     """`loss` (nats, lower is better) or the name of a task (0..1, higher is better)."""
+    at: dict[str, Any]
+    """Grid keys that are no seeds, and their values. Settings are never pooled as if they were seeds."""
     pairs: tuple[float, ...]
-    """arm - baseline, one value per grid point."""
-    bootstrap: Interval
+    """arm - baseline, one value per combination of seeds."""
     students: Interval
+    p: float | None
+    """Student's; None if the pairs show no spread."""
+    p_holm: float | None
+    """`p` corrected for all comparisons of the study (Holm 1979)."""
     verdict: str
 
 
 def differences(records: Sequence[Record], baseline: str) -> list[Difference]:
-    """Compare every arm with the baseline, in the loss and in every task."""
+    """Compare every arm with the baseline, in the loss and in every task, at every setting of the grid."""
     by_arm_and_point = {(record["arm"], str(record["point"])): record for record in records}
-    points = list(dict.fromkeys(str(record["point"]) for record in records))
+    settings: dict[str, list[str]] = {}
+    for record in records:
+        points = settings.setdefault(str(setting(record)), [])
+        if str(record["point"]) not in points:
+            points.append(str(record["point"]))
+    named = {str(setting(record)): setting(record) for record in records}
     compared = []
     for arm in dict.fromkeys(record["arm"] for record in records):
         if arm == baseline:
             continue
         for measure in measures(records):
-            pairs = tuple(
-                value(by_arm_and_point[arm, point], measure) - value(by_arm_and_point[baseline, point], measure)
-                for point in points
-            )
-            students = mean_interval(pairs)
-            verdict = _verdict(arm, baseline, measure, students)
-            compared.append(Difference(arm, baseline, measure, pairs, bootstrap_interval(pairs), students, verdict))
-    return compared
+            for key, points in settings.items():
+                pairs = tuple(
+                    value(by_arm_and_point[arm, point], measure) - value(by_arm_and_point[baseline, point], measure)
+                    for point in points
+                )
+                compared.append((arm, measure, named[key], pairs, paired_p(pairs)))
+    corrected = holm([entry[-1] for entry in compared])
+    return [
+        Difference(
+            arm,
+            baseline,
+            measure,
+            at,
+            pairs,
+            mean_interval(pairs),
+            p,
+            p_holm,
+            _verdict(arm, baseline, measure, pairs, p_holm),
+        )
+        for (arm, measure, at, pairs, p), p_holm in zip(compared, corrected, strict=True)
+    ]
+
+
+def setting(record: Record) -> dict[str, Any]:
+    """Return the grid point of a trial without its seeds."""
+    return {key: chosen for key, chosen in record["point"].items() if key.rpartition(".")[2] != "seed"}
 
 
 def measures(records: Sequence[Record]) -> list[str]:
@@ -58,11 +85,10 @@ def value(record: Record, measure: str) -> float:
     return record["loss"] if measure == "loss" else fmean(record["scores"][measure])
 
 
-def _verdict(arm: str, baseline: str, measure: str, interval: Interval) -> str:
-    """Judge by Student's interval, because the bootstrap's is too narrow for few pairs."""
-    if not math.isfinite(interval.low):
-        return "no verdict: one pair shows no spread"
-    if interval.low <= 0 <= interval.high:
+def _verdict(arm: str, baseline: str, measure: str, pairs: Sequence[float], p_holm: float | None) -> str:
+    if p_holm is None:
+        return "no verdict: one pair, or equal pairs, show no spread"
+    if p_holm > 1 - LEVEL:
         return "no difference shown"
-    better = (interval.mean < 0) == (measure == "loss")
+    better = (fmean(pairs) < 0) == (measure == "loss")
     return f"{arm} is {'better' if better else 'worse'} than {baseline}"

@@ -20,36 +20,73 @@ from configs.files import write_json
 from datapipe.text import find_files, read_texts
 from monitoring.charts import WIDE, Line, line_chart
 from studies.figures import write_figure
-from studies.models import huggingface_directory, silence_transformers
+from studies.models import huggingface_directory, silence_transformers, weights_digest
 from studies.tables import finite
 
 TEXTS = "package://corpus/tico19_en.jsonl.gz"
+FEWEST_TEXTS = 4
+"""Texts that debiased CKA needs."""
+GROUPS = 20
+"""Groups of texts that an interval leaves out in turn."""
 MAX_TOKENS = 512
 """Tokens that are read of each text."""
 BATCH_SIZE = 16
 """Texts per forward pass."""
 Array = NDArray[np.float64]
 Entry = dict[str, Any]
-"""One weight: module, layer (None outside the layers), squared norms `change` and `size`, and `weight_change`."""
+"""One weight: module, layer (None outside the layers), whether it is a matrix, squared norms `change` and `size`, and
+`weight_change`."""
 
 
 def linear_cka(x: Array, y: Array) -> float:
-    """Compute linear centred kernel alignment (Kornblith et al. 2019) in float64.
+    """Compute debiased linear centred kernel alignment in float64 (Kornblith et al. 2019; Song et al. 2012).
 
-    Single precision is too narrow, because the formula multiplies four states: it returns NaN or a wrong number.
+    Without the correction few texts of wide states look alike, whatever the models. Single precision is too narrow,
+    because the formula multiplies four states: it returns NaN or a wrong number.
 
     Args:
-        x: `[texts, any width]`, hidden states of the first model.
+        x: `[texts, any width]`, hidden states of the first model; four texts or more.
         y: `[texts, any width]`, hidden states of the second model.
 
     Returns:
-        1 for states that are equal up to rotation and scale. NaN if the states of one side are all the same.
+        1 for states that are equal up to rotation and scale, about 0 for unrelated ones. NaN if the states of one side
+        are all the same.
     """
-    x, y = (np.asarray(states, np.float64) for states in (x, y))
-    x, y = x - x.mean(0), y - y.mean(0)
-    left, right = x @ x.T, y @ y.T
+    left, right = _centred_kernel(x), _centred_kernel(y)
     scale = np.linalg.norm(left) * np.linalg.norm(right)
     return float((left * right).sum() / scale) if scale > 0 else math.nan
+
+
+def cka_interval(x: Array, y: Array) -> tuple[float, float]:
+    """Compute the 95 % interval of `linear_cka` over texts, by a jackknife that leaves out one group of them at a time.
+
+    Returns:
+        Low and high ends; NaN below 40 texts.
+    """
+    from scipy.stats import t
+
+    if len(x) < 2 * GROUPS:
+        return math.nan, math.nan
+    members = np.arange(len(x)) % GROUPS
+    without = [linear_cka(x[members != group], y[members != group]) for group in range(GROUPS)]
+    error = math.sqrt((GROUPS - 1) / GROUPS * float(np.square(np.array(without) - np.mean(without)).sum()))
+    half_width = float(t.ppf(0.975, GROUPS - 1)) * error
+    whole = linear_cka(x, y)
+    return max(-1.0, whole - half_width), min(1.0, whole + half_width)
+
+
+def _centred_kernel(x: Array) -> Array:
+    """Compute the linear kernel of texts, U-centred: no diagonal, rows and columns that sum to zero."""
+    x = np.asarray(x, np.float64)
+    x = x - x.mean(0)
+    texts = len(x)
+    kernel = x @ x.T
+    np.fill_diagonal(kernel, 0)
+    rows = kernel.sum(1)
+    kernel -= (rows[:, None] + rows[None, :]) / (texts - 2)
+    kernel += rows.sum() / ((texts - 1) * (texts - 2))
+    np.fill_diagonal(kernel, 0)
+    return kernel
 
 
 def drift(
@@ -66,18 +103,21 @@ def drift(
         noise: Models that differ from `a` in the seed only. The distance between these models is the yardstick.
 
     Returns:
-        The rows of drift.json. Each has the keys `layer`, `cka` and `weight_change` (||B - A|| / ||A||, None where
-        shapes differ). `cka` is taken of the mean-pooled outputs of the layer; the last layer's after the final norm.
-        With `noise` each also has `noise` (mean of 1 - CKA over pairs of seeds) and `ratio` ((1 - cka) / noise).
+        The rows of drift.json. Each has the keys `layer`, `cka`, `low` and `high` (its 95 % interval over texts), and
+        `weight_change` (||B - A|| / ||A|| over the layer's matrices, None where shapes differ). `cka` is debiased, and
+        taken of the mean-pooled outputs of the layer; the last layer's after the final norm. With `noise` each also has
+        `noise` (mean of 1 - CKA over pairs of seeds) and `ratio` ((1 - cka) / noise).
 
     Raises:
-        InputError: A reference names no model, the depths differ, or there are too few texts.
+        InputError: A reference names no model, the depths differ, there are too few texts, or a model of `noise` is A
+            or B.
     """
     silence_transformers()
     models = (a, b, *noise)
-    documents = _documents(texts, count)
+    documents = read_documents(texts, count)
     with ExitStack() as stack:
         folders = [stack.enter_context(huggingface_directory(model)) for model in models]
+        _require_other_weights(models, [weights_digest(folder) for folder in folders])
         states = [pooled_states(folder, documents) for folder in folders]
         weights = [_weights(folder) for folder in folders[:2]]
     depths = {model: len(layers) for model, layers in zip(models, states, strict=True)}
@@ -134,7 +174,10 @@ def _row(layer: int, outputs: Sequence[Array], modules: Sequence[Entry]) -> dict
     """Compare one layer's outputs of A, B and the models of other seeds."""
     a, b, *seeds = outputs
     cka = linear_cka(a, b)
-    row: dict[str, Any] = {"layer": layer, "cka": finite(cka), "weight_change": _relative_change(modules)}
+    low, high = cka_interval(a, b)
+    matrices = [entry for entry in modules if entry["is_matrix"]]
+    row: dict[str, Any] = {"layer": layer, "cka": finite(cka), "low": finite(low), "high": finite(high)}
+    row["weight_change"] = _relative_change(matrices)
     if seeds:
         noise = float(np.mean([1 - linear_cka(x, y) for x, y in combinations([a, *seeds], 2)]))
         row["noise"] = finite(noise)
@@ -142,12 +185,30 @@ def _row(layer: int, outputs: Sequence[Array], modules: Sequence[Entry]) -> dict
     return row
 
 
-def _documents(reference: str, count: int) -> list[str]:
+def _require_other_weights(models: Sequence[str], digests: Sequence[str]) -> None:
+    """Require that the models of the noise are neither A nor B nor each other, because noise would be zero then."""
+    for index in range(2, len(models)):
+        if digests[index] in digests[:index]:
+            same = models[digests.index(digests[index])]
+            raise InputError(
+                f"--noise {models[index]} has the weights of {same}; give a model that was trained with another seed",
+                key="--noise",
+                code="noise-is-the-model",
+            )
+
+
+def read_documents(reference: str, count: int) -> list[str]:
+    """Read the first documents of some text.
+
+    Raises:
+        InputError: There are too few for CKA.
+    """
     first = islice((text for path in find_files(reference) for text in read_texts(path)), count)
     texts = [text.text.decode("utf-8", "replace") for text in first]
-    if len(texts) < 2:
+    if len(texts) < FEWEST_TEXTS:
         raise InputError(
-            f"--texts {reference}: {len(texts)} documents; CKA needs two or more, the paper takes 500", key="--texts"
+            f"--texts {reference}: {len(texts)} documents; CKA needs {FEWEST_TEXTS} or more, the paper takes 500",
+            key="--texts",
         )
     return texts
 
@@ -171,6 +232,7 @@ def _weight_changes(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) 
             "layer": int(layer[1]) if layer else None,
             "change": change,
             "size": float(weight.double().square().sum()),
+            "is_matrix": weight.ndim > 1,
         }
         entries.append({**entry, "weight_change": _relative_change([entry])})
     return entries
@@ -194,7 +256,7 @@ def _figure(path: Path, rows: Sequence[dict[str, Any]], modules: Sequence[Entry]
     for entry in modules:
         if entry["layer"] is not None and "norm" not in entry["module"]:
             by_name[re.split(r"layers?\.\d+\.", entry["module"])[-1].removesuffix(".weight")].append(entry)
-    weights = [Line("whole layer", points("weight_change"), "ink")]
+    weights = [Line("matrices of the layer", points("weight_change"), "ink")]
     for index, (name, entries) in enumerate(by_name.items()):
         weights.append(Line(name, points("weight_change", entries), f"c{index % 8}", faint=True))
     write_figure(

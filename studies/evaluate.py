@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import InputError
-from configs.files import file_sha256, write_json
+from configs.files import write_json
 from monitoring.run_directory import RunDirectory
 from studies.examples import Splits, load_examples
 from studies.finetune import PREDICTIONS, Job, finetune, read_result
-from studies.leakage import leakage
-from studies.models import config_of_run, huggingface_directory
-from studies.scores import counts, mean_interval, paired_bootstrap
+from studies.intervals import FEWEST_SEEDS, holm, paired_bootstrap, score_interval
+from studies.leakage import Corpora, leakage
+from studies.models import config_of_run, huggingface_directory, weights_digest
+from studies.scores import baselines, counts
 from studies.tables import write_csv
 from studies.tasks import EvaluatedTask, Protocol, Task
 
@@ -55,6 +56,7 @@ def evaluate(
     training_text: Sequence[str] = (),
     parallel: Parallel = map,
     say: Callable[[str], None] = print,
+    look_for_leakage: bool = True,
 ) -> dict[str, Any]:
     """Score each model with each seed, and write results.json and results.csv.
 
@@ -68,6 +70,7 @@ def evaluate(
             is known.
         parallel: Runs the fine-tunings.
         say: Receives a line of progress per fine-tuning.
+        look_for_leakage: Search the training text; a study does so once for all its models.
 
     Returns:
         The content of results.json.
@@ -75,10 +78,11 @@ def evaluate(
     Raises:
         InputError: A model, the task or one of its files is wrong. Nothing has been trained then.
     """
-    _require_libraries()
+    require_libraries()
     task, protocol, splits = load_examples(evaluated)
     if len(set(models)) < len(models):
         raise InputError(f"the same model is given twice among {', '.join(models)}", code="model-given-twice")
+    corpora = _corpora(models, training_text) if look_for_leakage else None
     with ExitStack() as stack:
         opened = [_open(stack, model) for model in models]
         jobs = [job for model in opened for job in _jobs(model, task, protocol, splits, evaluated.seeds, output)]
@@ -89,45 +93,95 @@ def evaluate(
         "task": task.name,
         "metric": task.score,
         "scored_on": _scored_on(task),
-        "models": [_summary(model, results) for model in models],
+        "examples": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
+        "notes": list(splits.notes),
+        "baselines": baselines(task, splits),
+        "models": [_summary(model, task, results) for model in models],
         "pairs": _pairs(opened, task, splits, evaluated.seeds, output),
-        "leakage": _leakage(splits, models, training_text),
+        "leakage": leakage(splits.test, corpora) if corpora else None,
         "runs": results,
     }
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "results.json", summary)
-    rows = [{**{k: v for k, v in result.items() if k != "protocol"}, **result["protocol"]} for result in results]
-    write_csv(output / "results.csv", rows)
+    write_csv(output / "results.csv", [_row(result) for result in results])
     return summary
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print the mean and interval of each model, the differences, and the leakage."""
+    """Print the mean and interval of each model, what needs no text to reach, the differences, and the leakage."""
 
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.2f} %"
+    def said(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
 
-    table = Table("model", "seeds", f"{summary['metric']} on {summary['scored_on']}", "95 % interval")
+    lenient = any(entry["lenient"] is not None for entry in summary["models"])
+    metric = f"{summary['metric']}{' (strict IOB2)' if lenient else ''} on {summary['scored_on']}"
+    table = Table("model", "seeds", metric, "95 % interval", "precision", "recall", *(["lenient"] if lenient else []))
     for entry in summary["models"]:
-        interval = f"{percent(entry['low'])} to {percent(entry['high'])}"
-        table.add_row(entry["model"], str(entry["seeds"]), percent(entry["mean"]), interval)
+        interval = f"{_percent(entry['low'])} to {_percent(entry['high'])}" if entry["low"] is not None else "-"
+        cells = [_percent(entry[key]) for key in ("precision", "recall", *(["lenient"] if lenient else []))]
+        table.add_row(entry["model"], str(entry["seeds"]), _percent(entry["mean"]), interval, *cells)
     console.print(table)
+    known = summary["baselines"]
+    best = f", always {known['best_answer']!r} {_percent(known['best_answer_score'])}" if "best_answer" in known else ""
+    said(
+        f"without reading: the majority ({known['majority_answer']!r}) {_percent(known['majority'])}{best}, "
+        f"chance {_percent(known['chance'])}"
+    )
+    for entry in summary["models"]:
+        for answer, seeds in entry["one_answer"].items():
+            said(
+                f"{entry['model']}: predicts only {answer!r} with seed {', '.join(map(str, seeds))}; it has not learned"
+            )
+        if entry["cut"]:
+            said(f"{entry['model']}: `length` cuts {entry['cut']:,} texts or words of {summary['scored_on']}")
     for pair in summary["pairs"]:
-        console.print(
-            f"{pair['model']} - {pair['against']}: {100 * pair['difference']:+.2f} points, 95 % interval "
-            f"{100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}, p = {pair['p']:.3g} (paired bootstrap)"
-        )
-    leaked = summary["leakage"]
-    console.print(
-        f"leakage: {leaked['found']:,} of {leaked['examples']:,} examples ({percent(leaked['share'])}) share 13 "
-        f"consecutive words with the training text ({leaked['training_documents']:,} documents)"
-        if leaked
-        else "leakage: not checked, because the training text is not known; name it with --training-text"
+        said(_said_of(pair, len(summary["pairs"])))
+    for note in summary["notes"]:
+        said(note)
+    for line in said_of_leakage(summary["leakage"]):
+        said(line)
+
+
+def said_of_leakage(leaked: dict[str, Any]) -> list[str]:
+    """Describe the result of `leakage` in sentences."""
+    lines = ["leakage: not checked, because no training text is known; name it with --training-text"]
+    if leaked["found"] is not None:
+        lines = [
+            f"leakage: {leaked['found']:,} of {leaked['examples']:,} examples ({_percent(leaked['share'])}) share 13 "
+            f"consecutive words with the training text ({leaked['training_documents']:,} documents)"
+        ]
+    return lines + [f"leakage: not looked at: {source}" for source in leaked["not_looked_at"]]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _said_of(pair: dict[str, Any], comparisons: int) -> str:
+    difference = f"{pair['model']} - {pair['against']}: {100 * pair['difference']:+.2f} points"
+    if pair["p"] is None:
+        return f"{difference} between these weights; {FEWEST_SEEDS} seeds or more give an interval and a p-value"
+    corrected = f", {pair['p_holm']:.2g} by Holm's correction of {comparisons} comparisons" if comparisons > 1 else ""
+    return (
+        f"{difference}, 95 % interval {100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}, "
+        f"p = {pair['p']:.2g}{corrected} (paired bootstrap over examples and seeds)"
     )
 
 
-def _require_libraries() -> None:
-    missing = [name for name in ("accelerate", "scipy", "seqeval", "sklearn") if find_spec(name) is None]
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    """Flatten a result for a table, without its classes."""
+    nested = ("protocol", "cut", "versions")
+    plain = {key: value for key, value in result.items() if key not in (*nested, "classes")}
+    return plain | {f"{key}.{name}": value for key in nested for name, value in result[key].items()}
+
+
+def require_libraries() -> None:
+    """Require the packages of the extra `studies`.
+
+    Raises:
+        InputError: One is not installed.
+    """
+    missing = [name for name in ("accelerate", "joblib", "scipy", "seqeval", "sklearn") if find_spec(name) is None]
     if missing:
         raise InputError(
             f"{', '.join(missing)} not installed; pip install 'detour-train[studies]'", code="packages-missing"
@@ -136,10 +190,7 @@ def _require_libraries() -> None:
 
 def _open(stack: ExitStack, reference: str) -> _Model:
     folder = stack.enter_context(huggingface_directory(reference))
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(bytes.fromhex(file_sha256(path)))
-    return _Model(reference, folder.absolute(), digest.hexdigest())
+    return _Model(reference, folder.absolute(), weights_digest(folder))
 
 
 def _jobs(
@@ -151,7 +202,7 @@ def _jobs(
         "task": task.name,
         "metric": task.score,
         "scored_on": _scored_on(task),
-        "data": _digest_of(splits),
+        "data": digest_of(splits),
         "protocol": protocol.model_dump(exclude_none=True),
     }
     return [
@@ -188,9 +239,25 @@ def _scored_on(task: Task) -> str:
     return "test" if task.files.test else "validation"
 
 
-def _summary(model: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    scores = [result["score"] for result in results if result["model"] == model]
-    return {"model": model, "seeds": len(scores), **mean_interval(scores).as_row()}
+def _summary(model: str, task: Task, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    own = [result for result in results if result["model"] == model]
+    scores = [result["score"] for result in own]
+    one_answer: dict[str, list[int]] = {}
+    for result in own:
+        if result["one_answer"] is not None:
+            one_answer.setdefault(result["one_answer"], []).append(result["seed"])
+    means = {
+        key: float(np.mean([result[key] for result in own])) if key in own[0] else None
+        for key in ("precision", "recall", "lenient")
+    }
+    return {
+        "model": model,
+        "seeds": len(scores),
+        **score_interval(task.score, scores).as_row(),
+        **means,
+        "one_answer": one_answer,
+        "cut": own[0]["cut"]["test"],
+    }
 
 
 def _pairs(
@@ -204,32 +271,38 @@ def _pairs(
             lines = (_results_of(output, model, seed) / PREDICTIONS).read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
             gold, predicted = ([row[key] for row in rows] for key in ("gold", "predicted"))
-            tables.append(counts(task.score, gold, predicted, splits.labels, task.positive))
+            tables.append(counts(task.score, gold, predicted, splits.scored, task.positive))
         return np.stack(tables)
 
     first, *others = models
     if not others:
         return []
     baseline = table(first)
+    pairs = [paired_bootstrap(task.score, baseline, table(model)) for model in others]
+    corrected = holm([pair["p"] for pair in pairs])
     return [
-        {
-            "model": model.reference,
-            "against": first.reference,
-            **paired_bootstrap(task.score, baseline, table(model)),
-        }
-        for model in others
+        {"model": model.reference, "against": first.reference, **pair, "p_holm": p}
+        for model, pair, p in zip(others, pairs, corrected, strict=True)
     ]
 
 
-def _leakage(splits: Splits, models: Sequence[str], training_text: Sequence[str]) -> dict[str, Any] | None:
-    """Search the training text for the test examples; None if no training text is known."""
-    text = list(training_text)
-    for config in filter(None, map(config_of_run, models)):
-        for source in config.data.sources:
-            text += [reference for reference in source.text if reference not in text]
-    return {**leakage(splits.test, text), "training_text": text} if text else None
+def _corpora(models: Sequence[str], training_text: Sequence[str]) -> Corpora:
+    """Collect the training text of the models.
+
+    Raises:
+        InputError: `--training-text` names no text.
+    """
+    corpora = Corpora()
+    for reference in training_text:
+        corpora.add_text(reference)
+    for model in models:
+        config = config_of_run(model)
+        if config is not None or not training_text:
+            corpora.add_run(model, config)
+    return corpora
 
 
-def _digest_of(splits: Splits) -> str:
+def digest_of(splits: Splits) -> str:
+    """Return the sha256 of the examples of a task."""
     parts = [(e.text, e.pair, e.labels) for part in (splits.train, splits.validation, splits.test) for e in part]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

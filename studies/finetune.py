@@ -16,7 +16,7 @@ from configs.errors import InputError
 from configs.files import write_atomically, write_json
 from studies.examples import Example, Splits
 from studies.models import silence_transformers
-from studies.scores import score
+from studies.scores import details, score
 from studies.tasks import Protocol, Task
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
@@ -24,8 +24,21 @@ IGNORE = -100
 """Label of a position without loss."""
 EVALUATIONS = 20
 """Validations of a fine-tuning given in steps. One given in epochs is validated after each epoch."""
+THRESHOLDS = tuple(number / 20 for number in range(1, 20))
+"""Probabilities that the threshold of a `multi` task is chosen from."""
 Rows = list[dict[str, Any]]
-"""Encoded examples: `input_ids`, `labels`, and for token classification `words`."""
+"""Inputs of the model: `input_ids` and `labels`. A long example of token classification has several."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as inputs of the model."""
+
+    rows: Rows
+    words: list[list[tuple[int, int] | None]]
+    """Row and position of each word's first token, per example; None for a word that was cut off. Token tasks only."""
+    cut: int
+    """Texts, or words of token tasks, that `length` cut."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Job:
     output: Path
     """Directory of predictions.jsonl and of result.json, which is written last."""
     settings: dict[str, Any]
-    """Identity of the result: model, weights, task, data and protocol. Kept in result.json."""
+    """Identity of the result: weights, task, data and protocol, and the word for the model. Kept in result.json."""
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -60,33 +73,42 @@ def finetune(job: Job) -> dict[str, Any]:
     model = _model(job)
     limit = min(job.protocol.length, model.config.max_position_embeddings)
     train, validation, test = (
-        [_encode(example, job, tokenizer, limit) for example in examples]
-        for examples in (splits.train, splits.validation, splits.test)
+        encode(examples, job, tokenizer, limit) for examples in (splits.train, splits.validation, splits.test)
     )
+    gold = [example.labels for example in splits.validation]
 
     def validation_score(output: Any) -> dict[str, float]:
-        return {"score": _score(job, splits.validation, _decode(job, validation, output.predictions))}
+        return {"score": _best_threshold(job, validation, gold, output.predictions)[1]}
 
     with TemporaryDirectory(prefix="detour-") as folder:
         trainer: Any = transformers.Trainer(
             model=model,
             args=_training_arguments(job.protocol, job.seed, folder),
-            train_dataset=_without_words(train),
-            eval_dataset=_without_words(validation),
+            train_dataset=train.rows,
+            eval_dataset=validation.rows,
             data_collator=lambda rows: _collate(rows, tokenizer.pad_token_id, job.task.kind == "tokens"),
             compute_metrics=validation_score,
             optimizers=(_optimizer(model, job.protocol), None),
+            compute_loss_func=_balanced_loss(job) if job.protocol.balance else None,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         trainer.compute_metrics = None  # it scores validation examples
-        predicted = _decode(job, test, trainer.predict(_without_words(test)).predictions)
+        threshold, _ = _best_threshold(job, validation, gold, trainer.predict(validation.rows).predictions)
+        predicted = _decode(job, test, trainer.predict(test.rows).predictions, threshold)
+    truth = [example.labels for example in splits.test]
     result = {
-        "score": _score(job, splits.test, predicted),
+        "score": score(job.task.score, truth, predicted, splits.scored, job.task.positive),
         "validation_score": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "seed": job.seed,
         **job.settings,
+        **details(job.task, splits, truth, predicted),
+        "threshold": threshold,
+        "length": limit,
+        "cut": {"train": train.cut, "validation": validation.cut, "test": test.cut},
+        "precision_of_training": "bf16" if torch.cuda.is_available() else "fp32",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     _write(job.output, splits.test, predicted, result)
     return result
@@ -103,14 +125,14 @@ def read_result(job: Job) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     wanted = {"seed": job.seed, **job.settings}
-    changed = [key for key, value in wanted.items() if result.get(key) != value]
+    changed = [key for key, value in wanted.items() if key != "model" and result.get(key) != value]
     if changed:
         raise InputError(
             f"{path} is the result of another {', '.join(changed)}; choose another --output",
             key="--output",
             code="result-of-other-settings",
         )
-    return result
+    return {**result, "model": wanted["model"]}
 
 
 def _training_arguments(protocol: Protocol, seed: int, folder: str) -> Any:
@@ -127,6 +149,7 @@ def _training_arguments(protocol: Protocol, seed: int, folder: str) -> Any:
         **interval,
         learning_rate=protocol.lr,
         warmup_steps=protocol.warmup,
+        max_grad_norm=protocol.clip,
         per_device_train_batch_size=protocol.batch,
         per_device_eval_batch_size=4 * protocol.batch,
         load_best_model_at_end=True,
@@ -147,7 +170,12 @@ def _training_arguments(protocol: Protocol, seed: int, folder: str) -> Any:
 def _write(output: Path, test: Sequence[Example], predicted: Sequence[Sequence[str]], result: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     lines = (
-        {"where": example.location, "gold": list(example.labels), "predicted": labels}
+        {
+            "where": example.location,
+            **({"words": list(example.words)} if example.words else {"text": example.text, "pair": example.pair}),
+            "gold": list(example.labels),
+            "predicted": labels,
+        }
         for example, labels in zip(test, predicted, strict=True)
     )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -161,51 +189,86 @@ def _model(job: Job) -> Any:
     labels = job.splits.labels
     is_tokens = job.task.kind == "tokens"
     model_class: Any = AutoModelForTokenClassification if is_tokens else AutoModelForSequenceClassification
-    problem = {"single": "single_label_classification", "multi": "multi_label_classification"}.get(job.task.kind)
+    problems = {"single": "single_label_classification", "multi": "multi_label_classification"}
+    problem = {**problems, "regression": "regression"}.get(job.task.kind)
+    names = labels or ("value",)
     return model_class.from_pretrained(
         job.model,
         dtype=torch.float32,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={label: index for index, label in enumerate(names)},
         **({"problem_type": problem} if problem else {}),
     )
 
 
-def _encode(example: Example, job: Job, tokenizer: Any, limit: int) -> dict[str, Any]:
-    """Encode one example. `words` holds the position of each word's first token, -1 for a word that was cut off."""
+def encode(examples: Sequence[Example], job: Job, tokenizer: Any, limit: int) -> Encoded:
+    """Encode examples. A label that training lacks has no loss, and counts as a miss when it is scored."""
     index = {label: number for number, label in enumerate(job.splits.labels)}
+    encoded = Encoded([], [], 0)
     if job.task.kind == "tokens":
-        return _encode_words(example, index, tokenizer, limit)
-    encoding = tokenizer(example.text, example.pair, truncation=True, max_length=limit)
-    labels = [float(label in example.labels) for label in index]
-    return {
-        "input_ids": encoding["input_ids"],
-        "labels": index[example.labels[0]] if job.task.kind == "single" else labels,
-    }
+        for example in examples:
+            encoded.words.append(_encode_words(example, index, tokenizer, limit, job.protocol.stride, encoded.rows))
+        return replace(encoded, cut=sum(place is None for places in encoded.words for place in places))
+    mean, spread = _scale(job) if job.task.kind == "regression" else (0.0, 1.0)
+    cut = 0
+    for example in examples:
+        row = tokenizer(example.text, example.pair)["input_ids"]
+        if len(row) > limit:
+            row = tokenizer(example.text, example.pair, truncation=True, max_length=limit)["input_ids"]
+            cut += 1
+        labels: Any = [float(label in example.labels) for label in index]
+        if job.task.kind == "single":
+            labels = index.get(example.labels[0], IGNORE)
+        elif job.task.kind == "regression":
+            labels = (float(example.labels[0]) - mean) / spread
+        encoded.rows.append({"input_ids": row, "labels": labels})
+    return replace(encoded, cut=cut)
 
 
-def _encode_words(example: Example, index: dict[str, int], tokenizer: Any, limit: int) -> dict[str, Any]:
-    """Encode the sentence as a whole, because the model knows words with the spaces before them from pretraining."""
-    encoding = tokenizer(example.text, truncation=True, max_length=limit, return_offsets_mapping=True)
-    tokens = [(start, end, position) for position, (start, end) in enumerate(encoding["offset_mapping"]) if end > start]
-    labels = [IGNORE] * len(encoding["input_ids"])
-    positions = []
-    word_start, at = 0, 0
-    for word, tag in zip(example.words, example.labels, strict=True):
-        while at < len(tokens) and tokens[at][1] <= word_start:
-            at += 1
-        position = -1
-        if at < len(tokens) and tokens[at][0] < word_start + len(word):
-            position = tokens[at][2]
-            labels[position] = index[tag]
-        positions.append(position)
-        word_start += len(word) + 1
-    return {"input_ids": encoding["input_ids"], "labels": labels, "words": positions}
+def _encode_words(
+    example: Example, index: dict[str, int], tokenizer: Any, limit: int, stride: int, rows: Rows
+) -> list[tuple[int, int] | None]:
+    """Encode the sentence as a whole, because the model knows words with the spaces before them from pretraining.
+
+    A sentence beyond the limit becomes several rows that overlap. A word is read in the row where it has most context.
+
+    Returns:
+        Row and position of each word's first token.
+    """
+    windows = tokenizer(
+        example.text,
+        truncation=True,
+        max_length=limit,
+        stride=min(stride, limit // 4),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    best: list[tuple[int, int, int] | None] = [None] * len(example.words)
+    for window, offsets in enumerate(windows["offset_mapping"]):
+        tokens = [(start, end, position) for position, (start, end) in enumerate(offsets) if end > start]
+        labels = [IGNORE] * len(offsets)
+        word_start, at = 0, 0
+        for number, (word, tag) in enumerate(zip(example.words, example.labels, strict=True)):
+            while at < len(tokens) and tokens[at][1] <= word_start:
+                at += 1
+            is_inside = at < len(tokens) and tokens[at][0] < word_start + len(word)
+            if is_inside and (at or not window or tokens[at][0] <= word_start):  # a row may begin within a word
+                position = tokens[at][2]
+                labels[position] = index.get(tag, IGNORE)
+                context = min(at, len(tokens) - at)
+                found = best[number]
+                if found is None or context > found[0]:
+                    best[number] = (context, len(rows), position)
+            word_start += len(word) + 1
+        rows.append({"input_ids": windows["input_ids"][window], "labels": labels})
+    return [found and found[1:] for found in best]
 
 
-def _without_words(rows: Rows) -> Rows:
-    return [{key: value for key, value in row.items() if key != "words"} for row in rows]
+def _scale(job: Job) -> tuple[float, float]:
+    """Return mean and spread of the training numbers, because a head of unit scale learns them fastest."""
+    values = [float(example.labels[0]) for example in job.splits.train]
+    return float(np.mean(values)), float(np.std(values)) or 1.0
 
 
 def _collate(rows: Rows, pad: int, label_each_token: bool) -> dict[str, torch.Tensor]:
@@ -219,23 +282,48 @@ def _collate(rows: Rows, pad: int, label_each_token: bool) -> dict[str, torch.Te
     return {"input_ids": padded("input_ids", pad), "attention_mask": mask, "labels": labels}
 
 
-def _decode(job: Job, rows: Rows, logits: Any) -> list[list[str]]:
+def _best_threshold(job: Job, encoded: Encoded, gold: Sequence[Sequence[str]], logits: Any) -> tuple[float, float]:
+    """Return the threshold with the best score on validation, and that score; only `multi` tasks have a choice."""
+    given = job.protocol.threshold
+    choices = [given] if given is not None else THRESHOLDS if job.task.kind == "multi" else [0.5]
+
+    def scored(threshold: float) -> float:
+        predicted = _decode(job, encoded, logits, threshold)
+        return score(job.task.score, gold, predicted, job.splits.scored, job.task.positive)
+
+    scores = {choice: scored(choice) for choice in choices}
+    best = max(choices, key=lambda choice: (scores[choice], -abs(choice - 0.5)))
+    return best, scores[best]
+
+
+def _decode(job: Job, encoded: Encoded, logits: Any, threshold: float) -> list[list[str]]:
     """Return the predicted labels of each example; a word that was cut off gets O."""
     labels = job.splits.labels
+    if job.task.kind == "regression":
+        mean, spread = _scale(job)
+        return [[repr(mean + spread * float(row[0]))] for row in logits]
     if job.task.kind == "multi":
-        return [[labels[index] for index in np.flatnonzero(row > 0)] for row in logits]
+        odds = np.log(threshold / (1 - threshold))
+        return [[labels[index] for index in np.flatnonzero(row > odds)] for row in logits]
     best = logits.argmax(-1)
     if job.task.kind == "single":
         return [[labels[index]] for index in best]
-    return [
-        [labels[best[number][position]] if position >= 0 else "O" for position in row["words"]]
-        for number, row in enumerate(rows)
-    ]
+    return [[labels[best[place]] if place else "O" for place in places] for places in encoded.words]
 
 
-def _score(job: Job, examples: Sequence[Example], predicted: list[list[str]]) -> float:
-    gold = [example.labels for example in examples]
-    return score(job.task.score, gold, predicted, job.splits.labels, job.task.positive)
+def _balanced_loss(job: Job) -> Any:
+    """Build the binary cross-entropy of a `multi` task in which a label's examples weigh as much as the others."""
+    labels = job.splits.labels
+    held = np.array([sum(label in example.labels for example in job.splits.train) for label in labels], np.float64)
+    weights = torch.tensor((len(job.splits.train) - held) / held, dtype=torch.float32)
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs.logits
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, labels.to(logits.dtype), pos_weight=weights.to(logits.device)
+        )
+
+    return loss
 
 
 def _optimizer(model: Any, protocol: Protocol) -> torch.optim.Optimizer:

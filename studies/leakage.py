@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+from configs.errors import InputError
+from configs.schema import SCRATCH, RunConfig
+from datapipe.manifest import NAME, read_manifest
+from datapipe.shards import ShardReader
 from datapipe.text import find_files, read_texts
+from datapipe.tokenizer import load_tokenizer
 from studies.examples import Example
+from studies.models import config_of_run
 
 WORDS = 13
 """Consecutive words that must agree, as in Brown et al. 2020 (GPT-3), appendix C."""
@@ -16,42 +27,159 @@ FEWEST_WORDS = 4
 """Words below which an example is too short to be counted as leaked."""
 LISTED = 20
 """Leaked examples that the result names."""
+ALONE = 32 * 2**20
+"""Bytes of training text below which one process reads faster than it starts others."""
 _WORD = re.compile(r"\w+")
+Owners = dict[tuple[str, ...], set[int]]
+"""Run of words -> the examples that hold it."""
 
 
-def leakage(examples: Sequence[Example], training_text: Sequence[str]) -> dict[str, Any]:
+@dataclass
+class Corpora:
+    """The training text of some models."""
+
+    files: dict[Path, str | None] = field(default_factory=dict)
+    """Text files, and shards with the tokenizer of their ids."""
+    unseen: list[str] = field(default_factory=list)
+    """Sources that cannot be searched, each with the reason."""
+
+    def add_text(self, reference: str) -> None:
+        """Add text files.
+
+        Raises:
+            InputError: The reference names no text.
+        """
+        self.files |= dict.fromkeys(find_files(reference))
+
+    def add_run(self, model: str, config: RunConfig | None) -> None:
+        """Add every source of a run, and of the run that it began from."""
+        if config is None:
+            self._miss(f"the training text of {model}, which is no run")
+            return
+        for source in config.data.sources:
+            if not self._add_source(list(source.text), source.shards):
+                self._miss(f"source {source.name} of {config.name} (neither its text nor local shards are here)")
+        init = config.model.init
+        if init != SCRATCH:
+            before = config_of_run(init) if Path(init).exists() else None
+            self.add_run(init, before if before != config else None)
+
+    def _add_source(self, text: Sequence[str], shards: str) -> bool:
+        """Add the text of a source, or its shards if the text is not here; return whether all of it was added."""
+        try:
+            for reference in text:
+                self.add_text(reference)
+            if text:
+                return True
+        except InputError:
+            pass  # the run read its shards, so they are as good
+        try:
+            manifest = read_manifest(Path(shards))
+        except InputError:
+            return self._add_raw(shards)
+        paths = [Path(shards) / shard.name for shard in manifest.shards]
+        self.files |= dict.fromkeys(filter(Path.is_file, paths), manifest.tokenizer.name)
+        return all(path.is_file() for path in paths)
+
+    def _add_raw(self, shards: str) -> bool:
+        """Add a directory of tars of raw text, which has no manifest."""
+        tars = sorted(Path(shards).glob("*.tar")) if not (Path(shards) / NAME).exists() else []
+        self.files |= dict.fromkeys(tars)
+        return bool(tars)
+
+    def _miss(self, what: str) -> None:
+        if what not in self.unseen:
+            self.unseen.append(what)
+
+
+def leakage(examples: Sequence[Example], corpora: Corpora, processes: int | None = None) -> dict[str, Any]:
     """Count the examples that share 13 consecutive words with the training text.
 
     Case and punctuation are ignored. An example of 4 to 12 words is leaked if it occurs as a whole.
 
     Args:
         examples: Test examples of a task.
-        training_text: Text files, folders or `package://` references.
+        corpora: The training text.
+        processes: Processes that read; default: one for a small text, else one per core.
+
+    Returns:
+        `examples`, `found`, `share`, `training_documents`, `where` of the first leaked ones, and `not_looked_at`, the
+        sources that could not be searched. `found` and `share` are None if nothing could be.
     """
-    owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    owners: Owners = defaultdict(set)
     for number, example in enumerate(examples):
         words = _words(f"{example.text} {example.pair or ''}")
         if len(words) >= FEWEST_WORDS:
             for ngram in _ngrams(words, min(WORDS, len(words))):
                 owners[ngram].add(number)
+    files = list(corpora.files.items())
+    if processes is None:
+        processes = 1 if sum(path.stat().st_size for path, _ in files) < ALONE else (os.cpu_count() or 1)
+    leaked: set[int] = set()
+    documents = 0
+    for found, read in _scan_all(dict(owners), files, min(processes, len(files))):
+        leaked |= found
+        documents += read
+    return {
+        "examples": len(examples),
+        "found": len(leaked) if files else None,
+        "share": len(leaked) / len(examples) if files else None,
+        "training_documents": documents,
+        "where": [examples[number].location for number in sorted(leaked)][:LISTED],
+        "not_looked_at": corpora.unseen,
+    }
+
+
+def _scan_all(
+    owners: Owners, files: Sequence[tuple[Path, str | None]], processes: int
+) -> Iterator[tuple[set[int], int]]:
+    if processes <= 1:
+        yield from (_scan(owners, *file) for file in files)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), _Searcher.take, (owners,)) as pool:
+        yield from pool.map(_Searcher.scan, files)
+
+
+class _Searcher:
+    """The runs of words that a process searches for, sent to it once."""
+
+    owners: Owners
+
+    @classmethod
+    def take(cls, owners: Owners) -> None:
+        cls.owners = owners
+
+    @classmethod
+    def scan(cls, file: tuple[Path, str | None]) -> tuple[set[int], int]:
+        return _scan(cls.owners, *file)
+
+
+def _scan(owners: Owners, path: Path, tokenizer: str | None) -> tuple[set[int], int]:
+    """Search one file; return the leaked examples and the number of documents."""
     sizes = sorted({len(ngram) for ngram in owners})
     leaked: set[int] = set()
     documents = 0
-    for reference in training_text:
-        for path in find_files(reference):
-            for text in read_texts(path):
-                documents += 1
-                words = _words(text.text.decode("utf-8", "replace"))
-                for size in sizes:
-                    for ngram in _ngrams(words, size):
-                        leaked |= owners.get(ngram, set())
-    return {
-        "examples": len(examples),
-        "found": len(leaked),
-        "share": len(leaked) / len(examples),
-        "training_documents": documents,
-        "where": [examples[number].location for number in sorted(leaked)][:LISTED],
-    }
+    for text in _texts(path, tokenizer):
+        documents += 1
+        words = _words(text)
+        for size in sizes:
+            for ngram in _ngrams(words, size):
+                if ngram in owners:
+                    leaked |= owners[ngram]
+    return leaked, documents
+
+
+def _texts(path: Path, tokenizer: str | None) -> Iterator[str]:
+    if path.suffix != ".tar":
+        yield from (text.text.decode("utf-8", "replace") for text in read_texts(path))
+        return
+    backend = load_tokenizer(tokenizer).backend if tokenizer else None
+    reader = ShardReader(path.open("rb", buffering=0), str(path))
+    try:
+        for document in range(len(reader)):
+            yield backend.decode(reader.ids(document).tolist()) if backend else reader.text(document)
+    finally:
+        reader.close()
 
 
 def _words(text: str) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from configs.errors import InputError
+from configs.files import file_sha256
 from configs.hub import download_snapshot, is_hub_id
 from configs.load import load_config
 from configs.schema import RunConfig
@@ -43,6 +45,14 @@ def huggingface_directory(model: str) -> Iterator[Path]:
             code="not-a-model",
         )
     yield path
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the sha256 of the weights of a Hugging Face directory."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(bytes.fromhex(file_sha256(path)))
+    return digest.hexdigest()
 
 
 def silence_transformers() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +17,7 @@ import yaml
 from pydantic import Field
 
 from configs.errors import InputError
-from configs.load import differences, load_config, read_mapping, validate
+from configs.load import content_of_run, differences, load_config, read_mapping, validate
 from configs.schema import RunConfig, Section
 from configs.units import parse_count
 from studies.tasks import EvaluatedTask, parse_overrides
@@ -56,28 +58,87 @@ class Trial:
     """One run of a study."""
 
     name: str
+    """Arm and grid point, for people."""
     arm: str | None
     """None if the study has no arms."""
     point: dict[str, Any]
     """Grid point: key -> value."""
     config: RunConfig
+    """Resolved configuration, without a name of its own."""
+    varied: frozenset[str] = frozenset()
+    """Keys that its arm and grid point set."""
+
+    @property
+    def address(self) -> str:
+        """Digest of what the run computes. Trials of any study with the same address have the same result."""
+        content = content_of_run(self.config, self.varied)
+        return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
 def load_study(reference: str, recipe: str | None = None, overrides: Sequence[str] = ()) -> tuple[Study, Path]:
     """Load a study and the folder that its recipe is looked for in.
 
+    An override names a key of the study (`baseline=mlm`, `evaluate=[...]`, `grid.KEY=[...]`, `arms.NAME.KEY=...`), a
+    key of the grid, whose values it replaces, or a key of the recipe, which it sets in every trial.
+
     Args:
         reference: A study YAML or the name of a shipped study.
         recipe: Recipe that replaces the study's.
-        overrides: `key=value` for every trial.
+        overrides: `key=value` words.
 
     Raises:
-        InputError: A key is wrong.
+        InputError: A key is wrong or changes nothing.
     """
     tree, folder = read_mapping(reference, "study", SHIPPED)
+    values = parse_overrides(overrides)
+    for key, value in values.items():
+        _override(tree, key, value)
+    if recipe is not None:
+        tree["recipe"] = recipe
     study = validate(Study, tree, reference)
-    common = {**study.common, **parse_overrides(overrides)}
-    return study.model_copy(update={"common": common, "recipe": recipe or study.recipe}), folder
+    for key in values:
+        by_arms = study.arms and all(key in settings for settings in study.arms.values())
+        by_size = key.startswith("model.") and "parameters" in {*study.grid, *study.common}
+        if by_arms or by_size:
+            other = "every arm sets it; override arms.NAME." + key if by_arms else "`parameters` sets the model's shape"
+            raise InputError(f"{key}: this override changes nothing, because {other}", key=key, code="without-effect")
+    return study, folder
+
+
+def _override(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set one key of a study's tree; None removes a grid key or an arm."""
+    section, _, rest = key.partition(".")
+    values = value if isinstance(value, list) or value is None else [value]
+    if key in (tree.get("grid") or {}):
+        _set(tree, "grid", key, values)
+    elif section == "grid" and rest:
+        _set(tree, "grid", rest, values)
+    elif section == "arms" and rest:
+        arm, _, inner = rest.partition(".")
+        if inner:
+            settings = dict((tree.get("arms") or {}).get(arm) or {})
+            settings[inner] = value
+            value = settings
+        _set(tree, "arms", arm, value)
+    elif section == "evaluate" and rest:
+        number, _, inner = rest.partition(".")
+        tasks = tree.get("evaluate") or []
+        if not number.isdigit() or int(number) >= len(tasks) or not inner:
+            raise InputError(f"{key}: the study has {len(tasks)} tasks; write evaluate.0.seeds=[17]", key=key)
+        _set(tasks[int(number)], "protocol", inner.removeprefix("protocol."), value) if inner.startswith(
+            "protocol."
+        ) else tasks[int(number)].update({inner: value})
+    elif key in Study.model_fields:
+        tree[key] = value
+    else:
+        _set(tree, "common", key.removeprefix("common."), value)
+
+
+def _set(tree: dict[str, Any], section: str, key: str, value: Any) -> None:
+    changed = {**(tree.get(section) or {}), key: value}
+    if value is None and section in ("grid", "arms"):
+        del changed[key]
+    tree[section] = changed
 
 
 def expand(study: Study, folder: Path) -> list[Trial]:
@@ -102,13 +163,23 @@ def expand(study: Study, folder: Path) -> list[Trial]:
         for other in arms[1:]:
             _require_comparable(study, arms[0], other)
         trials += arms
-    names = [trial.name for trial in trials]
-    repeated = {name for name in names if names.count(name) > 1}
+    names = Counter(trial.name for trial in trials)
+    repeated = [name for name, count in names.items() if count > 1]
     if repeated:
         raise InputError(
             f"study {study.name}: grid: the same trial twice: {', '.join(sorted(repeated))}; give each value once",
             key="grid",
         )
+    addresses: dict[str, Trial] = {}
+    for trial in trials:
+        twin = addresses.setdefault(trial.address, trial)
+        if twin is not trial:
+            raise InputError(
+                f"study {study.name}: {twin.name} and {trial.name} compute the same, so their difference is none; "
+                "give each arm and grid value an effect of its own",
+                key="arms" if twin.arm != trial.arm else "grid",
+                code="same-trial",
+            )
     return trials
 
 
@@ -122,14 +193,22 @@ def _trial(study: Study, recipe: str, arm: str | None, point: dict[str, Any]) ->
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-._") or study.name
     settings = {**study.common, **point, **(study.arms[arm] if arm else {})}
     plain = [f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in DERIVED]
+    plain = [*(f"{key}=null" for key in _replaced_lengths(settings)), *plain]
     try:
-        config = load_config(recipe, [*plain, f"name={name}"])
+        config = load_config(recipe, plain)
         derived = _derived(config, {key: settings[key] for key in DERIVED if key in settings})
-        config = load_config(recipe, [*plain, f"name={name}", *derived]) if derived else config
+        config = load_config(recipe, [*plain, *derived]) if derived else config
         _require_buildable(config)
     except InputError as error:
         raise InputError(f"study {study.name}, trial {name}: {error}", key=error.key, code=error.code) from None
-    return Trial(name, arm, point, config)
+    return Trial(name, arm, point, config, frozenset({*point, *(study.arms[arm] if arm else {})}))
+
+
+def _replaced_lengths(settings: dict[str, Any]) -> list[str]:
+    """List the lengths of phases that settings give in the other unit than the recipe may."""
+    other = {"tokens": "steps", "steps": "tokens"}
+    given = [match for key in settings if (match := re.fullmatch(r"(phases\.\d+)\.(tokens|steps)", key))]
+    return [key for match in given if (key := f"{match[1]}.{other[match[2]]}") not in settings]
 
 
 def _derived(config: RunConfig, settings: dict[str, Any]) -> list[str]:

@@ -16,18 +16,19 @@ from configs.files import write_atomically, write_json
 from configs.units import format_count
 from monitoring.charts import WIDE, Line, line_chart
 from monitoring.page import Figure, render
-from studies.differences import Difference, Record, differences, measures, value
+from studies.comparison import cells_of, difference_charts, scale_of, slope_figures, slopes
+from studies.differences import Record, differences, measures, value
 from studies.plan import Study, dump_study
 from studies.scaling_law import Optimum, PowerLaw, fit, frontier
-from studies.tables import finite, write_csv
+from studies.tables import as_latex, as_markdown, finite, write_csv
 
 REPORT = "report.html"
 CURVE_POINTS = 40
 """Points that a law is drawn with."""
 
 
-def write_report(study: Study, records: Sequence[Record], output: Path) -> Path:
-    """Write trials.csv, comparison.json, scaling.json, speed.csv and report.html.
+def write_report(study: Study, records: Sequence[Record], output: Path, notes: Sequence[str] = ()) -> Path:
+    """Write trials.csv, comparison.json (also .csv, .md and .tex), scaling.json, speed.csv and report.html.
 
     The configuration and the seeds determine all files but speed.csv, and all of the page but its section on speed.
 
@@ -35,6 +36,7 @@ def write_report(study: Study, records: Sequence[Record], output: Path) -> Path:
         study: The study.
         records: One record per trial, in the order of the trials.
         output: Existing folder.
+        notes: Lines about the tasks and the leakage, for the page.
 
     Returns:
         The path of the page.
@@ -51,6 +53,14 @@ def write_report(study: Study, records: Sequence[Record], output: Path) -> Path:
     write_csv(output / "speed.csv", speeds)
     write_json(output / "comparison.json", finite([asdict(difference) for difference in compared]))
     write_json(output / "scaling.json", finite([_law_row(arm, laws[arm], by_arm[arm]) for arm in by_arm]))
+    table = [cells_of(difference) for difference in compared]
+    gains = slopes(records, baseline) if baseline else []
+    if table:
+        write_csv(output / "comparison.csv", table)
+        write_atomically(output / "comparison.md", as_markdown(table))
+        write_atomically(output / "comparison.tex", as_latex(table))
+    if gains:
+        write_json(output / "gains.json", finite(gains))
     page = render(
         "study.html",
         package="studies",
@@ -58,11 +68,17 @@ def write_report(study: Study, records: Sequence[Record], output: Path) -> Path:
         study=study,
         columns=list(rows[0]),
         rows=[[_cell(value) for value in row.values()] for row in rows],
-        compared=[_difference_cells(difference) for difference in compared],
+        compared=[
+            {"cells": list(row.values()), "pairs": _pairs(difference.measure, difference.pairs)}
+            for row, difference in zip(table, compared, strict=True)
+        ],
+        compared_columns=list(table[0]) if table else [],
+        comparison_charts=[*difference_charts(compared), *slope_figures(gains, baseline or "")],
         laws=[_law_section(arm, laws[arm], by_arm[arm]) for arm in by_arm],
         speed_columns=list(speeds[0]),
         speeds=[[_cell(value) for value in row.values()] for row in speeds],
         charts=_speed_charts(speeds),
+        notes=notes,
         yaml=dump_study(study),
     )
     path = output / REPORT
@@ -238,21 +254,8 @@ def _speed_charts(rows: Sequence[dict[str, Any]]) -> list[Figure]:
     return charts
 
 
-def _difference_cells(difference: Difference) -> dict[str, Any]:
-    scale, unit = (1, "nats") if difference.measure == "loss" else (100, "points")
-
-    def interval(low: float, high: float) -> str:
-        return f"{scale * low:+.3f} to {scale * high:+.3f}" if math.isfinite(low) else "-"
-
-    return {
-        "arms": f"{difference.arm} - {difference.baseline}",
-        "measure": difference.measure,
-        "mean": f"{scale * difference.bootstrap.mean:+.3f} {unit}",
-        "bootstrap": interval(difference.bootstrap.low, difference.bootstrap.high),
-        "students": interval(difference.students.low, difference.students.high),
-        "pairs": ", ".join(f"{scale * pair:+.3f}" for pair in difference.pairs),
-        "verdict": difference.verdict,
-    }
+def _pairs(measure: str, pairs: Sequence[float]) -> str:
+    return ", ".join(f"{scale_of(measure)[0] * pair:+.3f}" for pair in pairs)
 
 
 def _cell(value: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from studies.scores import LEVEL, Interval
+from studies.intervals import LEVEL, Interval
 
 Array = NDArray[np.float64]
 PLAUSIBLE = (1e-3, 5.0)

@@ -1,66 +1,54 @@
-"""Scores of predictions by seqeval and scikit-learn, and 95 % intervals of scores."""
+"""Scores of predictions, from sums of counts over the examples, so that a resample is scored as fast as it is drawn."""
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from studies.examples import Splits
+from studies.tasks import Task
+
 Labels = Sequence[Sequence[str]]
-"""Labels per example: its tags, its one label, or its several labels."""
-LEVEL = 0.95
-"""Level of all intervals."""
+"""Labels per example: its tags, its one label, its several labels, or its number as text."""
+Array = NDArray[np.float64]
+CORRELATIONS = ("spearman", "pearson")
+DRAWS = 20
+"""Draws of random predictions that the chance score is the mean of."""
 
 
 def score(metric: str, gold: Labels, predicted: Labels, labels: Sequence[str], positive: str | None = None) -> float:
     """Score predictions.
 
     Args:
-        metric: A value of `Task.score`. Entity F1 is micro-averaged over exact matches.
+        metric: A value of `Task.score`, or `lenient_f1`: entity F1 that also counts entities without a beginning.
         gold: True labels.
         predicted: Predicted labels of the same examples.
-        labels: All labels of the task.
+        labels: Labels that are scored.
         positive: Label that `binary_f1` scores.
 
     Returns:
-        The score in 0..1.
+        The score: 0..1, or a correlation in -1..1.
     """
-    if metric == "entity_f1":
-        from seqeval.metrics import f1_score as entity_f1
-
-        return float(entity_f1([list(row) for row in gold], [list(row) for row in predicted], zero_division=0))
-    from sklearn.metrics import accuracy_score, f1_score
-    from sklearn.preprocessing import MultiLabelBinarizer
-
-    if metric == "accuracy":
-        return float(accuracy_score([row[0] for row in gold], [row[0] for row in predicted]))
-    if metric == "binary_f1":
-        is_gold, is_predicted = ([row[0] == positive for row in rows] for rows in (gold, predicted))
-        return float(f1_score(is_gold, is_predicted, zero_division=0))
-    table = MultiLabelBinarizer(classes=list(labels))
-    average = metric.removesuffix("_f1")
-    return float(f1_score(table.fit_transform(gold), table.fit_transform(predicted), average=average, zero_division=0))
+    return float(score_of_sums(metric, counts(metric, gold, predicted, labels, positive).sum(0)))
 
 
-def counts(
-    metric: str, gold: Labels, predicted: Labels, labels: Sequence[str], positive: str | None = None
-) -> NDArray[np.float64]:
-    """Count correct, predicted and true labels, so that a resample is scored from a sum of counts.
+def counts(metric: str, gold: Labels, predicted: Labels, labels: Sequence[str], positive: str | None = None) -> Array:
+    """Count what a score is computed from, per example and class.
 
-    The arguments are those of `score`. Entities of all types are one class, because their F1 is micro-averaged.
+    The arguments are those of `score`. For entities a class is a type. For a correlation there is one class.
 
     Returns:
-        `[examples, classes, 3]`, where the last axis is (correct, predicted, true).
+        `[examples, classes, 3]`: correct, predicted and true labels. Or `[examples, 1, 6]`, the moments of a
+        correlation: 1, x, y, x², y² and xy, where x is true, y is predicted, and `spearman` takes ranks.
     """
-    if metric == "entity_f1":
-        from seqeval.metrics.sequence_labeling import get_entities
-
-        pairs = [(set(get_entities(list(g))), set(get_entities(list(p)))) for g, p in zip(gold, predicted, strict=True)]
-        return np.array([[[len(g & p), len(p), len(g)]] for g, p in pairs], np.float64)
+    if metric in CORRELATIONS:
+        return _moments(metric, gold, predicted)
+    if metric in ("entity_f1", "lenient_f1"):
+        return _entity_counts(metric, gold, predicted, labels)
     classes = [positive] if metric == "binary_f1" else list(labels)
     is_gold, is_predicted = (
         np.array([[label in row for label in classes] for row in rows], np.float64) for rows in (gold, predicted)
@@ -68,87 +56,151 @@ def counts(
     return np.stack([is_gold * is_predicted, is_predicted, is_gold], axis=2)
 
 
-def f1_of_counts(metric: str, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Compute scores from summed `counts`; with one label per example, micro F1 equals the accuracy.
+def score_of_sums(metric: str, sums: Array) -> Array:
+    """Compute scores from summed `counts`. With one label per example, micro F1 is the accuracy.
 
     Args:
-        metric: A value of `Task.score`.
-        sums: `[..., classes, 3]`.
+        metric: As of `score`.
+        sums: `[..., classes, 3]`, or `[..., 1, 6]` of a correlation.
 
     Returns:
-        `[...]` scores in 0..1.
+        `[...]` scores. Macro F1 is the mean over the classes that are true or predicted. What divides by zero is 0.
     """
-    if metric in ("micro_f1", "accuracy"):
+    if metric in CORRELATIONS:
+        n, x, y, xx, yy, xy = np.moveaxis(sums[..., 0, :], -1, 0)
+        spread = np.sqrt(np.maximum(xx - x * x / n, 0) * np.maximum(yy - y * y / n, 0))
+        return _ratio(xy - x * y / n, np.where(spread > 1e-9 * np.maximum(n, 1), spread, 0))
+    if metric in ("micro_f1", "accuracy", "entity_f1", "lenient_f1"):
         sums = sums.sum(-2, keepdims=True)
     correct, predicted, gold = np.moveaxis(sums, -1, 0)
-    total = predicted + gold
-    by_class = np.divide(2 * correct, total, out=np.zeros_like(correct), where=total > 0)
+    by_class = _ratio(2 * correct, predicted + gold)
     if metric == "weighted_f1":
-        return (by_class * gold).sum(-1) / gold.sum(-1)
-    result: NDArray[np.float64] = by_class.mean(-1)
-    return result
+        return _ratio((by_class * gold).sum(-1), gold.sum(-1))
+    return _ratio(by_class.sum(-1), (predicted + gold > 0).sum(-1).astype(np.float64))
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-    """`low` and `high` are NaN for a single value, which shows no spread."""
-
-    def as_row(self, prefix: str = "") -> dict[str, float | None]:
-        """Return the three numbers by name, with None for NaN."""
-        return {prefix + key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Compute the mean of a few independent values and its interval by Student's t, which is wide for few samples."""
-    from scipy.stats import t
-
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, math.nan, math.nan)
-    half_width = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Interval(mean, mean - half_width, mean + half_width)
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = 10_000) -> Interval:
-    """Compute the mean and its percentile bootstrap interval."""
-    sample = np.asarray(values, np.float64)
-    chosen = np.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
-    low, high = np.quantile(sample[chosen].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(sample.mean()), float(low), float(high))
-
-
-def paired_bootstrap(
-    metric: str, a: NDArray[np.float64], b: NDArray[np.float64], seed: int = 0, draws: int = 2000
-) -> dict[str, Any]:
-    """Compare two models by a paired bootstrap over test examples and fine-tuning seeds (Koehn 2004).
-
-    Each resample scores both models on the same examples and seeds.
-
-    Args:
-        metric: A value of `Task.score`.
-        a: `[seeds, examples, classes, 3]`, the `counts` of the first model.
-        b: The same of the second model.
-        seed: Seed of the resampling.
-        draws: Number of resamples.
+def details(task: Task, splits: Splits, gold: Labels, predicted: Labels) -> dict[str, Any]:
+    """Describe predictions beyond their score.
 
     Returns:
-        `difference` (b - a), the ends `low` and `high` of its interval, and the two-sided `p`: twice the smaller share
-        of resamples on either side of zero.
+        `precision` and `recall` of all scored labels together; `classes`: precision, recall, F1 and support of each;
+        `one_answer`: the answer that every example got, None if they differ; for entities `lenient`, the F1 that also
+        counts entities without a beginning. For a regression both correlations.
     """
-    random = np.random.default_rng(seed)
-    seeds, examples = a.shape[:2]
-    differences = np.empty(draws)
-    for draw in range(draws):
-        weights = np.bincount(random.integers(examples, size=examples), minlength=examples)
-        chosen = random.integers(seeds, size=seeds)
-        sums = [np.einsum("e,secv->scv", weights, table[chosen], optimize=True) for table in (a, b)]
-        differences[draw] = f1_of_counts(metric, sums[1]).mean() - f1_of_counts(metric, sums[0]).mean()
-    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    observed = f1_of_counts(metric, b.sum(1)).mean() - f1_of_counts(metric, a.sum(1)).mean()
-    p = min(1.0, 2 * min((differences <= 0).mean(), (differences >= 0).mean()))
-    return {"difference": float(observed), "low": float(low), "high": float(high), "p": float(p)}
+    answers = {tuple(sorted(set(row))) for row in predicted}
+    if task.kind == "tokens":
+        answers = {(tag,) for row in predicted for tag in row}
+    one_answer = ", ".join(next(iter(answers))) or "none" if len(answers) == 1 else None
+    if task.kind == "regression":
+        return {"one_answer": one_answer, **{metric: score(metric, gold, predicted, ()) for metric in CORRELATIONS}}
+    metric = "entity_f1" if task.kind == "tokens" else "micro_f1"
+    sums = counts(metric, gold, predicted, splits.scored).sum(0)
+    names = entity_types(splits.scored) if task.kind == "tokens" else splits.scored
+    lenient = {"lenient": score("lenient_f1", gold, predicted, splits.scored)} if task.kind == "tokens" else {}
+    return {
+        **lenient,
+        **_precision_and_recall(sums.sum(0)),
+        "one_answer": one_answer,
+        "classes": {
+            name: {
+                **_precision_and_recall(row),
+                "f1": float(_ratio(2 * row[0], row[1] + row[2])),
+                "support": int(row[2]),
+            }
+            for name, row in zip(names, sums, strict=True)
+        },
+    }
+
+
+def baselines(task: Task, splits: Splits) -> dict[str, Any]:
+    """Score predictions that read no text.
+
+    Returns:
+        `majority` and `majority_answer`: the most frequent answer of training for each example (O for each word).
+        `best_answer_score` and `best_answer`: the best that one label for each example reaches.
+        `chance`: mean score of answers drawn from the training examples at random.
+    """
+    gold = [example.labels for example in splits.test]
+
+    def scored(predicted: Labels) -> float:
+        return score(task.score, gold, predicted, splits.scored, task.positive)
+
+    if task.kind == "regression":
+        return {"majority": 0.0, "majority_answer": "the mean", "chance": 0.0}
+    random = np.random.default_rng(0)
+    if task.kind == "tokens":
+        tags = np.array([tag for example in splits.train for tag in example.labels])
+        drawn = [[random.choice(tags, len(row)).tolist() for row in gold] for _ in range(DRAWS)]
+        best = {"majority": scored([["O"] * len(row) for row in gold]), "majority_answer": "O"}
+    else:
+        answers = [example.labels for example in splits.train]
+        drawn = [[answers[index] for index in random.integers(len(answers), size=len(gold))] for _ in range(DRAWS)]
+        majority = Counter(answers).most_common(1)[0][0]
+        by_label = {label: scored([[label]] * len(gold)) for label in splits.labels}
+        label = max(by_label, key=lambda name: by_label[name])
+        best = {"majority": scored([majority] * len(gold)), "majority_answer": ", ".join(majority) or "none"}
+        best |= {"best_answer_score": by_label[label], "best_answer": label}
+    return {**best, "chance": float(np.mean([scored(rows) for rows in drawn]))}
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """List the entities of a sentence by strict IOB2: each begins with B- and goes on with I- of the same type.
+
+    Returns:
+        Type, first word, and word after the last, of each entity.
+    """
+    found = set()
+    start, type_ = None, ""
+    for position, tag in enumerate([*tags, "O"]):
+        if start is not None and tag != f"I{type_}":
+            found.add((type_[1:], start, position))
+            start = None
+        if tag[0] == "B":
+            start, type_ = position, tag[1:]
+    return found
+
+
+def entity_types(labels: Sequence[str]) -> list[str]:
+    """List the types of tags, sorted; the type of a tag without one is empty."""
+    return sorted({label[2:] for label in labels if label != "O"})
+
+
+def _entity_counts(metric: str, gold: Labels, predicted: Labels, labels: Sequence[str]) -> Array:
+    types = entity_types(labels)
+    table = np.zeros((len(gold), len(types), 3))
+    index = {type_: number for number, type_ in enumerate(types)}
+    find = entities if metric == "entity_f1" else _lenient_entities
+    for row, tags, guess in zip(table, gold, predicted, strict=True):
+        true, said = find(tags), find(guess)
+        for column, part in enumerate((true & said, said, true)):
+            for type_, _, _ in part:
+                row[index[type_], column] += 1
+    return table
+
+
+def _lenient_entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """List entities as conlleval does, where an I- without a beginning is one."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    untyped = "\0"
+    named = [tag if tag == "O" or len(tag) > 1 else f"{tag}-{untyped}" for tag in tags]
+    return {(type_.replace(untyped, ""), start, end + 1) for type_, start, end in get_entities(named)}
+
+
+def _moments(metric: str, gold: Labels, predicted: Labels) -> Array:
+    from scipy.stats import rankdata
+
+    x, y = (np.array([float(row[0]) for row in rows]) for rows in (gold, predicted))
+    if metric == "spearman":
+        x, y = rankdata(x), rankdata(y)
+    x, y = x - x.mean(), y - y.mean()
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)[:, None, :]
+
+
+def _precision_and_recall(row: Array) -> dict[str, float]:
+    return {"precision": float(_ratio(row[0], row[1])), "recall": float(_ratio(row[0], row[2]))}
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    """Divide, with 0 for a division by zero."""
+    return np.divide(above, below, out=np.zeros(np.shape(above)), where=np.asarray(below) > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,9 +20,10 @@ from monitoring.events import WorkersStarted
 from monitoring.run_directory import RunDirectory
 from monitoring.run_files import RunFiles, open_run
 from monitoring.telemetry import Telemetry
-from studies.evaluate import evaluate
-from studies.examples import load_examples
+from studies.evaluate import digest_of, require_libraries, said_of_leakage
 from studies.finetune import Job
+from studies.leakage import Corpora, leakage
+from studies.measures import Measure, measures_of
 from studies.plan import Study, Trial, dump_study, expand
 from studies.report import write_report
 
@@ -81,25 +83,33 @@ def run_study(study: Study, folder: Path, output: Path, cluster: Cluster, consol
     """
     console = console or Console()
     trials = expand(study, folder)
-    for evaluated in study.evaluate:
-        load_examples(evaluated)
+    if study.evaluate:
+        require_libraries()
+    measures = measures_of(study.evaluate)
     _claim(output, study)
-    left = [trial for trial in trials if not _record_path(output, trial).exists()]
+    left = [trial for trial in trials if not _is_finished(output, trial, measures)]
     if left:
         room = min(min(cluster.room(trial.config) for trial in left), len(left))
         console.print(
             f"{study.name}: {len(trials)} trials, {len(trials) - len(left)} finished before, {room} at a time",
             highlight=False,
         )
-        if not _run_all(study, left, output, cluster, room, console):
+        if not _run_all(study.name, left, measures, output, cluster, room, console):
             return False
-    records = [json.loads(_record_path(output, trial).read_text(encoding="utf-8")) for trial in trials]
-    console.print(str(write_report(study, records, output)), highlight=False, soft_wrap=True)
+    records = [_record(output, trial, measures) for trial in trials]
+    leaked = _leakage(trials, measures, output)
+    console.print(str(write_report(study, records, output, leaked)), highlight=False, soft_wrap=True)
     return True
 
 
 def _run_all(
-    study: Study, trials: Sequence[Trial], output: Path, cluster: Cluster, room: int, console: Console
+    name: str,
+    trials: Sequence[Trial],
+    measures: Sequence[Measure],
+    output: Path,
+    cluster: Cluster,
+    room: int,
+    console: Console,
 ) -> bool:
     """Run trials, `room` at a time; return False if they were stopped early."""
     failures: dict[str, RunFailedError] = {}
@@ -110,8 +120,8 @@ def _run_all(
         Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress,
         ThreadPoolExecutor(room) as pool,
     ):
-        bar = progress.add_task(study.name, total=total)
-        running = {pool.submit(_run, study, trial, output, cluster): trial for trial in trials}
+        bar = progress.add_task(name, total=total)
+        running = {pool.submit(_run, trial, measures, output, cluster): trial for trial in trials}
         ended = 0
         try:
             while running:
@@ -154,33 +164,70 @@ def _finished(future: Future[bool], trial: Trial, failures: dict[str, RunFailedE
         return False
 
 
-def _run(study: Study, trial: Trial, output: Path, cluster: Cluster) -> bool:
-    """Train and evaluate one trial and write its record; return False if it was stopped early."""
-    directory = output / "trials" / trial.name
-    if not cluster.train(trial.config, directory):
-        return False
-    run = open_run(directory)
-    record = {
-        "trial": trial.name,
-        "arm": trial.arm,
-        "point": trial.point,
-        **_outcome(run),
-        "scores": {},
-        "speed": _speed(run),
-    }
-    for evaluated in study.evaluate:
-        summary = evaluate(
-            [str(RunDirectory(directory).export)],
-            evaluated,
-            output / "tasks" / trial.name / Path(evaluated.task).stem,
-            parallel=cluster.fine_tune,
-            say=lambda line: None,
-        )
-        record["scores"][summary["task"]] = [run["score"] for run in summary["runs"]]
+def _run(trial: Trial, measures: Sequence[Measure], output: Path, cluster: Cluster) -> bool:
+    """Train and measure one trial, as far as its record lacks it; return False if it was stopped early."""
+    directory = trial_directory(output, trial)
     path = _record_path(output, trial)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        if not cluster.train(trial.config.model_copy(update={"name": directory.name}), directory):
+            return False
+        run = open_run(directory)
+        record = {**_outcome(run), "scores": {}, "speed": _speed(run)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    for measure in measures:
+        if not measure.is_in(record):
+            folder = output / "tasks" / directory.name / measure.folder
+            record["scores"].setdefault(measure.address, {}).update(
+                measure.take(str(RunDirectory(directory).export), folder, cluster.fine_tune)
+            )
+            write_json(path, record)
     return True
+
+
+def _record(output: Path, trial: Trial, measures: Sequence[Measure]) -> dict[str, Any]:
+    """Return a trial's record as the report reads it: under the names of this study, with this study's measures."""
+    record = json.loads(_record_path(output, trial).read_text(encoding="utf-8"))
+    scores = {m.label: [record["scores"][m.address][str(seed)] for seed in m.seeds] for m in measures}
+    return {"trial": trial.name, "arm": trial.arm, "point": trial.point, **record, "scores": scores}
+
+
+def _is_finished(output: Path, trial: Trial, measures: Sequence[Measure]) -> bool:
+    path = _record_path(output, trial)
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return all(measure.is_in(record) for measure in measures)
+
+
+def trial_directory(output: Path, trial: Trial) -> Path:
+    """Return the directory of a trial: one with its address, whatever it was named, else a new one."""
+    trials = output / "trials"
+    found = [path for path in sorted(trials.glob(f"*-{trial.address}")) if path.is_dir()]
+    return found[0] if found else trials / f"{trial.name}-{trial.address}"
+
+
+def _leakage(trials: Sequence[Trial], measures: Sequence[Measure], output: Path) -> list[str]:
+    """Search the training text of all trials for the test examples of each task, once per text and task."""
+    lines = []
+    corpora = Corpora()
+    for trial in trials:
+        corpora.add_run(trial.name, trial.config)
+    text = [[str(path), path.stat().st_size] for path in corpora.files]
+    for measure in measures:
+        lines.append(measure.description)
+        if measure.splits is None:
+            continue
+        content = json.dumps([text, corpora.unseen, digest_of(measure.splits)])
+        path = output / "leakage" / f"{hashlib.sha256(content.encode()).hexdigest()[:10]}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, leakage(measure.splits.test, corpora))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lines += [f"{measure.label}: {line}" for line in (*measure.splits.notes, *said_of_leakage(found))]
+    return list(dict.fromkeys(lines))
 
 
 def _outcome(run: RunFiles) -> dict[str, Any]:
@@ -222,27 +269,22 @@ def _steps(output: Path, trial: Trial) -> int:
     """Count the completed steps of a trial, for the progress bar."""
     if _record_path(output, trial).exists():
         return trial.config.total_steps
-    telemetry = Telemetry.read(output / "trials" / trial.name)
+    telemetry = Telemetry.read(trial_directory(output, trial))
     return telemetry.step if telemetry else 0
 
 
 def _record_path(output: Path, trial: Trial) -> Path:
-    return output / "records" / f"{trial.name}.json"
-
-
-def _settings(text: str) -> dict[str, Any]:
-    """Read a dumped study without its description, which may be reworded."""
-    return {key: value for key, value in yaml.safe_load(text).items() if key != "about"}
+    return output / "records" / f"{trial_directory(output, trial).name}.json"
 
 
 def _claim(output: Path, study: Study) -> None:
-    """Write the study into its output folder.
+    """Write the study into its output folder. The same study may grow there, because trials are found by content.
 
     Raises:
         InputError: The folder holds another study or cannot be written.
     """
-    path, text = output / STUDY, dump_study(study)
-    if path.exists() and _settings(path.read_text(encoding="utf-8")) != _settings(text):
+    path = output / STUDY
+    if path.exists() and (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("name") != study.name:
         raise InputError(
             f"--output {output} holds a different study ({path}); choose another directory",
             key="--output",
@@ -250,7 +292,7 @@ def _claim(output: Path, study: Study) -> None:
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(path, dump_study(study))
     except OSError as error:
         raise InputError(
             f"--output {output} cannot be written: {error.strerror}; choose another directory", key="--output"

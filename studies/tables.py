@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.files import write_atomically
+
+_LATEX = re.compile(r"[&%$#_{}]")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -19,6 +22,25 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows that have the same keys as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def as_latex(rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows that have the same keys as a LaTeX `tabular` with the rules of booktabs."""
+
+    def line(cells: Sequence[Any]) -> str:
+        return " & ".join(_LATEX.sub(r"\\\g<0>", str(cell)) for cell in cells) + r" \\"
+
+    body = [line(list(row.values())) for row in rows]
+    start = rf"\begin{{tabular}}{{{'l' * len(rows[0])}}}"
+    return "\n".join(
+        [start, r"\toprule", line(list(rows[0])), r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
+    )
 
 
 def finite(value: Any) -> Any:

@@ -33,10 +33,11 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert page.loaded == []
     assert page.count["svg"] == 7
     printed = console.file.getvalue()  # type: ignore[attr-defined]
-    for text in ("detour (a)", "detour (c)", "twin", "CLM then MLM", "MLM then MLM", "12 of 30", "27.5k", "100 %"):
+    for text in ("detour (a)", "detour (c)", "twin", "CLM then MLM", "MLM then MLM", "12 of 30", "27.5k"):
         assert text in page.said, text
         assert text in printed, text
     assert "nan" not in page.said.lower()
+    assert "scaling efficiency" not in printed, "nothing was scaled"
 
 
 def test_runs_of_one_name_are_told_apart_by_as_much_of_the_path_as_that_takes(tmp_path: Path) -> None:
@@ -65,8 +66,14 @@ def test_runs_without_a_line_yet_can_be_compared(tmp_path: Path) -> None:
     assert "svg" not in Page(compare(runs, tmp_path / "page.html", Console(file=io.StringIO())).read_text()).count
 
 
-@pytest.mark.parametrize("count", [0, 1, 9])
-def test_two_to_eight_runs(tmp_path: Path, count: int) -> None:
+def test_a_study_of_ten_runs_fits(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(number), 2, name=f"r{number}") for number in range(10)]
+    page = Page(compare(runs, tmp_path / "page.html", Console(file=io.StringIO())).read_text())
+    assert all(f"r{number}" in page.said for number in range(10))
+
+
+@pytest.mark.parametrize("count", [0, 1, 65])
+def test_two_to_many_runs(tmp_path: Path, count: int) -> None:
     with pytest.raises(InputError, match=f"got {count}") as error:
         compare([tmp_path] * count, tmp_path / "page.html")
     assert error.value.code == "number-of-runs"

@@ -74,9 +74,46 @@ def test_verdicts_are_plain() -> None:
     assert differences(pairs([0.1]), "mlm")[0].verdict.startswith("no verdict")
 
 
+def sized(gains: dict[int, float]) -> list[dict[str, Any]]:
+    made = []
+    for size, gain in gains.items():
+        for seed in range(3):
+            for arm, change in (("mlm", 0.0), ("detour", gain + seed / 1000)):
+                point = {"parameters": size, "data.seed": seed}
+                scores = {"ner": [0.5 + seed / 10 + change]}
+                made.append(record(f"{arm}-{size}-{seed}", 2.0, arm=arm, point=point, scores=scores, parameters=size))
+    return made
+
+
+def test_sizes_are_never_pooled_and_the_slope_is_found(tmp_path: Path) -> None:
+    """A gain that falls from 3 points to -3 over sizes averages to none, and is found at each size and as a slope."""
+    gains = {size: 0.03 - 0.015 * step for step, size in enumerate((16, 32, 64, 128, 256))}
+    found = [entry for entry in differences(sized(gains), "mlm") if entry.measure == "ner"]
+    assert [(entry.at["parameters"], len(entry.pairs)) for entry in found] == [(size, 3) for size in gains]
+    assert [entry.verdict.split()[2] for entry in (found[0], found[-1])] == ["better", "worse"]
+    study = Study(name="s", recipe="demo", arms={"mlm": {}, "detour": {}})
+    page = write_report(study, sized(gains), tmp_path).read_text()
+    [row] = [row for row in json.loads((tmp_path / "gains.json").read_text()) if row["measure"] == "ner"]
+    assert row["slope"] == pytest.approx(-0.015)
+    assert row["low"] < row["slope"] < row["high"] < 0
+    assert "per doubling" in page
+
+
+def test_several_comparisons_are_corrected() -> None:
+    records = pairs([0.1, 0.12, 0.02])
+    [loss, _] = differences(records, "mlm")
+    assert loss.p is not None and loss.p_holm == pytest.approx(min(1, 2 * loss.p))
+    assert loss.verdict == "no difference shown"
+
+
 def test_report_says_what_was_compared(tmp_path: Path) -> None:
     study = Study(name="s", recipe="demo", arms={"mlm": {}, "detour": {}})
     page = write_report(study, pairs([0.1, -0.1, 0.2]), tmp_path).read_text()
     assert "no difference shown" in page
+    assert page.count("<svg") >= 2, "a chart for each measure"
+    table = (tmp_path / "comparison.md").read_text()
+    assert table.count("\n") == 4 and "detour - mlm" in table
+    assert r"95 \% interval" in (tmp_path / "comparison.tex").read_text()
+    assert "corrected for 2 comparisons" in page
     [loss, ner] = json.loads((tmp_path / "comparison.json").read_text())
     assert (loss["arm"], loss["baseline"], len(loss["pairs"]), ner["measure"]) == ("detour", "mlm", 3, "ner")

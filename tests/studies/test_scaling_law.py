@@ -6,7 +6,7 @@ import pytest
 from configs.errors import InputError
 from engine.modernbert.config import parameter_count, resolve_architecture
 from studies.scaling_law import fit, frontier
-from studies.sizes import WIDTH_MULTIPLE, count, model_shape
+from studies.sizes import count, model_shape
 
 NAMES = ("parameters", "tokens")
 SIZES, TOKENS = (17e6, 32e6, 68e6, 150e6, 400e6), (1e8, 3e8, 1e9, 3e9, 1e10)
@@ -68,7 +68,7 @@ def test_losses_that_rise_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["17M", "32M", "68M", "150M", "400M", "1B"])
-def test_sizes_suit_tensor_parallel_and_fp8(name: str) -> None:
+def test_sizes_suit_fp8(name: str) -> None:
     from configs.schema import Model
     from configs.units import parse_count
     from datapipe.tokenizer import load_tokenizer
@@ -76,11 +76,21 @@ def test_sizes_suit_tensor_parallel_and_fp8(name: str) -> None:
     tokenizer = load_tokenizer("package://tokenizer/modernbert")
     wanted = parse_count(name)
     shape = model_shape(wanted, tokenizer.vocab_size)
-    assert shape["hidden_size"] % WIDTH_MULTIPLE == shape["intermediate_size"] % WIDTH_MULTIPLE == 0
-    assert shape["num_attention_heads"] % 8 == 0
-    assert shape["hidden_size"] // shape["num_attention_heads"] % 8 == 0
+    assert shape["hidden_size"] % 16 == shape["intermediate_size"] % 16 == 0, "FP8"
+    assert shape["hidden_size"] == 64 * shape["num_attention_heads"]
     architecture = resolve_architecture(Model(**shape), tokenizer)
     assert parameter_count(architecture) == count(shape, tokenizer.vocab_size) == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("count_", "shape"),
+    [("17M", (256, 7, 4)), ("150M", (768, 22, 12)), ("400M", (1024, 28, 16)), ("1B", (1792, 28, 28))],
+)
+def test_sizes_of_the_family_have_its_shapes(count_: str, shape: tuple[int, ...]) -> None:
+    from configs.units import parse_count
+
+    found = model_shape(parse_count(count_), 50_368)
+    assert (found["hidden_size"], found["num_hidden_layers"], found["num_attention_heads"]) == shape
 
 
 def test_a_size_the_vocabulary_does_not_allow_is_refused() -> None:

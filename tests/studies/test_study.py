@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -159,7 +160,7 @@ def test_a_failed_trial_leaves_the_others(write: Write, toy_shards: Path, tmp_pa
     loaded, folder = load_study(str(path))
     with pytest.raises(RunFailedError, match=r"1 of 2 .*data.seed-2 \(a worker died\)"):
         run_study(loaded, folder, tmp_path / "out", Failing())
-    assert [record.stem for record in (tmp_path / "out" / "records").iterdir()] == ["data.seed-1"]
+    assert [record.stem.rpartition("-")[0] for record in (tmp_path / "out" / "records").iterdir()] == ["data.seed-1"]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,7 @@ def test_bad_recipes_are_refused_before_anything_starts(
         ({"arms": {"a": {}, "b": {"data.seed": 7}}, "grid": {}}, "arms", ["data.seed: 42 -> 7"]),
         ({"arms": {"a": {}, "b": {"model.hidden_size": 32}}}, "arms", ["model.hidden_size: 16 -> 32"]),
         ({"arms": {"a": {}}, "baseline": "c"}, "baseline", ["'c'", "a"]),
+        ({"arms": {"a": {}, "b": {"phases.0.objective": "clm"}}}, "arms", ["compute the same"]),
         ({"arms": {"a": {"decay_share": 1.5}}}, "decay_share", ["1.5"]),
         ({"grid": {"parameters": ["1k"]}, "arms": {}}, "parameters", ["parameters-1k", "1k"]),
     ],
@@ -219,6 +221,91 @@ def test_a_reworded_study_continues(write: Write, toy_shards: Path, tmp_path: Pa
     before = record.stat().st_mtime_ns
     run(study(write, toy_shards, about="As it is said now.", **settings), tmp_path / "out")
     assert record.stat().st_mtime_ns == before
+
+
+def test_a_study_grows(write: Write, toy_shards: Path, tmp_path: Path) -> None:
+    """Another seed, another arm and another name for the same setting train only what is new."""
+
+    class Counting(OneProcess):
+        def train(self, config: RunConfig, directory: Path) -> bool:
+            trained.append(directory.name.rpartition("-")[0])
+            return super().train(config, directory)
+
+    trained: list[str] = []
+
+    def grow(**settings: Any) -> None:
+        loaded, folder = load_study(str(study(write, toy_shards, **settings)))
+        assert run_study(loaded, folder, tmp_path / "out", Counting())
+
+    grow(grid={"data.seed": [1]}, arms={"detour": {}})
+    grow(grid={"data.seed": [1, 2]}, arms={"detour": {}})
+    assert trained == ["detour-data.seed-1", "detour-data.seed-2"]
+    grow(grid={"data.seed": [1]}, arms={"clm": {"phases.0.objective": "clm"}})
+    assert len(trained) == 2, "another name for the same run"
+    [row] = csv.DictReader((tmp_path / "out" / "trials.csv").open())
+    assert row["trial"] == "clm-data.seed-1"
+
+
+def test_addresses_are_of_content(write: Write, toy_shards: Path) -> None:
+    def addresses(*overrides: str, **settings: Any) -> list[str]:
+        loaded, folder = load_study(str(study(write, toy_shards, **settings)), None, overrides)
+        return [trial.address for trial in expand(loaded, folder)]
+
+    one = addresses(grid={"data.seed": [1]}, arms={})
+    assert addresses("data.seed=[1]", "cluster.workers_per_node=2", grid={"data.seed": [7]}, arms={}) == one
+    assert addresses(grid={}, arms={"other": {}}, common={"data.seed": 1}) == one
+    assert addresses("phases.0.steps=3", grid={"data.seed": [1]}, arms={}) != one
+    workers = addresses(grid={"cluster.workers_per_node": [1, 2]}, arms={})
+    assert len(set(workers)) == 2, "what a study varies is never taken for the same"
+    assert addresses("data.sources.0.shards=elsewhere", grid={"data.seed": [1]}, arms={}) != one
+
+
+@pytest.mark.parametrize(
+    ("override", "seeds", "arms"),
+    [
+        ("data.seed=42", [42], ["mlm", "detour"]),
+        ("grid.data.seed=[7, 8]", [7, 8], ["mlm", "detour"]),
+        ("arms.mlm=null", [1], ["detour"]),
+        ("arms.low.phases.0.freeze=[0]", [1], ["mlm", "detour", "low"]),
+        ("batch.sequences=4", [1], ["mlm", "detour"]),
+    ],
+)
+def test_any_key_is_overridden(
+    write: Write, toy_shards: Path, override: str, seeds: list[int], arms: list[str]
+) -> None:
+    path = study(write, toy_shards, grid={"data.seed": [1]})
+    loaded, folder = load_study(str(path), None, [override])
+    assert {trial.config.data.seed for trial in expand(loaded, folder)} == set(seeds)
+    assert set(loaded.arms) == set(arms)
+
+
+def test_overrides_of_tasks_and_lengths(write: Write, toy_shards: Path) -> None:
+    tasks = [{"task": "gad"}, {"task": "hoc"}]
+    path = study(write, toy_shards, grid={"phases.0.tokens": ["1k"]}, arms={}, evaluate=tasks)
+    loaded, folder = load_study(str(path), None, ["evaluate.1.seeds=[3]", "evaluate.0.protocol.epochs=2"])
+    assert (loaded.evaluate[1].seeds, loaded.evaluate[0].protocol) == ((3,), {"epochs": 2})
+    assert expand(loaded, folder)[0].config.phases[0].steps is None, "tokens replace the recipe's steps"
+
+
+def test_an_override_that_changes_nothing_is_refused(write: Write, toy_shards: Path) -> None:
+    path = study(write, toy_shards, arms={"a": {"phases.0.objective": "mlm"}, "b": {"phases.0.objective": "clm"}})
+    with pytest.raises(InputError) as error:
+        load_study(str(path), None, ["phases.0.objective=clm"])
+    assert (error.value.key, error.value.code) == ("phases.0.objective", "without-effect")
+
+
+def test_a_task_with_two_settings_is_two_measures(write: Write) -> None:
+    from studies.measures import measures_of
+    from studies.tasks import EvaluatedTask
+    from tests.studies.test_evaluate import ner
+
+    task = ner(write)
+    two = [EvaluatedTask(task=task), EvaluatedTask(task=task, protocol={"examples": 8})]
+    labels = [measure.label for measure in measures_of(two)]
+    assert labels == ["toy-ner (as described)", "toy-ner (examples 8)"]
+    with pytest.raises(InputError) as error:
+        measures_of([two[0], two[0]])
+    assert error.value.key == "evaluate"
 
 
 def test_derived_keys(write: Write, toy_shards: Path) -> None:

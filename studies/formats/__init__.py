@@ -1,0 +1,1 @@
+"""Formats of task files: each reader yields the same examples."""

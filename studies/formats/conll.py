@@ -1,0 +1,105 @@
+"""CoNLL columns and brat folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.errors import InputError
+from studies.formats.example import Example, Notes
+from studies.formats.files import read_text
+from studies.formats.tags import Span, example_of_spans, is_tag, to_bio
+from studies.tasks import Task
+
+_HEADER = re.compile(r"(ner|bio|iob)?[-_ ]?(labels?|tags?)|ner|bio|iob", re.IGNORECASE)
+
+
+def read_conll(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
+    """Yield the sentences of a file with a word per line: the word first, its tag last.
+
+    Columns are separated by tabs or spaces. Lines of comments (`# ...`), `-DOCSTART-` and a header are skipped.
+
+    Raises:
+        InputError: A line has no tag.
+    """
+    words: list[str] = []
+    tags: list[str] = []
+    first_line = 1
+    for number, line in enumerate([*read_text(path).split("\n"), ""], 1):
+        line = line.rstrip("\r")
+        columns = [column.strip() for column in line.rstrip().split("\t")] if "\t" in line.rstrip() else line.split()
+        if not line.strip() or columns[0] == "-DOCSTART-":
+            if words:
+                bio = to_bio(tags, task.types, f"{path}, line {first_line}", notes)
+                yield Example(f"{path}, line {first_line}", " ".join(words), None, tuple(words), bio)
+            words, tags, first_line = [], [], number + 1
+            continue
+        is_known = is_tag(columns[-1]) or columns[-1] in task.types
+        if not is_known and (line.startswith("#") or (number == 1 and _HEADER.fullmatch(columns[-1]))):
+            first_line += not words
+            continue
+        if len(columns) < 2 or not columns[0]:
+            raise InputError(f"{path}, line {number}: expected a word and its tag, got {line!r}", code="bad-token-line")
+        if not is_known:
+            to_bio(columns[-1:], task.types, f"{path}, line {number}", notes)
+        words.append(columns[0])
+        tags.append(columns[-1])
+
+
+def read_brat(folder: Path, task: Task, notes: Notes) -> Iterator[Example]:
+    """Yield the lines of the documents of a brat folder; lines that an entity joins are one example.
+
+    Discontinuous entities are left out and counted, because BIO tags cannot state them.
+
+    Raises:
+        InputError: An annotation is wrong or its text is missing.
+    """
+    for path in sorted(folder.rglob("*.ann")):
+        source = path.with_suffix(".txt")
+        if not source.is_file():
+            raise InputError(f"{path}: no text {source} beside it", code="file-missing")
+        text = read_text(source)
+        spans = list(_spans(path, text, notes))
+        start = 0
+        for end in [*(match.start() for match in re.finditer("\n", text)), len(text)]:
+            if any(span.start < end < span.end for span in spans):
+                continue
+            inside = [
+                Span(span.start - start, span.end - start, span.type) for span in spans if start <= span.start < end
+            ]
+            if text[start:end].strip():
+                line = text.count("\n", 0, start) + 1
+                yield example_of_spans(text[start:end], inside, task.types, f"{source}, line {line}", notes)
+            start = end + 1
+
+
+def _spans(path: Path, text: str, notes: Notes) -> Iterator[Span]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.startswith("T"):
+            continue
+        location = f"{path}, line {number}"
+        match = re.fullmatch(r"T\S*\t(\S+) (\d+ \d+(?:;\d+ \d+)*)\t(.*)", line.rstrip("\r"))
+        if match is None:
+            raise InputError(f"{location}: expected `T1<tab>Type START END<tab>text`, got {line!r}", code="bad-span")
+        parts = [tuple(map(int, part.split())) for part in match[2].split(";")]
+        said = " ".join(text[start:end] for start, end in parts)
+        require_same_text(said, match[3], location)
+        joined = text[parts[0][0] : parts[-1][1]]
+        if len(parts) > 1 and joined.split() != said.split():
+            notes["discontinuous entities, left out"] += 1
+            continue
+        yield Span(parts[0][0], parts[-1][1], match[1])
+
+
+def require_same_text(found: str, said: str, location: str) -> None:
+    """Require that the characters of an entity are the words that its annotation states.
+
+    Raises:
+        InputError: They differ, so the offsets count something else, such as bytes.
+    """
+    if found.split() != said.split():
+        raise InputError(
+            f"{location}: the entity's text is {said!r}, but its offsets give {found!r}; offsets count characters",
+            code="bad-span",
+        )

@@ -1,0 +1,202 @@
+"""Text and records of task files: JSON, JSON lines, CSV, TSV, parquet and Hugging Face datasets."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+"""Suffixes of files of records. All but the last two may end in .gz."""
+DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}
+FIELD_LIMIT = 2**30
+"""Longest field of a CSV file in characters; clinical notes exceed the default of `csv`."""
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark, and gzip-compressed if it ends in .gz.
+
+    Raises:
+        InputError: The file cannot be read or is no UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text ({error}); convert it, for instance with `iconv -f latin1 -t utf-8`",
+            code="not-utf-8",
+        ) from None
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path} cannot be read: {error}", code="not-readable") from None
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix before .gz, in lower case."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield location and record of a file, or of a folder that `datasets.save_to_disk` wrote.
+
+    Ids of classes are replaced by their names where the file states them.
+
+    Args:
+        path: File or folder.
+        columns: Columns that are needed, by which the delimiter of a CSV file is found.
+
+    Raises:
+        InputError: The file is wrong; the message names the line.
+    """
+    suffix = suffix_of(path)
+    if path.is_dir():
+        for file in _files_of_dataset(path):
+            yield from _arrow(file, path)
+    elif suffix in (".parquet", ".arrow"):
+        yield from _arrow(path, path.parent)
+    elif suffix == ".jsonl":
+        for number, line in enumerate(read_text(path).split("\n"), 1):
+            if line.strip():
+                location = f"{path}, line {number}"
+                yield location, _object(_json(line, location), location)
+    elif suffix == ".json":
+        for number, record in enumerate(_list(_json(read_text(path), str(path)), path), 1):
+            location = f"{path}, record {number}"
+            yield location, _object(record, location)
+    elif suffix in DELIMITERS:
+        yield from _table(path, suffix, columns)
+    else:
+        raise InputError(
+            f"{path}: not a task file that Detour reads; it reads {', '.join(FORMATS)} and folders of datasets",
+            code="unknown-format",
+        )
+
+
+def _json(text: str, location: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{location}: not valid JSON ({error})", code="bad-json") from None
+
+
+def _object(value: Any, location: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{location}: expected an object", code="bad-json")
+    return value
+
+
+def _list(value: Any, path: Path) -> list[Any]:
+    """Return the records of a JSON file: an array, `{"data": [...]}`, or an object of objects by id."""
+    if isinstance(value, dict):
+        value = value["data"] if isinstance(value.get("data"), list) else list(value.values())
+    if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
+        raise InputError(f"{path}: expected an array of objects", code="bad-json")
+    return value
+
+
+def _table(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a CSV or TSV file.
+
+    A TSV file is read without quotes if every line then has as many fields as the header, because a stray quote would
+    join two lines. Else quotes are read as in CSV.
+    """
+    csv.field_size_limit(FIELD_LIMIT)
+    text = read_text(path)
+    header = text.partition("\n")[0].strip("\r")
+    names = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in DELIMITERS[suffix]}
+    delimiter = next((d for d, found in names.items() if set(columns) <= set(found)), DELIMITERS[suffix][0])
+    if suffix == ".tsv":
+        lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(number, [_unquoted(field) for field in line.split("\t")]) for number, line in lines]
+        if len({len(fields) for _, fields in rows}) <= 1:
+            yield from _named(rows, path)
+            return
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
+    try:
+        for fields in reader:
+            if fields:
+                rows.append((reader.line_num, fields))
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {reader.line_num}: {error}; write a quote inside a quoted field twice", code="bad-csv"
+        ) from None
+    yield from _named(rows, path)
+
+
+def _named(rows: Sequence[tuple[int, list[str]]], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows as records by the names of the first row."""
+    if not rows:
+        return
+    names = [name.strip() for name in rows[0][1]]
+    for number, fields in rows[1:]:
+        if len(fields) != len(names):
+            raise InputError(
+                f"{path}, line {number}: expected {len(names)} columns as in the header, got {len(fields)}",
+                code="bad-column-count",
+            )
+        yield f"{path}, line {number}", dict(zip(names, fields, strict=True))
+
+
+def _unquoted(field: str) -> str:
+    inner = field[1:-1]
+    is_quoted = len(field) >= 2 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if is_quoted else field
+
+
+def _files_of_dataset(folder: Path) -> list[Path]:
+    state = folder / "state.json"
+    if state.is_file():
+        return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+    files = sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")])
+    if not files or (folder / "dataset_dict.json").is_file():
+        raise InputError(
+            f"{folder} is no split of a dataset; name the folder of a split, or a parquet, JSON or brat folder",
+            code="not-a-split",
+        )
+    return files
+
+
+def _arrow(path: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        if path.suffix == ".parquet":
+            table = parquet.read_table(path)
+        else:
+            with path.open("rb") as file:
+                table = pa.ipc.open_stream(file).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read: {error}", code="not-readable") from None
+    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    info = folder / "dataset_info.json"
+    described = metadata.get("info") or (json.loads(info.read_text()) if info.is_file() else {})
+    names = {key: found for key, feature in (described.get("features") or {}).items() if (found := _names(feature))}
+    for number, record in enumerate(table.to_pylist(), 1):
+        for key in names.keys() & record.keys():
+            record[key] = _by_name(record[key], names[key])
+        yield f"{path}, row {number}", record
+
+
+def _names(feature: Any) -> list[str] | None:
+    """Find the class names of a feature of a Hugging Face dataset, also inside a sequence."""
+    if isinstance(feature, list) and feature:
+        return _names(feature[0])
+    if not isinstance(feature, dict):
+        return None
+    return feature["names"] if feature.get("_type") == "ClassLabel" else _names(feature.get("feature"))
+
+
+def _by_name(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_by_name(part, names) for part in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

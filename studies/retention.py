@@ -1,0 +1,153 @@
+"""Retention: how well a model still predicts masked tokens of general text, before and after its training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from configs.errors import InputError
+from configs.files import write_json
+from datapipe.text import find_files, read_texts
+from studies.intervals import CHUNK, LEVEL
+from studies.models import huggingface_directory, silence_transformers
+from studies.probe import require_one_tokenizer
+from studies.tasks import Protocol, Task
+
+MASK_RATE = 0.15
+"""Share of the tokens of a text that are masked; always the same tokens."""
+DRAWS = 2000
+Array = NDArray[np.float64]
+
+
+def retention(
+    models: Sequence[str], task: Task, protocol: Protocol, data: Path, output: Path, count: int = 1000
+) -> dict[str, Any]:
+    """Measure masked accuracy and perplexity of each model on the same masked tokens, and write retention.json.
+
+    Args:
+        models: Runs, checkpoints, Hugging Face directories or hub ids: first the model as it was before.
+        task: A task of kind `masked`.
+        protocol: Its `length` and `batch`.
+        data: Folder of the task's text.
+        output: Folder of the result.
+        count: Most documents that are read.
+
+    Returns:
+        The content of retention.json: per model `accuracy` and `perplexity`, and for the others the `difference` of the
+        accuracy and the `ratio` of the perplexity to the first model's, with 95 % intervals over the documents.
+
+    Raises:
+        InputError: A model or the text is wrong, or the tokenizers differ.
+    """
+    silence_transformers()
+    assert task.files.test is not None
+    references = islice((text for path in find_files(str(data / task.files.test)) for text in read_texts(path)), count)
+    texts = [text.text.decode("utf-8", "replace") for text in references]
+    if len(texts) < 2:
+        raise InputError(f"{data / task.files.test}: {len(texts)} documents; give two or more", key="files.test")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(huggingface_directory(model)) for model in models]
+        require_one_tokenizer(folders)
+        tables = [_counts(folder, texts, protocol) for folder in folders]
+    summary = {
+        "task": task.name,
+        "documents": len(texts),
+        "masked_tokens": int(tables[0][:, 1].sum()),
+        "models": [
+            {"model": model, **_measures(table.sum(0)), **(_against(tables[0], table) if index else {})}
+            for index, (model, table) in enumerate(zip(models, tables, strict=True))
+        ],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "retention.json", summary)
+    return summary
+
+
+def print_retention(summary: dict[str, Any], console: Console) -> None:
+    """Print accuracy and perplexity of each model."""
+    table = Table("model", "masked accuracy", "perplexity", "change of accuracy", "ratio of perplexity")
+    for row in summary["models"]:
+        change, ratio = row.get("difference"), row.get("ratio")
+        table.add_row(
+            row["model"],
+            f"{100 * row['accuracy']:.2f} %",
+            f"{row['perplexity']:.4g}",
+            f"{100 * change[0]:+.2f} points, {100 * change[1]:+.2f} to {100 * change[2]:+.2f}" if change else "-",
+            f"{ratio[0]:.4g}, {ratio[1]:.4g} to {ratio[2]:.4g}" if ratio else "-",
+        )
+    console.print(table)
+    console.print(f"{summary['masked_tokens']:,} masked tokens of {summary['documents']:,} documents")
+
+
+def _counts(folder: Path, texts: Sequence[str], protocol: Protocol) -> Array:
+    """Count per document: correct tokens, masked tokens, and the sum of their losses in nats."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    limit = min(protocol.length, model.config.max_position_embeddings)
+    random = np.random.default_rng(0)
+    table = np.zeros((len(texts), 3))
+    for start in range(0, len(texts), protocol.batch):
+        part = list(texts[start : start + protocol.batch])
+        batch = tokenizer(
+            part,
+            truncation=True,
+            max_length=limit,
+            padding=True,
+            return_tensors="pt",
+            return_special_tokens_mask=True,
+        )
+        is_special = batch.pop("special_tokens_mask").numpy().astype(bool)
+        drawn = [random.random(int(length)) < MASK_RATE for length in batch["attention_mask"].sum(1)]
+        chosen = np.zeros_like(is_special)
+        for row, choice in enumerate(drawn):
+            chosen[row, : len(choice)] = choice
+        masked = torch.from_numpy(chosen & ~is_special)
+        ids = batch["input_ids"].masked_fill(masked, tokenizer.mask_token_id).to(device)
+        with torch.inference_mode():
+            logits = model(ids, attention_mask=batch["attention_mask"].to(device)).logits[masked.to(device)].float()
+        wanted = batch["input_ids"][masked].to(device)
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double().cpu().numpy()
+        correct = (logits.argmax(-1) == wanted).cpu().numpy()
+        owners = start + np.nonzero(masked.numpy())[0]
+        for column, values in enumerate((correct, np.ones_like(losses), losses)):
+            np.add.at(table[:, column], owners, values)
+    return table
+
+
+def _measures(sums: Array) -> dict[str, float]:
+    return {"accuracy": float(sums[0] / sums[1]), "perplexity": math.exp(sums[2] / sums[1])}
+
+
+def _against(first: Array, other: Array) -> dict[str, list[float]]:
+    """Compare two models by a paired bootstrap over the documents: value, low and high."""
+    random = np.random.default_rng(0)
+    drawn: list[Array] = []
+    for start in range(0, DRAWS, CHUNK):
+        rows = min(CHUNK, DRAWS - start)
+        weights = random.multinomial(len(first), np.full(len(first), 1 / len(first)), rows)
+        sums = [weights @ table for table in (first, other)]
+        drawn.append(np.stack(_changes(sums[0].T, sums[1].T)))
+    spread = np.quantile(np.concatenate(drawn, 1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+    observed = _changes(first.sum(0), other.sum(0))
+    return {
+        name: [float(observed[index]), float(spread[0, index]), float(spread[1, index])]
+        for index, name in enumerate(("difference", "ratio"))
+    }
+
+
+def _changes(first: Array, other: Array) -> tuple[Any, Any]:
+    """Return the difference of the accuracy and the ratio of the perplexity, of sums `[3, ...]`."""
+    return other[0] / other[1] - first[0] / first[1], np.exp(other[2] / other[1] - first[2] / first[1])
