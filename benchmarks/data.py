@@ -30,7 +30,8 @@ from datapipe.manifest import Manifest, TokenizerIdentity, read_manifest, write_
 from datapipe.packing import packing_ratio
 from datapipe.paths import local_path
 from datapipe.prepare import prepare
-from datapipe.shards import ShardReader, ShardWriter
+from datapipe.shard_writer import ShardWriter
+from datapipe.shards import ShardReader
 from datapipe.targets import Masked
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer, load_tokenizer
