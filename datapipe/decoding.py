@@ -54,11 +54,11 @@ def decompress(file: IO[bytes], name: str) -> tuple[IO[bytes], bytes]:
     if named not in (None, kind) and start:
         raise OSError(f"it is no {named} file")
     if kind == ".gz":
-        stream = gzip.GzipFile(fileobj=io.BufferedReader(stream))
+        stream = gzip.GzipFile(fileobj=io.BufferedReader(stream))  # noqa: SIM115
     elif kind == ".bz2":
-        stream = bz2.BZ2File(io.BufferedReader(stream))
+        stream = bz2.BZ2File(io.BufferedReader(stream))  # noqa: SIM115
     elif kind == ".xz":
-        stream = lzma.LZMAFile(io.BufferedReader(stream))
+        stream = lzma.LZMAFile(io.BufferedReader(stream))  # noqa: SIM115
     elif kind == ".zst":
         stream = _Zstandard(stream)
     head = _read(stream, HEAD)
@@ -144,7 +144,7 @@ def detect_encoding(head: bytes) -> str | None:
 def _wide(head: bytes) -> str | None:
     """UTF-16 or UTF-32 without a mark, by the places of the zero bytes among text of few scripts."""
     sample = head[: min(4096, len(head) // 4 * 4)]
-    if len(sample) < 8 or len(head) % 2 and len(head) < HEAD:
+    if len(sample) < 8 or (len(head) % 2 and len(head) < HEAD):
         return None
     zeros = [sample[i::4].count(0) / (len(sample) / 4) for i in range(4)]
     if zeros[2] > 0.9 and zeros[3] > 0.9 and zeros[0] < 0.1:
@@ -167,7 +167,7 @@ def likely_codec(content: bytes) -> str | None:
     except UnicodeDecodeError:
         western = None
     beyond_ascii = len(content) - len(content.translate(None, bytes(range(128, 256))))
-    if western and beyond_ascii < _FEW and beyond_ascii < len(content) / 4:
+    if western and beyond_ascii < _FEW and beyond_ascii < len(content) / 3:
         return western
     best = from_bytes(content[: 2**16] if beyond_ascii > 2**12 else content).best()
     if best is None:

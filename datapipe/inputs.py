@@ -127,9 +127,9 @@ class _Finder:
         self.files: list[InputFile] = []
         self._sources = _source_names(references)
         for reference in references:
-            before = len(self._seen)
+            self._met = 0
             self._find(reference)
-            if len(self._seen) == before:
+            if not self._met:
                 self._refuse_empty(reference)
         if reading.split is not None and not self._split_found:
             raise InputError(
@@ -161,7 +161,7 @@ class _Finder:
         if path.is_dir():
             self._walk(path, source)
         elif not path.exists() and has_magic(str(path)):
-            matches = [Path(match) for match in sorted(iglob(str(path), recursive=True))]
+            matches = [Path(match) for match in sorted(iglob(str(path), recursive=True))]  # noqa: PTH207
             if not matches:
                 raise InputError(f"{path}: no file matches", code="no-such-file")
             self._take_all(matches, source)
@@ -190,6 +190,7 @@ class _Finder:
 
     def _add_local(self, path: Path, kind: str, source: str) -> None:
         info = path.stat()
+        self._met += 1
         if self._is_first((info.st_dev, info.st_ino), printable(path)):
             self.files.append(InputFile(source, printable(path), kind, info.st_size, path))
 
@@ -319,6 +320,7 @@ class _Finder:
             elif (kind := self._format(PurePosixPath(path.partition("?")[0]))) is None:
                 self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
             elif self._is_first(name, name):
+                self._met += 1
                 self.files.append(InputFile(self._sources[url], name, kind, size, system=system, url=path))
 
     def _spool(self, stream: IO[bytes], name: str, source: str) -> None:
@@ -337,7 +339,7 @@ class _Finder:
             raise InputError(
                 f"{name}: its format is not clear; name it, such as --format csv", key="--format", code="unknown-format"
             )
-        self._seen[name] = name
+        self._met += 1
         self.files.append(InputFile(source, name, kind or "txt", os.fstat(spool.fileno()).st_size, spool=spool))
 
 

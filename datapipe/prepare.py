@@ -25,6 +25,8 @@ from datapipe.disk import disk_errors_as_input_errors, exclusive
 from datapipe.encode import InProcessExecutor, ShardEncoder, WrittenShard, start_process, write_in_process
 from datapipe.inputs import JOURNAL, find_inputs
 from datapipe.manifest import FORMAT_VERSION, KEPT, NAME, Manifest, Shard, TokenizerIdentity, add_counts, write_manifest
+from datapipe.near_duplicates import NAME as NEAR_DUPLICATES
+from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes, Report
 from datapipe.paths import local_path
 from datapipe.selection import HELD_OUT, KEEP_ALL, Block, Intake, Selection, blocks, look_at
@@ -103,6 +105,9 @@ def _prepare(
         look_at(files, reading)
     memory = psutil.virtual_memory().available // PROCESS_MEMORY
     processes = processes or max(1, min(len(os.sched_getaffinity(0)), memory))
+    near = None
+    if selection.near_dedup is not None:
+        near = near_duplicates(files, reading, selection.near_dedup, output, processes, progress)
     written: list[tuple[str, WrittenShard]] = []
     running: deque[tuple[Block, Future[WrittenShard] | WrittenShard]] = deque()
     spawn = multiprocessing.get_context("spawn")  # not fork, which would copy the locks of the caller's threads
@@ -123,7 +128,7 @@ def _prepare(
         pool, write = ProcessPoolExecutor(processes, spawn, start_process, initial), write_in_process
     with pool:
         try:
-            for block in blocks(files, _shard_text(total), selection, reading, intake, notes):
+            for block in blocks(files, _shard_text(total), selection, reading, intake, notes, near):
                 size = sum(len(text.text) for _, text in block.texts)
                 meter.read(block.position, size)
                 finished = journal.finished(block)
@@ -284,6 +289,8 @@ class _Journal:
 
     def remove(self) -> None:
         self._path.unlink()
+        for path in self._path.parent.glob(f"{NEAR_DUPLICATES}*"):
+            path.unlink()
 
 
 class _ProgressMeter:

@@ -12,6 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from configs.errors import InputError
 from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
@@ -40,6 +43,8 @@ class Selection:
     """Upper bound of tokens; documents outside the bounds are left out."""
     held_out: float = 0.0
     """Share of the documents that goes to `held-out/`, chosen by a hash of their group, or else of their text."""
+    near_dedup: float | None = None
+    """Similarity, from 0 to 1, from which a document is left out for an earlier one."""
 
 
 KEEP_ALL = Selection()
@@ -134,7 +139,13 @@ def look_at(files: Sequence[InputFile], reading: Reading) -> None:
 
 
 def blocks(
-    files: Sequence[InputFile], size: int, selection: Selection, reading: Reading, intake: Intake, notes: Notes
+    files: Sequence[InputFile],
+    size: int,
+    selection: Selection,
+    reading: Reading,
+    intake: Intake,
+    notes: Notes,
+    near_duplicates: NDArray[np.bool_] | None = None,
 ) -> Iterator[Block]:
     """Divide the documents of files into shards.
 
@@ -145,6 +156,7 @@ def blocks(
         reading: Columns, condition, encoding.
         intake: Receives what is left out.
         notes: Receives facts about the files.
+        near_duplicates: `[documents]`, those to leave out for an earlier one.
 
     Raises:
         InputError: A record is wrong and `intake` does not skip; the message names further faults that follow it.
@@ -153,7 +165,7 @@ def blocks(
     sizes = dict.fromkeys(texts, 0)
     numbers = dict.fromkeys(texts, 0)
     before = position = 0
-    stopped_at = 0
+    stopped_at = number = 0
 
     def block(folder: str) -> Block:
         result = Block(f"{folder}{numbers[folder]:06d}.tar", texts[folder], position)
@@ -175,12 +187,20 @@ def blocks(
                 if isinstance(record, Filtered):
                     intake.leave_out(file.source, "filtered")
                     continue
+                number += 1
                 digest = hashlib.blake2b(record.text, digest_size=16).digest()
                 if selection.dedup and record.text and not seen.add(digest):
                     intake.leave_out(file.source, "duplicates")
                     continue
+                if near_duplicates is not None and near_duplicates[number - 1]:
+                    intake.leave_out(file.source, "near-duplicates")
+                    continue
                 # By content or group, so that equal texts or the texts of a group never fall on both sides.
-                key = digest if record.group is None else hashlib.blake2b(record.group.encode("utf-8", "replace")).digest()
+                key = (
+                    digest
+                    if record.group is None
+                    else hashlib.blake2b(record.group.encode("utf-8", "replace")).digest()
+                )
                 held_out = int.from_bytes(key[:8], "little") < selection.held_out * 2**64
                 folder = f"{HELD_OUT}/" if held_out else ""
                 texts[folder].append((file.source, record))

@@ -92,7 +92,9 @@ def source_lines(manifest: Manifest) -> list[str]:
     if len(by_size) > SOURCES_SHOWN:
         rest = sum(counts.get("tokens", 0) for _, counts in by_size[SOURCES_SHOWN:])
         lines.append(f"  source      {len(by_size) - SOURCES_SHOWN:,} more: {format_count(rest)} tokens")
-    return lines + [f"  skipped     {count:,} faulty records; the first: {first}" for count, first in manifest.faults.values()]
+    return lines + [
+        f"  skipped     {count:,} faulty records; the first: {first}" for count, first in manifest.faults.values()
+    ]
 
 
 def inspect_shards(directory: Path) -> ShardReport:

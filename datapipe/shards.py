@@ -214,9 +214,7 @@ def _require_no_pickles(members: list[Member], name: str) -> None:
             )
 
 
-def _packed_index(
-    file: IO[bytes], members: list[Member], name: str
-) -> tuple[PackedIndex | None, DamagedError | None]:
+def _packed_index(file: IO[bytes], members: list[Member], name: str) -> tuple[PackedIndex | None, DamagedError | None]:
     """Places of the documents of format 2, and the fault of the first damaged sample, where the walk ends."""
     samples: dict[bytes, dict[bytes, Member]] = {}
     for member in members:
@@ -251,7 +249,7 @@ def _packed_index(
     if len(dtypes) > 1:
         return None, DamagedError(f"shard {name} mixes {' and '.join(sorted(dtypes))}", code="wrong-dtype")
     if not offsets:
-        return PackedIndex(*(np.empty(0, t) for t in (np.int64, np.uint32, np.uint32)), np.dtype("<u2")), problem  # type: ignore[call-arg]
+        return PackedIndex(np.empty(0, np.int64), *2 * [np.empty(0, np.uint32)], np.dtype("<u2")), problem
     dtype = np.dtype(dtypes.pop())
     return PackedIndex(np.concatenate(offsets), np.concatenate(sizes), np.concatenate(checksums), dtype), problem
 

@@ -153,7 +153,7 @@ class _Content:
         if self.reading.lines:
             for number, line in enumerate(self._characters(stream, encoding, "\n"), 1):
                 if line := line.strip("\r\n\ufeff"):
-                    place = f"line {number:,}"
+                    place = f"line {number}"
                     yield self._not_in_encoding(line, encoding, place) or self._text(line, str(number), place)
             return
         text = self._characters(stream, encoding, "").read()
@@ -178,7 +178,7 @@ class _Content:
                 return
             if not (line := line.strip("\ufeff \t\r\n")):
                 continue
-            place = f"line {number:,}"
+            place = f"line {number}"
             fault = None if line.isascii() else self._not_in_encoding(line, encoding, place)
             try:
                 yield fault or record(json.loads(line), number)
@@ -198,14 +198,14 @@ class _Content:
         import ijson
 
         record = self._records("item")
-        utf8: Any = stream if encoding == "utf-8" else codecs.EncodedFile(stream, "utf-8", encoding)
+        utf8: Any = stream if encoding == "utf-8" else _Utf8(stream, encoding)
         number = 0
         try:
-            for number, item in enumerate(ijson.items(utf8, "item", use_float=True), 1):  # noqa: B007
+            for number, item in enumerate(ijson.items(utf8, "item", use_float=True), 1):
                 yield record(item, number)
         except (ijson.JSONError, ValueError, OverflowError, RecursionError) as error:
             reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
-            yield self._fault(f"not valid JSON after it ({reason})", "not-json", f"item {number:,}")
+            yield self._fault(f"not valid JSON after it ({reason})", "not-json", f"item {number}")
 
     def _csv(self, stream: IO[bytes], encoding: str, delimiter: str) -> Iterator[Record]:
         csv.field_size_limit(LONGEST_CELL)
@@ -221,7 +221,7 @@ class _Content:
         header: list[str] | None = None
         while True:
             line = reader.line_num + 1
-            place = f"line {line:,}"
+            place = f"line {line}"
             try:
                 cells = next(reader, None)
             except csv.Error as error:
@@ -285,12 +285,14 @@ class _Content:
                     try:
                         cells = {name: columns.column(name)[row].as_py() for name in top}
                     except UnicodeDecodeError:
-                        yield self._fault("not UTF-8; write the file again", "not-utf8", f"row {number:,}")
+                        yield self._fault("not UTF-8; write the file again", "not-utf8", f"row {number}")
                     else:
                         yield record(cells, number)
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0]
-            yield self._fault(f"no readable {kind} file ({reason})", "not-readable", f"row {number:,}" if number else "")
+            yield self._fault(
+                f"no readable {kind} file ({reason})", "not-readable", f"row {number}" if number else ""
+            )
 
     # Archives
 
@@ -328,7 +330,9 @@ class _Content:
         path, name = PurePosixPath(member), f"{self.name}!{printable(member)}"
         kind = format_of(path.name) or (format_of(path.parent.name) if not path.suffix else None) or self.reading.format
         if path.is_absolute() or ".." in path.parts or "\\" in member:
-            yield InputError(f"{name}: a member that leads out of its archive; make the archive again", code="unsafe-member")
+            yield InputError(
+                f"{name}: a member that leads out of its archive; make the archive again", code="unsafe-member"
+            )
         elif any(part.startswith((".", "__MACOSX")) for part in path.parts):
             self.notes.unread("hidden in an archive", "its name begins with .", name)
         elif kind is None:
@@ -356,7 +360,9 @@ class _Content:
             if name not in names and (name != "id" or self.reading.id == "id"):
                 return self._fault(describe_missing(name, names), "text-missing")
             if names.count(name) > 1:
-                return self._fault(f"{names.count(name)} columns are called `{name}`; rename all but one", "text-missing")
+                return self._fault(
+                    f"{names.count(name)} columns are called `{name}`; rename all but one", "text-missing"
+                )
         return None
 
     def _records(self, unit: str) -> Callable[[Any, int], Record]:
@@ -366,7 +372,7 @@ class _Content:
         identity_field = reading.id or "id"
 
         def make(record: Any, number: int) -> Record:
-            place = f"{unit} {number:,}"
+            place = f"{unit} {number}"
             try:
                 if not isinstance(record, dict):
                     raise NoFieldError(f"expected an object with the key `{reading.text}`")
@@ -431,6 +437,19 @@ def _seekable(stream: IO[bytes]) -> IO[bytes]:
         copy.write(content)
     copy.seek(0)
     return copy  # type: ignore[return-value]
+
+
+class _Utf8:
+    """Reads a stream of another encoding as UTF-8."""
+
+    def __init__(self, stream: IO[bytes], encoding: str) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
+
+    def read(self, size: int) -> bytes:
+        while content := self._stream.read(size):
+            if text := self._decoder.decode(content):
+                return text.encode()
+        return self._decoder.decode(b"", final=size != 0).encode()
 
 
 class _Tail:

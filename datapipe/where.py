@@ -80,7 +80,7 @@ def parse_where(expression: str) -> Callable[[Any], bool]:
         reason = error.msg if isinstance(error, SyntaxError) else str(error) or "too deeply nested"
         raise InputError(
             f"--where {expression!r}: {reason}; write comparisons of columns, such as "
-            "'score >= 3 and lang in (\"fr\", \"en\")'",
+            '\'score >= 3 and lang in ("fr", "en")\'',
             key="--where",
             code="where-invalid",
         ) from None
@@ -127,9 +127,10 @@ def _value(node: ast.expr) -> Value:
     if isinstance(node, ast.Constant):
         return lambda record: node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-        if isinstance(node.operand.value, int | float):
-            negative = -node.operand.value
-            return lambda record: negative
+        number = node.operand.value
+        if not isinstance(number, int | float):
+            raise ValueError(f"{ast.unparse(node)!r} is no number")
+        return lambda record: -number
     if isinstance(node, ast.Tuple | ast.List):
         parts = [_value(part) for part in node.elts]
         return lambda record: [part(record) for part in parts]

@@ -81,8 +81,8 @@ def prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders, globs, s3://, gs:// and https:// URLs, or - for standard input: json, jsonl, csv, tsv, "
-            "txt, parquet, Arrow; .gz, .bz2, .xz, .zst; in zip and tar."
+            help="Files, folders, globs, s3://, gs:// and https:// URLs, or - for standard input: json, jsonl, csv, "
+            "tsv, txt, parquet, Arrow; .gz, .bz2, .xz, .zst; in zip and tar."
         ),
     ],
     output: Output,
@@ -95,11 +95,14 @@ def prepare(
     lines: Annotated[bool, typer.Option("--lines", help="Each line of a .txt file is a document.")] = False,
     encoding: Annotated[str | None, typer.Option(help="Encoding, such as cp1252. Default: detected.")] = None,
     format_: Annotated[
-        str | None, typer.Option("--format", help="json, csv, tsv, txt, parquet or arrow, where no name tells it.")
+        Literal["json", "csv", "tsv", "txt", "parquet", "arrow"] | None, typer.Option("--format", help="json, csv, tsv, txt, parquet or arrow, where no name tells it.")
     ] = None,
-    on_error: Annotated[str, typer.Option(help="stop, or skip: count faulty records and leave them out.")] = "stop",
+    on_error: Annotated[Literal["stop", "skip"], typer.Option(help="stop, or skip: count faulty records and leave them out.")] = "stop",
     strict: Annotated[bool, typer.Option("--strict", help="A file that is not read is an error.")] = False,
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out texts that appeared before, to the byte.")] = False,
+    near_dedup: Annotated[
+        float | None, typer.Option(min=0.3, max=1, help="Leave out texts this similar to an earlier one, such as 0.8.")
+    ] = None,
     min_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
     held_out: Annotated[
@@ -108,10 +111,8 @@ def prepare(
     processes: Annotated[int, typer.Option(min=0, help="0: as many as there are cores and memory for.")] = 0,
 ) -> None:
     """Tokenize text into shards and a manifest. An interrupted preparation continues where it was."""
-    from pydantic import ValidationError
     from rich.console import Console
 
-    from configs.errors import InputError
     from configs.schema import Reading
     from datapipe.manifest import NAME
     from datapipe.prepare import prepare as run
@@ -119,14 +120,18 @@ def prepare(
     from datapipe.tokenizer import load_tokenizer
     from launcher.status_line import status_line
 
-    try:
-        reading = Reading(
-            text=text, id=id_, group=group, where=where, split=split, lines=lines, encoding=encoding, format=format_,
-            on_error=on_error, strict=strict,
-        )  # fmt: skip
-    except ValidationError as error:
-        key = f"--{str(error.errors()[0]['loc'][0]).replace('_', '-')}"
-        raise InputError(f"{key}: {error.errors()[0]['msg']}", key=key, code="option-invalid") from None
+    reading = Reading(
+        text=text,
+        id=id_,
+        group=group,
+        where=where,
+        split=split,
+        lines=lines,
+        encoding=encoding,
+        format=format_,
+        on_error=on_error,
+        strict=strict,
+    )
     loaded = load_tokenizer(tokenizer)
     console = Console()
     with status_line(console, "reading") as show:
@@ -135,7 +140,7 @@ def prepare(
             loaded,
             output,
             show,
-            selection=Selection(dedup, min_tokens, max_tokens, held_out),
+            selection=Selection(dedup, min_tokens, max_tokens, held_out, near_dedup),
             reading=reading,
             report=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
             processes=processes,

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from datapipe.text import find_files, read_texts
+from datapipe.inputs import find_files
+from datapipe.text import read_texts
 from studies.examples import Example
 
 WORDS = 13

@@ -13,6 +13,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_webdataset_reads_format_2(tmp_path_factory: pytest.TempPathFactory, doc
     one = reader(path)
     assert [one.ids(number).tolist() for number in range(len(one))] == documents
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False).decode())
-    assert [ids for sample in samples for ids in sample["ids.npy"].tolist()] == sum(documents, [])
+    assert [ids for sample in samples for ids in sample["ids.npy"].tolist()] == list(chain(*documents))
     assert [n for sample in samples for n in sample["lengths.npy"].tolist()] == [len(ids) for ids in documents]
 
 
