@@ -54,15 +54,15 @@ def decompress(file: IO[bytes], name: str) -> tuple[IO[bytes], bytes]:
     if named not in (None, kind) and start:
         raise OSError(f"it is no {named} file")
     if kind == ".gz":
-        stream = gzip.GzipFile(fileobj=io.BufferedReader(stream))  # noqa: SIM115
+        stream = gzip.GzipFile(fileobj=io.BufferedReader(stream))
     elif kind == ".bz2":
-        stream = bz2.BZ2File(io.BufferedReader(stream))  # noqa: SIM115
+        stream = bz2.BZ2File(io.BufferedReader(stream))
     elif kind == ".xz":
         stream = lzma.LZMAFile(io.BufferedReader(stream))  # noqa: SIM115
     elif kind == ".zst":
         stream = _Zstandard(stream)
     head = _read(stream, HEAD)
-    return io.BufferedReader(_Prefixed(head, stream), 2**18), head  # type: ignore[arg-type]
+    return io.BufferedReader(_Prefixed(head, stream), 2**18), head
 
 
 def _read(stream: Any, size: int) -> bytes:
@@ -184,7 +184,7 @@ def require_codec(name: str) -> str:
         InputError: There is no such text encoding.
     """
     try:
-        if codecs.lookup(name)._is_text_encoding:  # type: ignore[attr-defined]  # noqa: SLF001
+        if codecs.lookup(name)._is_text_encoding:  # noqa: SLF001
             return name
     except LookupError:
         pass

@@ -63,7 +63,7 @@ class ShardEncoder:
         self, texts: list[tuple[str, Text]], writer: ShardWriter, sources: dict[str, dict[str, int]]
     ) -> None:
         selection = self.selection
-        encoded = self.tokenizer.encode([text.text.decode() for _, text in texts])
+        encoded = self.tokenizer.encode([text.text.decode() for _, text in texts], self._count)
         for (source, text), ids in zip(texts, encoded, strict=True):
             counts = sources.setdefault(source, {})
             if len(ids) < max(selection.min_tokens, 1):
@@ -74,8 +74,10 @@ class ShardEncoder:
                 writer.add(ids, {"source": source, "id": text.id})
                 kept = {"documents": 1, "tokens": len(ids), "bytes": len(text.text), "longest": len(ids)}
                 add_counts(counts, kept)
+
+    def _count(self, size: int) -> None:
         with self.encoded.get_lock():
-            self.encoded.value += sum(len(text.text) for _, text in texts)
+            self.encoded.value += size
 
 
 class InProcessExecutor(Executor):

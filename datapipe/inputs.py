@@ -74,11 +74,11 @@ class InputFile:
             return Path(self.spool.name).open("rb", buffering=0)
         if self.path is not None:
             return self.path.open("rb", buffering=0)
-        return self.system.open(self.url, "rb")  # type: ignore[no-any-return]
+        return self.system.open(self.url, "rb")
 
 
 def printable(path: str | Path) -> str:
-    """A file name as text, its bytes that are no UTF-8 in the form `\\xe9`."""
+    """A file name as text; bytes that are no UTF-8 are written in hexadecimal."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -334,7 +334,8 @@ class _Finder:
                 head = decompress(file, "")[1].removeprefix(b"\xef\xbb\xbf").lstrip()
         except DAMAGE as error:
             raise InputError(f"{name} cannot be read: {error}", code="not-readable") from None
-        kind = self._reading.format or next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+        kind: str | None = self._reading.format
+        kind = kind or next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
         if kind is None and head:
             raise InputError(
                 f"{name}: its format is not clear; name it, such as --format csv", key="--format", code="unknown-format"

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -225,7 +225,8 @@ def _prefixed(progress: Progress, name: str) -> Progress:
 
 def _manifest(identity: TokenizerIdentity, written: list[WrittenShard], intake: Intake) -> Manifest:
     sources: dict[str, dict[str, int]] = {}
-    for counted in [intake.left_out, *(result.sources for result in written)]:
+    parts: list[Mapping[str, Mapping[str, int]]] = [intake.left_out, *(result.sources for result in written)]
+    for counted in parts:
         for name, counts in counted.items():
             add_counts(sources.setdefault(name, {}), counts)
     faults = {name: intake.faults[name] for name in list(intake.faults)[:FAULTY_FILES]}

@@ -20,6 +20,7 @@ import os
 import re
 import tarfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
+from datapipe.decoding import COMPRESSED, DAMAGE, decompress
 from datapipe.manifest import Shard
 
 BLOCK = 512
@@ -43,10 +45,13 @@ _NPY = re.compile(
 REMEDY = "copy it again, or run `detour prepare` into a new directory"
 """End of the message about a shard that is not what its manifest says."""
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
+_COMPRESSED = {suffix.encode() for suffix in COMPRESSED}
 _CRC = re.compile(rb'"crc32": (\d+)')
 Span = tuple[int, int, int]
 """Offset of a document and its bytes, -1 for a duplicate. Last, for ids the bytes until the end of their metadata, for
-text 1 if it is JSON."""
+text JSON_TEXT and COMPRESSED_TEXT."""
+JSON_TEXT, COMPRESSED_TEXT = 1, 2
+"""Bits of a span of raw text."""
 
 
 class DamagedError(InputError):
@@ -107,6 +112,8 @@ class ShardReader:
         self.raw = False
         """Whether its documents are text and not ids."""
         self._packed: PackedIndex | None = None
+        self._names: list[bytes] = []
+        """Members of the documents of raw text."""
         self.spans = self._walk() if index is None else index
         """`[documents, 3] int64`, one `Span` per document; empty in format 2."""
 
@@ -117,7 +124,7 @@ class ShardReader:
             self._packed, problem = _packed_index(self._file, members, self.name)
             self.problem = problem or self.problem
             return np.empty((0, 3), np.int64)
-        spans, texts = _documents(members)
+        spans, texts, self._names = _documents(members)
         self.raw = not spans and bool(texts)
         return np.array(texts if self.raw else spans, np.int64).reshape(-1, 3)
 
@@ -162,11 +169,19 @@ class ShardReader:
             DamagedError: The document is missing, damaged, or neither text nor JSON with a `text`.
         """
         content, _ = self._read(document)
-        label = f"shard {self.name}, document {document}"
+        member = self._names[document].decode(errors="backslashreplace")
+        label = f"shard {self.name}, document {document} ({member})"
+        kind = int(self.spans[document, 2])
         try:
-            text = json.loads(content)["text"] if self.spans[document, 2] else content.decode()
-        except (ValueError, KeyError, TypeError):
-            raise DamagedError(f'{label}: neither UTF-8 text nor JSON with a "text"', code="not-text") from None
+            if kind & COMPRESSED_TEXT:
+                with decompress(io.BytesIO(content), member)[0] as stream:
+                    content = stream.read()
+            text = json.loads(content)["text"] if kind & JSON_TEXT else content.removeprefix(BOM_UTF8).decode()
+        except (*DAMAGE, ValueError, KeyError, TypeError, RecursionError):
+            raise DamagedError(
+                f'{label}: neither UTF-8 text nor JSON with a "text"; `detour prepare` reads other encodings',
+                code="not-text",
+            ) from None
         if not isinstance(text, str):
             raise DamagedError(f'{label}: "text" is not a string', code="not-text")
         return text
@@ -261,10 +276,11 @@ def _integers(file: IO[bytes], member: Member, name: str) -> NDArray[Any]:
     return _any_npy(content, f"shard {name}")
 
 
-def _documents(members: list[Member]) -> tuple[list[Span], list[Span]]:
-    """Spans of the documents of ids, and spans of the documents of raw text."""
+def _documents(members: list[Member]) -> tuple[list[Span], list[Span], list[bytes]]:
+    """Spans of the documents of ids, and spans of the documents of raw text with the names of their members."""
     spans: list[Span] = []
     texts: list[Span] = []
+    names: list[bytes] = []
     text_numbers: dict[bytes, int] = {}
     keys: set[bytes] = set()
     key = b""
@@ -278,16 +294,24 @@ def _documents(members: list[Member]) -> tuple[list[Span], list[Span]]:
         elif extension == b"json" and spans and stem == key:
             offset, size, _ = spans[-1]
             spans[-1] = (offset, size, member.offset + member.size - offset if size >= 0 else 0)
-        elif extension in (b"txt", b"json"):
-            is_json = int(extension == b"json")
+        elif not spans and not member.name.rpartition(b"/")[2].startswith(b"."):
+            kind = 0
+            if b"." + extension.lower() in _COMPRESSED:
+                stem, _, extension = stem.rpartition(b".")
+                kind = COMPRESSED_TEXT
+            if extension.lower() not in (b"txt", b"json"):
+                continue
+            is_json = extension.lower() == b"json"
+            kind |= JSON_TEXT * is_json
             number = text_numbers.setdefault(stem, len(texts))
-            if number == len(texts):
-                texts.append((member.offset, member.size, is_json))
-            elif texts[number][2] == is_json:
-                texts.append((member.offset, -1, is_json))
-            elif extension == b"txt":  # the .json before it is its metadata
-                texts[number] = (member.offset, member.size, is_json)
-    return spans, texts
+            if number < len(texts) and bool(texts[number][2] & JSON_TEXT) != is_json:
+                if not is_json:  # the .json before it is its metadata
+                    texts[number], names[number] = (member.offset, member.size, kind), member.name
+                continue
+            # A second text of a key is a sample to some readers and an error to others.
+            texts.append((member.offset, member.size if number == len(texts) else -1, kind))
+            names.append(member.name)
+    return spans, texts, names
 
 
 def _any_npy(content: bytes, label: str) -> NDArray[Any]:

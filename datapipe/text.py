@@ -290,15 +290,13 @@ class _Content:
                         yield record(cells, number)
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0]
-            yield self._fault(
-                f"no readable {kind} file ({reason})", "not-readable", f"row {number}" if number else ""
-            )
+            yield self._fault(f"no readable {kind} file ({reason})", "not-readable", f"row {number}" if number else "")
 
     # Archives
 
     def _zip(self, raw: IO[bytes]) -> Iterator[Record]:
         try:
-            with zipfile.ZipFile(_seekable(raw)) as archive:  # type: ignore[arg-type]
+            with zipfile.ZipFile(_seekable(raw)) as archive:
                 for info in archive.infolist():
                     if info.is_dir():
                         continue
@@ -436,7 +434,7 @@ def _seekable(stream: IO[bytes]) -> IO[bytes]:
     while content := stream.read(2**20):
         copy.write(content)
     copy.seek(0)
-    return copy  # type: ignore[return-value]
+    return copy
 
 
 class _Utf8:

@@ -112,7 +112,7 @@ def _boolean(node: ast.expr) -> Callable[[Any], bool]:
         return lambda record: not inner(record)
     if isinstance(node, ast.Compare):
         values = [_value(operand) for operand in (node.left, *node.comparators)]
-        pairs = [(_comparison(op), *values[i : i + 2]) for i, op in enumerate(node.ops)]
+        pairs = list(zip(map(_comparison, node.ops), values, values[1:], strict=False))
         return lambda record: all(compare(left(record), right(record)) for compare, left, right in pairs)
     value = _value(node)
     return lambda record: bool(value(record))

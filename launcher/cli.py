@@ -95,9 +95,12 @@ def prepare(
     lines: Annotated[bool, typer.Option("--lines", help="Each line of a .txt file is a document.")] = False,
     encoding: Annotated[str | None, typer.Option(help="Encoding, such as cp1252. Default: detected.")] = None,
     format_: Annotated[
-        Literal["json", "csv", "tsv", "txt", "parquet", "arrow"] | None, typer.Option("--format", help="json, csv, tsv, txt, parquet or arrow, where no name tells it.")
+        Literal["json", "csv", "tsv", "txt", "parquet", "arrow"] | None,
+        typer.Option("--format", help="json, csv, tsv, txt, parquet or arrow, where no name tells it."),
     ] = None,
-    on_error: Annotated[Literal["stop", "skip"], typer.Option(help="stop, or skip: count faulty records and leave them out.")] = "stop",
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="stop, or skip: count faulty records and leave them out.")
+    ] = "stop",
     strict: Annotated[bool, typer.Option("--strict", help="A file that is not read is an error.")] = False,
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out texts that appeared before, to the byte.")] = False,
     near_dedup: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -268,6 +269,15 @@ def test_a_key_that_appears_twice_in_raw_text(tmp_path: Path) -> None:
     for number in (1, 3):
         with refused("duplicate-key", f"document {number}"):
             shard.text(number)
+
+
+def test_members_of_raw_text_by_any_name(tmp_path: Path) -> None:
+    """Hidden members are no documents; upper case and compressed ones are, and an error names its member."""
+    members = {"._a.txt": b"x", "A.TXT": b"one", "b.txt.gz": gzip.compress(b"two"), "c.JSON": b'{"text": "three"}'}
+    shard = reader(tar(tmp_path / "a.tar", {**members, "d.doc": b"x", "e.txt": b"d\xe9", "f.txt": b"\xef\xbb\xbfsix"}))
+    assert [shard.text(number) for number in (0, 1, 2, 4)] == ["one", "two", "three", "six"] and len(shard) == 5
+    with refused("not-text", "e.txt"):
+        shard.text(3)
 
 
 class Hostile:
