@@ -130,16 +130,20 @@ class _Finder:
             self._met = 0
             self._find(reference)
             if not self._met:
+                self._require_split()
                 self._refuse_empty(reference)
-        if reading.split is not None and not self._split_found:
-            raise InputError(
-                f"--split {reading.split}: no such split; there are {', '.join(sorted(self._splits)) or 'none'}",
-                key="--split",
-                code="no-such-split",
-            )
+        self._require_split()
         kinds = Counter(file.format for file in self.files)
         if len(self.files) > 1:
             notes.add(f"read: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())} files", "", "")
+
+    def _require_split(self) -> None:
+        if self._reading.split is not None and not self._split_found:
+            raise InputError(
+                f"--split {self._reading.split}: no such split; there are {', '.join(sorted(self._splits)) or 'none'}",
+                key="--split",
+                code="no-such-split",
+            )
 
     def _refuse_empty(self, reference: str) -> None:
         unread = "\n".join(["", *self._notes.lines()])
@@ -241,7 +245,7 @@ class _Finder:
             if entry.name.startswith(".") or (entry.name.startswith("_") and not entry.suffix):
                 self._notes.unread("hidden", "its name begins with . or _", name)
             elif entry in left_out:
-                self._notes.unread(f"split {_split(entry.name)}", "--split names another than train", name)
+                self._notes.unread(f"split {_split(entry.name)}", "another split is read", name)
             elif entry.is_dir():
                 self._walk(entry, source)
             elif entry.is_symlink() and not entry.exists():
@@ -316,7 +320,7 @@ class _Finder:
         for entry, path, size in zip(entries, paths, sizes, strict=True):
             name = system.unstrip_protocol(path)
             if entry in left_out:
-                self._notes.unread(f"split {_split(entry.name)}", "--split names another than train", name)
+                self._notes.unread(f"split {_split(entry.name)}", "another split is read", name)
             elif (kind := self._format(PurePosixPath(path.partition("?")[0]))) is None:
                 self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
             elif self._is_first(name, name):

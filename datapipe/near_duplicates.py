@@ -1,8 +1,8 @@
 """Near-duplicates of earlier documents, by MinHash signatures and locality-sensitive hashing (Broder 1997).
 
-A document is the set of its sequences of five bytes, in lower case and with single spaces. Two documents are near-
-duplicates if their sets overlap by `threshold` (Jaccard), as estimated from their signatures. The result does not
-depend on the number of processes, because each signature depends on its document alone.
+A document is the set of its pairs of successive words, in lower case. The similarity of two documents is the share of
+their pairs that they have in common (Dice), as estimated from their signatures. The result does not depend on the
+number of processes, because each signature depends on its document alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import hashlib
 import math
 import multiprocessing
 import os
+import re
 import signal
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -34,16 +36,16 @@ NAME = ".near-duplicates-"
 """Beginning of the name of the file, in an unfinished output, that holds the result."""
 HASHES = 128
 """Values of a signature."""
-GRAM = 5
-"""Bytes of a sequence; they fit into a 64-bit number."""
 SMALL = 2**20
 """Bytes of input that one process reads sooner than a pool."""
 _BATCH = 2**20
 _CHUNK = 4096
-"""Sequences hashed at once: `[HASHES, _CHUNK]` numbers stay in the processor's cache."""
+"""Pairs hashed at once: `[HASHES, _CHUNK]` numbers stay in the processor's cache."""
 _PAIRS = 2**16
 _RECALL = 0.99
 """Share of the pairs at the threshold that some band must bring together."""
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+"""A word; a character where words are not divided by spaces."""
 _random = np.random.default_rng(20261127)
 _FACTORS = _random.integers(1, 2**63, (HASHES, 1), np.uint64) | np.uint64(1)
 _TERMS = _random.integers(0, 2**63, (HASHES, 1), np.uint64)
@@ -138,22 +140,29 @@ def _signatures_of(texts: list[bytes]) -> NDArray[np.uint16]:
 
 
 def _signature(text: bytes) -> NDArray[np.uint16]:
-    """The low 16 bits of the smallest hash per hash function; zeros if there is no text."""
-    content = np.frombuffer(b" ".join(text.decode("utf-8", "replace").lower().encode().split()), np.uint8)
-    if not len(content):
+    """The low 16 bits of the smallest hash per hash function; zeros if there is no word."""
+    words = [zlib.crc32(word.encode()) for word in _WORD.findall(text.decode("utf-8", "replace").lower())]
+    if not words:
         return np.zeros(HASHES, np.uint16)
-    content = np.pad(content, (0, max(0, GRAM - len(content))))
-    grams = np.zeros(len(content) - GRAM + 1, np.uint64)
-    for place in range(GRAM):
-        grams |= content[place : place + len(grams)].astype(np.uint64) << np.uint64(8 * place)
-    grams = np.unique(grams) * np.uint64(0x9E3779B97F4A7C15)
-    grams ^= grams >> np.uint64(29)
+    numbers = np.array([*words, 0] if len(words) == 1 else words, np.uint64)
+    pairs = np.unique(numbers[:-1] << np.uint64(32) | numbers[1:]) * np.uint64(0x9E3779B97F4A7C15)
+    pairs ^= pairs >> np.uint64(29)
     smallest = np.full(HASHES, np.iinfo(np.uint64).max, np.uint64)
-    for start in range(0, len(grams), _CHUNK):
-        hashes = grams[None, start : start + _CHUNK] * _FACTORS + _TERMS
+    for start in range(0, len(pairs), _CHUNK):
+        hashes = pairs[None, start : start + _CHUNK] * _FACTORS + _TERMS
         np.minimum(smallest, hashes.min(axis=1), out=smallest)
     # The smallest values have few distinct high bits, and the low bits of a product depend on few bits of its factors.
     return (smallest >> np.uint64(24)).astype(np.uint16)
+
+
+def least(threshold: float) -> float:
+    """Overlap of two signatures from which documents count as similar: 95 % of the pairs at the threshold have more.
+
+    Args:
+        threshold: Share of the word pairs in common. Signatures estimate the Jaccard overlap instead.
+    """
+    overlap = threshold / (2 - threshold)
+    return overlap - 1.645 * math.sqrt(overlap * (1 - overlap) / HASHES)
 
 
 def bands(threshold: float) -> tuple[int, int]:
@@ -162,33 +171,41 @@ def bands(threshold: float) -> tuple[int, int]:
     return HASHES // max(rows, default=1), max(rows, default=1)
 
 
-def least(threshold: float) -> float:
-    """Estimate from which two documents count as similar: 95 % of the pairs at the threshold have a higher one."""
-    return threshold - 1.645 * math.sqrt(threshold * (1 - threshold) / HASHES)
-
-
 def _similar_to_earlier(signatures: NDArray[np.uint16], threshold: float) -> NDArray[np.bool_]:
-    """Compare each document with the first, and the one before it, of those that share a band with it."""
+    """Compare each document with two of those that share a band with it.
+
+    They are the first one, and the one beside it by the next band, because documents that share both are likely similar.
+    """
     found = np.zeros(len(signatures), bool)
-    empty = ~signatures.any(axis=1)
+    full = signatures.any(axis=1)
     count, rows = bands(threshold)
+    beside = _band_keys(signatures, 0, rows)
     for band in range(count):
-        values = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
-        keys = np.zeros(len(values), np.uint64)
-        for column in values.T:
-            keys = (keys ^ column) * np.uint64(0x9E3779B97F4A7C15)
-            keys ^= keys >> np.uint64(31)
-        order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order[:1]] ^ np.uint64(1)) != 0)
-        firsts = np.repeat(order[starts], np.diff(starts, append=len(order)))
-        for earlier in (firsts, np.concatenate([order[:1], order[:-1]])):
-            together = (keys[earlier] == keys[order]) & (earlier != order) & ~found[order] & ~empty[order]
-            left, right = earlier[together], order[together]
-            for start in range(0, len(left), _PAIRS):
-                one, other = left[start : start + _PAIRS], right[start : start + _PAIRS]
-                similar = (signatures[one] == signatures[other]).mean(axis=1) >= least(threshold)
-                found[other[similar]] = True
+        keys, beside = beside, _band_keys(signatures, (band + 1) % count, rows)
+        order = np.lexsort((beside, keys))
+        new = np.diff(keys[order], prepend=keys[order[:1]] ^ np.uint64(1)) != 0
+        starts = np.flatnonzero(new)
+        if not len(starts):
+            return found
+        firsts = np.repeat(np.minimum.reduceat(order, starts), np.diff(starts, append=len(order)))
+        for other in (firsts, np.concatenate([order[:1], order[:-1]])):
+            together = (keys[other] == keys[order]) & (other != order) & full[order]
+            one, two = np.minimum(other, order)[together], np.maximum(other, order)[together]
+            one, two = one[~found[two]], two[~found[two]]
+            for start in range(0, len(one), _PAIRS):
+                left, right = one[start : start + _PAIRS], two[start : start + _PAIRS]
+                similar = (signatures[left] == signatures[right]).mean(axis=1) >= least(threshold)
+                found[right[similar]] = True
     return found
+
+
+def _band_keys(signatures: NDArray[np.uint16], band: int, rows: int) -> NDArray[np.uint64]:
+    """One number per document for the values of a band, `[documents]`."""
+    keys = np.zeros(len(signatures), np.uint64)
+    for column in signatures[:, band * rows : (band + 1) * rows].T:
+        keys = (keys ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        keys ^= keys >> np.uint64(31)
+    return keys
 
 
 def _identity(files: Sequence[InputFile], reading: Reading, threshold: float) -> str:

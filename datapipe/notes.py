@@ -37,7 +37,11 @@ class Notes:
     def lines(self) -> list[str]:
         """One line per kind of fact, in the order in which they were met."""
         return [
-            f"{fact}: {example}" if count == 1 else f"{fact}: {count:,} {noun}, the first is {example}"
+            fact
+            if not example
+            else f"{fact}: {example}"
+            if count == 1
+            else f"{fact}: {count:,} {noun}, the first is {example}"
             for (fact, noun), (count, example) in self._facts.items()
         ]
 

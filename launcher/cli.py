@@ -104,7 +104,8 @@ def prepare(
     strict: Annotated[bool, typer.Option("--strict", help="A file that is not read is an error.")] = False,
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out texts that appeared before, to the byte.")] = False,
     near_dedup: Annotated[
-        float | None, typer.Option(min=0.3, max=1, help="Leave out texts this similar to an earlier one, such as 0.8.")
+        float | None,
+        typer.Option(min=0.3, max=1, help="Leave out texts with this share of an earlier text's word pairs: 0.8."),
     ] = None,
     min_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
