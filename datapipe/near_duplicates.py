@@ -156,13 +156,13 @@ def _signature(text: bytes) -> NDArray[np.uint16]:
 
 
 def least(threshold: float) -> float:
-    """Overlap of two signatures from which documents count as similar: 95 % of the pairs at the threshold have more.
+    """Overlap of two signatures from which documents count as similar: 99 % of the pairs at the threshold have more.
 
     Args:
         threshold: Share of the word pairs in common. Signatures estimate the Jaccard overlap instead.
     """
     overlap = threshold / (2 - threshold)
-    return overlap - 1.645 * math.sqrt(overlap * (1 - overlap) / HASHES)
+    return overlap - 2.5 * math.sqrt(overlap * (1 - overlap) / HASHES)
 
 
 def bands(threshold: float) -> tuple[int, int]:
@@ -174,7 +174,7 @@ def bands(threshold: float) -> tuple[int, int]:
 def _similar_to_earlier(signatures: NDArray[np.uint16], threshold: float) -> NDArray[np.bool_]:
     """Compare each document with two of those that share a band with it.
 
-    They are the first one, and the one beside it by the next band, because documents that share both are likely similar.
+    They are the first one, and the one beside it by the next band, because sharing both is likely similarity.
     """
     found = np.zeros(len(signatures), bool)
     full = signatures.any(axis=1)
