@@ -264,7 +264,8 @@ def _packed_index(file: IO[bytes], members: list[Member], name: str) -> tuple[Pa
     if len(dtypes) > 1:
         return None, DamagedError(f"shard {name} mixes {' and '.join(sorted(dtypes))}", code="wrong-dtype")
     if not offsets:
-        return PackedIndex(np.empty(0, np.int64), *2 * [np.empty(0, np.uint32)], np.dtype("<u2")), problem
+        none = np.empty(0, np.uint32)
+        return PackedIndex(none.astype(np.int64), none, none, np.dtype("<u2")), problem
     dtype = np.dtype(dtypes.pop())
     return PackedIndex(np.concatenate(offsets), np.concatenate(sizes), np.concatenate(checksums), dtype), problem
 
