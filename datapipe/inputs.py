@@ -188,7 +188,7 @@ class _Finder:
             self._add_local(path, kind, source)
 
     def _format(self, path: Path | PurePosixPath) -> str | None:
-        """By the name, or that of the folder: Spark writes x.jsonl/part-00000."""
+        """Tell the format by the name, or by that of the folder: Spark writes x.jsonl/part-00000."""
         kind = format_of(path.name) or (format_of(path.parent.name) if not path.suffix else None)
         return kind or self._reading.format
 

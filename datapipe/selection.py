@@ -73,7 +73,7 @@ class Block(NamedTuple):
 
 
 class Intake:
-    """What became of the records that were read: counts per source, and the faults that were left out.
+    """The outcome of the records that were read: counts per source, and the faults that were left out.
 
     Args:
         on_error: `stop` ends the reading at a fault, `skip` leaves it out.

@@ -58,7 +58,7 @@ class Filtered(NamedTuple):
 
 
 Record = Text | Filtered | InputError
-"""What becomes of a record. An InputError is a fault of this record, or of the rest of its file."""
+"""The outcome of a record. An InputError is a fault of this record, or of the rest of its file."""
 
 
 def read_texts(file: InputFile | Path, reading: Reading | None = None) -> Iterator[Text]:

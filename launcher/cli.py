@@ -152,6 +152,10 @@ def prepare(
     for directory in (output, output / HELD_OUT):
         if (directory / NAME).exists():
             _print_prepared(directory)
+    if (output / HELD_OUT / NAME).exists():
+        groups = f"0 values of {group}" if group else "equal texts only on one side; --group keeps patients apart"
+        near = f"0 at {near_dedup:g}" if near_dedup else "not looked for; --near-dedup 0.8 leaves them out"
+        print(f"  overlap     of held-out and training text: {groups}; near-duplicates {near}")
 
 
 def _print_prepared(directory: Path) -> None:

@@ -228,7 +228,7 @@ def test_members_that_are_not_read_and_archives_that_are_cut_off(tmp_path: Path)
 
 
 def test_a_folder_of_all_kinds(tmp_path: Path) -> None:
-    """What is read is read once, and each kind that is not read has its line."""
+    """Each file is read once, and each kind that is not read has its line."""
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     (folder / "x.jsonl").mkdir()
@@ -264,7 +264,7 @@ def test_a_folder_of_all_kinds(tmp_path: Path) -> None:
 
 
 def test_splits(tmp_path: Path) -> None:
-    """Of a snapshot of the hub the training split is read, unless another is asked for."""
+    """The training split of a snapshot of the hub is read, unless another is asked for."""
     for split in ("train", "validation", "test"):
         path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(exist_ok=True)
@@ -300,7 +300,7 @@ def test_standard_input_and_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_remote_text(tmp_path: Path) -> None:
-    """By fsspec's file system in memory, which stands for every store."""
+    """The file system in memory of fsspec stands for every store."""
     import fsspec
 
     system = fsspec.filesystem("memory")
@@ -502,7 +502,7 @@ def test_near_duplicates(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pyte
 
 
 def test_near_duplicates_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was found before an interruption is kept, for exactly the same files."""
+    """The result of an interrupted preparation is kept, for exactly the same files."""
     (tmp_path / "a.jsonl").write_text(jsonl([{"text": "the same note of the same patient"}] * 3 + [{"text": ""}] * 2))
     files = find_inputs([str(tmp_path / "a.jsonl")], Reading(), Notes())
     first = near_duplicates(files, Reading(), 0.8, tmp_path, 1)
