@@ -79,7 +79,7 @@ def near_duplicates(
     """
     path = output / f"{NAME}{_identity(files, reading, threshold)}.npy"
     if path.exists():
-        return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
+        return np.load(path, allow_pickle=False)
     found = _similar_to_earlier(signatures(files, reading, processes, progress), threshold)
     with disk_errors_as_input_errors(path):
         with partial_path(path).open("wb") as file:
@@ -183,13 +183,13 @@ def _similar_to_earlier(signatures: NDArray[np.uint16], threshold: float) -> NDA
     for band in range(count):
         keys, beside = beside, _band_keys(signatures, (band + 1) % count, rows)
         order = np.lexsort((beside, keys))
-        new = np.diff(keys[order], prepend=keys[order[:1]] ^ np.uint64(1)) != 0
-        starts = np.flatnonzero(new)
+        sorted_keys = keys[order]
+        starts = np.flatnonzero(np.append(True, sorted_keys[1:] != sorted_keys[:-1])[: len(order)])
         if not len(starts):
             return found
         firsts = np.repeat(np.minimum.reduceat(order, starts), np.diff(starts, append=len(order)))
         for other in (firsts, np.concatenate([order[:1], order[:-1]])):
-            together = (keys[other] == keys[order]) & (other != order) & full[order]
+            together = np.flatnonzero((keys[other] == sorted_keys) & (other != order) & full[order])
             one, two = np.minimum(other, order)[together], np.maximum(other, order)[together]
             one, two = one[~found[two]], two[~found[two]]
             for start in range(0, len(one), _PAIRS):
