@@ -9,6 +9,8 @@ machine slow the others down. Lines of one process are in processor time, which 
 from __future__ import annotations
 
 import contextlib
+import csv
+import gzip
 import json
 import os
 import shutil
@@ -22,15 +24,20 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow
+import pyarrow.parquet
 
 from benchmarks.table import Row, arguments, report
-from configs.schema import Data, Source
+from configs.schema import Data, Reading, Source
+from datapipe.inputs import find_files
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest, TokenizerIdentity, read_manifest, write_manifest
+from datapipe.near_duplicates import near_duplicates as find_near_duplicates
 from datapipe.packing import packing_ratio
 from datapipe.paths import local_path
 from datapipe.prepare import prepare
-from datapipe.shards import ShardReader, ShardWriter
+from datapipe.shard_writer import ShardWriter
+from datapipe.shards import ShardReader
 from datapipe.targets import Masked
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer, load_tokenizer
@@ -52,6 +59,9 @@ def main() -> None:
             *packing(folder),
             *reading(folder / "medquad", tokenizer, rounds),
             *preparing(folder, tokenizer, copies=2 if options.quick else 8, rounds=1 if options.quick else 3),
+            *formats(folder, tokenizer, copies=2 if options.quick else 4),
+            *short_documents(folder, count=100_000 if options.quick else 1_000_000),
+            *near_duplicates(folder, count=20_000 if options.quick else 200_000),
             memory(folder, megabytes=20 if options.quick else 100),
             restoring(folder / "large", tokenizer),
             waiting(folder / "demo", steps=40 if options.quick else 140),
@@ -161,6 +171,114 @@ def preparing(folder: Path, tokenizer: Tokenizer, copies: int, rounds: int) -> l
     ]
 
 
+def formats(folder: Path, tokenizer: Tokenizer, copies: int) -> list[Row]:
+    """`detour prepare` of csv, parquet and compressed jsonl in one process, against encode_batch in memory."""
+    texts = [text.text.decode() for text in read_texts(local_path("package://corpus/medquad.jsonl.gz"))]
+    many = [f"{copy} {text}" for copy in range(copies) for text in texts]
+    size = sum(len(text.encode()) for text in many) / 1e6
+    with (folder / "many.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in many)])
+    pyarrow.parquet.write_table(pyarrow.table({"text": many}), folder / "many.parquet")
+    with gzip.open(folder / "many.jsonl.gz", "wt") as lines:
+        lines.writelines(json.dumps({"text": text}) + "\n" for text in many)
+
+    def bare() -> int:
+        for start in range(0, len(many), 64):
+            tokenizer.backend.encode_batch(many[start : start + 64], add_special_tokens=False)
+        return int(size * 1e6)
+
+    def ours(name: str) -> Callable[[], int]:
+        def run() -> int:
+            prepare([str(folder / name)], tokenizer, folder / "of-format", processes=1)
+            shutil.rmtree(folder / "of-format")
+            return int(size * 1e6)
+
+        return run
+
+    names = ("many.csv", "many.parquet", "many.jsonl.gz")
+    speeds = race({"bare": bare, **{name: ours(name) for name in names}}, rounds=2)
+    return [
+        Row.at_least(f"prepare {name} vs encode_batch", speeds[name] / 1e6, speeds["bare"] / 1e6, 0.8, "MB/CPU s")
+        for name in names
+    ]
+
+
+def short_documents(folder: Path, count: int) -> list[Row]:
+    """Size, memory and reading of documents of one line of 94 bytes."""
+    rng = np.random.default_rng(0)
+    words = [word for word in Path(__file__).read_text().split() if word.isalpha()]
+    path, output = folder / "lines.txt", folder / "lines"
+    with path.open("w") as file:
+        for _ in range(count):
+            file.write(" ".join(words[number] for number in rng.integers(0, len(words), 20))[:93] + "\n")
+    peak = peak_memory(["prepare", str(path), "--lines", "--output", str(output)])
+    manifest = read_manifest(output)
+    size = sum(shard.bytes for shard in manifest.shards)
+    urls = [str(output / shard.name) for shard in manifest.shards]
+
+    import webdataset  # not above, because it imports torch, and the processes of `prepare` import this module
+
+    few = read_manifest(output).shards[0]
+    one = folder / "one-per-sample.tar"
+    reader = ShardReader((output / few.name).open("rb", buffering=0), few.name)
+    few_documents = min(len(reader), 20_000)
+    with webdataset.TarWriter(str(one)) as writer:
+        for number in range(few_documents):
+            writer.write({"__key__": f"{number:06d}", "ids.npy": reader.ids(number)})
+
+    def plain() -> int:
+        return sum(1 for _ in webdataset.WebDataset(str(one), shardshuffle=False).decode())
+
+    def split() -> int:
+        documents = 0
+        for sample in webdataset.WebDataset(urls[0], shardshuffle=False).decode():
+            documents += len(np.split(sample["ids.npy"], np.cumsum(sample["lengths.npy"])[:-1]))
+        return documents
+
+    def ours() -> int:
+        opened = ShardReader((output / few.name).open("rb", buffering=0), few.name)
+        return sum(1 for number in range(len(opened)) if opened.ids(number) is not None)
+
+    speeds = race({"plain": plain, "split": split, "ours": ours}, rounds=3)
+    label, unit = f"{count:,} lines of 94 bytes", "documents/CPU s"
+    return [
+        Row.at_most(f"{label}: shards vs their ids", size, 2 * manifest.tokens, 1.3, "bytes"),
+        Row.at_most(f"{label}: peak memory of prepare", peak / 1e9, 0.5, 1, "GB"),
+        Row.at_least(f"{label}: read vs webdataset, format 1", speeds["ours"], speeds["plain"], 1, unit),
+        Row.at_least(f"{label}: read vs webdataset, format 2, split", speeds["ours"], speeds["split"], None, unit),
+    ]
+
+
+def near_duplicates(folder: Path, count: int) -> list[Row]:
+    """Notes of 150 words, a tenth of them copies with a tenth of the words replaced: found, time, memory."""
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{number:x}" for number in range(20_000)])
+    path = folder / "notes.jsonl"
+    copies = count // 10
+    kept: list[np.ndarray] = []
+    with path.open("w") as file:
+        for number in range(count):
+            if number < count - copies:
+                note = words[rng.zipf(1.2, 150) % len(words)]
+                if number < copies:
+                    kept.append(note)
+            else:
+                note = kept[number - count + copies].copy()
+                note[rng.choice(150, 15, replace=False)] = words[rng.integers(0, len(words), 15)]
+            file.write(json.dumps({"id": number, "text": " ".join(note)}) + "\n")
+    used = sum(os.times()[:4])
+    found = find_near_duplicates(find_files(str(path)), Reading(), 0.8, folder, len(os.sched_getaffinity(0)))
+    minutes = (sum(os.times()[:4]) - used) / 2 / 60 * 1e6 / count
+    process = psutil.Process().memory_info().rss
+    label = f"near-duplicates, {count:,} notes"
+    return [
+        Row.at_least(f"{label}: copies found", float(found[-copies:].mean()), 1.0, 0.95, "of the copies"),
+        Row.at_most(f"{label}: others taken for one", float(found[:-copies].mean()), 0.01, 1, "of the notes"),
+        Row.at_most(f"{label}: time of two cores for 1 M", minutes, 15, 1, "minutes"),
+        Row.at_most(f"{label}: memory of this process", process / 1e9, 4, 1, "GB"),
+    ]
+
+
 def memory(folder: Path, megabytes: int) -> Row:
     """Peak memory of `detour prepare` and its processes for text of this size and a document of 100 MB."""
     texts = [text.text.decode() for text in read_texts(local_path("package://corpus/medquad.jsonl.gz"))]
@@ -171,11 +289,16 @@ def memory(folder: Path, megabytes: int) -> Row:
             size += sum(file.write(json.dumps({"text": f"{copy} {text}"}) + "\n") for text in texts)
         joined = " ".join(texts)
         file.write(json.dumps({"text": joined * (int(100e6) // len(joined) + 1)}) + "\n")
-    tokenizer = ["--tokenizer", "package://tokenizer/modernbert"]
+    peak = peak_memory(["prepare", str(path), "--output", str(folder / "huge")])
+    path.unlink()
+    return Row.at_most("prepare: peak memory, a document of 100 MB among others", peak / 1e9, 1.5, 1, "GB")
+
+
+def peak_memory(arguments: list[str]) -> int:
+    """Most bytes that a command and its processes use."""
     detour = str(Path(sys.executable).with_name("detour"))
-    process = psutil.Popen(
-        [detour, "prepare", str(path), *tokenizer, "--output", str(folder / "huge")], stdout=subprocess.DEVNULL
-    )
+    command = [detour, *arguments, "--tokenizer", "package://tokenizer/modernbert"]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):  # a process ended meanwhile
@@ -183,8 +306,7 @@ def memory(folder: Path, megabytes: int) -> Row:
             peak = max(peak, sum(member.memory_full_info().pss for member in family))
         time.sleep(0.2)
     assert process.returncode == 0
-    path.unlink()
-    return Row.at_most("prepare: peak memory, a document of 100 MB among others", peak / 1e9, 1.5, 1, "GB")
+    return peak
 
 
 def restoring(directory: Path, tokenizer: Tokenizer) -> Row:

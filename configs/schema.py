@@ -188,6 +188,31 @@ class Model(Section):
         return self
 
 
+class Reading(Section):
+    """Places of the text in its files, and the records to leave out. `detour prepare` has the same as options."""
+
+    text: str = "text"
+    """Column with the text, in tables and JSON. `a.b` is the key b of the object in column a."""
+    id: str | None = None
+    """Column with the name of a document. Without a value: `id` where there is one, else the number of the record."""
+    group: str | None = None
+    """Column whose equal values belong together, such as a patient: held-out documents are chosen by it."""
+    where: str | None = None
+    """Condition on the columns of the records to read, such as `score >= 3 and lang == "fr"`."""
+    split: str | None = None
+    """Split to read where splits are named, such as `validation`. Without a value: the training split."""
+    lines: bool = False
+    """Whether each line of a .txt file is a document, not the whole file."""
+    encoding: str | None = None
+    """Encoding of text files, such as `cp1252`. Without a value: UTF-8, or what is detected and reported."""
+    format: Literal["json", "csv", "tsv", "txt", "parquet", "arrow"] | None = None
+    """Format of files whose names do not tell it, and of standard input."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Whether a record that cannot be read ends the preparation, or is counted and left out."""
+    strict: bool = False
+    """Whether a file that is not read is an error."""
+
+
 class Source(Section):
     """One corpus of the mixture."""
 
@@ -197,8 +222,11 @@ class Source(Section):
     """Directory with a manifest.json, or a glob of WebDataset tars: local, s3://, gs:// or https://. A local
     directory of tars with .txt or .json members and no manifest is raw text, which is tokenized while it is read."""
     text: Paths = ()
-    """Text files or directories of text files (jsonl[.gz|.zst], txt, parquet). The run prepares `shards` from them if
-    `shards` does not exist yet. Existing shards are used as they are."""
+    """Text files, globs or directories of them: json, jsonl, csv, tsv, txt, parquet and Arrow, also compressed, in zip
+    and tar, and behind s3://, gs:// and https://. The run prepares `shards` from them if `shards` does not exist yet.
+    Existing shards are used as they are."""
+    reading: Reading = Reading()
+    """Columns, condition and encoding by which `text` is read."""
     weight: PositiveFloat | None = None
     """Share of the training tokens, relative to the other sources. Without a value: 1."""
     upsample: PositiveFloat | None = None
@@ -216,6 +244,8 @@ class Evaluation(Section):
     """Location of the set, in the forms of `data.sources.shards`."""
     text: Paths = ()
     """Text files, in the forms of `data.sources.text`."""
+    reading: Reading = Reading()
+    """Columns, condition and encoding, as in `data.sources.reading`."""
     every: Duration = Duration(500, "steps")
     """Interval in steps or tokens."""
     sequences: PositiveInt = 64
@@ -235,7 +265,7 @@ class Evaluation(Section):
     @property
     def source(self) -> Source:
         """The set as a source that is read once."""
-        return Source(name="evaluation", shards=self.shards, text=self.text, epochs=1)
+        return Source(name="evaluation", shards=self.shards, text=self.text, reading=self.reading, epochs=1)
 
 
 class Data(Section):

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datapipe.disk import disk_errors_as_input_errors
-from datapipe.manifest import Shard
+from datapipe.manifest import Shard, add_counts
 from datapipe.selection import Block, Selection
-from datapipe.shards import ShardWriter
+from datapipe.shard_writer import ShardWriter
 from datapipe.text import Text
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 
@@ -27,7 +26,7 @@ class WrittenShard(NamedTuple):
 
     shard: Shard
     sources: dict[str, dict[str, int]]
-    """Per source: `documents` and `tokens` kept, and documents left out, by reason."""
+    """Counts per source, as in a manifest."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ShardEncoder:
             InputError: The disk refuses the shard.
         """
         path = self.output / block.name
-        sources: dict[str, Counter[str]] = {}
+        sources: dict[str, dict[str, int]] = {}
         with disk_errors_as_input_errors(path):
             path.parent.mkdir(exist_ok=True)
             writer = ShardWriter(path)
@@ -58,24 +57,27 @@ class ShardEncoder:
             except BaseException:
                 writer.discard()
                 raise
-        return WrittenShard(shard, {name: dict(counts) for name, counts in sources.items()})
+        return WrittenShard(shard, sources)
 
     def _write_documents(
-        self, texts: list[tuple[str, Text]], writer: ShardWriter, sources: dict[str, Counter[str]]
+        self, texts: list[tuple[str, Text]], writer: ShardWriter, sources: dict[str, dict[str, int]]
     ) -> None:
         selection = self.selection
-        encoded = self.tokenizer.encode([text.text.decode() for _, text in texts])
+        encoded = self.tokenizer.encode([text.text.decode() for _, text in texts], self._count)
         for (source, text), ids in zip(texts, encoded, strict=True):
-            counts = sources.setdefault(source, Counter())
+            counts = sources.setdefault(source, {})
             if len(ids) < max(selection.min_tokens, 1):
-                counts["too short" if len(ids) else "empty"] += 1
+                add_counts(counts, {"too short" if len(ids) else "empty": 1})
             elif selection.max_tokens is not None and len(ids) > selection.max_tokens:
-                counts["too long"] += 1
+                add_counts(counts, {"too long": 1})
             else:
                 writer.add(ids, {"source": source, "id": text.id})
-                counts.update(documents=1, tokens=len(ids))
+                kept = {"documents": 1, "tokens": len(ids), "bytes": len(text.text), "longest": len(ids)}
+                add_counts(counts, kept)
+
+    def _count(self, size: int) -> None:
         with self.encoded.get_lock():
-            self.encoded.value += sum(len(text.text) for _, text in texts)
+            self.encoded.value += size
 
 
 class InProcessExecutor(Executor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from datapipe.paths import local_path
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format of the shards that are written: many documents to a sample."""
+FORMATS_READ = (1, 2)
+KEPT = ("documents", "tokens", "bytes", "longest")
+"""Counts of a source that are no reasons to leave documents out: `bytes` of their text, tokens of the `longest`."""
 _PLAIN_TAR_NAME = re.compile(r"[^./\0][^/\0]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -77,7 +81,9 @@ class Manifest:
     shards: tuple[Shard, ...]
     """In the order of their documents."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per source: `documents` and `tokens` kept, and documents left out, by reason."""
+    """Per source: the counts of KEPT, and documents left out, by reason."""
+    faults: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Per input file the number of faulty records that were left out, and the first of the faults."""
 
     @property
     def documents(self) -> int:
@@ -88,6 +94,12 @@ class Manifest:
     def tokens(self) -> int:
         """Tokens of all shards, special tokens not counted."""
         return sum(shard.tokens for shard in self.shards)
+
+
+def add_counts(total: dict[str, int], counts: Mapping[str, int]) -> None:
+    """Add the counts of a part to those of a source."""
+    for key, count in counts.items():
+        total[key] = max(total.get(key, 0), count) if key == "longest" else total.get(key, 0) + count
 
 
 def parse_manifest(content: str | bytes, origin: str) -> Manifest:
@@ -105,19 +117,21 @@ def parse_manifest(content: str | bytes, origin: str) -> Manifest:
     except ValueError as error:
         raise _invalid(f"{origin} is not valid JSON ({error})") from None
     version = tree.get("format_version") if isinstance(tree, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in FORMATS_READ:
         raise InputError(
-            f"{origin}: format_version is {version!r}, this Detour reads {FORMAT_VERSION}", code="manifest-version"
+            f"{origin}: format_version is {version!r}, this Detour reads {' and '.join(map(str, FORMATS_READ))}",
+            code="manifest-version",
         )
     try:
         tokenizer = TokenizerIdentity(**{**tree["tokenizer"], "special_ids": tuple(tree["tokenizer"]["special_ids"])})
         shards = tuple(Shard(**shard) for shard in tree["shards"])
         sources = {name: dict(counts) for name, counts in tree.get("sources", {}).items()}
+        faults = {name: (int(count), str(first)) for name, (count, first) in tree.get("faults", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _invalid(f"{origin}: missing or unknown key ({error})") from None
     for wrong_value in _wrong_values(tokenizer, shards, sources):
         raise _invalid(f"{origin}: {wrong_value}")
-    return Manifest(tokenizer, shards, sources)
+    return Manifest(tokenizer, shards, sources, faults)
 
 
 def _invalid(fault: str) -> InputError:

@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ from typing import Any
 import psutil
 
 from configs.errors import InputError, RunFailedError
-from configs.schema import Data
+from configs.schema import Data, Reading
 from configs.units import format_count
 from datapipe.disk import disk_errors_as_input_errors, exclusive
 from datapipe.encode import InProcessExecutor, ShardEncoder, WrittenShard, start_process, write_in_process
-from datapipe.manifest import NAME, Manifest, Shard, TokenizerIdentity, write_manifest
+from datapipe.inputs import JOURNAL, find_inputs
+from datapipe.manifest import FORMAT_VERSION, KEPT, NAME, Manifest, Shard, TokenizerIdentity, add_counts, write_manifest
+from datapipe.near_duplicates import NAME as NEAR_DUPLICATES
+from datapipe.near_duplicates import near_duplicates
+from datapipe.notes import Notes, Report
 from datapipe.paths import local_path
-from datapipe.selection import HELD_OUT, KEEP_ALL, Block, Selection, blocks
-from datapipe.text import find_files
+from datapipe.selection import HELD_OUT, KEEP_ALL, Block, Intake, Selection, blocks, look_at
 from datapipe.tokenizer import Tokenizer
 
 SHARD_TEXT = 32 * 2**20
@@ -34,8 +38,10 @@ SMALL = 2**20
 """Bytes of input files that one process prepares sooner than a pool."""
 PROCESS_MEMORY = 512 * 2**20
 """Bytes that a tokenizing process needs at worst."""
-JOURNAL = ".prepare.jsonl"
-"""File in an unfinished output: the identity of the work, then one line per finished shard."""
+FAULTY_FILES = 20
+"""Files whose first fault is reported and kept in the manifest."""
+READ_ALL = Reading()
+"""The default columns, encodings and handling of faults."""
 
 Progress = Callable[[str], None]
 """Receives a line about the progress, about once per second."""
@@ -48,19 +54,24 @@ def prepare(
     progress: Progress | None = None,
     *,
     selection: Selection = KEEP_ALL,
+    reading: Reading = READ_ALL,
+    report: Report | None = None,
     processes: int = 0,
 ) -> Manifest:
     """Tokenize text into shards and a manifest.
 
-    An interrupted preparation continues when it is run again, and ends with the same bytes. If another process prepares
-    the same output, it is waited for.
+    An interrupted preparation continues when it is run again, and ends with the same bytes. Where the text was changed
+    meanwhile, only the shards whose documents changed are made again. If another process prepares the same output, it
+    is waited for.
 
     Args:
-        inputs: Text files, directories of them, or `package://` samples.
+        inputs: Text files, folders, globs, URLs, `package://` samples, or `-` for standard input.
         tokenizer: Tokenizer of the shards.
         output: Directory to write.
         progress: Receives progress lines.
         selection: Documents to keep.
+        reading: Columns, condition, encoding.
+        report: Receives a line per kind of file that is not read, encoding that is detected, and the like.
         processes: Tokenizing processes; 0 for as many as there are cores and memory for.
 
     Raises:
@@ -68,7 +79,7 @@ def prepare(
         RunFailedError: A tokenizing process died.
     """
     with exclusive(output):
-        return _prepare(inputs, tokenizer, output, progress, selection, processes)
+        return _prepare(inputs, tokenizer, output, progress, selection, reading, report, processes)
 
 
 def _prepare(
@@ -77,14 +88,26 @@ def _prepare(
     output: Path,
     progress: Progress | None,
     selection: Selection,
+    reading: Reading,
+    report: Report | None,
     processes: int,
 ) -> Manifest:
-    files = [(_source_name(reference), file) for reference in inputs for file in find_files(reference)]
-    total = sum(file.stat().st_size for _, file in files)
-    journal = _Journal(output, _identity(files, tokenizer, selection))
+    notes = Notes()
+    files = find_inputs(inputs, reading, notes, output)
+    notes.report(report)
+    if reading.strict:
+        notes.require_all_read()
+    notes = Notes()
+    intake = Intake(reading.on_error)
+    total = sum(file.size for file in files)
+    journal = _Journal(output, _identity(tokenizer, selection))
+    if not intake.skips:
+        look_at(files, reading)
     memory = psutil.virtual_memory().available // PROCESS_MEMORY
     processes = processes or max(1, min(len(os.sched_getaffinity(0)), memory))
-    duplicates: Counter[str] = Counter()
+    near = None
+    if selection.near_dedup is not None:
+        near = near_duplicates(files, reading, selection.near_dedup, output, processes, progress)
     written: list[tuple[str, WrittenShard]] = []
     running: deque[tuple[Block, Future[WrittenShard] | WrittenShard]] = deque()
     spawn = multiprocessing.get_context("spawn")  # not fork, which would copy the locks of the caller's threads
@@ -95,7 +118,7 @@ def _prepare(
         block, result = running.popleft()
         if isinstance(result, Future):
             result = meter.wait(result)
-            journal.add(block.name, result)
+            journal.add(block, result)
         written.append((block.name, result))
 
     pool: Executor = InProcessExecutor()
@@ -105,10 +128,10 @@ def _prepare(
         pool, write = ProcessPoolExecutor(processes, spawn, start_process, initial), write_in_process
     with pool:
         try:
-            for block in blocks(files, min(SHARD_TEXT, max(total // 16, 2**20)), selection, duplicates):
+            for block in blocks(files, _shard_text(total), selection, reading, intake, notes, near):
                 size = sum(len(text.text) for _, text in block.texts)
                 meter.read(block.position, size)
-                finished = journal.finished.get(block.name)
+                finished = journal.finished(block)
                 if finished is not None:
                     meter.skip(size)
                 running.append((block, finished or pool.submit(write, block)))
@@ -122,48 +145,66 @@ def _prepare(
                 f"{output}: a process that tokenizes died, most likely for lack of memory; "
                 "run the same command again with fewer --processes: it continues"
             ) from None
+        except InputError:
+            with suppress(InputError, BrokenProcessPool):  # what is under way is kept for the next time
+                while running:
+                    finish_oldest()
+            raise
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    notes.report(report)
+    _report_faults(intake, report)
+    if reading.strict:
+        notes.require_all_read()
     if not any(result.shard.tokens for _, result in written):
         raise InputError(
-            f"{', '.join(inputs)}: {_reason_for_nothing(written)}, so there is nothing to prepare",
+            f"{', '.join(inputs)}: {_reason_for_nothing(written, intake)}, so there is nothing to prepare",
             code="nothing-to-prepare",
         )
     identity = TokenizerIdentity.of(tokenizer)
     held_out = [result for name, result in written if name.startswith(HELD_OUT)]
-    manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], duplicates)
+    manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], intake)
     with disk_errors_as_input_errors(output / NAME):
+        journal.remove_others(name for name, _ in written)
         if held_out:
-            write_manifest(output / HELD_OUT, _manifest(identity, held_out, Counter()))
+            write_manifest(output / HELD_OUT, _manifest(identity, held_out, Intake()))
         write_manifest(output, manifest)
     journal.remove()
     return manifest
 
 
-def _source_name(reference: str) -> str:
-    """The name of the file or directory, also if it is given as `.`."""
-    path = local_path(reference)
-    return path.name if path.name.strip(".") else path.resolve().name
+def _shard_text(total: int) -> int:
+    """Bytes of text per shard, for a total of input bytes; a power of two, so that it rarely changes with the total."""
+    return min(SHARD_TEXT, max(2 ** (total // 16).bit_length() // 2, 2**20))
 
 
-def _reason_for_nothing(written: list[tuple[str, WrittenShard]]) -> str:
+def _report_faults(intake: Intake, report: Report | None) -> None:
+    for count, first in list(intake.faults.values())[:FAULTY_FILES] if report is not None else ():
+        report(f"skipped: {count:,} faulty records; the first: {first}")  # type: ignore[misc]
+    if report is not None and len(intake.faults) > FAULTY_FILES:
+        report(f"skipped: faulty records of {len(intake.faults) - FAULTY_FILES:,} more files")
+
+
+def _reason_for_nothing(written: list[tuple[str, WrittenShard]], intake: Intake) -> str:
     """The reason why no document is left."""
     counts: Counter[str] = Counter()
-    for _, result in written:
-        for by_reason in result.sources.values():
-            counts.update(by_reason)
+    for by_reason in [*intake.left_out.values(), *(c for _, result in written for c in result.sources.values())]:
+        counts.update({reason: count for reason, count in by_reason.items() if reason not in KEPT})
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     return f"no text in there is kept ({reasons})" if counts.keys() - {"empty"} else "no text in there"
 
 
-def ensure_prepared(data: Data, tokenizer: Tokenizer, progress: Progress | None = None) -> None:
+def ensure_prepared(
+    data: Data, tokenizer: Tokenizer, progress: Progress | None = None, report: Report | None = None
+) -> None:
     """Prepare every source that names its `text` and has no shards yet. Runs that start together prepare it once.
 
     Args:
         data: Settings of the data.
         tokenizer: Tokenizer of the run.
         progress: Receives progress lines.
+        report: Receives facts about the text, as in `prepare`.
 
     Raises:
         InputError: The text cannot be read, or the shards cannot be written.
@@ -172,32 +213,34 @@ def ensure_prepared(data: Data, tokenizer: Tokenizer, progress: Progress | None 
     for source in (*data.sources, *evaluation):
         output = local_path(source.shards)
         if source.text and not (output / NAME).exists():
-            show = None if progress is None else _prefixed(progress, source.name)
+            show, say = (None if send is None else _prefixed(send, source.name) for send in (progress, report))
             with exclusive(output):
                 if not (output / NAME).exists():
-                    _prepare(source.text, tokenizer, output, show, KEEP_ALL, 0)
+                    _prepare(source.text, tokenizer, output, show, KEEP_ALL, source.reading, say, 0)
 
 
 def _prefixed(progress: Progress, name: str) -> Progress:
     return lambda line: progress(f"{name}: {line}")
 
 
-def _manifest(identity: TokenizerIdentity, written: list[WrittenShard], duplicates: Counter[str]) -> Manifest:
-    sources: dict[str, Counter[str]] = {name: Counter(duplicates=count) for name, count in duplicates.items()}
-    for result in written:
-        for name, counts in result.sources.items():
-            sources.setdefault(name, Counter()).update(counts)
-    return Manifest(identity, tuple(r.shard for r in written), {name: dict(sources[name]) for name in sorted(sources)})
+def _manifest(identity: TokenizerIdentity, written: list[WrittenShard], intake: Intake) -> Manifest:
+    sources: dict[str, dict[str, int]] = {}
+    parts: list[Mapping[str, Mapping[str, int]]] = [intake.left_out, *(result.sources for result in written)]
+    for counted in parts:
+        for name, counts in counted.items():
+            add_counts(sources.setdefault(name, {}), counts)
+    faults = {name: intake.faults[name] for name in list(intake.faults)[:FAULTY_FILES]}
+    shards = tuple(result.shard for result in written)
+    return Manifest(identity, shards, {name: sources[name] for name in sorted(sources)}, faults)
 
 
-def _identity(files: list[tuple[str, Path]], tokenizer: Tokenizer, selection: Selection) -> str:
-    """Identity of everything that decides the bytes of the shards."""
-    content = [[name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for name, file in files]
-    return hashlib.sha256(json.dumps([tokenizer.sha256, asdict(selection), content]).encode()).hexdigest()
+def _identity(tokenizer: Tokenizer, selection: Selection) -> str:
+    """Identity of the settings that decide the bytes of a shard of given documents."""
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.sha256, asdict(selection)]).encode()).hexdigest()
 
 
 class _Journal:
-    """The record of the finished shards of an output directory."""
+    """The record of the finished shards of an output directory, each known by its documents."""
 
     def __init__(self, output: Path, identity: str) -> None:
         if (output / NAME).exists():
@@ -207,8 +250,8 @@ class _Journal:
                 code="already-prepared",
             )
         self._path = output / JOURNAL
-        self.finished: dict[str, WrittenShard] = {}
-        """Finished shards by name."""
+        self._finished: dict[str, tuple[str, WrittenShard]] = {}
+        """Digest of the documents and finished shard, by name."""
         with disk_errors_as_input_errors(output):
             output.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
@@ -216,26 +259,39 @@ class _Journal:
                 self._path.write_text(identity + "\n", encoding="utf-8")
         if lines and lines[0] != identity:
             raise InputError(
-                f"{output} holds an unfinished preparation of other text, or with other settings; "
+                f"{output} holds an unfinished preparation with other settings; "
                 "give another directory, or delete it first",
                 key="--output",
                 code="other-preparation",
             )
         for line in lines[1:]:
             try:
-                name, shard, sources = json.loads(line)
+                name, digest, shard, sources = json.loads(line)
             except ValueError:  # the process was killed while it wrote this line
                 continue
             path = output / name
             if path.is_file() and path.stat().st_size == shard["bytes"]:
-                self.finished[name] = WrittenShard(Shard(**shard), sources)
+                self._finished[name] = digest, WrittenShard(Shard(**shard), sources)
 
-    def add(self, name: str, written: WrittenShard) -> None:
+    def finished(self, block: Block) -> WrittenShard | None:
+        """The shard of exactly these documents, if it was finished before."""
+        digest, written = self._finished.get(block.name, ("", None))
+        return written if digest == block.digest else None
+
+    def add(self, block: Block, written: WrittenShard) -> None:
         with disk_errors_as_input_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([name, asdict(written.shard), written.sources]) + "\n")
+            file.write(json.dumps([block.name, block.digest, asdict(written.shard), written.sources]) + "\n")
+
+    def remove_others(self, names: Iterable[str]) -> None:
+        """Delete shards that were finished before the text was changed, and are no longer needed."""
+        for name in self._finished.keys() - set(names):
+            for path in (self._path.parent / name, (self._path.parent / name).with_suffix(".idx")):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         self._path.unlink()
+        for path in self._path.parent.glob(f"{NEAR_DUPLICATES}*"):
+            path.unlink()
 
 
 class _ProgressMeter:

@@ -6,17 +6,30 @@ import hashlib
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from configs.errors import InputError
+from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
-from datapipe.text import Text, read_texts
+from datapipe.inputs import InputFile
+from datapipe.notes import Notes
+from datapipe.text import Filtered, Text, read_records
 
 HELD_OUT = "held-out"
 """Folder inside the output for documents kept from training."""
+FAULTS_NAMED = 10
+"""Faults that one message names."""
+LOOKED_AT = 20
+"""Records of each file that are read before any is tokenized."""
+LOOK_AHEAD = 64 * 2**20
+"""Bytes of input after a fault in which further faults are looked for, to name them at once."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,9 @@ class Selection:
     max_tokens: int | None = None
     """Upper bound of tokens; documents outside the bounds are left out."""
     held_out: float = 0.0
-    """Share of the documents that goes to `held-out/`, chosen by a hash of their text."""
+    """Share of the documents that goes to `held-out/`, chosen by a hash of their group, or else of their text."""
+    near_dedup: float | None = None
+    """Similarity, from 0 to 1, from which a document is left out for an earlier one."""
 
 
 KEEP_ALL = Selection()
@@ -46,20 +61,111 @@ class Block(NamedTuple):
     position: int
     """Bytes of input read until the block's end."""
 
+    @property
+    def digest(self) -> str:
+        """Identity of the documents."""
+        hashed = hashlib.blake2b(digest_size=16)
+        for source, text in self.texts:
+            head = f"{source}\0{text.id}\0{text.group}\0{len(text.text)}\0".encode("utf-8", "surrogatepass")
+            hashed.update(head)
+            hashed.update(text.text)
+        return hashed.hexdigest()
 
-def blocks(files: list[tuple[str, Path]], size: int, selection: Selection, duplicates: Counter[str]) -> Iterator[Block]:
+
+class Intake:
+    """The outcome of the records that were read: counts per source, and the faults that were left out.
+
+    Args:
+        on_error: `stop` ends the reading at a fault, `skip` leaves it out.
+    """
+
+    def __init__(self, on_error: str = "stop") -> None:
+        self.skips = on_error == "skip"
+        self.left_out: dict[str, Counter[str]] = {}
+        """Per source the records left out, by reason."""
+        self.faults: dict[str, tuple[int, str]] = {}
+        """Per file the number of its faults, and the first of them."""
+        self._collected: list[InputError] = []
+
+    def leave_out(self, source: str, reason: str) -> None:
+        """Count a record that is left out."""
+        self.left_out.setdefault(source, Counter())[reason] += 1
+
+    def fault(self, file: InputFile, error: InputError) -> None:
+        """Count a fault, or collect it, as far as FAULTS_NAMED, if a fault ends the reading."""
+        if self.skips:
+            count, first = self.faults.get(file.name, (0, str(error)))
+            self.faults[file.name] = count + 1, first
+            self.leave_out(file.source, "faulty")
+            return
+        self._collected.append(error)
+        if len(self._collected) == FAULTS_NAMED:
+            self.require_sound()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a fault has been met that ends the reading."""
+        return bool(self._collected)
+
+    def require_sound(self) -> None:
+        """Raise InputError if faults have been collected; the message names them all."""
+        if not self._collected:
+            return
+        first, *others = self._collected
+        if not others:
+            raise first
+        lines = "\n".join(str(error) for error in self._collected)
+        more = " or more" if len(self._collected) == FAULTS_NAMED else ""
+        raise InputError(
+            f"{len(self._collected)}{more} faults in the text\n{lines}\n"
+            "mend them and run the same command again: it continues; --on-error skip leaves such records out",
+            code=first.code,
+        )
+
+
+def look_at(files: Sequence[InputFile], reading: Reading) -> None:
+    """Read the beginning of every file, so that a fault there is told before any text is tokenized.
+
+    Raises:
+        InputError: Some files cannot be read; the message names as many as FAULTS_NAMED.
+    """
+    intake = Intake()
+    for file in files:
+        for record in islice(read_records(file, reading, Notes()), LOOKED_AT):
+            if isinstance(record, InputError):
+                intake.fault(file, record)
+                break
+    intake.require_sound()
+
+
+def blocks(
+    files: Sequence[InputFile],
+    size: int,
+    selection: Selection,
+    reading: Reading,
+    intake: Intake,
+    notes: Notes,
+    near_duplicates: NDArray[np.bool_] | None = None,
+) -> Iterator[Block]:
     """Divide the documents of files into shards.
 
     Args:
-        files: (name of the source, file) in order.
+        files: The files in order.
         size: Bytes of text per shard, about.
         selection: Documents to keep.
-        duplicates: Receives the number of duplicates left out, per source.
+        reading: Columns, condition, encoding.
+        intake: Receives what is left out.
+        notes: Receives facts about the files.
+        near_duplicates: `[documents]`, those to leave out for an earlier one.
+
+    Raises:
+        InputError: A record is wrong and `intake` does not skip; the message names further faults that follow it.
     """
     texts: dict[str, list[tuple[str, Text]]] = {"": [], f"{HELD_OUT}/": []}
     sizes = dict.fromkeys(texts, 0)
     numbers = dict.fromkeys(texts, 0)
     before = position = 0
+    stopped_at = number = 0
 
     def block(folder: str) -> Block:
         result = Block(f"{folder}{numbers[folder]:06d}.tar", texts[folder], position)
@@ -67,21 +173,44 @@ def blocks(files: list[tuple[str, Path]], size: int, selection: Selection, dupli
         return result
 
     with DigestSet() as seen:
-        for source, file in files:
-            for text in read_texts(file):
-                position = before + text.position
-                digest = hashlib.blake2b(text.text, digest_size=16).digest()
-                if selection.dedup and not seen.add(digest):
-                    duplicates[source] += 1
+        for file in files:
+            for record in read_records(file, reading, notes):
+                if isinstance(record, InputError):
+                    intake.fault(file, record)
+                    stopped_at = stopped_at or position
                     continue
-                # By content, so that equal texts never fall on both sides.
-                held_out = int.from_bytes(digest[:8], "little") < selection.held_out * 2**64
+                position = before + record.position
+                if intake.stopping:
+                    if position > stopped_at + LOOK_AHEAD:
+                        break
+                    continue
+                if isinstance(record, Filtered):
+                    intake.leave_out(file.source, "filtered")
+                    continue
+                number += 1
+                digest = hashlib.blake2b(record.text, digest_size=16).digest()
+                if selection.dedup and record.text and not seen.add(digest):
+                    intake.leave_out(file.source, "duplicates")
+                    continue
+                if near_duplicates is not None and near_duplicates[number - 1]:
+                    intake.leave_out(file.source, "near-duplicates")
+                    continue
+                # By content or group, so that equal texts or the texts of a group never fall on both sides.
+                key = (
+                    digest
+                    if record.group is None
+                    else hashlib.blake2b(record.group.encode("utf-8", "replace")).digest()
+                )
+                held_out = int.from_bytes(key[:8], "little") < selection.held_out * 2**64
                 folder = f"{HELD_OUT}/" if held_out else ""
-                texts[folder].append((source, text))
-                sizes[folder] += len(text.text)
+                texts[folder].append((file.source, record))
+                sizes[folder] += len(record.text)
                 if sizes[folder] >= size:
                     yield block(folder)
-            position = before = before + file.stat().st_size
+            position = before = before + file.size
+            if intake.stopping and position > stopped_at + LOOK_AHEAD:
+                break
+    intake.require_sound()
     for folder, rest in list(texts.items()):
         if rest:
             yield block(folder)

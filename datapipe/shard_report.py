@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from configs.units import format_count
-from datapipe.manifest import Manifest, read_manifest, verify
+from datapipe.manifest import KEPT, Manifest, read_manifest, verify
 from datapipe.order import permutation
 from datapipe.packing import packing_ratio
 from datapipe.shards import DamagedError, ShardReader, read_index, webdataset_samples
@@ -25,6 +25,8 @@ PACKED = 20_000
 SAMPLES = 3
 """Shards from which a document is shown."""
 SAMPLE_CHARACTERS = 200
+SOURCES_SHOWN = 10
+"""Largest sources of which each has a line."""
 ROWS = (1024, 8192)
 """Sequence lengths for which the packing ratio is estimated."""
 
@@ -78,17 +80,25 @@ class ShardReport:
 
 
 def source_lines(manifest: Manifest) -> list[str]:
-    """One line per source for people: its documents, its tokens, and the documents left out, by reason."""
+    """Lines about the sources for people, the largest first: what is kept, and what is left out, by reason."""
     lines = []
-    for name, counts in manifest.sources.items():
-        left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why not in ("documents", "tokens"))
+    by_size = sorted(manifest.sources.items(), key=lambda item: -item[1].get("tokens", 0))
+    for name, counts in by_size[:SOURCES_SHOWN]:
+        left_out = ", ".join(f"{count:,} {why}" for why, count in counts.items() if why not in KEPT)
         tokens = counts.get("tokens", 0)
         share = tokens / max(1, manifest.tokens)
-        lines.append(
-            f"  source      {name}: {counts.get('documents', 0):,} documents, {format_count(tokens)} tokens "
-            f"({share:.1%})" + (f"; left out: {left_out}" if left_out else "")
-        )
-    return lines
+        facts = [f"{counts.get('documents', 0):,} documents", f"{format_count(tokens)} tokens ({share:.1%})"]
+        if counts.get("longest"):
+            facts.append(f"longest {counts['longest']:,} tokens")
+        if counts.get("bytes") and tokens:
+            facts.append(f"{counts['bytes'] / tokens:.2f} bytes per token")
+        lines.append(f"  source      {name}: {', '.join(facts)}" + (f"; left out: {left_out}" if left_out else ""))
+    if len(by_size) > SOURCES_SHOWN:
+        rest = sum(counts.get("tokens", 0) for _, counts in by_size[SOURCES_SHOWN:])
+        lines.append(f"  source      {len(by_size) - SOURCES_SHOWN:,} more: {format_count(rest)} tokens")
+    return lines + [
+        f"  skipped     {count:,} faulty records; the first: {first}" for count, first in manifest.faults.values()
+    ]
 
 
 def inspect_shards(directory: Path) -> ShardReport:
@@ -175,8 +185,7 @@ def _require_same_by_webdataset(directory: Path, path: Path, reader: ShardReader
     """Raise InputError unless WebDataset reads the same documents from a shard, so that other programs can."""
     document = -1
     try:
-        for document, sample in enumerate(webdataset_samples(path)):
-            ids = np.lib.format.read_array(io.BytesIO(sample["ids.npy"]), allow_pickle=False)
+        for document, ids in enumerate(_webdataset_documents(path)):
             if not np.array_equal(ids, reader.ids(document)):
                 raise ValueError("other ids")
     except (KeyError, ValueError, tarfile.TarError, DamagedError) as error:
@@ -184,3 +193,16 @@ def _require_same_by_webdataset(directory: Path, path: Path, reader: ShardReader
     if document + 1 != len(reader):
         fault = f"{path}: WebDataset reads {document + 1:,} documents, not {len(reader):,}"
         raise _damaged(directory, [fault])
+
+
+def _webdataset_documents(path: Path) -> Iterator[NDArray[np.uint16]]:
+    for sample in webdataset_samples(path):
+        arrays = {
+            name: np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+            for name, content in sample.items()
+            if name in ("ids.npy", "lengths.npy")
+        }
+        if "lengths.npy" in arrays:
+            yield from np.split(arrays["ids.npy"], np.cumsum(arrays["lengths.npy"], dtype=np.int64)[:-1])
+        else:
+            yield arrays["ids.npy"]

@@ -1,8 +1,10 @@
-"""One shard: a WebDataset tar of token ids, written to the same bytes every time and read by document number.
+"""One shard: a WebDataset tar of token ids, read by document number.
 
-A sample holds `KEY.ids.npy`, a 1-D uint16 or uint32 array without special tokens, and `KEY.json`, its metadata.
-WebDataset's `TarWriter` writes the tar, and `webdataset.WebDataset` reads it: `detour inspect` does so. Training reads
-it by `ShardReader` instead, because WebDataset's tar iteration cannot do three things:
+In format 1 a sample is a document: `KEY.ids.npy`, a 1-D uint16 or uint32 array without special tokens, and `KEY.json`,
+its metadata. In format 2, which `ShardWriter` writes, a sample holds many documents: the ids of one after the other,
+`KEY.lengths.npy` with the tokens of each, and `KEY.crc32.npy` with the checksum of each.
+`webdataset.WebDataset` reads both: `detour inspect` does so. Training reads them by `ShardReader` instead, because
+WebDataset's tar iteration cannot do three things:
 
 - Seek. An exact, resumable order needs any document by its number; WebDataset reads a tar from its start.
 - Refuse code. WebDataset unpickles `.pkl` and `.pth` members and runs `pipe:` URLs; a shard may come from anywhere.
@@ -18,8 +20,8 @@ import os
 import re
 import tarfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -27,13 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from configs.files import file_sha256, partial_path, write_atomically
+from datapipe.decoding import COMPRESSED, DAMAGE, decompress
 from datapipe.manifest import Shard
 
 BLOCK = 512
 """Bytes of a tar header; members start at multiples of it."""
-END_BLOCKS = 2
-"""Blocks of zeros that end a tar."""
+IDS, LENGTHS, CHECKSUMS = b".ids.npy", b".lengths.npy", b".crc32.npy"
+"""Extensions of the members of a sample of format 2."""
 PICKLED = (b".pkl", b".pickle", b".pyd", b".pt", b".pth")
 """Extensions that WebDataset unpickles. Unpickling runs code of the file, so such shards are refused."""
 # The header that numpy writes for a 1-D uint16 or uint32 array; numpy's own reader takes, or refuses, anything else.
@@ -43,10 +45,13 @@ _NPY = re.compile(
 REMEDY = "copy it again, or run `detour prepare` into a new directory"
 """End of the message about a shard that is not what its manifest says."""
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
+_COMPRESSED = {suffix.encode() for suffix in COMPRESSED}
 _CRC = re.compile(rb'"crc32": (\d+)')
 Span = tuple[int, int, int]
 """Offset of a document and its bytes, -1 for a duplicate. Last, for ids the bytes until the end of their metadata, for
-text 1 if it is JSON."""
+text JSON_TEXT and COMPRESSED_TEXT."""
+JSON_TEXT, COMPRESSED_TEXT = 1, 2
+"""Bits of a span of raw text."""
 
 
 class DamagedError(InputError):
@@ -58,6 +63,19 @@ class DamagedError(InputError):
     def copy(self) -> DamagedError:
         """The same error without a traceback, to raise again a fault that is remembered."""
         return DamagedError(str(self), code=self.code)
+
+
+class PackedIndex(NamedTuple):
+    """Places of the documents of a shard of format 2, `[documents]` each."""
+
+    offsets: NDArray[np.int64]
+    """Byte at which the ids begin."""
+    sizes: NDArray[np.uint32]
+    """Bytes of the ids."""
+    checksums: NDArray[np.uint32]
+    """CRC-32 of the ids."""
+    dtype: np.dtype[Any]
+    """dtype of the ids."""
 
 
 class Member(NamedTuple):
@@ -93,17 +111,25 @@ class ShardReader:
         """The reason why the tar cannot be read to its end, if there is one."""
         self.raw = False
         """Whether its documents are text and not ids."""
+        self._packed: PackedIndex | None = None
+        self._names: list[bytes] = []
+        """Members of the documents of raw text."""
         self.spans = self._walk() if index is None else index
-        """`[documents, 3] int64`, one `Span` per document."""
+        """`[documents, 3] int64`, one `Span` per document; empty in format 2."""
 
     def _walk(self) -> NDArray[np.int64]:
         members, self.problem = _members(self._file, self.name)
-        spans, texts = _documents(members, self.name)
+        _require_no_pickles(members, self.name)
+        if any(member.name.endswith((LENGTHS, CHECKSUMS)) for member in members):
+            self._packed, problem = _packed_index(self._file, members, self.name)
+            self.problem = problem or self.problem
+            return np.empty((0, 3), np.int64)
+        spans, texts, self._names = _documents(members)
         self.raw = not spans and bool(texts)
         return np.array(texts if self.raw else spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return len(self.spans) if self._packed is None else len(self._packed.offsets)
 
     def ids(self, document: int) -> NDArray[Any]:
         """Token ids of a document, `[tokens]` uint16 or uint32.
@@ -111,6 +137,8 @@ class ShardReader:
         Raises:
             DamagedError: The document is missing, damaged, or no 1-D array of unsigned integers.
         """
+        if self._packed is not None:
+            return self._packed_ids(self._packed, document)
         content, size = self._read(document)
         label = f"shard {self.name}, document {document}"
         header = _NPY.match(content)
@@ -123,6 +151,17 @@ class ShardReader:
             raise DamagedError(f"{label}: the ids do not match their checksum", code="checksum-mismatch")
         return array
 
+    def _packed_ids(self, index: PackedIndex, document: int) -> NDArray[Any]:
+        self._require_document(document)
+        size = int(index.sizes[document])
+        content = _pread(self._file, size, int(index.offsets[document]), self.name) if size else b""
+        label = f"shard {self.name}, document {document}"
+        if len(content) < size:
+            raise DamagedError(f"{label}: the file ends inside it", code="shard-truncated")
+        if zlib.crc32(content) != index.checksums[document]:
+            raise DamagedError(f"{label}: the ids do not match their checksum", code="checksum-mismatch")
+        return np.frombuffer(content, index.dtype)
+
     def text(self, document: int) -> str:
         """A document of raw text.
 
@@ -130,11 +169,19 @@ class ShardReader:
             DamagedError: The document is missing, damaged, or neither text nor JSON with a `text`.
         """
         content, _ = self._read(document)
-        label = f"shard {self.name}, document {document}"
+        member = self._names[document].decode(errors="backslashreplace")
+        label = f"shard {self.name}, document {document} ({member})"
+        kind = int(self.spans[document, 2])
         try:
-            text = json.loads(content)["text"] if self.spans[document, 2] else content.decode()
-        except (ValueError, KeyError, TypeError):
-            raise DamagedError(f'{label}: neither UTF-8 text nor JSON with a "text"', code="not-text") from None
+            if kind & COMPRESSED_TEXT:
+                with decompress(io.BytesIO(content), member)[0] as stream:
+                    content = stream.read()
+            text = json.loads(content)["text"] if kind & JSON_TEXT else content.removeprefix(BOM_UTF8).decode()
+        except (*DAMAGE, ValueError, KeyError, TypeError, RecursionError):
+            raise DamagedError(
+                f'{label}: neither UTF-8 text nor JSON with a "text"; `detour prepare` reads other encodings',
+                code="not-text",
+            ) from None
         if not isinstance(text, str):
             raise DamagedError(f'{label}: "text" is not a string', code="not-text")
         return text
@@ -143,14 +190,17 @@ class ShardReader:
         """Close the file."""
         self._file.close()
 
-    def _read(self, document: int) -> tuple[bytes, int]:
-        """Bytes of a document with its metadata, and how many of them are the document's own."""
-        if document >= len(self.spans):
+    def _require_document(self, document: int) -> None:
+        if document >= len(self):
             if self.problem is not None:
                 raise self.problem.copy()
             raise DamagedError(
                 f"shard {self.name} holds {len(self)} documents, not {document + 1}", code="document-missing"
             )
+
+    def _read(self, document: int) -> tuple[bytes, int]:
+        """Bytes of a document with its metadata, and how many of them are the document's own."""
+        self._require_document(document)
         offset, size, span = self.spans[document].tolist()
         label = f"shard {self.name}, document {document}"
         if size < 0:
@@ -169,13 +219,7 @@ def _pread(file: IO[bytes], size: int, offset: int, name: str) -> bytes:
         raise InputError(f"shard {name} cannot be read: {error.strerror}", code="not-readable") from None
 
 
-def _documents(members: list[Member], name: str) -> tuple[list[Span], list[Span]]:
-    """Spans of the documents of ids, and spans of the documents of raw text."""
-    spans: list[Span] = []
-    texts: list[Span] = []
-    text_numbers: dict[bytes, int] = {}
-    keys: set[bytes] = set()
-    key = b""
+def _require_no_pickles(members: list[Member], name: str) -> None:
     for member in members:
         if member.name.endswith(PICKLED):
             raise InputError(
@@ -183,6 +227,65 @@ def _documents(members: list[Member], name: str) -> tuple[list[Span], list[Span]
                 "reading it could run code, so it is refused; take it out of the shard",
                 code="pickled-member",
             )
+
+
+def _packed_index(file: IO[bytes], members: list[Member], name: str) -> tuple[PackedIndex | None, DamagedError | None]:
+    """Places of the documents of format 2, and the fault of the first damaged sample, where the walk ends."""
+    samples: dict[bytes, dict[bytes, Member]] = {}
+    for member in members:
+        for extension in (IDS, LENGTHS, CHECKSUMS):
+            if member.name.endswith(extension):
+                sample = samples.setdefault(member.name.removesuffix(extension), {})
+                # A member that comes twice is one to some readers and another to others.
+                sample[b"" if extension in sample else extension] = member
+    offsets, sizes, checksums, dtypes = [], [], [], set()
+    problem = None
+    for key, sample in samples.items():
+        try:
+            if sample.keys() != {IDS, LENGTHS, CHECKSUMS}:
+                raise ValueError("its members are not one .ids.npy, one .lengths.npy and one .crc32.npy")
+            lengths, sums = (_integers(file, sample[extension], name) for extension in (LENGTHS, CHECKSUMS))
+            ids = sample[IDS]
+            header = _NPY.match(_pread(file, min(ids.size, BLOCK), ids.offset, name))
+            if header is None or len(lengths) != len(sums) or int(lengths.sum(dtype=np.uint64)) != int(header[3]):
+                raise ValueError("lengths, checksums and ids do not belong together")
+            width = int(header[2])
+            if header.end() + int(header[3]) * width != ids.size:
+                raise ValueError("the ids are cut off")
+        except (ValueError, DamagedError) as error:
+            label = key.decode(errors="replace")
+            problem = DamagedError(f"shard {name}, sample {label}: {str(error).splitlines()[0]}")
+            break
+        bytes_each = lengths.astype(np.int64) * width
+        offsets.append(ids.offset + header.end() + np.cumsum(bytes_each) - bytes_each)
+        sizes.append(bytes_each.astype(np.uint32))
+        checksums.append(sums.astype(np.uint32))
+        dtypes.add(f"<u{width}")
+    if len(dtypes) > 1:
+        return None, DamagedError(f"shard {name} mixes {' and '.join(sorted(dtypes))}", code="wrong-dtype")
+    if not offsets:
+        none = np.empty(0, np.uint32)
+        return PackedIndex(none.astype(np.int64), none, none, np.dtype("<u2")), problem
+    dtype = np.dtype(dtypes.pop())
+    return PackedIndex(np.concatenate(offsets), np.concatenate(sizes), np.concatenate(checksums), dtype), problem
+
+
+def _integers(file: IO[bytes], member: Member, name: str) -> NDArray[Any]:
+    content = _pread(file, member.size, member.offset, name)
+    if len(content) < member.size:
+        raise ValueError("the file ends inside it")
+    return _any_npy(content, f"shard {name}")
+
+
+def _documents(members: list[Member]) -> tuple[list[Span], list[Span], list[bytes]]:
+    """Spans of the documents of ids, and spans of the documents of raw text with the names of their members."""
+    spans: list[Span] = []
+    texts: list[Span] = []
+    names: list[bytes] = []
+    text_numbers: dict[bytes, int] = {}
+    keys: set[bytes] = set()
+    key = b""
+    for member in members:
         stem, _, extension = member.name.rpartition(b".")
         if extension == b"npy" and stem.endswith(b".ids"):
             key = stem.removesuffix(b".ids")
@@ -192,16 +295,24 @@ def _documents(members: list[Member], name: str) -> tuple[list[Span], list[Span]
         elif extension == b"json" and spans and stem == key:
             offset, size, _ = spans[-1]
             spans[-1] = (offset, size, member.offset + member.size - offset if size >= 0 else 0)
-        elif extension in (b"txt", b"json"):
-            is_json = int(extension == b"json")
+        elif not spans and not member.name.rpartition(b"/")[2].startswith(b"."):
+            kind = 0
+            if b"." + extension.lower() in _COMPRESSED:
+                stem, _, extension = stem.rpartition(b".")
+                kind = COMPRESSED_TEXT
+            if extension.lower() not in (b"txt", b"json"):
+                continue
+            is_json = extension.lower() == b"json"
+            kind |= JSON_TEXT * is_json
             number = text_numbers.setdefault(stem, len(texts))
-            if number == len(texts):
-                texts.append((member.offset, member.size, is_json))
-            elif texts[number][2] == is_json:
-                texts.append((member.offset, -1, is_json))
-            elif extension == b"txt":  # the .json before it is its metadata
-                texts[number] = (member.offset, member.size, is_json)
-    return spans, texts
+            if number < len(texts) and bool(texts[number][2] & JSON_TEXT) != is_json:
+                if not is_json:  # the .json before it is its metadata
+                    texts[number], names[number] = (member.offset, member.size, kind), member.name
+                continue
+            # A second text of a key is a sample to some readers and an error to others.
+            texts.append((member.offset, member.size if number == len(texts) else -1, kind))
+            names.append(member.name)
+    return spans, texts, names
 
 
 def _any_npy(content: bytes, label: str) -> NDArray[Any]:
@@ -263,66 +374,6 @@ def _members_by_tarfile(file: IO[bytes], name: str) -> tuple[list[Member], Damag
     except (tarfile.TarError, ValueError, OverflowError) as error:
         return members, DamagedError(f"shard {name} is damaged after {len(members)} files: {error}")
     return members, None
-
-
-class ShardWriter:
-    """Writes one tar of documents by WebDataset's `TarWriter`, and beside it the index of the documents' spans.
-
-    Both files appear only when `close` is called. Equal documents give equal bytes, because owner, mode and time are
-    fixed and the padding to a whole tar record is cut off.
-
-    Args:
-        path: The tar.
-
-    Raises:
-        OSError: The disk refuses a write.
-    """
-
-    def __init__(self, path: Path) -> None:
-        from webdataset.writer import TarWriter  # imports torch, which processes that tokenize do without
-
-        self._path, self._partial = path, partial_path(path)
-        self._file = self._partial.open("wb")
-        self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0)
-        self._documents = self._tokens = 0
-
-    def add(self, ids: NDArray[Any], metadata: dict[str, Any]) -> None:
-        """Append a document.
-
-        Args:
-            ids: `[tokens]` uint16 or uint32, without special tokens.
-            metadata: JSON; the checksum of the ids is added.
-        """
-        described = json.dumps({**metadata, "crc32": zlib.crc32(ids.data)}, ensure_ascii=False)
-        key = f"{self._path.stem}-{self._documents:06d}"
-        self._tar.write({"__key__": key, "ids.npy": ids, "json": described.encode("utf-8", "replace")})
-        self._tar.tarstream.members.clear()  # tarfile would keep the header of every member
-        self._documents += 1
-        self._tokens += len(ids)
-
-    def close(self) -> Shard:
-        """Finish the tar and its index, and make both visible."""
-        size = self._tar.tarstream.offset + END_BLOCKS * BLOCK
-        self._tar.close()
-        self._file.truncate(size)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        reader = ShardReader(self._partial.open("rb", buffering=0), str(self._path))
-        reader.close()
-        index = io.BytesIO()
-        np.lib.format.write_array(index, reader.spans, allow_pickle=False)
-        write_atomically(self._path.with_suffix(".idx"), index.getvalue())
-        shard = Shard(self._path.name, size, self._documents, self._tokens, file_sha256(self._partial))
-        self._partial.replace(self._path)
-        return shard
-
-    def discard(self) -> None:
-        """Remove the unfinished tar."""
-        with suppress(OSError):  # the disk may refuse the rest of a buffer too
-            self._tar.close()
-            self._file.close()
-        self._partial.unlink(missing_ok=True)
 
 
 def read_index(path: Path, shard: Shard) -> NDArray[np.int64] | None:

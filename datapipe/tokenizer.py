@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,11 +104,11 @@ class Tokenizer:
         """Special tokens per document."""
         return len(self.prefix_ids) + len(self.suffix_ids)
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+    def encode(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> list[NDArray[Any]]:
         """Ids per text, without special tokens; a literal "[MASK]" in a text is tokenized as ordinary text.
 
         At most LONGEST_TEXT characters are tokenized at once, to bound memory. A longer text is cut before a space or
-        newline, because byte-level tokenizers cut there as well.
+        newline, because byte-level tokenizers cut there as well. `progress` receives the bytes of UTF-8 of each part.
         """
         parts = [(owner, part) for owner, text in enumerate(texts) for part in _parts(text)]
         ids: list[list[NDArray[Any]]] = [[] for _ in texts]
@@ -120,6 +120,8 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast([part for _, part in parts[start:end]], add_special_tokens=False)
             for (owner, _), encoding in zip(parts[start:end], encodings, strict=True):
                 ids[owner].append(np.array(encoding.ids, self.dtype))
+            if progress is not None:
+                progress(sum(len(part.encode()) for _, part in parts[start:end]))
             start = end
         return [arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in ids]
 

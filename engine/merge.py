@@ -1,7 +1,7 @@
 """Averages the weights of models: `detour merge`.
 
-A merge of checkpoints that were trained at a constant rate stands for a decay of the rate (WSM, arXiv 2507.17634,
-theorem 3.1). Let w_i be the rate, as a share of the peak, at which the i-th of n stretches between checkpoints would
+A merge of checkpoints that were trained at a constant rate stands for a decay of the rate (WSM, arXiv
+2507.17634). Let w_i be the rate, as a share of the peak, at which the i-th of n stretches between checkpoints would
 have been trained. Then checkpoint i of n, from 0 and the oldest first, has the coefficient w_i - w_(i+1), with w_0 = 1
 and w_n = 0. A linear decay gives equal coefficients. Evenly spaced checkpoints are assumed.
 """

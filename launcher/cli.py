@@ -92,31 +92,84 @@ def _with_nodes(config: RunConfig, nodes: int) -> RunConfig:
 
 @app.command()
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="jsonl[.gz|.zst], txt or parquet files, or directories of them.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, globs, s3://, gs:// and https:// URLs, or - for standard input: json, jsonl, csv, "
+            "tsv, txt, parquet, Arrow; .gz, .bz2, .xz, .zst; in zip and tar."
+        ),
+    ],
     output: Output,
     tokenizer: Annotated[str, typer.Option(help="Directory, hub id, or package://tokenizer/modernbert.")],
+    text: Annotated[str, typer.Option(help="Column with the text; a.b is the key b inside column a.")] = "text",
+    id_: Annotated[str | None, typer.Option("--id", help="Column with the names of documents. Default: id.")] = None,
+    group: Annotated[str | None, typer.Option(help="Column of what belongs together, such as a patient.")] = None,
+    where: Annotated[str | None, typer.Option(help="Records to read: 'score >= 3 and lang == \"fr\"'.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to read where splits are named. Default: train.")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="Each line of a .txt file is a document.")] = False,
+    encoding: Annotated[str | None, typer.Option(help="Encoding, such as cp1252. Default: detected.")] = None,
+    format_: Annotated[
+        Literal["json", "csv", "tsv", "txt", "parquet", "arrow"] | None,
+        typer.Option("--format", help="json, csv, tsv, txt, parquet or arrow, where no name tells it."),
+    ] = None,
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="stop, or skip: count faulty records and leave them out.")
+    ] = "stop",
+    strict: Annotated[bool, typer.Option("--strict", help="A file that is not read is an error.")] = False,
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out texts that appeared before, to the byte.")] = False,
+    near_dedup: Annotated[
+        float | None,
+        typer.Option(min=0.3, max=1, help="Leave out texts with this share of an earlier text's word pairs: 0.8."),
+    ] = None,
     min_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
-    held_out: Annotated[float, typer.Option(min=0, max=1, help="Share that goes to OUTPUT/held-out.")] = 0.0,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the documents, or groups, that goes to OUTPUT/held-out.")
+    ] = 0.0,
     processes: Annotated[int, typer.Option(min=0, help="0: as many as there are cores and memory for.")] = 0,
 ) -> None:
     """Tokenize text into shards and a manifest. An interrupted preparation continues where it was."""
     from rich.console import Console
 
+    from configs.schema import Reading
     from datapipe.manifest import NAME
     from datapipe.prepare import prepare as run
     from datapipe.selection import HELD_OUT, Selection
     from datapipe.tokenizer import load_tokenizer
     from launcher.status_line import status_line
 
+    reading = Reading(
+        text=text,
+        id=id_,
+        group=group,
+        where=where,
+        split=split,
+        lines=lines,
+        encoding=encoding,
+        format=format_,
+        on_error=on_error,
+        strict=strict,
+    )
     loaded = load_tokenizer(tokenizer)
-    with status_line(Console(), "reading") as show:
-        selection = Selection(dedup, min_tokens, max_tokens, held_out)
-        run(inputs, loaded, output, show, selection=selection, processes=processes)
+    console = Console()
+    with status_line(console, "reading") as show:
+        run(
+            inputs,
+            loaded,
+            output,
+            show,
+            selection=Selection(dedup, min_tokens, max_tokens, held_out, near_dedup),
+            reading=reading,
+            report=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+            processes=processes,
+        )
     for directory in (output, output / HELD_OUT):
         if (directory / NAME).exists():
             _print_prepared(directory)
+    if (output / HELD_OUT / NAME).exists():
+        groups = f"0 values of {group}" if group else "equal texts only on one side; --group keeps patients apart"
+        near = f"0 at {near_dedup:g}" if near_dedup else "not looked for; --near-dedup 0.8 leaves them out"
+        print(f"  overlap     of held-out and training text: {groups}; near-duplicates {near}")
 
 
 def _print_prepared(directory: Path) -> None:
@@ -125,8 +178,9 @@ def _print_prepared(directory: Path) -> None:
     from datapipe.shard_report import source_lines
 
     manifest = read_manifest(directory)
-    tokens = format_count(manifest.tokens)
-    print(f"{directory}: {manifest.documents:,} documents, {tokens} tokens in {len(manifest.shards)} shards")
+    tokens, size = format_count(manifest.tokens), format_count(sum(shard.bytes for shard in manifest.shards))
+    shards = f"{len(manifest.shards)} shards, {size}B on disk"
+    print(f"{directory}: {manifest.documents:,} documents, {tokens} tokens in {shards}")
     print("\n".join(source_lines(manifest)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,9 @@ def run_command(command: Callable[[], None]) -> None:
     """Run a command and exit by its outcome: a foreseen error is one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))  # until training starts, nothing is to save
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold characters that the terminal has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except InputError as error:

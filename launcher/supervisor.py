@@ -105,7 +105,12 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
             check_initial_model(config, tokenizer, directory, console)  # before Ray: a wrong file is soon found
         keep_tokenizer(tokenizer, directory)
         with status_line(console, "preparing shards") as show:
-            ensure_prepared(config.data, tokenizer, show)
+            ensure_prepared(
+                config.data,
+                tokenizer,
+                show,
+                lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+            )
         with _importing("engine.parallel"):  # torch's import takes seconds, and so does the start of Ray's processes
             stack.enter_context(connect(local_workers=workers_per_node(config, gpus=0)))
         plan = check(config, tokenizer, directory, console)

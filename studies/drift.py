@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from configs.files import write_json
-from datapipe.text import find_files, read_texts
+from datapipe.inputs import find_files
+from datapipe.text import read_texts
 from monitoring.charts import WIDE, Line, line_chart
 from studies.figures import write_figure
 from studies.models import huggingface_directory, silence_transformers, weights_digest

@@ -14,9 +14,10 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.schema import SCRATCH, RunConfig
+from datapipe.inputs import InputFile, find_files
 from datapipe.manifest import NAME, read_manifest
 from datapipe.shards import ShardReader
-from datapipe.text import find_files, read_texts
+from datapipe.text import read_texts
 from datapipe.tokenizer import load_tokenizer
 from studies.examples import Example
 from studies.models import config_of_run
@@ -38,8 +39,8 @@ Owners = dict[tuple[str, ...], set[int]]
 class Corpora:
     """The training text of some models."""
 
-    files: dict[Path, str | None] = field(default_factory=dict)
-    """Text files, and shards with the tokenizer of their ids."""
+    files: dict[Path | InputFile, str | None] = field(default_factory=dict)
+    """Text files, and the paths of shards with the tokenizer of their ids."""
     unseen: list[str] = field(default_factory=list)
     """Sources that cannot be searched, each with the reason."""
 
@@ -59,6 +60,8 @@ class Corpora:
         for source in config.data.sources:
             if not self._add_source(list(source.text), source.shards):
                 self._miss(f"source {source.name} of {config.name} (neither its text nor local shards are here)")
+        if config.origin is not None:
+            self.add_run(config.origin.run, config_of_run(config.origin.run))
         init = config.model.init
         if init != SCRATCH:
             before = config_of_run(init) if Path(init).exists() else None
@@ -78,7 +81,7 @@ class Corpora:
         except InputError:
             return self._add_raw(shards)
         paths = [Path(shards) / shard.name for shard in manifest.shards]
-        self.files |= dict.fromkeys(filter(Path.is_file, paths), manifest.tokenizer.name)
+        self.files |= {path: manifest.tokenizer.name for path in paths if path.is_file()}
         return all(path.is_file() for path in paths)
 
     def _add_raw(self, shards: str) -> bool:
@@ -114,7 +117,7 @@ def leakage(examples: Sequence[Example], corpora: Corpora, processes: int | None
                 owners[ngram].add(number)
     files = list(corpora.files.items())
     if processes is None:
-        processes = 1 if sum(path.stat().st_size for path, _ in files) < ALONE else (os.cpu_count() or 1)
+        processes = 1 if sum(size_of(file) for file, _ in files) < ALONE else (os.cpu_count() or 1)
     leaked: set[int] = set()
     documents = 0
     for found, read in _scan_all(dict(owners), files, min(processes, len(files))):
@@ -131,7 +134,7 @@ def leakage(examples: Sequence[Example], corpora: Corpora, processes: int | None
 
 
 def _scan_all(
-    owners: Owners, files: Sequence[tuple[Path, str | None]], processes: int
+    owners: Owners, files: Sequence[tuple[Path | InputFile, str | None]], processes: int
 ) -> Iterator[tuple[set[int], int]]:
     if processes <= 1:
         yield from (_scan(owners, *file) for file in files)
@@ -150,16 +153,16 @@ class _Searcher:
         cls.owners = owners
 
     @classmethod
-    def scan(cls, file: tuple[Path, str | None]) -> tuple[set[int], int]:
+    def scan(cls, file: tuple[Path | InputFile, str | None]) -> tuple[set[int], int]:
         return _scan(cls.owners, *file)
 
 
-def _scan(owners: Owners, path: Path, tokenizer: str | None) -> tuple[set[int], int]:
+def _scan(owners: Owners, file: Path | InputFile, tokenizer: str | None) -> tuple[set[int], int]:
     """Search one file; return the leaked examples and the number of documents."""
     sizes = sorted({len(ngram) for ngram in owners})
     leaked: set[int] = set()
     documents = 0
-    for text in _texts(path, tokenizer):
+    for text in _texts(file, tokenizer):
         documents += 1
         words = _words(text)
         for size in sizes:
@@ -169,12 +172,22 @@ def _scan(owners: Owners, path: Path, tokenizer: str | None) -> tuple[set[int], 
     return leaked, documents
 
 
-def _texts(path: Path, tokenizer: str | None) -> Iterator[str]:
-    if path.suffix != ".tar":
-        yield from (text.text.decode("utf-8", "replace") for text in read_texts(path))
+def name_of(file: Path | InputFile) -> str:
+    """Path or URL of a file."""
+    return file.name if isinstance(file, InputFile) else str(file)
+
+
+def size_of(file: Path | InputFile) -> int:
+    """Bytes of a file."""
+    return file.size if isinstance(file, InputFile) else file.stat().st_size
+
+
+def _texts(file: Path | InputFile, tokenizer: str | None) -> Iterator[str]:
+    if isinstance(file, InputFile):
+        yield from (text.text.decode("utf-8", "replace") for text in read_texts(file))
         return
     backend = load_tokenizer(tokenizer).backend if tokenizer else None
-    reader = ShardReader(path.open("rb", buffering=0), str(path))
+    reader = ShardReader(file.open("rb", buffering=0), str(file))
     try:
         for document in range(len(reader)):
             yield backend.decode(reader.ids(document).tolist()) if backend else reader.text(document)

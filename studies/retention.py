@@ -17,7 +17,8 @@ from rich.table import Table
 
 from configs.errors import InputError
 from configs.files import write_json
-from datapipe.text import find_files, read_texts
+from datapipe.inputs import find_files
+from datapipe.text import read_texts
 from studies.intervals import CHUNK, LEVEL
 from studies.models import huggingface_directory, silence_transformers
 from studies.probe import require_one_tokenizer

@@ -22,7 +22,7 @@ from monitoring.run_files import RunFiles, open_run
 from monitoring.telemetry import Telemetry
 from studies.evaluate import digest_of, require_libraries, said_of_leakage
 from studies.finetune import Job
-from studies.leakage import Corpora, leakage
+from studies.leakage import Corpora, leakage, name_of, size_of
 from studies.measures import Measure, measures_of
 from studies.plan import Study, Trial, dump_study, expand
 from studies.report import write_report
@@ -215,7 +215,7 @@ def _leakage(trials: Sequence[Trial], measures: Sequence[Measure], output: Path)
     corpora = Corpora()
     for trial in trials:
         corpora.add_run(trial.name, trial.config)
-    text = [[str(path), path.stat().st_size] for path in corpora.files]
+    text = [[name_of(file), size_of(file)] for file in corpora.files]
     for measure in measures:
         lines.append(measure.description)
         if measure.splits is None:

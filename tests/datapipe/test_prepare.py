@@ -95,7 +95,9 @@ def test_what_is_prepared_is_the_text(corpus: Path, prepared: Path, tokenizer: T
     assert verify(prepared) == []
     report = inspect_shards(prepared)
     assert report.manifest.documents == len(texts) == len(report.lengths)
-    assert report.manifest.sources == {"tico.jsonl": {"documents": len(texts), "tokens": report.manifest.tokens}}
+    lengths = [len(encoding.ids) for encoding in bare]
+    kept = {"documents": len(texts), "tokens": sum(lengths), "longest": max(lengths)}
+    assert report.manifest.sources == {"tico.jsonl": {**kept, "bytes": sum(len(text.encode()) for text in texts)}}
     assert report.samples and str(report)
 
 
@@ -207,10 +209,9 @@ def test_a_hugging_face_dataset_on_disk(tokenizer: Tokenizer, tmp_path: Path) ->
     save_to_disk(tmp_path / "both" / "train", texts)
     save_to_disk(tmp_path / "both" / "test", ["held", "out", "rows", "of", "another split"])
     (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with refused("dataset-splits", str(tmp_path / "both" / "train")):
-        prepare([str(tmp_path / "both")], tokenizer, tmp_path / "out", processes=1)
-    prepare([str(tmp_path / "both" / "train")], tokenizer, tmp_path / "out", processes=1)
-    assert documents(tmp_path / "out") == [ids.tolist() for ids in tokenizer.encode(texts)]
+    for name, reference in (("whole", "both"), ("part", "both/train")):  # the training split by default
+        prepare([str(tmp_path / reference)], tokenizer, tmp_path / name, processes=1)
+        assert documents(tmp_path / name) == [ids.tolist() for ids in tokenizer.encode(texts)]
     (tmp_path / "both" / "train" / "data-00001-of-00002.arrow").unlink()
     with refused("dataset-incomplete", "data-00001-of-00002.arrow"):
         prepare([str(tmp_path / "both" / "train")], tokenizer, tmp_path / "again", processes=1)
@@ -221,7 +222,7 @@ def test_a_hugging_face_dataset_on_disk(tokenizer: Tokenizer, tmp_path: Path) ->
     [
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', "not-json", "line 2"),
         ("a.jsonl", b'{"txt": "one"}\n', "text-missing", "line 1"),
-        ("a.jsonl", b"[1]\n", "text-missing", "line 1"),
+        ("a.jsonl", b"[1]\n", "text-missing", "item 1"),
         ("a.jsonl", b'{"text": 3}\n', "text-not-a-string", "line 1"),
         ("a.jsonl", b'{"text": ""}\n', "nothing-to-prepare", ""),
         ("a.jsonl", b"", "nothing-to-prepare", ""),
@@ -230,8 +231,8 @@ def test_a_hugging_face_dataset_on_disk(tokenizer: Tokenizer, tmp_path: Path) ->
         ("a.jsonl.zst", b"no zstandard", "not-readable", ""),
         ("a.parquet", b"no parquet", "not-readable", ""),
         ("a.arrow", b"no arrow", "not-readable", ""),
-        ("a.csv", b"text\none\n", "unknown-format", ""),
-        ("a.txt", "déjà vu".encode("latin1"), "not-utf8", "byte 1"),
+        ("a.doc", b"text\none\n", "unknown-format", ""),
+        ("a.jsonl", b'{"text": "%s"}\n{"text": "d\xe9"}\n' % (b"x" * 2**20), "not-utf8", "line 2: byte 11"),
         ("a.parquet", latin1_parquet(), "not-utf8", "row 2"),
     ],
 )

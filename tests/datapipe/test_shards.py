@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gzip
 import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import datapipe.shard_writer
 from configs.errors import InputError
 from configs.files import file_sha256
 from configs.schema import Data
@@ -28,7 +33,8 @@ from datapipe.loader import Loader, check_sources
 from datapipe.manifest import NAME, Manifest, Shard, TokenizerIdentity, read_manifest, verify, write_manifest
 from datapipe.prepare import prepare
 from datapipe.shard_report import inspect_shards
-from datapipe.shards import DamagedError, ShardReader, ShardWriter, read_index, webdataset_samples
+from datapipe.shard_writer import ShardWriter
+from datapipe.shards import DamagedError, ShardReader, read_index
 from datapipe.source import Source
 from datapipe.store import LocalStore
 from datapipe.stream import Stream
@@ -65,20 +71,21 @@ def test_webdataset_reads_what_detour_writes(
         np.testing.assert_array_equal(sample["ids.npy"], ids)
 
 
-FORMAT_1 = Path(__file__).parent / "format_1"
-"""A shard set of format 1, prepared from the notes.jsonl beside it. Its bytes may never change."""
+FORMAT_1, FORMAT_2 = (Path(__file__).parent / name for name in ("format_1", "format_2"))
+"""The same notes.jsonl as a shard set of each format. Their bytes may never change."""
 
 
-def test_shards_of_format_1_are_read_for_ever(tokenizer: Tokenizer) -> None:
-    """Their texts, the check of them, and the order, packing and masks of their batches."""
-    assert verify(FORMAT_1) == []
-    manifest = read_manifest(FORMAT_1)
-    assert inspect_shards(FORMAT_1).manifest == manifest
+@pytest.mark.parametrize("folder", [FORMAT_1, FORMAT_2])
+def test_shards_of_each_format_are_read_for_ever(folder: Path, tokenizer: Tokenizer) -> None:
+    """Their texts, the check of them, and the order, packing and masks of their batches, which are the same in both."""
+    assert verify(folder) == []
+    manifest = read_manifest(folder)
+    assert inspect_shards(folder).manifest == manifest
     texts = [json.loads(line)["text"] for line in (FORMAT_1 / "notes.jsonl").read_text("utf-8").splitlines()]
-    readers = [reader(FORMAT_1 / shard.name) for shard in manifest.shards]
+    readers = [reader(folder / shard.name) for shard in manifest.shards]
     documents = [one.ids(number).tolist() for one in readers for number in range(len(one))]
     assert documents == [ids.tolist() for ids in tokenizer.encode(texts)]
-    data = Data(sequence_length=32, streams=4, sources=[{"name": "notes", "shards": str(FORMAT_1)}])
+    data = Data(sequence_length=32, streams=4, sources=[{"name": "notes", "shards": str(folder)}])
     masked = Masked(0.3, (0.8, 0.1, 0.1), 7, tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids)
     digest = hashlib.sha256()
     for step in Loader(data, 8, tokenizer, 0, 1).steps(masked, 4, 0, 50, None):
@@ -88,17 +95,64 @@ def test_shards_of_format_1_are_read_for_ever(tokenizer: Tokenizer) -> None:
     assert digest.hexdigest() == "722cc9c453750bd96e6d174f7617f393d59b718720b5f90038fd38956dbbc607"
 
 
-def test_a_shard_is_written_to_the_bytes_of_format_1(tmp_path: Path) -> None:
+def test_a_shard_is_written_to_the_bytes_of_format_2(tmp_path: Path) -> None:
     """A checkpoint knows its shards by their bytes: shards prepared again must be the same."""
-    for shard in read_manifest(FORMAT_1).shards:
-        writer = ShardWriter(tmp_path / shard.name)
-        for sample in webdataset_samples(FORMAT_1 / shard.name):
-            metadata = json.loads(sample["json"])
-            del metadata["crc32"]
-            writer.add(np.load(io.BytesIO(sample["ids.npy"])), metadata)
+    for shard in read_manifest(FORMAT_2).shards:
+        writer, one = ShardWriter(tmp_path / shard.name), reader(FORMAT_2 / shard.name)
+        (sample,) = webdataset.WebDataset(str(FORMAT_2 / shard.name), shardshuffle=False).decode()
+        for number in range(len(one)):
+            ids = sample["json"]["id"]
+            identity = str(ids["from"] + number) if isinstance(ids, dict) else ids[number]
+            writer.add(one.ids(number), {"source": sample["json"]["source"], "id": identity})
         assert writer.close() == shard
-        for name in (shard.name, shard.name.replace(".tar", ".idx")):
-            assert (tmp_path / name).read_bytes() == (FORMAT_1 / name).read_bytes()
+        assert (tmp_path / shard.name).read_bytes() == (FORMAT_2 / shard.name).read_bytes()
+
+
+def packed(path: Path, arrays: list[np.ndarray]) -> Shard:
+    writer = ShardWriter(path)
+    for number, ids in enumerate(arrays):
+        writer.add(ids, {"source": "a", "id": f"note-{number}"})
+    return writer.close()
+
+
+@settings(max_examples=15)
+@given(documents=documents_of_ids)
+def test_webdataset_reads_format_2(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]) -> None:
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datapipe.shard_writer, "SAMPLE_DOCUMENTS", 3)
+        packed(path, [np.array(ids, np.uint16) for ids in documents])
+    one = reader(path)
+    assert [one.ids(number).tolist() for number in range(len(one))] == documents
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False).decode())
+    assert [ids for sample in samples for ids in sample["ids.npy"].tolist()] == list(chain(*documents))
+    assert [n for sample in samples for n in sample["lengths.npy"].tolist()] == [len(ids) for ids in documents]
+
+
+def test_no_flipped_byte_of_format_2_gives_other_ids(tmp_path: Path) -> None:
+    """Each document is what it was, or a fault; so it is with a file that ends anywhere."""
+    arrays = [np.arange(n, dtype=np.uint16) + n for n in (5, 0, 1, 7)]
+    shard = packed(tmp_path / "a.tar", arrays)
+    content = (tmp_path / "a.tar").read_bytes()
+    broken = [bytes([*content[:i], content[i] ^ 0x55, *content[i + 1 :]]) for i in range(0, len(content), 3)]
+    broken += [content[:size] for size in range(0, len(content), 171)]
+    for changed in broken:
+        (tmp_path / "b.tar").write_bytes(changed)
+        with contextlib.suppress(InputError):
+            one = reader(tmp_path / "b.tar")
+            assert one.problem or one.raw or len(one) == 4 or len(one) != shard.documents
+            for number, ids in enumerate(arrays):
+                with contextlib.suppress(DamagedError):
+                    assert np.array_equal(one.ids(number), ids)
+
+
+def test_short_documents_take_little_more_than_their_ids(tmp_path: Path) -> None:
+    arrays = [np.arange(n % 40, dtype=np.uint16) for n in range(20_000)]
+    writer = ShardWriter(tmp_path / "a.tar")
+    for number, ids in enumerate(arrays):
+        writer.add(ids, {"source": "lines.txt", "id": str(number + 1)})
+    assert writer.close().bytes <= 1.3 * sum(ids.nbytes for ids in arrays)
+    assert not list(tmp_path.glob("*.idx"))
 
 
 def test_a_shard_set_opens_as_a_webdataset(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -106,10 +160,11 @@ def test_a_shard_set_opens_as_a_webdataset(tmp_path: Path, tokenizer: Tokenizer)
     (tmp_path / "a.jsonl").write_text('{"id": "one", "text": "une épreuve"}\n{"text": "two"}\n')
     prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "shards")
     urls = [str(tmp_path / "shards" / shard.name) for shard in read_manifest(tmp_path / "shards").shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    assert [sample["json"]["id"] for sample in samples] == ["one", "2"]
-    for sample, text in zip(samples, ("une épreuve", "two"), strict=True):
-        np.testing.assert_array_equal(sample["ids.npy"], tokenizer.encode([text])[0])
+    (sample,) = webdataset.WebDataset(urls, shardshuffle=False).decode()
+    assert sample["json"] == {"documents": 2, "source": "a.jsonl", "id": ["one", "2"]}
+    expected = tokenizer.encode(["une épreuve", "two"])
+    np.testing.assert_array_equal(sample["ids.npy"], np.concatenate(expected))
+    assert sample["lengths.npy"].tolist() == [len(ids) for ids in expected]
 
 
 def test_inspect_tells_where_webdataset_reads_something_else(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -156,25 +211,21 @@ def test_a_webdataset_writer_makes_a_readable_shard(tmp_path: Path) -> None:
     assert [shard.ids(number).tolist() for number in range(5)] == [list(range(number)) for number in range(5)]
 
 
-def test_an_index_spares_the_walk_and_only_of_its_own_shard(tmp_path: Path) -> None:
-    arrays = [np.arange(n, dtype=np.uint16) for n in (5, 1, 300, 2)]
-    writer = ShardWriter(tmp_path / "a.tar")
-    for number, ids in enumerate(arrays):
-        writer.add(ids, {"id": number})
-    assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("*.idx"))
-    shard = writer.close()
-    index = read_index(tmp_path / "a.idx", shard)
+def test_an_index_of_format_1_spares_the_walk_and_only_of_its_own_shard(tmp_path: Path) -> None:
+    shard = read_manifest(FORMAT_1).shards[0]
+    path = tmp_path / "a.idx"
+    path.write_bytes((FORMAT_1 / shard.name).with_suffix(".idx").read_bytes())
+    index = read_index(path, shard)
     assert index is not None
-    file = (tmp_path / "a.tar").open("rb", buffering=0)
-    by_index, by_walk = ShardReader(file, "a.tar", index), reader(tmp_path / "a.tar")
-    for number, ids in enumerate(arrays):
-        for one in (by_index, by_walk):
-            np.testing.assert_array_equal(one.ids(number), ids)
+    file = (FORMAT_1 / shard.name).open("rb", buffering=0)
+    by_index, by_walk = ShardReader(file, shard.name, index), reader(FORMAT_1 / shard.name)
+    for number in range(shard.documents):
+        np.testing.assert_array_equal(by_index.ids(number), by_walk.ids(number))
     assert read_index(tmp_path / "none.idx", shard) is None
-    assert read_index(tmp_path / "a.idx", replace(shard, documents=3)) is None
-    assert read_index(tmp_path / "a.idx", replace(shard, bytes=1000)) is None
-    (tmp_path / "a.idx").write_bytes((tmp_path / "a.idx").read_bytes()[:-9])
-    assert read_index(tmp_path / "a.idx", shard) is None
+    assert read_index(path, replace(shard, documents=3)) is None
+    assert read_index(path, replace(shard, bytes=1000)) is None
+    path.write_bytes(path.read_bytes()[:-9])
+    assert read_index(path, shard) is None
 
 
 @pytest.mark.parametrize(
@@ -218,6 +269,15 @@ def test_a_key_that_appears_twice_in_raw_text(tmp_path: Path) -> None:
     for number in (1, 3):
         with refused("duplicate-key", f"document {number}"):
             shard.text(number)
+
+
+def test_members_of_raw_text_by_any_name(tmp_path: Path) -> None:
+    """Hidden members are no documents; upper case and compressed ones are, and an error names its member."""
+    members = {"._a.txt": b"x", "A.TXT": b"one", "b.txt.gz": gzip.compress(b"two"), "c.JSON": b'{"text": "three"}'}
+    shard = reader(tar(tmp_path / "a.tar", {**members, "d.doc": b"x", "e.txt": b"d\xe9", "f.txt": b"\xef\xbb\xbfsix"}))
+    assert [shard.text(number) for number in (0, 1, 2, 4)] == ["one", "two", "three", "six"] and len(shard) == 5
+    with refused("not-text", "e.txt"):
+        shard.text(3)
 
 
 class Hostile:
@@ -362,7 +422,7 @@ def test_a_flipped_bit_in_the_ids_is_found(tmp_path: Path, tokenizer: Tokenizer)
     prepare([str(tmp_path / "text.jsonl")], tokenizer, tmp_path / "shards")
     path = tmp_path / "shards" / "000000.tar"
     content = bytearray(path.read_bytes())
-    at = content.index(npy_bytes(tokenizer.encode(["one two three four five six"])[0])) + 128
+    at = content.index(tokenizer.encode(["one two three four five six"])[0].tobytes())
     content[at] ^= 1
     path.write_bytes(content)
     with refused("checksum-mismatch", "document 0", key="data.sources"):
@@ -382,7 +442,7 @@ def test_a_model_with_a_smaller_vocabulary(directory: Path, tokenizer: Tokenizer
         check_sources(configured(directory), tokenizer, 30_000)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 2}', '{"format_version": 1, "shards": []}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 3}', '{"format_version": 1, "shards": []}'])
 def test_a_broken_manifest(directory: Path, tokenizer: Tokenizer, content: str) -> None:
     (directory / "manifest.json").write_text(content)
     with refused("manifest-invalid" if '_version": 1' in content or content == "{" else "manifest-version", NAME):
@@ -455,8 +515,7 @@ def test_a_shard_that_was_changed_into_another_good_one(directory: Path, tokeniz
 
 
 def test_an_index_that_points_to_other_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{word}"}}\n' for word in "abcdefg"))
-    prepare([str(tmp_path / "text.jsonl")], tokenizer, tmp_path / "shards")
+    shutil.copytree(FORMAT_1, tmp_path / "shards")
     index = tmp_path / "shards" / "000000.idx"
     spans = np.load(index)
     spans[3] = spans[4]

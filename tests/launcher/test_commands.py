@@ -64,7 +64,7 @@ def test_prepare(start: Start, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "A fever of three days."}\n' * 3)
     options = ("--tokenizer", "package://tokenizer/modernbert", "--output", "out", "--dedup")
     output = start("prepare", "text.jsonl", *options).output
-    assert re.search(r"^out: 1 documents, \d+ tokens in 1 shards$", output, re.MULTILINE)
+    assert re.search(r"^out: 1 documents, \d+ tokens in 1 shards, \S+B on disk$", output, re.MULTILINE)
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 

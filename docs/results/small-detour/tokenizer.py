@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from datapipe.text import find_files, read_texts
+from datapipe.inputs import find_files
+from datapipe.text import read_texts
 
 SPECIAL = {
     "pad_token": "[PAD]",

@@ -1,0 +1,513 @@
+"""Text as it lies in a hospital: any format, compression and encoding gives the same documents; nothing is silent."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import datapipe.near_duplicates
+import datapipe.prepare
+from configs.errors import InputError
+from configs.schema import Data, Reading
+from datapipe.decoding import detect_encoding, likely_codec
+from datapipe.inputs import find_inputs
+from datapipe.manifest import NAME, read_manifest
+from datapipe.near_duplicates import near_duplicates
+from datapipe.notes import Notes
+from datapipe.prepare import JOURNAL, ensure_prepared, prepare
+from datapipe.selection import HELD_OUT, Selection
+from datapipe.text import Filtered, read_records, read_texts
+from datapipe.tokenizer import Tokenizer
+from datapipe.where import parse_where
+from launcher.cli import app
+from tests.datapipe.conftest import refused
+from tests.datapipe.test_prepare import digests
+
+RECORDS = [
+    {"id": f"n{n}", "note": {"text": f'Fièvre {n}°, "39";\nle patient\r\nva bien, a;b\tc'}, "lang": "fr", "score": n}
+    for n in range(9)
+]
+TEXTS = [record["note"]["text"] for record in RECORDS]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def table(delimiter: str) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerow(["id", "note.text", "lang", "score"])
+    writer.writerows([r["id"], r["note"]["text"], r["lang"], r["score"]] for r in RECORDS)
+    return out.getvalue()
+
+
+def jsonl(records: list) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+CHARACTERS = {
+    "a.jsonl": jsonl(RECORDS),
+    "a.NDJSON": jsonl(RECORDS),
+    "lines.json": jsonl(RECORDS),
+    "array.json": json.dumps(RECORDS, indent=1, ensure_ascii=False),
+    "comma.csv": table(","),
+    "semicolon.CSV": table(";"),
+    "a.tsv": table("\t"),
+}
+
+
+def read(path: Path, notes: Notes | None = None, **reading: object) -> list:
+    files = find_inputs([str(path)], Reading(**reading), Notes())
+    return [record for file in files for record in read_records(file, Reading(**reading), notes or Notes())]
+
+
+def texts(records: list) -> list[str]:
+    assert not [record for record in records if isinstance(record, InputError)], records
+    return [record.text.decode() for record in records]
+
+
+@pytest.mark.parametrize("name", CHARACTERS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be", "cp1252"])
+def test_every_format_in_every_encoding(name: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(CHARACTERS[name].encode(encoding))
+    notes = Notes()
+    records = read(tmp_path / name, notes, text="note.text")
+    assert texts(records) == TEXTS
+    assert [record.id for record in records] == [record["id"] for record in RECORDS]
+    said = bool(notes.lines()) and "encoding" in notes.lines()[0]
+    assert said == (not encoding.startswith("utf-8"))
+    assert texts(read(tmp_path / name, text="note.text", encoding=encoding)) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_every_compression_alone_and_in_archives(suffix: str, tmp_path: Path) -> None:
+    content = {f"{name}{suffix}": COMPRESS[suffix](CHARACTERS[name].encode()) for name in CHARACTERS}
+    for name, compressed in content.items():
+        (tmp_path / name).write_bytes(compressed)
+        assert texts(read(tmp_path / name, text="note.text")) == TEXTS
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, compressed in content.items():
+            archive.writestr(f"folder/{name}", compressed)
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as archive:
+        for name, compressed in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(compressed)
+            archive.addfile(info, io.BytesIO(compressed))
+    (tmp_path / f"a.tar{suffix}").write_bytes(COMPRESS[suffix](plain.getvalue()))
+    for name in ("a.zip", f"a.tar{suffix}"):
+        assert texts(read(tmp_path / name, text="note.text")) == TEXTS * len(content)
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESS if suffix])
+def test_a_compressed_file_that_is_cut_off_anywhere_is_told(suffix: str, tmp_path: Path) -> None:
+    whole = COMPRESS[suffix](jsonl(RECORDS * 40).encode())
+    for size in (len(whole) // 2, len(whole) - 9, len(whole) - 1):
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(whole[:size])
+        assert any(isinstance(record, InputError) for record in read(path, text="note.text"))
+    path.write_bytes(b"no compressed file")
+    with refused("not-readable", path.name):
+        list(read_texts(path))
+
+
+def test_tables_with_nested_columns(tmp_path: Path) -> None:
+    rows = pyarrow.Table.from_pylist(RECORDS)
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=4)
+    with pyarrow.ipc.new_file(str(tmp_path / "a.feather"), rows.schema) as writer:
+        writer.write_table(rows)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.parquet", "a.parquet")
+    for name in ("a.parquet", "a.arrow", "a.feather", "a.zip"):
+        records = read(tmp_path / name, text="note.text", group="lang", where="score >= 3")
+        assert [isinstance(record, Filtered) for record in records[:3]] == [True] * 3
+        assert texts(records[3:]) == TEXTS[3:] and records[3].group == "fr" and records[3].id == "n3"
+        assert texts(read(tmp_path / name, text="note.text", id="score")) == TEXTS
+        (fault,) = read(tmp_path / name, text="nothing")
+        assert fault.code == "text-missing" and "note.text" in str(fault) and "lang" in str(fault)
+
+
+def test_null_text_is_told_alike_in_every_format(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "one"}, {"text": None}, {"text": "two"}]
+    (tmp_path / "a.jsonl").write_text(jsonl(rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text("n,text\n1,one\n2,\n3,two\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+        counts = prepare([str(tmp_path / name)], tokenizer, tmp_path / f"out-{name}", processes=1).sources[name]
+        assert (counts["documents"], counts["empty"]) == (2, 1)
+
+
+def test_lines_of_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffune\r\ndeux\n\ntrois".encode())
+    assert texts(read(tmp_path / "a.txt", lines=True)) == ["une", "deux", "trois"]
+    assert texts(read(tmp_path / "a.txt")) == ["une\r\ndeux\n\ntrois"]
+    (tmp_path / "a.txt").write_text("x\n" * 1002)
+    notes = Notes()
+    assert len(read(tmp_path / "a.txt", notes)) == 1 and "--lines" in notes.lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "position"),
+    [
+        ("a.csv", 'text\nfine\n"never closed\nmore\n' + "line\n" * 9, "csv-invalid", "line 3"),
+        ("a.csv", "text,b\none,1\ntwo\nthree,3\n", "csv-invalid", "line 3"),
+        ("a.csv", "a,text,text\n1,2,3\n", "text-missing", "text"),
+        ("a.csv", "TEXT;b\none;1\n", "text-missing", "did you mean `TEXT`?"),
+        ("a.jsonl", '{"note": {"body": "x"}, "id": 1}\n', "text-missing", "note.body, id"),
+        ("a.jsonl", '{"text": "one"}\n{"text": ' + "[" * 10_000 + "\n", "not-json", "line 2"),
+        ("a.jsonl", '{"text": ' + "1" * 5_000 + "}\n", "not-json", "line 1"),
+        ("a.json", '[{"text": "one"}, {"text": "two"', "not-json", "item 1"),
+        ("a.json", '[{"text": "one"}, {"text": 2}]', "text-not-a-string", "item 2"),
+        ("a.jsonl", '{"text": ["one", "two"]}\n', "text-not-a-string", "list"),
+    ],
+)
+def test_bad_records_are_named(name: str, content: str, code: str, position: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    faults = [record for record in read(tmp_path / name) if isinstance(record, InputError)]
+    assert len(faults) == 1 and faults[0].code == code
+    assert name in str(faults[0]) and position in str(faults[0])
+
+
+def test_a_json_file_of_one_object(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"text": "one"}, indent=1))
+    assert texts(read(tmp_path / "a.json")) == ["one"]
+
+
+@pytest.mark.parametrize("member", ["../a.txt", "/etc/a.txt", "x/../../a.txt"])
+def test_an_archive_that_climbs_out_of_its_folder(member: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(member, "text")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo(member), io.BytesIO(b""))
+    for name in ("a.zip", "a.tar"):
+        with refused("unsafe-member", name):
+            list(read_texts(tmp_path / name))
+
+
+def test_members_that_are_not_read_and_archives_that_are_cut_off(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.TXT", ".hidden.txt", "b.doc", "c.zip", "d.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            archive.addfile(info, io.BytesIO(b"abc"))
+    notes = Notes()
+    assert texts(read(tmp_path / "a.tar", notes)) == ["abc", "abc"]
+    assert len(notes.lines()) == 3 and all(line.startswith("not read: ") for line in notes.lines())
+    whole = (tmp_path / "a.tar").read_bytes()
+    for size in (1024, 1200, 4 * 1024):
+        (tmp_path / "a.tar").write_bytes(whole[:size])
+        with refused("not-readable", "a.tar"):
+            list(read_texts(tmp_path / "a.tar"))
+
+
+def test_a_folder_of_all_kinds(tmp_path: Path) -> None:
+    """Each file is read once, and each kind that is not read has its line."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "x.jsonl").mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (folder / "x.jsonl" / "part-00000").write_text('{"text": "spark"}\n')
+    (folder / "x.jsonl" / "_SUCCESS").touch()
+    (folder / "notes.doc").touch()
+    (folder / "more.doc").touch()
+    (folder / "cache-1.arrow").touch()
+    (folder / ".hidden.jsonl").write_text('{"text": "hidden"}\n')
+    (folder / "dangling.txt").symlink_to("nowhere")
+    (folder / "again.jsonl").symlink_to("a.jsonl")
+    (folder / "circle").symlink_to(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.txt").write_text("far")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(folder / "pipe.txt")
+    notes = Notes()
+    files = find_inputs([str(folder), str(folder / "a.jsonl")], Reading(), notes)
+    assert [text.text for file in files for text in read_texts(file)] == [b"a", b"far", b"spark"]
+    lines = "\n".join(notes.lines())
+    for kind in (".doc", "cache-*.arrow", "hidden", "link", "special"):
+        assert f"not read: {kind} (" in lines
+    assert "2 files" in next(line for line in notes.lines() if ".doc" in line) and "read once" in lines
+    with refused("not-read", ".doc", key="--strict"):
+        notes.require_all_read()
+    with refused("no-text-files", ".txt"):
+        find_inputs([str(folder / "sub")], Reading(), Notes())
+    matched = find_inputs([str(folder / "**" / "*.txt")], Reading(), Notes())
+    assert [file.path.name for file in matched if file.path] == ["far.txt"]
+    with refused("no-such-file", "*.xyz"):
+        find_inputs([str(folder / "*.xyz")], Reading(), Notes())
+
+
+def test_splits(tmp_path: Path) -> None:
+    """The training split of a snapshot of the hub is read, unless another is asked for."""
+    for split in ("train", "validation", "test"):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [split]}), path)
+
+    def found(*references: str, split: str | None = None) -> list[str]:
+        files = find_inputs([str(tmp_path / name) for name in references], Reading(split=split), Notes())
+        return [text.text.decode() for file in files for text in read_texts(file)]
+
+    assert found("data") == found("data/*.parquet") == ["train"]
+    assert found("data", split="test") == ["test"] and found("data", split="validation") == ["validation"]
+    with refused("no-such-split", "test, train, validation", key="--split"):
+        found("data", split="dev2")
+    (tmp_path / "data" / "train-00000-of-00001.parquet").unlink()
+    with refused("dataset-splits", "test, validation", key="--split"):
+        found("data")
+
+
+def test_standard_input_and_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stdin:
+        buffer = io.BytesIO(gzip.compress(b'{"text": "from a pipe"}\n'))
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    (file,) = find_inputs(["-"], Reading(), Notes())
+    assert [text.text for text in read_texts(file)] == [b"from a pipe"] * 1 and file.source == "stdin"
+    Stdin.buffer = io.BytesIO(b"text;n\none;1\n")
+    with refused("unknown-format", key="--format"):
+        find_inputs(["-"], Reading(), Notes())
+    os.mkfifo(tmp_path / "fifo")
+    writer = subprocess.Popen(["sh", "-c", f"printf 'text;n\\none;1\\n' > {tmp_path}/fifo"])
+    (file,) = find_inputs([str(tmp_path / "fifo")], Reading(format="csv"), Notes())
+    assert writer.wait() == 0 and [text.text for text in read_texts(file)] == [b"one"]
+
+
+def test_remote_text(tmp_path: Path) -> None:
+    """The file system in memory of fsspec stands for every store."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for name in ("train-0.jsonl", "test-0.jsonl"):
+        system.pipe(f"/bucket/{name}", json.dumps({"text": name}).encode())
+    system.pipe("/bucket/a.parquet.bak", b"")
+    notes = Notes()
+    for reference in ("memory://bucket", "memory://bucket/*.jsonl", "memory://bucket/train-0.jsonl"):
+        files = find_inputs([reference], Reading(), notes)
+        assert [text.text for file in files for text in read_texts(file)] == [b"train-0.jsonl"]
+    assert any(".bak" in line for line in notes.lines())
+    for reference, code in (("memory://bucket/none.txt", "no-such-file"), ("pipe://touch", "unknown-scheme")):
+        with refused(code, reference):
+            find_inputs([reference], Reading(), Notes())
+
+
+@pytest.mark.parametrize(
+    ("expression", "kept"),
+    [
+        ("score >= 3 and lang == 'fr'", True),
+        ("not (score < 5)", True),
+        ("lang in ('en', 'fr')", True),
+        ("lang not in ['en']", True),
+        ("0 <= score < 5", False),
+        ("score == '7'", True),
+        ("note.kind == 'x'", True),
+        ("missing == null", True),
+        ("missing > 3 or missing < 3", False),
+        ("flag", False),
+        ("score == -7", False),
+        ("empty >= 0", False),
+    ],
+)
+def test_where(expression: str, kept: bool) -> None:
+    record = {"score": "7", "lang": "fr", "note": {"kind": "x"}, "missing": None, "flag": False, "empty": ""}
+    assert parse_where(expression)(record) is kept
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["__import__('os').system('true')", "score + 1 > 2", "(lambda: 1)()", "a[0] == 1", "f'{a}'", "", "a ==", "(" * 999],
+)
+def test_where_runs_no_code(expression: str) -> None:
+    with refused("where-invalid", key="--where"):
+        parse_where(expression)
+
+
+def test_a_condition_on_a_column_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "score": 1}\n{"text": "y", "score": "high"}\n')
+    missing, _ = read(tmp_path / "a.jsonl", where="scor > 1")
+    assert missing.code == "text-missing" and "did you mean `score`?" in str(missing)
+    _, unlike = read(tmp_path / "a.jsonl", where="score > 1")
+    assert unlike.code == "where-invalid" and "line 2" in str(unlike)
+
+
+def test_control_characters_and_detected_encodings_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"plain " * 200 + b"\0" * 200)
+    (tmp_path / "b.txt").write_bytes("d\x93\xe9j\xe0 vu, le patient l'a dit".encode("latin-1"))
+    (tmp_path / "c.jsonl").write_text('{"text": "a\\u0007b"}\n{"text": "\\ud800"}\n')
+    notes = Notes()
+    read(tmp_path, notes)
+    lines = "\n".join(notes.lines())
+    for says in ("NUL characters in the text, kept: ", "encoding cp1252", "control characters", "lone surrogate"):
+        assert says in lines
+    (tmp_path / "d.txt").write_bytes(bytes(range(256)) * 9)
+    with refused("not-utf8", "d.txt"):
+        list(read_texts(tmp_path / "d.txt", Reading(encoding="utf-8")))
+    with refused("unknown-encoding", key="--encoding"):
+        list(read_texts(tmp_path / "a.txt", Reading(encoding="utf-81")))
+
+
+@settings(max_examples=60)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_utf8_is_never_taken_for_anything_else(text: str) -> None:
+    if "\0" not in text:
+        assert str(detect_encoding(text.encode())).startswith("utf-8")
+
+
+def test_short_western_text_is_windows_1252() -> None:
+    for text in ("déjà vu", "It\u2019s the patient\u2019s \u201cnote\u201d, 5 €", "naïve café"):
+        assert likely_codec(text.encode("cp1252")) == "cp1252"
+
+
+BAD = "".join(
+    json.dumps({"text": f"note {n}, the patient is well"}) + "\n" if n % 400 else "{no json\n" for n in range(1, 2400)
+)
+
+
+def test_faults_are_skipped_and_counted_or_named_at_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(BAD)
+    with refused("not-json", "10 or more faults"):
+        prepare([str(tmp_path)], tokenizer, tmp_path / "stop", processes=1)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(BAD.encode())[:-9])
+    with refused("not-readable", "c.jsonl.gz"):  # found before any text is tokenized
+        prepare([str(tmp_path)], tokenizer, tmp_path / "stop2", processes=1)
+    said: list[str] = []
+    reading = Reading(on_error="skip")
+    options = {"reading": reading, "report": said.append}
+    manifest = prepare([str(tmp_path / "a.jsonl"), str(tmp_path)], tokenizer, tmp_path / "out", processes=1, **options)
+    assert manifest.sources["a.jsonl"]["faulty"] == 5 and manifest.sources["a.jsonl"]["documents"] == 2394
+    assert sum("line 400:" in line for line in said) == 2 and any("c.jsonl.gz" in line for line in said)
+    assert read_manifest(tmp_path / "out") == manifest
+    prepare([str(tmp_path / "a.jsonl"), str(tmp_path)], tokenizer, tmp_path / "two", reading=reading, processes=2)
+    assert digests(tmp_path / "out") == digests(tmp_path / "two")
+
+
+def test_a_repaired_line_costs_only_its_shard(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shards before the fault are kept, and a change that follows makes only its own shard again."""
+    monkeypatch.setattr(datapipe.prepare, "SHARD_TEXT", 9_000)
+    good = [json.dumps({"text": f"note {n:04}, the patient is well"}) + "\n" for n in range(2000)]
+    path, output = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_text("".join([*good[:1800], "{\n", *good[1800:]]))
+    with refused("not-json", "line 1801"):
+        prepare([str(path)], tokenizer, output, processes=1)
+    made = {file.name: file.stat().st_ino for file in output.glob("*.tar")}
+    assert len(made) >= 4 and (output / JOURNAL).exists()
+    path.write_text("".join([good[0].replace("well", "sick"), *good[1:]]))
+    prepare([str(path)], tokenizer, output, processes=1)
+    kept = [name for name, inode in made.items() if (output / name).stat().st_ino == inode]
+    assert sorted(kept) == sorted(made)[1:]
+    prepare([str(path)], tokenizer, tmp_path / "fresh", processes=1)
+    assert digests(output) == digests(tmp_path / "fresh")
+
+
+def test_held_out_by_group(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """No patient has notes on both sides."""
+    rows = [{"text": f"note {n} of patient {n % 40}", "subject_id": n % 40} for n in range(400)]
+    (tmp_path / "a.jsonl").write_text(jsonl(rows))
+    selection = Selection(held_out=0.25)
+    reading = Reading(group="subject_id", id="subject_id")
+    prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out", selection=selection, reading=reading, processes=1)
+    train, held_out = (read_manifest(folder).documents for folder in (tmp_path / "out", tmp_path / "out" / HELD_OUT))
+    assert train % 10 == held_out % 10 == 0 and 0 < held_out < 200 and train + held_out == 400
+
+
+def test_many_files_are_one_source(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    names = [tmp_path / f"{n}.txt" for n in range(12)]
+    for name in names:
+        name.write_text(f"note {name.stem}")
+    manifest = prepare([str(name) for name in names], tokenizer, tmp_path / "out", processes=1)
+    assert list(manifest.sources) == [tmp_path.name] and manifest.documents == 12
+
+
+def test_a_recipe_names_its_columns(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("note_text;lang\nun;fr\none;en\n")
+    source = {"name": "a", "text": str(tmp_path / "a.csv"), "shards": str(tmp_path / "out")}
+    data = Data(sources=[{**source, "reading": {"text": "note_text", "where": "lang == 'fr'"}}])
+    ensure_prepared(data, tokenizer)
+    assert read_manifest(tmp_path / "out").sources["a.csv"]["filtered"] == 1
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Names that no terminal can print, options that are wrong, and what is not read."""
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)  # noqa: PTH102
+    for name, content in ((b"caf\xe9.csv", "note_text\nun café\n"), ("患者.csv".encode(), "note_text\ndeux\n")):
+        with open(os.path.join(folder, name), "w") as file:  # noqa: PTH118, PTH123
+            file.write(content)
+    (tmp_path / "in" / "a.doc").touch()
+    base = ["prepare", str(tmp_path / "in"), "--tokenizer", "package://tokenizer/modernbert", "--processes", "1"]
+    options = ["--text", "note_text", "--output", str(tmp_path / "out")]
+    strict = CliRunner().invoke(app, [*base, *options, "--strict"])
+    assert isinstance(strict.exception, InputError) and strict.exception.code == "not-read"
+    result = CliRunner().invoke(app, [*base, *options])
+    assert result.exit_code == 0, result.output
+    assert "not read: .doc" in result.output and "on disk" in result.output
+    assert (tmp_path / "out" / NAME).exists()
+    assert CliRunner().invoke(app, [*base, *options, "--on-error", "maybe"]).exit_code == 2
+
+
+def words(seed: int, count: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [f"{chr(97 + number % 26)}{number * 7919 % 10007}" for number in rng.zipf(1.3, count) % 3000]
+
+
+def test_near_duplicates(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies with a tenth of the words replaced are found, unrelated notes kept, by any number of processes."""
+    monkeypatch.setattr(datapipe.near_duplicates, "SMALL", 1000)
+    rng = np.random.default_rng(1)
+    notes = [words(seed, 120) for seed in range(300)]
+    copies = []
+    for number in range(100):
+        copy = list(notes[number])
+        for place in rng.choice(len(copy), len(copy) // 10, replace=False):
+            copy[place] = f"other{rng.integers(10**6)}"
+        copies.append(copy)
+    (tmp_path / "a.jsonl").write_text(jsonl([{"text": " ".join(note)} for note in notes]))
+    (tmp_path / "b.jsonl").write_text(jsonl([{"text": " ".join(note)} for note in copies]))
+    inputs, selection = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")], Selection(near_dedup=0.8)
+    one, two = (
+        prepare(inputs, tokenizer, tmp_path / str(processes), selection=selection, processes=processes)
+        for processes in (1, 2)
+    )
+    assert one.sources["b.jsonl"]["near-duplicates"] >= 95 and one.sources["a.jsonl"]["documents"] >= 298
+    assert one == two and digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
+def test_near_duplicates_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result of an interrupted preparation is kept, for exactly the same files."""
+    (tmp_path / "a.jsonl").write_text(jsonl([{"text": "the same note of the same patient"}] * 3 + [{"text": ""}] * 2))
+    files = find_inputs([str(tmp_path / "a.jsonl")], Reading(), Notes())
+    first = near_duplicates(files, Reading(), 0.8, tmp_path, 1)
+    assert first.tolist() == [False, True, True, False, False]
+    monkeypatch.setattr(datapipe.near_duplicates, "signatures", None)
+    assert near_duplicates(files, Reading(), 0.8, tmp_path, 1).tolist() == first.tolist()
+    with pytest.raises(TypeError):
+        near_duplicates(files, Reading(), 0.7, tmp_path, 1)
