@@ -177,7 +177,7 @@ def _similar_to_earlier(signatures: NDArray[np.uint16], threshold: float) -> NDA
     They are the first one, and the one beside it by the next band, because sharing both is likely similarity.
     """
     found = np.zeros(len(signatures), bool)
-    full = signatures.any(axis=1)
+    full: NDArray[np.bool_] = np.asarray(signatures.any(axis=1))
     count, rows = bands(threshold)
     beside = _band_keys(signatures, 0, rows)
     for band in range(count):

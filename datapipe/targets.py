@@ -74,12 +74,12 @@ class Masked:
     vocab_size: int
     """Number of ids, special tokens included."""
     special_ids: tuple[int, ...]
+    starts_word: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
+    """`[vocab_size]`, whether a piece begins a word (`datapipe.words`); None masks token by token."""
     final_rate: float | None = None
     """`rate` of the phase's last step, if it changes linearly; None keeps it."""
     steps: tuple[int, int] = (0, 1)
     """0-based first step of the phase, and the step after its end."""
-    starts_word: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
-    """`[vocab_size]`, whether a piece begins a word (`datapipe.words`); None masks token by token."""
     _maskable: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
     _ordinary: Ids = field(init=False, repr=False, compare=False)
 
