@@ -25,6 +25,8 @@ class CheckpointMeta(BaseModel):
     """Completed steps."""
     architecture: dict[str, Any]
     """The model's Hugging Face configuration."""
+    initial_architecture: dict[str, Any] | None = None
+    """`architecture` as it was before phases changed the rotary base; None if no phase has."""
     optimizer: bool
     """Whether the optimizer's state is among the tensors."""
     files: dict[str, tuple[int, str]]

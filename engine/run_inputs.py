@@ -63,5 +63,5 @@ def run_architecture(config: RunConfig, directory: Path, tokenizer: Tokenizer) -
             meta = describe(checkpoint)
             saved = {key: value for key, value in (meta.config or {}).get("model", {}).items() if key != "init"}
             if saved == asked:
-                return ModernBertConfig(**meta.architecture)
+                return ModernBertConfig(**(meta.initial_architecture or meta.architecture))
     return resolve_architecture(config.model, tokenizer)

@@ -148,9 +148,11 @@ class CheckpointManager:
 
     def _meta(self, state: TrainState, guards: Guards, recorder: Recorder) -> CheckpointMeta:
         """The record of a checkpoint; the writer adds the files, and the data positions of all ranks."""
+        now, initially = self._model.architecture.to_dict(), self._architecture.to_dict()
         return CheckpointMeta(
             **{**state.state_dict(), "data": {}},
-            architecture=self._model.architecture.to_dict(),
+            architecture=now,
+            initial_architecture=None if now == initially else initially,
             config=self._config.model_dump(mode="json", exclude_none=True),
             recorder=recorder.state(),
             guards=guards.state(),

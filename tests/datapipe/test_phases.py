@@ -154,3 +154,25 @@ def test_a_phase_does_not_take_changed_shards(data: Data, tokenizer: Tokenizer, 
     )
     with refused("data-changed", "source a:"):
         run(phase_spans(phases, changed, Batch(sequences=STREAMS)), tokenizer, 1, 2, 4, states[-1])
+
+
+def test_a_position_of_an_earlier_version_continues(data: Data, tokenizer: Tokenizer) -> None:
+    """It counts documents in parts of a row's length, and knows neither idle sources nor bases of shares."""
+    phases = [Phase(objective="clm", steps=9)]
+    spans = phase_spans(phases, data, Batch(sequences=STREAMS))
+    batches, states = run(spans, tokenizer, 1, 0, 9, None)
+
+    def in_parts(source: int, epoch: int, position: int, start: int, end: int) -> list[int]:
+        return [source, epoch, position, start // spans[0].data.sequence_length]
+
+    old = {}
+    for number, state in states[4].items():
+        cursors = {name: {k: v for k, v in cursor.items() if k != "base"} for name, cursor in state["sources"].items()}
+        document = state["document"] and in_parts(*state["document"])
+        buffer = [in_parts(*reference) for reference in state["buffer"]]
+        old[number] = {"data": state["data"], "number": state["number"], "sources": cursors}
+        old[number] |= {"buffer": buffer, "document": document}
+    again, ends = run(spans, tokenizer, 2, 5, 9, old)
+    for one, other in zip(again, batches[5:], strict=True):
+        np.testing.assert_array_equal(np.stack(one), np.stack(other))
+    assert ends == states[5:]
