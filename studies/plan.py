@@ -6,9 +6,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 SHIPPED = resources.files("studies") / "shipped"
 SHARED = ("data.", "tokenizer", "batch.sequences")
 """Keys that decide the order of the data; all arms have the same values."""
-DERIVED = ("parameters", "decay_share", "frozen_share")
+DERIVED = ("parameters", "decay_share", "frozen_share", "frozen_share_of_decay")
 """Keys of a study that stand for several keys of the recipe."""
 
 
@@ -44,7 +45,8 @@ class Study(Section):
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     """Key -> its values; every combination is a grid point. A key is a dotted path of the recipe, or a derived key:
     `parameters` (size of the model), `decay_share` (the last phase's share of the steps of the last two phases), or
-    `frozen_share` (part of the depth that is frozen in the first phase; [0, 0.34] is the lowest third)."""
+    `frozen_share` (part of the depth that is frozen in the first phase; [0, 0.36] is layers 0 to 7 of 22), or
+    `frozen_share_of_decay` (the same in the last phase)."""
     arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> the keys that make this arm. At each grid point the arms share data and compute."""
     baseline: str | None = None
@@ -183,6 +185,24 @@ def expand(study: Study, folder: Path) -> list[Trial]:
     return trials
 
 
+def trunks_of(trials: Sequence[Trial]) -> dict[str, Trial]:
+    """Return the trunk of each trial that shares its phases, except the last, with another trial.
+
+    A trunk is trained once, and the trials branch off its end. Their results are those of whole runs, to the bit.
+
+    Returns:
+        Address of a trial -> its trunk, a run of all phases but the last.
+    """
+    groups: defaultdict[str, list[tuple[Trial, Trial]]] = defaultdict(list)
+    for trial in trials:
+        phases = trial.config.phases[:-1]
+        used = {name for phase in phases for name in phase.sources or [s.name for s in trial.config.data.sources]}
+        if len(used) == len(trial.config.data.sources):  # else the trunk would name a source that it does not use
+            trunk = Trial("trunk", None, {}, trial.config.model_copy(update={"phases": phases}))
+            groups[trunk.address].append((trial, trunk))
+    return {trial.address: trunk for group in groups.values() if len(group) > 1 for trial, trunk in group}
+
+
 def dump_study(study: Study) -> str:
     """Write a study as YAML."""
     return yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
@@ -213,7 +233,9 @@ def _replaced_lengths(settings: dict[str, Any]) -> list[str]:
 
 def _derived(config: RunConfig, settings: dict[str, Any]) -> list[str]:
     """Translate derived keys into overrides of the recipe."""
+    translate: dict[str, Callable[[RunConfig, Any], list[str]]]
     translate = {"parameters": _parameters, "decay_share": _decay_share, "frozen_share": _frozen_share}
+    translate["frozen_share_of_decay"] = partial(_frozen_share, phase=len(config.phases) - 1)
     overrides = []
     for key, value in settings.items():
         try:
@@ -246,10 +268,10 @@ def _decay_share(config: RunConfig, value: Any) -> list[str]:
     return overrides
 
 
-def _frozen_share(config: RunConfig, value: Any) -> list[str]:
+def _frozen_share(config: RunConfig, value: Any, phase: int = 0) -> list[str]:
     start, end = map(float, value)
     depth = _architecture(config).num_hidden_layers
-    return [f"phases.0.freeze={list(range(round(start * depth), round(end * depth)))}"]
+    return [f"phases.{phase}.freeze={list(range(round(start * depth), round(end * depth)))}"]
 
 
 def _architecture(config: RunConfig) -> ModernBertConfig:

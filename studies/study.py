@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -15,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import InputError, RunFailedError
 from configs.files import write_atomically, write_json
-from configs.schema import RunConfig
+from configs.load import load_config
+from configs.schema import Origin, RunConfig
 from monitoring.events import WorkersStarted
 from monitoring.run_directory import RunDirectory
 from monitoring.run_files import RunFiles, open_run
@@ -24,7 +26,7 @@ from studies.evaluate import digest_of, require_libraries, said_of_leakage
 from studies.finetune import Job
 from studies.leakage import Corpora, leakage, name_of, size_of
 from studies.measures import Measure, measures_of
-from studies.plan import Study, Trial, dump_study, expand
+from studies.plan import Study, Trial, dump_study, expand, trunks_of
 from studies.report import write_report
 
 STUDY = "study.yaml"
@@ -121,7 +123,17 @@ def _run_all(
         ThreadPoolExecutor(room) as pool,
     ):
         bar = progress.add_task(name, total=total)
-        running = {pool.submit(_run, trial, measures, output, cluster): trial for trial in trials}
+        trunks = trunks_of(trials)
+        branches: defaultdict[str, list[Trial]] = defaultdict(list)
+        running: dict[Future[bool], Trial] = {}
+        for trial in trials:
+            trunk = trunks.get(trial.address)
+            if trunk is None:
+                running[pool.submit(_run, trial, measures, output, cluster)] = trial
+                continue
+            if trunk.address not in branches:
+                running[pool.submit(_train_trunk, trunk, output, cluster)] = trunk
+            branches[trunk.address].append(trial)
         ended = 0
         try:
             while running:
@@ -130,8 +142,16 @@ def _run_all(
                     trial = running.pop(future)
                     if future.cancelled():
                         continue
-                    ended += 1
                     finished = _finished(future, trial, failures)
+                    if finished and (shared := branches.pop(trial.address, None)):
+                        origin = Origin(
+                            run=str(trial_directory(output, trial).absolute()), step=trial.config.total_steps
+                        )
+                        for branch in shared:
+                            running[pool.submit(_run, branch, measures, output, cluster, origin)] = branch
+                        console.print(f"{len(shared)} trials branch off a trunk that is trained", highlight=False)
+                        continue
+                    ended += 1
                     if trial.name in failures:
                         console.print(f"{trial.name} failed: {failures[trial.name]}", highlight=False)
                     elif finished:
@@ -164,14 +184,29 @@ def _finished(future: Future[bool], trial: Trial, failures: dict[str, RunFailedE
         return False
 
 
-def _run(trial: Trial, measures: Sequence[Measure], output: Path, cluster: Cluster) -> bool:
+def _train_trunk(trunk: Trial, output: Path, cluster: Cluster) -> bool:
+    """Train a trunk unless that is done; return False if it was stopped early."""
+    from engine.checkpoint import step_directory
+
+    directory = trial_directory(output, trunk)
+    if step_directory(RunDirectory(directory).checkpoints, trunk.config.total_steps).exists():
+        return True
+    return cluster.train(trunk.config.model_copy(update={"name": directory.name}), directory)
+
+
+def _run(
+    trial: Trial, measures: Sequence[Measure], output: Path, cluster: Cluster, origin: Origin | None = None
+) -> bool:
     """Train and measure one trial, as far as its record lacks it; return False if it was stopped early."""
     directory = trial_directory(output, trial)
     path = _record_path(output, trial)
     if path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
     else:
-        if not cluster.train(trial.config.model_copy(update={"name": directory.name}), directory):
+        begun = RunDirectory(directory).config
+        if begun.exists():
+            origin = load_config(str(begun)).origin
+        if not cluster.train(trial.config.model_copy(update={"name": directory.name, "origin": origin}), directory):
             return False
         run = open_run(directory)
         record = {**_outcome(run), "scores": {}, "speed": _speed(run)}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -47,6 +48,10 @@ class OneProcess:
 
         torch.set_num_threads(1)  # as workers do, because sums in another order differ in the last digits
         directory.mkdir(parents=True, exist_ok=True)
+        if config.origin and not (directory / "checkpoints").exists():
+            from launcher.branch import begin_branch, check_branch
+
+            begin_branch(directory, config.origin, check_branch(config, config.origin))
         (directory / "config.yaml").write_text(dump_config(config))
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
@@ -246,6 +251,31 @@ def test_a_study_grows(write: Write, toy_shards: Path, tmp_path: Path) -> None:
     assert row["trial"] == "clm-data.seed-1"
 
 
+def test_trials_that_share_a_trunk_train_it_once(write: Write, toy_shards: Path, tmp_path: Path) -> None:
+    """Decays of two lengths branch off one CLM end, with the records of whole runs."""
+
+    class Counting(OneProcess):
+        def train(self, config: RunConfig, directory: Path) -> bool:
+            trained.append((directory.name.rpartition("-")[0], config.origin.step if config.origin else 0))
+            return super().train(config, directory)
+
+    trained: list[tuple[str, int]] = []
+    grid = {"phases.1.steps": [1, 2]}
+    loaded, folder = load_study(str(study(write, toy_shards, grid=grid, arms={})))
+    assert run_study(loaded, folder, tmp_path / "out", Counting())
+    assert trained == [("trunk", 0), ("phases.1.steps-1", 2), ("phases.1.steps-2", 2)]
+    for length in (1, 2):
+        alone, _ = load_study(str(study(write, toy_shards, grid={"phases.1.steps": [length]}, arms={})))
+        assert run_study(alone, folder, tmp_path / f"alone-{length}", OneProcess())
+    rows, whole = (
+        [row for path in paths for row in csv.DictReader((path / "trials.csv").open())]
+        for paths in ([tmp_path / "out"], [tmp_path / "alone-1", tmp_path / "alone-2"])
+    )
+    assert [(row["trial"], row["loss"], row["tokens"]) for row in rows] == [
+        (row["trial"], row["loss"], row["tokens"]) for row in whole
+    ]
+
+
 def test_addresses_are_of_content(write: Write, toy_shards: Path) -> None:
     def addresses(*overrides: str, **settings: Any) -> list[str]:
         loaded, folder = load_study(str(study(write, toy_shards, **settings)), None, overrides)
@@ -309,20 +339,20 @@ def test_a_task_with_two_settings_is_two_measures(write: Write) -> None:
 
 
 def test_derived_keys(write: Write, toy_shards: Path) -> None:
-    arms = {"low": {"frozen_share": [0, 0.34]}, "mid": {"frozen_share": [0.34, 0.66]}}
+    arms = {"low": {"frozen_share": [0, 0.36]}, "mid": {"frozen_share": [0.36, 0.68]}}
     common = {"model.num_hidden_layers": 22, "phases.0.steps": 10, "phases.1.steps": 1, "decay_share": 0.25}
     loaded, folder = load_study(str(study(write, toy_shards, arms=arms, grid={}, common=common)))
     low, mid = (trial.config.phases for trial in expand(loaded, folder))
-    assert low[0].freeze == tuple(range(7))
-    assert mid[0].freeze == tuple(range(7, 15)), "the thirds of arXiv 2605.12438, to a layer"
+    assert low[0].freeze == tuple(range(8))
+    assert mid[0].freeze == tuple(range(8, 15)), "the layers of arXiv 2605.12438"
     assert [phase.steps for phase in low] == [8, 3]
 
 
-@pytest.mark.parametrize("name", ["twin", "freeze-low", "freeze-mid", "decay-length"])
+@pytest.mark.parametrize("name", ["twin", "freeze-low", "freeze-mid", "freeze-low-decay", "decay-length"])
 def test_shipped_comparisons_suit_every_recipe_of_two_phases(name: str) -> None:
     loaded, folder = load_study(name)
     trials = expand(loaded, folder)
-    assert len(trials) == len(loaded.arms) * len(loaded.grid["data.seed"])
+    assert len(trials) == len(loaded.arms) * math.prod(map(len, loaded.grid.values()))
     assert set(shipped(SHIPPED)) >= {name, "scaling"}
 
 
