@@ -85,7 +85,7 @@ def test_the_export_is_the_trained_model(shards: Path, alone_run: Path, tmp_path
     tokenizer = load_tokenizer(config.tokenizer)
     export_hf(newest, tmp_path, tokenizer)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
-    targets = objective_of(config.phases[1], tokenizer, config.data.seed).targets()
+    targets = objective_of(config.spans[1], tokenizer, config.data.seed).targets()
     loader = Loader(config.data, config.batch.sequences, tokenizer, 0, 1)
     (batch,) = loader.steps(targets, config.batch.sequences, 3, 4, describe(newest).data)
     total, paying = 0.0, 0
@@ -350,7 +350,7 @@ def test_a_run_under_way_takes_its_architecture_from_its_checkpoint(alone_run: P
     tokenizer = run_tokenizer(config, alone_run)
     kept, resolved = run_architecture(config, alone_run, tokenizer), resolve_architecture(config.model, tokenizer)
     assert kept.to_dict() == resolved.to_dict()
-    keys = [identity(config, one, Layout(1, 1, 1, False, 1, 1), None) for one in (kept, resolved)]
+    keys = [identity(config, config.spans[0], one, Layout(1, 1, 1, False, ()), None) for one in (kept, resolved)]
     assert keys[0] == keys[1], "the micro-batch would be measured again"
     gone = config.model_copy(update={"model": config.model.model_copy(update={"init": "gone/away"})})
     assert run_architecture(gone, alone_run, tokenizer).to_dict() == resolved.to_dict()

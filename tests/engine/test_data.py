@@ -13,6 +13,7 @@ from datapipe.tokenizer import load_tokenizer
 from engine.checkpoint import latest_valid, step_of
 from monitoring.log import read_events, read_metrics
 from monitoring.telemetry import Telemetry
+from tests.datapipe.conftest import write_shards
 from tests.engine.world import run_world, toy_config, train
 
 
@@ -39,8 +40,13 @@ def test_what_was_trained_before_the_data_ended_is_saved(tmp_path: Path) -> None
 
 
 def test_skipped_documents_are_events_once_each(tmp_path: Path) -> None:
-    config = configured(tmp_path, 6)
-    path = tmp_path / "a" / "000000.tar"
+    """Shards of format 1 have a sample per document, so damage costs single documents."""
+    (tmp_path / "run").mkdir()
+    documents = [[number + 10] * (8 + number % 30) for number in range(300)]
+    shards = write_shards(tmp_path / "a", [documents], load_tokenizer("package://tokenizer/modernbert"))
+    data = {"sources": [{"name": "a", "shards": str(shards)}], "on_error": "skip"}
+    config = toy_config(tmp_path, data=data, phases=[{"objective": "clm", "steps": 6}])
+    path = shards / "000000.tar"
     path.write_bytes(path.read_bytes().replace(b"<u2", b"<f2", 40))
     run_world(1, train, config, tmp_path / "run", 3)
     first = sum(event["documents"] for event in skipped(tmp_path / "run"))

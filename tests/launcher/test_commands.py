@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -146,17 +146,37 @@ def test_doctor(shared_cluster: dict[str, str], tmp_path: Path) -> None:
 
 def test_evaluate(shared_cluster: dict[str, str], undisturbed: Path, tmp_path: Path) -> None:
     ills = ("fever", "cough", "asthma", "anaemia")
-    for name, count in (("train", 5), ("test", 2)):
-        rows = [json.dumps({"text": f"Severe {ill} is seen.", "label": ill}) for ill in ills]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows * count) + "\n")
-    task = {"name": "ills", "kind": "single", "score": "macro_f1", "columns": {"text": "text", "label": "label"}}
-    task["files"] = {"train": "train.jsonl", "validation": "test.jsonl", "test": "test.jsonl"}
-    write(tmp_path / "ills.yaml", {**task, "protocol": {"preset": "english"}})
+    write_task(tmp_path, ills)
     words = ("evaluate", undisturbed, "--task", "ills.yaml", "--seeds", "2", "epochs=1", "batch=4", "length=32")
     result = run(*DETOUR, *words, cwd=tmp_path, env=shared_cluster)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "macro_f1 on test" in result.stdout and "95 % interval" in result.stdout
     assert (tmp_path / "evaluations/ills/results.json").is_file()
+
+
+def write_task(folder: Path, ills: Sequence[str]) -> None:
+    """Write a task of four classes: ills.yaml and its three files."""
+    for name, count, word in (("train", 5, "Severe"), ("validation", 2, "Mild"), ("test", 2, "Some")):
+        rows = [json.dumps({"text": f"{word} {ill} is seen.", "label": ill}) for ill in ills]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows * count) + "\n")
+    task = {"name": "ills", "kind": "single", "score": "macro_f1", "columns": {"text": "text", "label": "label"}}
+    task["files"] = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
+    write(folder / "ills.yaml", {**task, "protocol": {"preset": "english"}})
+
+
+def test_probe(undisturbed: Path, tmp_path: Path) -> None:
+    write_task(tmp_path, ("fever", "cough", "asthma", "anaemia"))
+    words = ("probe", undisturbed, "--task", "ills.yaml", "--processes", "1", "length=32")
+    result = run(*DETOUR, *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "probes/ills/probe.json").is_file()
+
+
+def test_transplant(undisturbed: Path, tmp_path: Path) -> None:
+    words = ("transplant", undisturbed, undisturbed / "hf", "--layers", "0-1", "--output", "both")
+    result = run(*DETOUR, *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "both/model.safetensors").is_file()
 
 
 def test_nodes_is_a_number_that_overrides_the_recipe(tmp_path: Path) -> None:

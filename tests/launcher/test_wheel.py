@@ -86,11 +86,11 @@ def test_other_commands_of_the_wheel_work_there(installed: Path, hostile: Path) 
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     (hostile / "prepared").rename(hostile / "shards")
 
-    for name in ("train", "test"):
-        rows = [{"text": f"Severe {ill} is seen.", "label": ill} for ill in ("fever", "cough", "asthma")]
+    for name in ("train", "validation", "test"):
+        rows = [{"text": f"Severe {ill} in the {name}.", "label": ill} for ill in ("fever", "cough", "asthma")]
         (hostile / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
     task = {"name": "ills", "kind": "single", "score": "macro_f1", "columns": {"text": "text", "label": "label"}}
-    task["files"] = {"train": "train.jsonl", "validation": "test.jsonl", "test": "test.jsonl"}
+    task["files"] = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
     write(hostile / "task.yaml", {**task, "protocol": {"preset": "english"}})
     write(hostile / "study.yaml", {"name": "seeds", "recipe": "detour.yaml", "grid": {"data.seed": [1]}})
 
