@@ -122,7 +122,7 @@ def test_busy_port_is_replaced_and_announced(undisturbed: Path, tmp_path: Path) 
             )
             assert int(said[2]) > port
             page = urllib.request.urlopen(said[1], timeout=10).read().decode()
-            assert 'detour_run_info{run="toy"} 1.0' in page
+            assert re.search(r'^detour_run_info\{.*run="toy".*\} 1\.0$', page, re.MULTILINE)
 
 
 def test_checkpoint_of_another_size_fails_once_and_clearly(undisturbed: Path, tmp_path: Path) -> None:
