@@ -21,16 +21,17 @@ from configs.schema import RunConfig
 
 RECIPES = resources.files("configs") / "recipes"
 S = TypeVar("S", bound=BaseModel)
+_SHARDS = r"data\.(sources\.\d+|evaluation)\.(shards|text)"
 MAY_CHANGE = re.compile(
     r"(cluster|parallel|checkpoint|monitoring)\.|batch\.micro|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
-    r"|data\.(sources\.\d+|evaluation)\.(shards|text)"
+    rf"|{_SHARDS}"
 )
 """Matches keys that decide where and how a run is executed. All other keys decide what it computes.
 
 Shards may move, because a checkpoint identifies its data by content.
 """
 
-_IS_DATA = re.compile(r"data\.(sources\.\d+|evaluation)\.(shards|text)")
+_IS_DATA = re.compile(_SHARDS)
 
 
 def shipped(folder: Traversable) -> dict[str, str]:

@@ -24,10 +24,27 @@ class PhaseSpan:
     """The step after its end."""
     first_token: int
     """Token slots of the steps before it, padding included."""
-    data: Data
-    """The data section with the phase's sequence length, sources and weights."""
+    run_data: Data
+    """The data section of the run."""
     sequences: int
     """Packed sequences per global batch."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per packed sequence."""
+        return self.phase.sequence_length or self.run_data.sequence_length
+
+    @property
+    def data(self) -> Data:
+        """The data section with the phase's sequence length, sources and weights."""
+        own: dict[str, object] = {"sequence_length": self.sequence_length}
+        if self.phase.sources is not None:
+            own["sources"] = tuple(
+                source.model_copy(update={"weight": self.phase.sources[source.name], "upsample": None})
+                for source in self.run_data.sources
+                if source.name in self.phase.sources
+            )
+        return self.run_data.model_copy(update=own)
 
     @property
     def steps(self) -> int:
@@ -37,7 +54,7 @@ class PhaseSpan:
     @property
     def tokens_per_step(self) -> int:
         """Token slots per global batch, padding included: sequences x sequence length."""
-        return self.sequences * self.data.sequence_length
+        return self.sequences * self.sequence_length
 
     def tokens(self, step: int) -> int:
         """Token slots of the run's first `step` steps, of which the last one lies in this phase."""
@@ -53,21 +70,8 @@ def phase_spans(phases: Sequence[Phase], data: Data, batch: Batch) -> tuple[Phas
     spans: list[PhaseSpan] = []
     first = first_token = 0
     for index, phase in enumerate(phases):
-        own, sequences = _data_of(phase, data), phase.batch.sequences or batch.sequences
-        last = first + phase.length(sequences * own.sequence_length)
-        spans.append(PhaseSpan(index, phase, first, last, first_token, own, sequences))
+        sequences = phase.batch.sequences or batch.sequences
+        last = first + phase.length(sequences * (phase.sequence_length or data.sequence_length))
+        spans.append(PhaseSpan(index, phase, first, last, first_token, data, sequences))
         first, first_token = last, spans[-1].tokens(last)
     return tuple(spans)
-
-
-def _data_of(phase: Phase, data: Data) -> Data:
-    own: dict[str, object] = {}
-    if phase.sequence_length is not None:
-        own["sequence_length"] = phase.sequence_length
-    if phase.sources is not None:
-        own["sources"] = tuple(
-            source.model_copy(update={"weight": phase.sources[source.name], "upsample": None})
-            for source in data.sources
-            if source.name in phase.sources
-        )
-    return data.model_copy(update=own) if own else data

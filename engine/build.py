@@ -197,7 +197,7 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
 def _fit_by_measurement(config: RunConfig, architecture: ModernBertConfig, tokenizer: Tokenizer) -> FitMicroBatch:
     def fit(runner: StepRunner, layout: Layout, span: PhaseSpan, choices: dict[str, int]) -> int:
         dropout = resolve_dropout(config, architecture)
-        probe = micro_batch.GpuProbe(runner, span.data.sequence_length, tokenizer.sep_id, layout.pipeline, dropout)
+        probe = micro_batch.GpuProbe(runner, span.sequence_length, tokenizer.sep_id, layout.pipeline, dropout)
         key = micro_batch.identity(config, span, architecture, layout, runner.model.config.fp8)
         choices[key] = micro_batch.fit(probe, span.sequences // layout.data, key, choices.get(key))
         return choices[key]
@@ -284,9 +284,7 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[O
     """Prepare the held-out set as both objectives see it, in rows of `data.sequence_length` in every phase."""
     if config.data.evaluation is None:
         return {}
-    slots = min(
-        size * span.data.sequence_length for size, span in zip(layout.micro_batch_sizes, config.spans, strict=True)
-    )
+    slots = min(size * span.sequence_length for size, span in zip(layout.micro_batch_sizes, config.spans, strict=True))
     micro = max(1, slots // config.data.sequence_length)
     rank, size = parallel_state.get_data_parallel_rank(), layout.data
     masked = Phase(objective="mlm", steps=1, mask_rate=config.data.evaluation.mask_rate)

@@ -95,7 +95,7 @@ def micro_setting(config: RunConfig, span: PhaseSpan) -> tuple[str, int | Litera
 
 def _micro_batch_size(config: RunConfig, span: PhaseSpan, data: int) -> int:
     """Packed sequences of a phase's micro-batch over `data` data-parallel ranks."""
-    rows, length, tensor = span.sequences // data, span.data.sequence_length, config.parallel.tensor
+    rows, length, tensor = span.sequences // data, span.sequence_length, config.parallel.tensor
     key, setting = micro_setting(config, span)
     micro = _auto_micro(rows, length) if setting == "auto" else setting
     where = "data" if span.phase.sequence_length is None else f"phases.{span.index}"

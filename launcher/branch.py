@@ -171,6 +171,6 @@ def _settings(span: PhaseSpan) -> dict[str, object]:
     return {
         **own,
         "sources": {source.name: source.weight or source.upsample or 1.0 for source in span.data.sources},
-        "sequence_length": span.data.sequence_length,
+        "sequence_length": span.sequence_length,
         "batch.sequences": span.sequences,
     }

@@ -32,7 +32,7 @@ def print_header(
     schedule = PhaseSchedule(config)
     phases = {
         f"phase {span.index + 1}": f"{_objective(span.phase)}, {span.steps:,} steps of {span.sequences:,} x "
-        f"{span.data.sequence_length:,} = {format_count(span.steps * span.tokens_per_step)} tokens, learning rate "
+        f"{span.sequence_length:,} = {format_count(span.steps * span.tokens_per_step)} tokens, learning rate "
         f"{schedule.learning_rate(span.first):.3g} -> {schedule.learning_rate(span.last - 1):.3g}, "
         f"{', '.join(source.name for source in span.data.sources)}"
         for span in schedule.spans

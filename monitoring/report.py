@@ -93,7 +93,7 @@ def _lead(run: RunFiles) -> str:
 
 
 def _batches(config: RunConfig) -> str:
-    sizes = dict.fromkeys((span.sequences, span.data.sequence_length) for span in config.spans)
+    sizes = dict.fromkeys((span.sequences, span.sequence_length) for span in config.spans)
     return " then ".join(f"{sequences:,} sequences of {length:,} token slots" for sequences, length in sizes)
 
 

@@ -72,7 +72,6 @@ class CheckpointManager:
         if settings.mirror is not None and dist.get_rank() == 0:
             self._mirror = Mirror(settings.mirror, config, directory)
         self._config, self._directory, self._architecture = config, directory, architecture
-        self._spans = config.spans
         self._model, self._optimizer = model, optimizer
 
     @property
@@ -82,7 +81,7 @@ class CheckpointManager:
 
     def is_due(self, state: TrainState) -> bool:
         """Whether `checkpoint.every` asks for a checkpoint now, by this rank's clock."""
-        span = next(span for span in self._spans if state.step <= span.last)
+        span = self._config.span_at(state.step)
         return span.is_due(self._config.checkpoint.every, state.step, self.clock() - state.saved_at)
 
     def save(self, state: TrainState, guards: Guards, *, wait: bool, last: bool) -> None:
