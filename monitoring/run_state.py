@@ -71,7 +71,7 @@ def seconds_left(telemetry: Telemetry, events: Sequence[EventLine], now: float) 
     """Estimate the time to the last step: a run that has stood still a tenth of its time will do so again."""
     at_work = telemetry.counters.step_seconds.sum
     lost = sum(event.get("steps_lost", 0) for event in events) * telemetry.step_seconds
-    share = 1 + (standstill_seconds(events, now) + (lost if lost else 0)) / at_work if at_work else 1
+    share = 1 + (standstill_seconds(events, now) + lost) / at_work if at_work else 1
     return (telemetry.total_steps - telemetry.step) * telemetry.step_seconds * share
 
 
