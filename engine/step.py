@@ -19,8 +19,8 @@ from configs.schema import Optimizer
 from datapipe.batch import IGNORE, MicroBatch, label_bytes
 from engine import device
 from engine.megatron.ddp_timing import ParameterWaits
-from engine.megatron.optimizer import FrozenWeights, set_learning_rate
-from engine.megatron.optimizer import step as optimizer_step
+from engine.megatron.gradient_norms import gradient_norms, parts
+from engine.megatron.optimizer import FrozenWeights, prepare_gradients, set_learning_rate, update
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.config import DropoutRates
 from engine.modernbert.dropout import Dropout
@@ -81,6 +81,14 @@ class Evaluation(NamedTuple):
     """Bits of loss per byte of the predicted text."""
 
 
+class GradientNorms(NamedTuple):
+    """L2 norms of a step's gradient before clipping."""
+
+    total: float
+    by_part: dict[str, float] | None
+    """The norm of each part, where it was asked for."""
+
+
 @dataclass
 class StepRunner:
     """One rank's model and optimizer, and the passes of a step."""
@@ -125,22 +133,29 @@ class StepRunner:
         return losses, watch
 
     def optimizer_step(
-        self, losses: torch.Tensor, learning_rate: float | None = None, peak: float | None = None
-    ) -> float:
+        self,
+        losses: torch.Tensor,
+        learning_rate: float | None = None,
+        peak: float | None = None,
+        by_part: bool = False,
+    ) -> GradientNorms:
         """Update the weights, except frozen ones, unless a loss or gradient of any rank is not finite.
 
         Args:
             losses: This rank's losses by `forward_backward`.
             learning_rate: Learning rate of this step; None keeps the one of the step before.
             peak: Peak learning rate of the phase; `optimizer.lr` if not given.
-
-        Returns:
-            The global gradient norm before clipping.
+            by_part: Compute the norm of each part too. All ranks say the same.
         """
         if learning_rate is not None:
             set_learning_rate(self.optimizer, learning_rate, peak or self.settings.lr, self.settings)
         self.frozen.clear_gradients()
-        return optimizer_step(self.optimizer, losses)
+        prepare_gradients(self.optimizer, losses)
+        norms = gradient_norms(self.model, self.optimizer) if by_part else None
+        total = update(self.optimizer)
+        return GradientNorms(
+            total, None if norms is None else dict(zip(parts(self.model), norms.tolist(), strict=True))
+        )
 
     def evaluate(self, held_out: dict[Objective, list[MicroBatch]], byte_lengths: NDArray[np.int32]) -> Evaluation:
         """Run the held-out set forward; the training streams and the weights are not touched.

@@ -14,7 +14,7 @@ from engine import device
 from engine.device import Stopwatch
 from engine.rank_stats import RankStats, StepTotals, latest_epochs, reports_loss, total_drawn
 from engine.schedule import PhaseSchedule
-from engine.step import Evaluation
+from engine.step import Evaluation, GradientNorms
 from monitoring.events import DocumentsSkipped, record
 from monitoring.log import Follower
 from monitoring.recorder import Recorder, StepRecord, WorkerRecord, due
@@ -46,20 +46,24 @@ class StepLog:
         self._schedule, self._recorder = schedule, recorder
         self._events = Follower(RunDirectory(directory).events)
 
+    def due(self, step: int) -> bool:
+        """Whether `step` completed steps give a line with the ranks' views and the gradient's norms by part."""
+        return due(self._config, step)
+
     def record(
         self,
         step: int,
         span: PhaseSpan,
         batch: StepData,
         totals: StepTotals,
-        grad_norm: float,
+        gradient: GradientNorms,
         times: StepTimes,
         evaluation: Evaluation | None,
     ) -> None:
         """Log the step after which `step` steps are complete."""
         workers = drawn = None
         epochs = batch.epochs
-        if due(self._config, step):
+        if self.due(step):
             ranks = _rank_stats(batch, times).gather()
             workers, drawn, epochs = _worker_records(ranks), total_drawn(ranks), latest_epochs(ranks)
         if self._recorder is None:
@@ -79,7 +83,8 @@ class StepLog:
                 tokens=int(totals.tokens),
                 objective_tokens=totals.objective_tokens if is_mixed else None,
                 learning_rate=self._schedule.learning_rate(step - 1),
-                grad_norm=grad_norm,
+                grad_norm=gradient.total,
+                gradient_norms=gradient.by_part,
                 step_seconds=times.step_seconds,
                 data_wait_seconds=times.data_wait_seconds,
                 flops=totals.flops,

@@ -65,17 +65,18 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
                 losses, own_work = runner.forward_backward(batch.staged)
                 run.replicas.observe()
                 learning_rate = run.schedule.learning_rate(state.step)
-                grad_norm = runner.optimizer_step(losses, learning_rate, run.schedule.peak(span))
+                peak, by_part = run.schedule.peak(span), log.due(state.step + 1)
+                gradient = runner.optimizer_step(losses, learning_rate, peak, by_part)
                 batch_losses = losses.tolist()
                 state.step += 1
 
                 reason = stop() if run.recorder else None
                 totals = _totals(run, batch, batch_losses, reason).sum_over_ranks()
                 suspects = _suspects(run, batch, batch_losses)
-                run.guards.check(state.step, objective.name, totals.loss, grad_norm, suspects)
+                run.guards.check(state.step, objective.name, totals.loss, gradient.total, suspects)
                 times = StepTimes(watch.seconds(), waited, own_work)
                 evaluation = runner.evaluate(run.held_out, lengths) if run.evaluation_due(span) else None
-                log.record(state.step, span, batch, totals, grad_norm, times, evaluation)
+                log.record(state.step, span, batch, totals, gradient, times, evaluation)
 
                 run.checkpoints.poll(all_idle=not totals.writing)
                 stopping, phase_ends = bool(totals.stop or totals.data_ended), state.step == span.last

@@ -210,6 +210,23 @@ METRICS: tuple[Metric, ...] = (
         labels=("objective",),
     ),
     Metric(
+        "detour_train_layer_gradient_norm",
+        "gauge",
+        "Norm of the gradient before clipping by layer, and of `embeddings` and `head`, at the latest logged step",
+        "",
+        lambda now: {
+            (objective, part): norm for objective, norms in now.gradient_norms.items() for part, norm in norms.items()
+        },
+        labels=("objective", "layer"),
+        panel=Panel(
+            "Learning",
+            "Gradient norm by layer",
+            "Before clipping. It shows how deep an objective's signal reaches.",
+            queries=[(f"detour_train_layer_gradient_norm{RUN} {CURRENT}", "{{objective}} {{layer}}")],
+            width=12,
+        ),
+    ),
+    Metric(
         "detour_eval_bits_per_byte",
         "gauge",
         "Bits of held-out loss per byte of the predicted text, which compares tokenizers",

@@ -55,6 +55,8 @@ class StepRecord(StepValues):
     """Floating-point operations that the model needs for the step, forward and backward."""
     epochs: dict[str, int]
     """Epoch that each source has reached, from 0."""
+    gradient_norms: dict[str, float] | None = None
+    """At a due step, the gradient's norm before clipping by part: `embeddings`, layers from `0`, `head`."""
     workers: list[WorkerRecord] | None
     """One record per rank at a due step; None at other steps."""
     eval_loss: dict[str, float] | None = None
@@ -197,6 +199,8 @@ class Recorder:
             setattr(telemetry, name, value)
         if record.workers is not None:
             telemetry.workers = record.workers
+        if record.gradient_norms is not None:
+            telemetry.gradient_norms[record.objective] = record.gradient_norms
         if record.drawn is not None:
             counters.drawn = {**counters.drawn, **record.drawn}  # idle sources keep their counts
         if record.eval_loss is not None:
@@ -260,8 +264,10 @@ class Recorder:
             **window.rates(self._peak_flops).rates(),
         }
         names = ("losses", "eval_loss", "eval_accuracy", "eval_bits_per_byte")
-        by_objective = {name: getattr(record, name) for name in names}
-        return line | {name: values for name, values in by_objective.items() if values is not None}
+        by_name = {name: getattr(record, name) for name in names}
+        if record.gradient_norms is not None:
+            by_name["gradient_norms"] = {part: float(f"{norm:.4g}") for part, norm in record.gradient_norms.items()}
+        return line | {name: values for name, values in by_name.items() if values is not None}
 
     def _clipped_share(self, phase: int) -> dict[str, float]:
         """The share of a phase's steps so far whose gradient was clipped; empty without clipping."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -152,6 +153,10 @@ def _figures(run: RunFiles) -> list[Figure]:
     if held_out:
         chart = line_chart("Held-out loss", held_out, number=plain, bands=bands, marks=marks)
         figures.insert(1, Figure("Held-out loss", chart, keys=held_out))
+    if by_layer := _gradient_lines(run):
+        chart = line_chart("Gradient norm by layer", by_layer, number=plain, x_name="layer", from_zero=True)
+        note = "before clipping, median of the steps drawn per phase; the first layer is 0"
+        figures.append(Figure("Gradient norm by layer", chart, note, keys=by_layer))
     if with_step := [event for event in run.events if event.get("step") is not None]:
         figures.append(
             Figure("Progress over time", _timeline(with_step), "steps of the events; a fall is work that is repeated")
@@ -168,6 +173,19 @@ def _clipping(run: RunFiles) -> str:
         if "clipped_share" in row
     ]
     return f"before clipping; clipped in {', '.join(told)}" if told else "before clipping"
+
+
+def _gradient_lines(run: RunFiles) -> list[Line]:
+    """Per phase, the median norm of each layer's gradient."""
+    lines = []
+    for index, phase in enumerate(run.config.phases):
+        rows = [row["gradient_norms"] for row in run.phase(index) if row.get("gradient_norms")]
+        layers = [part for part in rows[0] if part.isdecimal()] if rows else []
+        norms = {layer: [row[layer] for row in rows if row[layer] is not None] for layer in layers}
+        points = [(float(layer), statistics.median(values)) for layer, values in norms.items() if values]
+        if points:
+            lines.append(Line(f"{index + 1}. {phase.objective_name.upper()}", points, _color(phase)))
+    return lines
 
 
 def _loss_lines(run: RunFiles) -> list[Line]:

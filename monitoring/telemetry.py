@@ -139,6 +139,8 @@ class Telemetry(StepValues, Rates):
     """Training loss by objective, at the latest step of each. Empty before the first step."""
     bits_per_byte: dict[str, Number] = {}
     """Bits of training loss per byte of the predicted text, by objective, at the latest step of each."""
+    gradient_norms: dict[str, dict[str, Number]] = {}
+    """The gradient's norm before clipping by objective and part of the model, at the latest logged step of each."""
     eval_loss: dict[str, Number] = {}
     """Held-out loss by objective. Empty without a held-out set."""
     eval_accuracy: dict[str, Number] = {}

@@ -38,7 +38,7 @@ def build_optimizer(ddp_models: list[Any], settings: Optimizer, dtype: torch.dty
         overlap_param_gather=True,
     )
     optimizer = get_megatron_optimizer(config, ddp_models)
-    for member in _members(optimizer):
+    for member in members(optimizer):
         # Megatron creates moments at the first gradient: a parameter frozen from the start would have none to save.
         member.init_state_fn(member.optimizer, member.config)
     return optimizer
@@ -62,14 +62,8 @@ def set_learning_rate(optimizer: Any, learning_rate: float, peak: float, setting
         group["weight_decay"] = decay * group["wd_mult"]  # Megatron's multiplier is 0 on biases and norms
 
 
-def step(optimizer: Any, losses: torch.Tensor | None = None) -> float:
-    """Take one optimizer step and return the global gradient norm before clipping.
-
-    A step whose norm is not finite leaves weights, moments and the step count as they are. All ranks agree, because the
-    norm is global. A GPU has all its work before the host waits for the norm.
-
-    Written for Megatron 0.16.1 and 0.19.2: `prepare_grads`, `get_grad_norm` and `step_with_ready_grads` are the parts
-    of its own `step`, which waits for the norm in their middle.
+def prepare_gradients(optimizer: Any, losses: torch.Tensor | None = None) -> None:
+    """Make the gradients of this rank's ranges of the parameters, divided by the label positions, ready for `update`.
 
     Args:
         optimizer: the result of `build_optimizer`.
@@ -77,21 +71,31 @@ def step(optimizer: Any, losses: torch.Tensor | None = None) -> float:
             gradients of such a loss may be finite.
     """
     optimizer.prepare_grads()
-    members = _members(optimizer)
     if losses is not None and len(losses):
         zero_or_nan = losses.sum() * 0.0  # stays on the device, because the host would wait for the losses
-        for member in members:
+        for member in members(optimizer):
             for parameter in member.get_parameters()[:1]:
                 parameter.grad.view(-1)[:1].add_(zero_or_nan)
+
+
+def update(optimizer: Any) -> float:
+    """Clip the prepared gradients, change the weights, and return the global gradient norm before clipping.
+
+    A step whose norm is not finite leaves weights, moments and the step count as they are. All ranks agree, because the
+    norm is global. A GPU has all its work before the host waits for the norm.
+
+    Written for Megatron 0.16.1 and 0.19.2: `prepare_grads`, `get_grad_norm` and `step_with_ready_grads` are the parts
+    of its own `step`, which waits for the norm in their middle.
+    """
     norm = torch.as_tensor(optimizer.get_grad_norm(), dtype=torch.float32, device=device()).view(())
-    for member in members:
+    for member in members(optimizer):
         member.optimizer.found_inf = 1.0 - norm.isfinite().float()
         clip = member.config.clip_grad
         member.optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else None
     optimizer.step_with_ready_grads()
     norm_on_host = norm.item()
     if not math.isfinite(norm_on_host):
-        for member in members:
+        for member in members(optimizer):
             member.optimizer.undo_step_count()
     return norm_on_host
 
@@ -118,7 +122,7 @@ class FrozenWeights:
         self._model = model
         self._optimizer = optimizer
         self._frozen: list[torch.nn.Parameter] = []
-        for member in _members(optimizer):
+        for member in members(optimizer):
             member.optimizer.register_step_pre_hook(self._drop_gradients)
 
     def freeze(self, parts: Collection[int | str]) -> None:
@@ -144,7 +148,7 @@ class FrozenWeights:
     def _drop_gradients(self, inner: torch.optim.Optimizer, *_: Any) -> None:
         """Remove the gradients of frozen weights, because Adam skips parameters without a gradient only."""
         frozen = set(self._frozen)
-        for member in _members(self._optimizer):
+        for member in members(self._optimizer):
             if member.optimizer is inner:
                 for parameter, (group, position) in member.model_param_group_index_map.items():
                     if parameter in frozen:
@@ -164,7 +168,7 @@ def replace_weights(optimizer: Any, values: Mapping[torch.nn.Parameter, torch.Te
     """
     for parameter, value in values.items():
         parameter.copy_(value)
-    for member in _members(optimizer):
+    for member in members(optimizer):
         buckets = (bucket for buffer in member.gbuf_ranges for parts in buffer.values() for bucket in parts)
         for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
             if parameter in values:
@@ -175,7 +179,7 @@ def replace_weights(optimizer: Any, values: Mapping[torch.nn.Parameter, torch.Te
                 states["exp_avg_sq"].zero_()
 
 
-def _members(optimizer: Any) -> list[Any]:
+def members(optimizer: Any) -> list[Any]:
     """Return the distributed optimizers that Megatron's chained optimizer holds: one, for a dense model."""
     members: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
     return members

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ def test_layout_equals_one_process(
     for found, expected in zip(read_metrics(tmp_path), read_metrics(alone_run), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        by_part = found["gradient_norms"]
+        assert by_part == pytest.approx(expected["gradient_norms"], rel=1e-3)  # metrics.jsonl rounds to 4 digits
+        assert math.hypot(*by_part.values()) == pytest.approx(found["grad_norm"], rel=1e-3)
     weights, expected_weights = stored(tmp_path, 5), stored(alone_run, 5)
     assert weights.keys() == expected_weights.keys()
     for name, tensor in weights.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import RunConfig
+from monitoring.log import read_metrics
 from tests.engine.world import run_world, stored, toy_config, train
 
 
@@ -55,3 +56,5 @@ def test_frozen_layers_stand_still(shards: Path, tmp_path: Path) -> None:
     assert all(torch.equal(frozen[name], start[name]) for name in inside)
     assert not any(torch.equal(frozen[name], start[name]) for name in start if name not in inside)
     assert not any(torch.equal(thawed[name], frozen[name]) for name in inside)
+    without = [{part for part, norm in line["gradient_norms"].items() if norm == 0} for line in read_metrics(tmp_path)]
+    assert without == [set(), set(), {"0", "2"}, {"0", "2"}, set()]

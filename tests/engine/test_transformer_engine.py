@@ -56,7 +56,7 @@ def _differences() -> dict[tuple[str, bool], float]:
     from engine.parallel import Layout, initialise
     from tests.engine.test_parity import build, their_logits
 
-    initialise(Layout(1, 1, 1, False, 1, 1), seed=0)
+    initialise(Layout(1, 1, 1, False, ()), seed=0)
     theirs, _, architecture = build()
     state = theirs.state_dict()
     ids = torch.randint(0, architecture.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))

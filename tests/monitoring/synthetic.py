@@ -56,6 +56,7 @@ def make_record(config: RunConfig, step: int, ranks: int = 2, **changes: Any) ->
         "tokens": 900 + step,
         "learning_rate": 1e-3 * min(1, step / 5),
         "grad_norm": 1.0 + 1 / step,
+        "gradient_norms": {"embeddings": 0.5, **{str(layer): 0.1 + layer / step for layer in range(4)}, "head": 0.2},
         "step_seconds": seconds,
         "data_wait_seconds": 0.002,
         "flops": 1e9,

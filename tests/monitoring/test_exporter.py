@@ -28,6 +28,7 @@ ENDPOINT = {
     "detour_train_data_wait_seconds_total": ("counter", set()),
     "detour_train_learning_rate": ("gauge", set()),
     "detour_train_grad_norm": ("gauge", set()),
+    "detour_train_layer_gradient_norm": ("gauge", {"objective", "layer"}),
     "detour_train_clipped_ratio": ("gauge", {"phase", "objective"}),
     "detour_train_phase": ("gauge", {"phase", "objective"}),
     "detour_data_packing_ratio": ("gauge", set()),

@@ -84,7 +84,7 @@ def test_a_finished_run_is_whole_and_self_contained(tmp_path: Path, monkeypatch:
         "clipped in 100 % of the steps of phase 1, 100 % of the steps of phase 2",
     ):
         assert text in page.said, text
-    assert page.count["svg"] == 9
+    assert page.count["svg"] == 10
     assert "nan" not in page.said.lower()
 
 

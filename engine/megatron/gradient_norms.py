@@ -1,0 +1,57 @@
+"""The gradient's norm by layer: how strongly an objective pulls at each depth of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import param_is_not_shared
+
+from engine.device import device
+from engine.megatron.names import global_name
+from engine.megatron.optimizer import PARTS, members
+
+
+def gradient_norms(model: Any, optimizer: Any) -> torch.Tensor:
+    """Compute the L2 norm of the gradient, before clipping, of each part of the whole model. Every rank calls it.
+
+    Written for Megatron 0.16.1 and 0.19.2: between `prepare_gradients` and `update`, a rank's range of a parameter has
+    its gradient in `grad` of its main parameter. Those that Megatron's own norm counts are counted here.
+
+    Args:
+        model: This rank's pipeline stage.
+        optimizer: The result of `build_optimizer`.
+
+    Returns:
+        [parts] fp32 on the device, in the order of `parts`. A frozen part has 0. The squares sum up to that of the
+        global norm.
+    """
+    order = parts(model)
+    names = {parameter: global_name(model, name) for name, parameter in model.named_parameters()}
+    gradients, rows = [], []
+    for member in members(optimizer):
+        for parameter, (group, position) in member.model_param_group_index_map.items():
+            main = member.optimizer.param_groups[group]["params"][position]
+            counts = param_is_not_shared(main) and tensor_parallel.param_is_not_tensor_parallel_duplicate(main)
+            if counts and main.grad is not None:
+                gradients.append(main.grad)
+                rows.append(order.index(_part(names[parameter])))
+    squares = torch.zeros(len(order), device=device())
+    if gradients:
+        norms = torch.stack(torch._foreach_norm(gradients)).float()
+        squares.index_add_(0, torch.tensor(rows, device=device()), norms.square())
+    dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def parts(model: Any) -> list[str]:
+    """Return `embeddings`, the layers of the whole model from `0`, and `head`, which includes the final norm."""
+    return ["embeddings", *map(str, range(model.config.num_layers)), "head"]
+
+
+def _part(name: str) -> str:
+    if name.startswith("decoder.layers."):
+        return name.split(".")[2]
+    return "embeddings" if name.startswith(PARTS["embeddings"]) else "head"
