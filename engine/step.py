@@ -19,7 +19,7 @@ from configs.schema import Optimizer
 from datapipe.batch import IGNORE, MicroBatch, label_bytes
 from engine import device
 from engine.megatron.ddp_timing import ParameterWaits
-from engine.megatron.optimizer import FrozenWeights, set_learning_rate
+from engine.megatron.optimizer import FrozenWeights, set_learning_rate, undo_step_count
 from engine.megatron.optimizer import step as optimizer_step
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.config import DropoutRates
@@ -126,7 +126,7 @@ class StepRunner:
 
     def optimizer_step(
         self, losses: torch.Tensor, learning_rate: float | None = None, peak: float | None = None
-    ) -> float:
+    ) -> torch.Tensor:
         """Update the weights, except frozen ones, unless a loss or gradient of any rank is not finite.
 
         Args:
@@ -135,12 +135,16 @@ class StepRunner:
             peak: Peak learning rate of the phase; `optimizer.lr` if not given.
 
         Returns:
-            The global gradient norm before clipping.
+            [] fp32, the global gradient norm before clipping. A GPU may still be computing it.
         """
         if learning_rate is not None:
             set_learning_rate(self.optimizer, learning_rate, peak or self.settings.lr, self.settings)
         self.frozen.clear_gradients()
         return optimizer_step(self.optimizer, losses)
+
+    def undo_step_count(self) -> None:
+        """Take a step that was not finite out of the optimizer's step count; before the next save at the latest."""
+        undo_step_count(self.optimizer)
 
     def evaluate(self, held_out: dict[Objective, list[MicroBatch]], byte_lengths: NDArray[np.int32]) -> Evaluation:
         """Run the held-out set forward; the training streams and the weights are not touched.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
@@ -62,11 +61,11 @@ def set_learning_rate(optimizer: Any, learning_rate: float, peak: float, setting
         group["weight_decay"] = decay * group["wd_mult"]  # Megatron's multiplier is 0 on biases and norms
 
 
-def step(optimizer: Any, losses: torch.Tensor | None = None) -> float:
-    """Take one optimizer step and return the global gradient norm before clipping.
+def step(optimizer: Any, losses: torch.Tensor | None = None) -> torch.Tensor:
+    """Take one optimizer step and return the global gradient norm before clipping, [] fp32 on the device.
 
-    A step whose norm is not finite leaves weights, moments and the step count as they are. All ranks agree, because the
-    norm is global. A GPU has all its work before the host waits for the norm.
+    A step whose norm is not finite leaves weights and moments as they are. All ranks agree, because the norm is global.
+    The host does not wait for the norm. When it knows of a skipped step, it calls `undo_step_count`.
 
     Written for Megatron 0.16.1 and 0.19.2: `prepare_grads`, `get_grad_norm` and `step_with_ready_grads` are the parts
     of its own `step`, which waits for the norm in their middle.
@@ -89,11 +88,13 @@ def step(optimizer: Any, losses: torch.Tensor | None = None) -> float:
         clip = member.config.clip_grad
         member.optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else None
     optimizer.step_with_ready_grads()
-    norm_on_host = norm.item()
-    if not math.isfinite(norm_on_host):
-        for member in members:
-            member.optimizer.undo_step_count()
-    return norm_on_host
+    return norm
+
+
+def undo_step_count(optimizer: Any) -> None:
+    """Take a skipped step out of Adam's step count; before the next save at the latest."""
+    for member in _members(optimizer):
+        member.optimizer.undo_step_count()
 
 
 PARTS = {
