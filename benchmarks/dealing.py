@@ -2,7 +2,7 @@
 
 Efficiency is the mean time of the ranks over the time of the slowest, by simulation on the real documents of MedQuAD in
 rows of 8,192 tokens, 384 rows per step. The time of a row is what an H100 was measured at (results/gpu-2026-11-26.md):
-0.281 s (CLM) or 0.227 s (MLM) per 16 rows, besides global attention, which runs at 225 or 290 TFLOP/s. Rows are dealt by
+0.281 s (CLM) or 0.227 s (MLM) per 16 rows, besides global attention at 225 or 290 TFLOP/s. Rows are dealt by
 `engine.dealing.row_cost`, which knows no such rates. The exchange itself is measured on gloo processes of this machine.
 
     python -m benchmarks.dealing [--quick] [--json FILE]
