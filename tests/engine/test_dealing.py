@@ -117,7 +117,10 @@ def rows_of_both_ways(config: RunConfig, directory: Path) -> list[Any]:
 
 
 def test_the_batch_and_the_state_of_the_data_stay(shards: Path, tmp_path: Path) -> None:
-    ranks = run_world(2, rows_of_both_ways, toy_config(shards), tmp_path)
+    """Also with tensor parallelism, where two ranks train on the same rows."""
+    first, same, second, equal = run_world(4, rows_of_both_ways, toy_config(shards, parallel={"tensor": 2}), tmp_path)
+    assert first == same and second == equal
+    ranks = first, second
     assert all(dealt[1:] == own[1:] for dealt, own in ranks), "a rank saves the streams that it serves"
     for step in range(3):
         dealt, own = ({origin for rank in ranks for origin in rank[way][0][step]} for way in (0, 1))
