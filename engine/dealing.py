@@ -61,7 +61,7 @@ class RowExchange:
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
         # Collectives of another thread need a group of their own, because they would mix with the training's.
-        self._group = dist.new_group(
+        self._group: dist.ProcessGroup | None = dist.new_group(
             dist.get_process_group_ranks(group), timeout, backend="gloo", use_local_synchronization=True
         )
         self._rank, self._size = dist.get_rank(self._group), dist.get_world_size(self._group)
@@ -111,6 +111,7 @@ class RowExchange:
     def close(self) -> None:
         """Leave the group. A collective that was cancelled fails on the ranks that wait in it."""
         dist.destroy_process_group(self._group)
+        self._group = None  # because its connections last as long as it is referred to
 
     @staticmethod
     def _wait(work: dist.Work, cancelled: threading.Event) -> None:
