@@ -1,11 +1,12 @@
 """Detour against Hugging Face transformers on this machine's CPU: real tokens per second and peak memory.
 
 Both sides train the same 17 M-parameter ModernBERT (the shape of Ettin's smallest) on the same documents, in one
-process with the same threads, by turns. Detour packs the documents into rows; for transformers they are shuffled into
-as many batches, or into more where those would not fit into memory, each of which its collator pads to the longest
-document. The batches are those after the first 64: until a packing buffer has turned over, it gives long documents
-first. Every batch is repeated, its fastest time counts, and these are added up: what other programs on the machine
-took drops out.
+process with the same threads, by turns. Detour packs the documents into rows. transformers gets them sorted by length,
+as its Trainer's `group_by_length` does, in as many batches, or in more where those would not fit into memory; its
+collator pads each batch to the longest document. Number format, attention and `torch.compile` of transformers are those
+that are fastest here. The batches are those after the first 64: until a packing buffer has turned over, it gives long
+documents first. Every batch is repeated, its fastest time counts, and these are added up: what other programs on the
+machine took drops out.
 
     python -m benchmarks.cpu_vs_transformers [--quick] [--json FILE]
 """
@@ -103,6 +104,7 @@ def theirs(
     device: str = "cpu",
     *,
     batches: int,
+    compiled: bool = False,
 ) -> Runner:
     """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW."""
     from transformers import (
@@ -129,12 +131,13 @@ def theirs(
         mask_token="[MASK]",
     )
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=objective == "mlm", mlm_probability=0.15)
-    dealt = np.array_split(np.random.default_rng(0).permutation(len(documents)), batches)
+    forward = torch.compile(net, dynamic=True) if compiled else net
+    dealt = np.array_split(np.argsort([len(document) for document in documents], kind="stable"), batches)
     collated = [collate([{"input_ids": documents[i]} for i in part]).to(device) for part in dealt]
 
     def step(batch: Any) -> float:
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = net(**batch).loss
+            loss = forward(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -180,42 +183,61 @@ def race(runners: dict[str, Runner], repeats: int) -> dict[str, float]:
     return {name: runner.tokens / float(best[name].sum()) for name, runner in runners.items()}
 
 
-def fastest(documents: Sequence[list[int]], objective: str, config: RunConfig) -> tuple[torch.dtype, str]:
-    """The number format and attention with which transformers is fastest here, by the second step on four documents.
+class Fastest(NamedTuple):
+    """The settings with which transformers is fastest here."""
 
-    bf16 only where the processor multiplies it: elsewhere it is emulated, for either side.
+    dtype: torch.dtype
+    attention: str
+    compiled: bool
+
+
+def fastest(documents: Sequence[list[int]], objective: str, config: RunConfig) -> Fastest:
+    """Choose the settings of transformers by the second step on four documents, torch.compile last.
+
+    bf16 is tried only where the processor multiplies it: elsewhere it is emulated, for either side.
     """
-    dtypes = (torch.float32, torch.bfloat16) if resolve_precision(config, 0) == "bf16" else (torch.float32,)
-    seconds = {}
-    for dtype, attention in product(dtypes, ("sdpa", "eager")):
-        runner = theirs(documents[:4], objective, dtype, attention, batches=1)
+    seconds: dict[Fastest, float] = {}
+
+    def measure(settings: Fastest) -> None:
+        dtype, attention, compiled = settings
+        runner = theirs(documents[:4], objective, dtype, attention, batches=1, compiled=compiled)
         runner.steps[0]()  # warms up
         started = time.perf_counter()
         runner.steps[0]()
-        seconds[dtype, attention] = time.perf_counter() - started
-        print(f"transformers {objective}, {dtype}, {attention}: {seconds[dtype, attention]:.1f} s", file=sys.stderr)
+        seconds[settings] = time.perf_counter() - started
+        how = ", compiled" if compiled else ""
+        print(f"transformers {objective}, {dtype}, {attention}{how}: {seconds[settings]:.1f} s", file=sys.stderr)
+
+    dtypes = (torch.float32, torch.bfloat16) if resolve_precision(config, 0) == "bf16" else (torch.float32,)
+    for dtype, attention in product(dtypes, ("sdpa", "eager")):
+        measure(Fastest(dtype, attention, compiled=False))
+    try:
+        measure(min(seconds, key=seconds.__getitem__)._replace(compiled=True))
+    except Exception as error:  # torch.compile wants a C++ compiler, and may not take the model
+        print(f"transformers {objective}, compiled: {type(error).__name__}: {error}", file=sys.stderr)
     return min(seconds, key=seconds.__getitem__)
 
 
 def speed_rows(folder: Path, repeats: int) -> list[Row]:
     rows = []
-    for objective, length, steps, bar, sparse_bar in (
-        ("mlm", 1024, 4, 3.0, 1.2),
-        ("clm", 1024, 4, 2.0, None),
-        ("mlm", 4096, 6, 4.0, None),
+    for objective, length, steps, bars, sparse_bar in (
+        ("mlm", 1024, 4, {"bf16": 3.5}, 1.2),
+        ("clm", 1024, 4, {"bf16": 2.3, "fp32": 1.5}, None),
+        ("mlm", 4096, 6, {"bf16": 3.5}, None),
     ):
         config = run_config(folder, objective, length, SLOTS // length, steps)
+        bar = bars.get(resolve_precision(config, 0))
         documents = documents_of(config)
         with ours(config) as mine:
-            best = fastest(documents, objective, config)
+            dtype, attention, compiled = fastest(documents, objective, config)
             batches = padded_batches(documents, length, steps)
-            runners = {"Detour": mine, "transformers": theirs(documents, objective, *best, batches=batches)}
+            peer = partial(theirs, documents, objective, dtype, attention, batches=batches, compiled=compiled)
+            runners = {"Detour": mine, "transformers": peer()}
             if sparse_bar:
-                sparse = theirs(documents, objective, *best, sparse=True, batches=batches)
-                runners["transformers, sparse_prediction"] = sparse
+                runners["transformers, sparse_prediction"] = peer(sparse=True)
             speeds = race(runners, repeats)
-        for (peer, speed), wanted in zip(list(speeds.items())[1:], (bar, sparse_bar), strict=False):
-            name = f"{objective.upper()} at {length} against {peer}"
+        for (other, speed), wanted in zip(list(speeds.items())[1:], (bar, sparse_bar), strict=False):
+            name = f"{objective.upper()} at {length} against {other}"
             rows.append(Row.at_least(name, speeds["Detour"], speed, wanted, "real tokens/s"))
             report(rows[-1:], None)
     return rows
@@ -318,7 +340,7 @@ def main() -> None:
         mine, whole, peer = (
             in_processes(peak_memory, [(folder, side)])[0] / 2**30 for side in ("ours", "whole", "theirs")
         )
-        rows.append(Row.at_most("peak memory of the process, CLM at 4096", mine, peer, 0.5, "GiB"))
+        rows.append(Row.at_most("peak memory of the process, CLM at 4096", mine, peer, 0.4, "GiB"))
         rows.append(Row.at_most("the same against all logits at once", mine, whole, None, "GiB"))
         rows.append(data_parallel_row(folder, repeats))
     report(rows, options.json)

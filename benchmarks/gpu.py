@@ -43,7 +43,7 @@ from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
 from engine.build import build
 from engine.checkpoint import step_directory
-from engine.device import device, total_memory_bytes
+from engine.device import HostCopy, device, total_memory_bytes
 from engine.modernbert import convert
 from engine.precision import resolve_precision
 from engine.trainer import train
@@ -108,11 +108,13 @@ def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
             pass
 
         def run(count: int) -> int:
-            tokens = 0
+            tokens, unread = 0, None
             for batch in islice(data, count):
                 losses, _ = components.runner.forward_backward(batch.staged)
                 components.runner.optimizer_step(losses)
-                losses.tolist()  # as the training loop does, which logs them
+                if unread:
+                    unread.read()  # a step late, as the training loop does
+                unread = HostCopy(losses)
                 tokens += sum(micro.tokens for micro in batch.micro_batches)
             torch.cuda.synchronize()
             return tokens

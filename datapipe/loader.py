@@ -22,6 +22,7 @@ An example with rows of 8 tokens, C = [CLS], S = [SEP], M = [MASK], _ = padding 
 The unit of exactness is the stream. `data.streams` streams divide the documents among them, and each makes its rows
 alone: `batch.sequences / data.streams` rows per step. Rank r of n serves the streams r, r + n, r + 2n, ... So global
 batches are the same for any number of ranks, and a run continues from the streams' positions with any other number.
+Which rank trains on a row does not matter to the result: ranks may exchange rows (`engine.dealing`).
 
 A phase with other sources, weights or row lengths has a loader of its own. Its streams continue from the positions at
 the end of the phase before: `StreamState.for_phase`.
@@ -53,6 +54,8 @@ from datapipe.tokenizer import Tokenizer
 
 EVALUATION = "(evaluation)"
 """Name of the evaluation set among the fingerprints; no source can have it."""
+Exchange = Callable[[list[PackedSequence], threading.Event], list[PackedSequence]]
+"""Takes the rows of a step, and an event that is set when no further step is wanted; returns as many rows."""
 SCAN_BYTES = 256 * 2**20
 """Largest local source that is read whole when a run starts."""
 
@@ -74,6 +77,8 @@ class StepPlan:
     """Whether the state may be that of other sources, weights or row lengths."""
     stage: Callable[[MicroBatch], Any] | None
     """Called per micro-batch in the thread that makes it, to bring it to the training device."""
+    exchange: Exchange | None
+    """Gives this rank's rows of a step for those that it trains on; None trains on its own."""
 
 
 class Loader:
@@ -121,6 +126,7 @@ class Loader:
         last: int,
         state: dict[str, Any] | None,
         stage: Callable[[MicroBatch], Any] | None = None,
+        exchange: Exchange | None = None,
         *,
         begins_phase: bool = False,
     ) -> Generator[StepData, None, None]:
@@ -134,6 +140,7 @@ class Loader:
             state: `StepData.state` of step `first - 1`, united over the ranks, whatever their number was. None begins
                 with the data.
             stage: Called per micro-batch in the thread, to bring it to the training device.
+            exchange: Called per step in the thread, to exchange rows with other ranks.
             begins_phase: A phase begins with `first`, so the state may be that of other sources, weights or lengths.
 
         Raises:
@@ -147,7 +154,7 @@ class Loader:
                 key="batch.micro",
                 code="not-a-divisor",
             )
-        plan = StepPlan(targets, micro_batch_size, first, last, state, begins_phase, stage)
+        plan = StepPlan(targets, micro_batch_size, first, last, state, begins_phase, stage, exchange)
         cancelled = threading.Event()
         steps = self._make_steps(plan, cancelled)
         return prefetched(steps, self._data.prefetch, cancelled, self.gate, closes=self._device is not None)
@@ -188,6 +195,8 @@ class Loader:
                 rows = rows or self._next_rows(streams.values())
                 if rows is None:
                     raise end_of_data(step)
+                if plan.exchange:
+                    rows = plan.exchange(rows, cancelled)
                 size = plan.micro_batch_size
                 micro_batches = tuple(make_batches([rows[i : i + size] for i in range(0, len(rows), size)], step))
                 snapshots = {str(number): stream.snapshot() for number, stream in streams.items()}

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from datapipe.tokenizer import Tokenizer
 from engine import device, micro_batch
 from engine.checkpoint.manager import CheckpointManager
 from engine.checkpoint_meta import CheckpointMeta
+from engine.dealing import RowExchange, row_cost
 from engine.guards import Guards, ReplicaGuard
 from engine.initial_weights import load_initial_weights, reset_head
 from engine.megatron import ddp_timing
@@ -73,6 +75,10 @@ class Components:
     recorder: Recorder | None
     """On global rank 0 only."""
     state: TrainState
+    hosts: dist.ProcessGroup
+    """All ranks, by gloo: their hosts exchange numbers while GPUs work."""
+    row_exchange: RowExchange | None
+    """None without data parallelism."""
 
     def evaluation_due(self, span: PhaseSpan) -> bool:
         """Whether the held-out set is evaluated after the current step: at its interval, and at the end of the run."""
@@ -96,13 +102,19 @@ class Components:
 
         `begin_phase` comes first. `data` is as in `Loader.steps`.
         """
+        targets, micro = objective.targets(), self.layout.micro_batch_sizes[span.index]
+        exchange = None
+        if self.row_exchange:
+            cost = row_cost(self.runner.model.architecture, targets)
+            exchange = partial(self.row_exchange, cost=cost, micro_batch_size=micro)
         return self.loader.steps(
-            objective.targets(),
-            self.layout.micro_batch_sizes[span.index],
+            targets,
+            micro,
             first,
             last,
             data,
             partial(to_device_batch, dropout=resolve_dropout(self.config, self.architecture)),
+            exchange,
             begins_phase=first == span.first,
         )
 
@@ -111,6 +123,8 @@ class Components:
         self.checkpoints.close()
         if self.recorder:
             self.recorder.close()
+        if self.row_exchange:
+            self.row_exchange.close()
         parallel_state.destroy_model_parallel()
         release(self.runner.ddp_model, self.runner.model)  # else another run of this process would not get the memory
 
@@ -132,7 +146,8 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     architecture = run_architecture(config, directory, tokenizer)
     precision = resolve_precision(config, parameter_count(architecture))
     layout = plan(config, architecture, dist.get_world_size())
-    initialise(layout, config.seed, config.cluster.hang_timeout + 60)  # longer, so that the launcher sees a hang first
+    patience = config.cluster.hang_timeout + 60  # longer, so that the launcher sees a hang first
+    initialise(layout, config.seed, patience)
     _log_groups()
     model, ddp_model = build_model(architecture, layout, precision, config)
     optimizer = build_optimizer([ddp_model], config.optimizer, DTYPE[precision])
@@ -177,6 +192,10 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
         replicas=ReplicaGuard(weight_buffers(ddp_model)),
         recorder=recorder,
         state=state,
+        hosts=dist.new_group(backend="gloo", timeout=timedelta(seconds=patience)),
+        row_exchange=RowExchange(parallel_state.get_data_parallel_group(), timedelta(seconds=patience))
+        if layout.data > 1
+        else None,
     )
     try:
         if fit is None and device.device().type == "cuda":

@@ -41,6 +41,23 @@ def to_device(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(target, non_blocking=True)
 
 
+class HostCopy:
+    """A tensor on its way to the host, which waits for it only when it reads it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.to("cpu", non_blocking=True)  # into pinned memory
+        self._arrival = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrival:
+            self._arrival.record()
+
+    def read(self) -> list[float]:
+        """Wait for the values of the [n] tensor and return them."""
+        if self._arrival:
+            self._arrival.synchronize()
+        values: list[float] = self._tensor.tolist()
+        return values
+
+
 def compiles_kernels() -> bool:
     """Whether the model's Triton kernels can be compiled here: there is a GPU, and nothing is missing."""
     return torch.cuda.is_available() and kernels_lack() is None

@@ -7,7 +7,13 @@ from numpy.typing import ArrayLike
 from transformers import ModernBertConfig
 
 
-def training_flops(architecture: ModernBertConfig, lengths: ArrayLike, num_label_tokens: int, causal: bool) -> float:
+def training_flops(
+    architecture: ModernBertConfig,
+    lengths: ArrayLike,
+    num_label_tokens: int,
+    causal: bool,
+    attention_weight: float = 1.0,
+) -> float:
     """Count the FLOPs of one forward and backward pass. A multiply-add is two; backward costs twice the forward.
 
     Only matrix products count, as is usual for MFU: not norms, activations, softmax or RoPE. Padding and masked-out
@@ -18,6 +24,7 @@ def training_flops(architecture: ModernBertConfig, lengths: ArrayLike, num_label
         lengths: Tokens of each document.
         num_label_tokens: Positions that carry a loss.
         causal: Whether attention is causal.
+        attention_weight: Weight of attention's FLOPs in the sum.
     """
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
     size = np.asarray(lengths, dtype=np.float64)
@@ -29,7 +36,7 @@ def training_flops(architecture: ModernBertConfig, lengths: ArrayLike, num_label
     pairs = global_layers * _pairs(size, np.inf, causal) + local_layers * _pairs(size, half, causal)
     attention = 2 * 2 * hidden * pairs  # query by key, weights by value
     head = 2 * num_label_tokens * hidden * (hidden + architecture.vocab_size)
-    return float(3 * (linear + attention + head))
+    return float(3 * (linear + attention_weight * attention + head))
 
 
 def _pairs(size: np.ndarray, reach: float, causal: bool) -> float:

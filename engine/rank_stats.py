@@ -1,18 +1,23 @@
-"""Numbers that ranks share: a sum over all ranks at every step, and each rank's own view at logged steps."""
+"""Numbers that ranks share: sums over all ranks at every step, and each rank's own view at logged steps."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from numpy.typing import NDArray
+from transformers import ModernBertConfig
 
-from datapipe.batch import Drawn
+from datapipe.batch import IGNORE, Drawn, MicroBatch, label_bytes
 from engine import device
+from engine.flops import training_flops
 
 
 def reports_loss() -> bool:
@@ -23,13 +28,12 @@ def reports_loss() -> bool:
     return bool(parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0)
 
 
-class StepTotals(NamedTuple):
-    """One rank's contribution to a step, and after `sum_over_ranks` that of all ranks."""
+class Decisions(NamedTuple):
+    """One rank's contribution to what all ranks do after a step, and after `sum_over_ranks` that of all ranks.
 
-    label_bytes: float
-    """UTF-8 bytes of the text that the labels stand for."""
-    flops: float
-    """Floating-point operations of forward and backward."""
+    They pass from host to host, so that no host waits for its GPU.
+    """
+
     save: float
     """More than 0: rank 0 asks for a checkpoint."""
     stop: float
@@ -38,15 +42,45 @@ class StepTotals(NamedTuple):
     """Ranks whose data ends with this step."""
     writing: float
     """Ranks that are writing a checkpoint."""
-    clm_loss_sum: float = 0.0
-    """Sum of the losses over the label positions of CLM."""
+
+    def sum_over_ranks(self, hosts: dist.ProcessGroup) -> Decisions:
+        """Return the sum over the ranks of `hosts`, a gloo group of all of them."""
+        sums = torch.tensor(self, dtype=torch.float64)
+        dist.all_reduce(sums, group=hosts)
+        return Decisions(*sums.tolist())
+
+
+class StepTotals(NamedTuple):
+    """Sums over all ranks of a step, or one rank's contribution."""
+
+    label_bytes: float = 0.0
+    """UTF-8 bytes of the text that the labels stand for."""
+    flops: float = 0.0
+    """Floating-point operations of forward and backward."""
     clm_label_tokens: float = 0.0
     """Label positions of CLM."""
     clm_tokens: float = 0.0
     """Tokens of the rows trained by CLM, padding not counted."""
-    mlm_loss_sum: float = 0.0
     mlm_label_tokens: float = 0.0
     mlm_tokens: float = 0.0
+    clm_loss_sum: float = 0.0
+    """Sum of the losses over the label positions of CLM."""
+    mlm_loss_sum: float = 0.0
+
+    @classmethod
+    def counted(
+        cls, micro_batches: Sequence[MicroBatch], architecture: ModernBertConfig, byte_lengths: NDArray[np.int32]
+    ) -> StepTotals:
+        """Count this rank's micro-batches. The losses are left out, because the device may still compute them."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        for micro_batch in micro_batches if reports_loss() else ():
+            labels = int((micro_batch.labels != IGNORE).sum())
+            lengths = micro_batch.cu_seqlens[1:] - micro_batch.cu_seqlens[:-1]
+            sums["label_bytes"] += label_bytes(micro_batch.labels, byte_lengths)
+            sums["flops"] += training_flops(architecture, lengths, labels, micro_batch.is_causal)
+            sums[f"{micro_batch.objective}_label_tokens"] += labels
+            sums[f"{micro_batch.objective}_tokens"] += micro_batch.tokens
+        return cls(**sums)
 
     @property
     def loss(self) -> float:
@@ -76,11 +110,34 @@ class StepTotals(NamedTuple):
             (self.clm_loss_sum + self.mlm_loss_sum) / math.log(2) / self.label_bytes if self.label_bytes else math.nan
         )
 
-    def sum_over_ranks(self) -> StepTotals:
-        """Return the sum over all ranks, by one small all-reduce."""
-        sums = torch.tensor(self, dtype=torch.float64, device=device.device())
+
+class StepNumbers:
+    """The numbers of a launched step, on their way to the host; all ranks make it together.
+
+    Args:
+        micro_batches: This rank's micro-batches.
+        counts: `StepTotals.counted` of them.
+        losses: [micro-batches] fp32 on the device; empty before the last pipeline stage.
+        norms: [1] or [1 + parts] fp32 on the device, as `StepRunner.optimizer_step` returns them.
+    """
+
+    def __init__(
+        self, micro_batches: Sequence[MicroBatch], counts: StepTotals, losses: torch.Tensor, norms: torch.Tensor
+    ) -> None:
+        target = losses.device
+        sums = device.to_device(torch.tensor(counts, dtype=torch.float64), target)
+        losses = losses.double()
+        if reports_loss():
+            own = [[micro.objective == objective for micro in micro_batches] for objective in ("clm", "mlm")]
+            sums[-2:] = torch.where(device.to_device(torch.tensor(own), target), losses, 0.0).sum(dim=1)
         dist.all_reduce(sums)
-        return StepTotals(*sums.tolist())
+        self._sizes = len(sums), len(sums) + len(norms)
+        self._numbers = device.HostCopy(torch.cat((sums, norms.double(), losses)))
+
+    def read(self) -> tuple[StepTotals, list[float], list[float]]:
+        """Wait for the step, and return the sums over all ranks, the gradient norms, and this rank's losses."""
+        values, (sums, norms) = self._numbers.read(), self._sizes
+        return StepTotals(*values[:sums]), values[sums:norms], values[norms:]
 
 
 @dataclass(frozen=True)

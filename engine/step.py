@@ -19,8 +19,14 @@ from configs.schema import Optimizer
 from datapipe.batch import IGNORE, MicroBatch, label_bytes
 from engine import device
 from engine.megatron.ddp_timing import ParameterWaits
-from engine.megatron.gradient_norms import gradient_norms, parts
-from engine.megatron.optimizer import FrozenWeights, prepare_gradients, set_learning_rate, update
+from engine.megatron.gradient_norms import gradient_norms
+from engine.megatron.optimizer import (
+    FrozenWeights,
+    prepare_gradients,
+    set_learning_rate,
+    undo_step_count,
+    update,
+)
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.config import DropoutRates
 from engine.modernbert.dropout import Dropout
@@ -81,14 +87,6 @@ class Evaluation(NamedTuple):
     """Bits of loss per byte of the predicted text."""
 
 
-class GradientNorms(NamedTuple):
-    """L2 norms of a step's gradient before clipping."""
-
-    total: float
-    by_part: dict[str, float] | None
-    """The norm of each part, where it was asked for."""
-
-
 @dataclass
 class StepRunner:
     """One rank's model and optimizer, and the passes of a step."""
@@ -138,7 +136,7 @@ class StepRunner:
         learning_rate: float | None = None,
         peak: float | None = None,
         by_part: bool = False,
-    ) -> GradientNorms:
+    ) -> torch.Tensor:
         """Update the weights, except frozen ones, unless a loss or gradient of any rank is not finite.
 
         Args:
@@ -146,16 +144,21 @@ class StepRunner:
             learning_rate: Learning rate of this step; None keeps the one of the step before.
             peak: Peak learning rate of the phase; `optimizer.lr` if not given.
             by_part: Compute the norm of each part too. All ranks say the same.
+
+        Returns:
+            [1] or [1 + parts] fp32 on the device: the global gradient norm before clipping, then those of
+            `gradient_norms.parts`. A GPU may still be computing them.
         """
         if learning_rate is not None:
             set_learning_rate(self.optimizer, learning_rate, peak or self.settings.lr, self.settings)
         self.frozen.clear_gradients()
         prepare_gradients(self.optimizer, losses)
-        norms = gradient_norms(self.model, self.optimizer) if by_part else None
-        total = update(self.optimizer)
-        return GradientNorms(
-            total, None if norms is None else dict(zip(parts(self.model), norms.tolist(), strict=True))
-        )
+        norms = [gradient_norms(self.model, self.optimizer)] if by_part else []
+        return torch.cat([update(self.optimizer).view(1), *norms])
+
+    def undo_step_count(self) -> None:
+        """Take a step that was not finite out of the optimizer's step count; before the next save at the latest."""
+        undo_step_count(self.optimizer)
 
     def evaluate(self, held_out: dict[Objective, list[MicroBatch]], byte_lengths: NDArray[np.int32]) -> Evaluation:
         """Run the held-out set forward; the training streams and the weights are not touched.

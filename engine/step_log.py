@@ -14,7 +14,7 @@ from engine import device
 from engine.device import Stopwatch
 from engine.rank_stats import RankStats, StepTotals, latest_epochs, reports_loss, total_drawn
 from engine.schedule import PhaseSchedule
-from engine.step import Evaluation, GradientNorms
+from engine.step import Evaluation
 from monitoring.events import DocumentsSkipped, record
 from monitoring.log import Follower
 from monitoring.recorder import Recorder, StepRecord, WorkerRecord, due
@@ -56,7 +56,8 @@ class StepLog:
         span: PhaseSpan,
         batch: StepData,
         totals: StepTotals,
-        gradient: GradientNorms,
+        grad_norm: float,
+        gradient_norms: dict[str, float] | None,
         times: StepTimes,
         evaluation: Evaluation | None,
     ) -> None:
@@ -83,8 +84,8 @@ class StepLog:
                 tokens=int(totals.tokens),
                 objective_tokens=totals.objective_tokens if is_mixed else None,
                 learning_rate=self._schedule.learning_rate(step - 1),
-                grad_norm=gradient.total,
-                gradient_norms=gradient.by_part,
+                grad_norm=grad_norm,
+                gradient_norms=gradient_norms,
                 step_seconds=times.step_seconds,
                 data_wait_seconds=times.data_wait_seconds,
                 flops=totals.flops,

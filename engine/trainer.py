@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import RunConfig
-from datapipe.batch import IGNORE, StepData, label_bytes
+from configs.spans import PhaseSpan
+from datapipe.batch import StepData
 from datapipe.loader import end_of_data
 from engine.build import Components, build
 from engine.device import Stopwatch
-from engine.flops import training_flops
-from engine.rank_stats import StepTotals, reports_loss
+from engine.megatron.gradient_norms import parts
+from engine.rank_stats import Decisions, StepNumbers, StepTotals
 from engine.step_log import StepLog, StepTimes
 
 StopReason = Callable[[], str | None]
@@ -51,11 +51,27 @@ def train(config: RunConfig, directory: Path, stop: StopReason = lambda: None) -
         return train_loop(run, stop)
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose numbers are read later, so that a GPU has the next step's work while the host waits for them."""
+
+    step: int
+    """Completed steps with this one."""
+    span: PhaseSpan
+    objective: str
+    batch: StepData
+    numbers: StepNumbers
+    watch: Stopwatch
+    """Runs from the request for the batch until the host launches the next step, or reads this one."""
+    waited: float
+    own_work: Stopwatch
+
+
 def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
     """Train the remaining steps of a run that was built. Arguments and errors as for `train`."""
     state, runner = run.state, run.runner
     log = StepLog(run.config, run.directory, run.schedule, run.recorder)
-    lengths = run.tokenizer.byte_lengths
+    unread: _Launched | None = None
     for span in run.schedule.remaining(state.step):
         objective = run.begin_phase(span)
         if run.recorder:
@@ -66,28 +82,33 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
                 run.replicas.observe()
                 learning_rate = run.schedule.learning_rate(state.step)
                 peak, by_part = run.schedule.peak(span), log.due(state.step + 1)
-                gradient = runner.optimizer_step(losses, learning_rate, peak, by_part)
-                batch_losses = losses.tolist()
+                norms = runner.optimizer_step(losses, learning_rate, peak, by_part)
                 state.step += 1
+                counts = StepTotals.counted(batch.micro_batches, run.architecture, run.tokenizer.byte_lengths)
+                numbers = StepNumbers(batch.micro_batches, counts, losses, norms)
+                launched = _Launched(state.step, span, objective.name, batch, numbers, watch, waited, own_work)
+                if unread:
+                    _finish(run, log, unread)
 
                 reason = stop() if run.recorder else None
-                totals = _totals(run, batch, batch_losses, reason).sum_over_ranks()
-                suspects = _suspects(run, batch, batch_losses)
-                run.guards.check(state.step, objective.name, totals.loss, gradient.total, suspects)
-                times = StepTimes(watch.seconds(), waited, own_work)
-                evaluation = runner.evaluate(run.held_out, lengths) if run.evaluation_due(span) else None
-                log.record(state.step, span, batch, totals, gradient, times, evaluation)
-
-                run.checkpoints.poll(all_idle=not totals.writing)
-                stopping, phase_ends = bool(totals.stop or totals.data_ended), state.step == span.last
-                if totals.save or stopping or phase_ends:
+                decided = _decisions(run, batch, reason).sum_over_ranks(run.hosts)
+                run.checkpoints.poll(all_idle=not decided.writing)
+                stopping, phase_ends = bool(decided.stop or decided.data_ended), state.step == span.last
+                saving, evaluating = decided.save or stopping or phase_ends, run.evaluation_due(span)
+                if not (saving or evaluating):
+                    watch.stop()
+                    unread = launched
+                    continue
+                unread = None
+                _finish(run, log, launched, evaluating)  # what is saved or evaluated is known to be sound
+                if saving:
                     state.data = batch.state
                     run.replicas.require_equal(state.step)
                     last = stopping or state.step == run.schedule.total
                     run.checkpoints.save(state, run.guards, wait=phase_ends, last=last)
-                if totals.stop:
+                if decided.stop:
                     return Outcome(state.step, finished=state.step == run.schedule.total, reason=reason)
-                if totals.data_ended:  # for some ranks, but all have saved
+                if decided.data_ended:  # for some ranks, but all have saved
                     raise end_of_data(state.step)
     return Outcome(state.step, finished=True)
 
@@ -100,24 +121,22 @@ def _timed(batches: Iterator[StepData]) -> Iterator[tuple[StepData, Stopwatch, f
         watch = Stopwatch()
 
 
-def _totals(run: Components, batch: StepData, losses: list[float], reason: str | None) -> StepTotals:
-    """Return this rank's contribution to the step, and on rank 0 the decisions to save and to stop."""
-    sums: defaultdict[str, float] = defaultdict(float)
-    predicted_bytes, flops = 0, 0.0
-    if reports_loss():
-        for micro_batch, loss in zip(batch.micro_batches, losses, strict=True):
-            labels = int((micro_batch.labels != IGNORE).sum())
-            lengths = micro_batch.cu_seqlens[1:] - micro_batch.cu_seqlens[:-1]
-            predicted_bytes += label_bytes(micro_batch.labels, run.tokenizer.byte_lengths)
-            name = micro_batch.objective
-            sums[f"{name}_loss_sum"] += loss
-            sums[f"{name}_label_tokens"] += labels
-            sums[f"{name}_tokens"] += micro_batch.tokens
-            flops += training_flops(run.architecture, lengths, labels, micro_batch.is_causal)
-    return StepTotals(
-        **sums,
-        label_bytes=predicted_bytes,
-        flops=flops,
+def _finish(run: Components, log: StepLog, launched: _Launched, evaluating: bool = False) -> None:
+    """Wait for a step, check its numbers, evaluate after it if asked to, and log it."""
+    totals, (grad_norm, *norms), losses = launched.numbers.read()
+    by_part = dict(zip(parts(run.architecture.num_hidden_layers), norms, strict=True)) if norms else None
+    times = StepTimes(launched.watch.seconds(), launched.waited, launched.own_work)
+    if not math.isfinite(grad_norm):
+        run.runner.undo_step_count()
+    suspects = _suspects(run, launched.batch, losses)
+    run.guards.check(launched.step, launched.objective, totals.loss, grad_norm, suspects)
+    evaluation = run.runner.evaluate(run.held_out, run.tokenizer.byte_lengths) if evaluating else None
+    log.record(launched.step, launched.span, launched.batch, totals, grad_norm, by_part, times, evaluation)
+
+
+def _decisions(run: Components, batch: StepData, reason: str | None) -> Decisions:
+    """Return this rank's contribution: rank 0 decides to save and to stop, and each rank knows of its own data."""
+    return Decisions(
         save=float(run.recorder is not None and run.checkpoints.is_due(run.state)),
         stop=float(reason is not None),
         data_ended=float(batch.ends),

@@ -24,7 +24,7 @@ class FusedAdam(torch.optim.Optimizer):
     grad_scale: torch.Tensor | None = None
     """[] fp32: the update divides the gradients by it. The name is torch's."""
     found_inf: torch.Tensor | None = None
-    """[] fp32: at 1 the update changes no weight and no moment, but the step still counts. The name is torch's."""
+    """[] fp32: at 1 the update changes no weight and no moment. The name is torch's."""
 
     def __init__(
         self,
@@ -39,6 +39,8 @@ class FusedAdam(torch.optim.Optimizer):
         if not adam_w_mode or capturable:
             raise ValueError("only AdamW, outside CUDA graphs")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._skipped: torch.Tensor | float = 0.0
+        """[] fp32 on the device: skipped steps that the groups' step counts still include."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -49,7 +51,7 @@ class FusedAdam(torch.optim.Optimizer):
             if not params:
                 continue
             states = [self.state[param] for param in params]
-            step = torch.full((), float(group["step"]), device=params[0].device)
+            step = torch.full((), float(group["step"]), device=params[0].device) - self._skipped
             torch._fused_adamw_(
                 params,
                 [param.grad for param in params],
@@ -67,11 +69,14 @@ class FusedAdam(torch.optim.Optimizer):
                 grad_scale=self.grad_scale,
                 found_inf=self.found_inf,
             )
+        if self.found_inf is not None:
+            self._skipped = self._skipped + self.found_inf
 
     def undo_step_count(self) -> None:
-        """Undo the step count after a skipped step."""
+        """Take a skipped step out of the step counts, once the host knows of it. Updates in between are exact."""
         for group in self.param_groups:
             group["step"] -= 1
+        self._skipped = self._skipped - 1
 
 
 def install() -> None:

@@ -28,7 +28,7 @@ def gradient_norms(model: Any, optimizer: Any) -> torch.Tensor:
         [parts] fp32 on the device, in the order of `parts`. A frozen part has 0. The squares sum up to that of the
         global norm.
     """
-    order = parts(model)
+    order = parts(model.config.num_layers)
     names = {parameter: global_name(model, name) for name, parameter in model.named_parameters()}
     gradients, rows = [], []
     for member in members(optimizer):
@@ -46,9 +46,9 @@ def gradient_norms(model: Any, optimizer: Any) -> torch.Tensor:
     return squares.sqrt()
 
 
-def parts(model: Any) -> list[str]:
+def parts(num_layers: int) -> list[str]:
     """Return `embeddings`, the layers of the whole model from `0`, and `head`, which includes the final norm."""
-    return ["embeddings", *map(str, range(model.config.num_layers)), "head"]
+    return ["embeddings", *map(str, range(num_layers)), "head"]
 
 
 def _part(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
@@ -78,14 +77,17 @@ def prepare_gradients(optimizer: Any, losses: torch.Tensor | None = None) -> Non
                 parameter.grad.view(-1)[:1].add_(zero_or_nan)
 
 
-def update(optimizer: Any) -> float:
-    """Clip the prepared gradients, change the weights, and return the global gradient norm before clipping.
+def update(optimizer: Any) -> torch.Tensor:
+    """Clip the prepared gradients and change the weights.
 
-    A step whose norm is not finite leaves weights, moments and the step count as they are. All ranks agree, because the
-    norm is global. A GPU has all its work before the host waits for the norm.
+    A step whose norm is not finite leaves weights and moments as they are. All ranks agree, because the norm is global.
+    The host does not wait for the norm. When it knows of a skipped step, it calls `undo_step_count`.
 
     Written for Megatron 0.16.1 and 0.19.2: `prepare_grads`, `get_grad_norm` and `step_with_ready_grads` are the parts
     of its own `step`, which waits for the norm in their middle.
+
+    Returns:
+        [] fp32 on the device, the global gradient norm before clipping.
     """
     norm = torch.as_tensor(optimizer.get_grad_norm(), dtype=torch.float32, device=device()).view(())
     for member in members(optimizer):
@@ -93,11 +95,13 @@ def update(optimizer: Any) -> float:
         clip = member.config.clip_grad
         member.optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else None
     optimizer.step_with_ready_grads()
-    norm_on_host = norm.item()
-    if not math.isfinite(norm_on_host):
-        for member in members(optimizer):
-            member.optimizer.undo_step_count()
-    return norm_on_host
+    return norm
+
+
+def undo_step_count(optimizer: Any) -> None:
+    """Take a skipped step out of Adam's step count; before the next save at the latest."""
+    for member in members(optimizer):
+        member.optimizer.undo_step_count()
 
 
 PARTS = {

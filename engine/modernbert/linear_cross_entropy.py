@@ -22,7 +22,9 @@ from torch import Tensor
 from engine.modernbert.ops import exponentials_
 
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1600 << 20}
-"""Largest block of logits held at once, counted in fp32; enough rows for the matrix products to run at full speed."""
+"""Largest block of logits held at once, on a GPU counted in fp32; enough rows for the products to run at full speed."""
+SUMMED_ROWS = 1024
+"""Rows of a bf16 gradient that a CPU adds to the fp32 sum at once: they stay in its cache as they are converted."""
 SAFE_LOGIT = 60.0
 """Logits of at most this size need no shift before `exp`: neither `exp` nor its sum over a vocabulary overflows."""
 EXTRA_COLUMNS = 8
@@ -100,6 +102,7 @@ class _Layer:
     is_local: Tensor
     """[N, 1], 1 where the label lies in this slice, else 0, in the dtype of `hidden`."""
     group: dist.ProcessGroup | None
+    scratch: Scratch
 
     @classmethod
     def prepare(
@@ -124,7 +127,7 @@ class _Layer:
         local = labels - start
         is_local = ((local >= 0) & (local < used)).to(hidden.dtype)[:, None]
         local = torch.where(is_local[:, 0] > 0, local, 0)
-        return cls(hidden, states, kernel, bias[:used], local, is_local, group)
+        return cls(hidden, states, kernel, bias[:used], local, is_local, group, scratch)
 
     @property
     def used(self) -> int:
@@ -179,8 +182,15 @@ class _Layer:
         scaled = (self.states[rows] / sum_exp).to(self.hidden.dtype)
         if self.hidden.dtype == torch.float32:
             grad_kernel[: self.used].addmm_(exponentials.t(), scaled)
-        else:
+        elif self.hidden.is_cuda:
             grad_kernel[: self.used] += exponentials.t() @ scaled
+        else:
+            product = self.scratch.take("product", self.used, scaled.shape[1], scaled)
+            torch.mm(exponentials.t(), scaled, out=product)
+            for total, part in zip(
+                grad_kernel[: self.used].split(SUMMED_ROWS), product.split(SUMMED_ROWS), strict=True
+            ):
+                total += part.float()  # because a sum of two formats takes several times as long
 
     def is_safe(self) -> bool:
         """Whether no logit can exceed SAFE_LOGIT, by the Cauchy-Schwarz bound over all rows; equal on all ranks.
@@ -244,5 +254,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _tile_rows(hidden: Tensor, weight: Tensor) -> int:
-    rows = max(1, TILE_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+    entry = 4 if hidden.is_cuda else hidden.element_size()
+    rows = max(1, TILE_BYTES[hidden.device.type] // (entry * weight.shape[0]))
     return rows - rows % 128 if hidden.is_cuda and rows > 128 else rows  # whole tiles of a GPU's matrix products

@@ -12,6 +12,8 @@ from torch import Tensor
 from datapipe.targets import threshold
 from engine import device
 
+CONVERTED_ROWS = 16
+"""Rows of logits that a CPU converts to fp32 and back at once: they stay in its cache."""
 STEP = 0x9E3779B9
 """Distance of the hashes' inputs of two neighbouring channels, as in `datapipe.targets.position_hashes`."""
 
@@ -208,9 +210,13 @@ def exponentials_(logits: Tensor, largest: Tensor | None) -> Tensor:
 
         sums: Tensor = pointwise.exponentials_(logits, largest)
         return sums
-    exponentials = logits.float()
-    if largest is not None:
-        exponentials.sub_(largest)
-    sums = exponentials.exp_().sum(dim=1, keepdim=True)
-    logits.copy_(exponentials)  # in fp32 both are the same memory
+    rows = CONVERTED_ROWS if logits.device.type == "cpu" and logits.dtype != torch.float32 else len(logits)
+    sums = logits.new_empty(len(logits), 1, dtype=torch.float32)
+    for first in range(0, len(logits), rows):
+        part = slice(first, first + rows)
+        exponentials = logits[part].float()
+        if largest is not None:
+            exponentials.sub_(largest[part])
+        torch.sum(exponentials.exp_(), dim=1, keepdim=True, out=sums[part])
+        logits[part] = exponentials  # in fp32 both are the same memory
     return sums
