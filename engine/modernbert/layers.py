@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -70,23 +70,37 @@ class NoNorm(torch.nn.Module):
 
 
 class ModernBertLayer(TransformerLayer):
-    """TransformerLayer without biases, so that each norm is fused with the residual addition before it."""
+    """TransformerLayer without biases, so that each norm is fused with the residual addition before it.
+
+    The model's last layer maps T tokens to `PackedDocuments.queries` alone, if it is global and there are any.
+    """
 
     def forward(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackedDocuments, **_: Any
     ) -> tuple[Tensor, None]:
-        """Map [T, 1, hidden] to ([T, 1, hidden], None); Megatron's second value belongs to cross-attention."""
+        """Map [T, 1, hidden] to ([T or Q, 1, hidden], None); Megatron's second value belongs to cross-attention."""
         states, normed = self.input_layernorm.after(hidden_states)
         attended, _bias = self.self_attention(
             normed, attention_mask=None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
         )
-        dropout = packed_seq_params.dropout
+        dropout, queries = packed_seq_params.dropout, packed_seq_params.queries
+        if queries is not None and self.self_attention.selects(packed_seq_params):
+            states = self._own_rows(states, queries.positions)
+            dropout = dropout and dropout.at(queries.positions)
         if dropout is not None:
             attended = dropout.on_attention_output(attended, self.layer_number)
         states, normed = self.pre_mlp_layernorm.after(states, attended)
         drop = None if dropout is None else partial(dropout.on_gated_states, layer=self.layer_number)
         output, _bias = self.mlp(normed, drop)
         return states + output, None
+
+    def _own_rows(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Select this rank's share of the rows: all of them, unless sequence parallelism divides them."""
+        if self.config.sequence_parallel:
+            states = tensor_parallel.gather_from_sequence_parallel_region(states)
+            group = parallel_state.get_tensor_model_parallel_group()
+            positions = positions.chunk(group.size())[group.rank()]
+        return states.index_select(0, positions)
 
 
 class GatedMLP(MLP):
