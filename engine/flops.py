@@ -11,8 +11,8 @@ def training_flops(architecture: ModernBertConfig, lengths: ArrayLike, num_label
     """Count the FLOPs of one forward and backward pass. A multiply-add is two; backward costs twice the forward.
 
     Only matrix products count, as is usual for MFU: not norms, activations, softmax or RoPE. Padding and masked-out
-    pairs of tokens do not count, nor does what a global last layer leaves out where attention is not causal: all but the
-    query, key and value products of positions without a label. Labels count as spread evenly.
+    pairs of tokens do not count. Where attention is not causal, a global last layer leaves positions without a label
+    out of all but the product of queries, keys and values. Labels count as spread evenly.
 
     Args:
         architecture: The model's configuration.
