@@ -103,8 +103,12 @@ def theirs(
     device: str = "cpu",
     *,
     batches: int,
+    collator: Callable[[Any], Any] = lambda padding: padding,
 ) -> Runner:
-    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW."""
+    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW.
+
+    `collator` makes another collator of the one that pads.
+    """
     from transformers import (
         DataCollatorForLanguageModeling,
         ModernBertConfig,
@@ -128,7 +132,7 @@ def theirs(
         pad_token="[PAD]",
         mask_token="[MASK]",
     )
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=objective == "mlm", mlm_probability=0.15)
+    collate = collator(DataCollatorForLanguageModeling(tokenizer, mlm=objective == "mlm", mlm_probability=0.15))
     dealt = np.array_split(np.random.default_rng(0).permutation(len(documents)), batches)
     collated = [collate([{"input_ids": documents[i]} for i in part]).to(device) for part in dealt]
 
