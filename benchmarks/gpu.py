@@ -255,7 +255,7 @@ def staging_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
     def seconds(backend: str) -> float:
         tokenizer = load_tokenizer(config.tokenizer)
-        data = config.data.model_copy(update={"backend": backend, "prefetch": 0})
+        data = config.data.model_copy(update={"backend": backend, "prefetch": 1})
         loader = Loader(data, config.batch.sequences, tokenizer, 0, 1, device().index)
         targets = objective_of(config.spans[0], tokenizer, data.seed).targets()
         with closing(loader.steps(targets, config.batch.sequences, 0, SKIP + count, None, to_device_batch)) as steps:
