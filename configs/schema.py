@@ -588,7 +588,7 @@ class RunConfig(Section):
     `transformer_engine`: the kernels that Transformer Engine chooses, which are faster."""
     deterministic: bool = False
     """Add up a GPU's gradients in a fixed order, so that repeated and resumed runs are equal bit for bit. CPUs always
-    do. It is slower. `attention` is then `torch`, because Transformer Engine has no such kernel for long rows on Hopper."""
+    do. It is slower. `attention` is then `torch`, because Transformer Engine has no such kernel for long rows."""
     fp8_bf16_edges: bool = False
     """Keep the first and the last layer in BF16. Not available with `fp8_recipe: delayed`."""
     checkpoint: Checkpoint = Checkpoint()
