@@ -105,8 +105,13 @@ def theirs(
     *,
     batches: int,
     compiled: bool = False,
+    collator: Callable[[Any], Any] | None = None,
 ) -> Runner:
-    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW."""
+    """The step of transformers' Trainer: its collator's batches, clipping, torch's fused AdamW.
+
+    `collator` makes another collator of the one that pads. Without it the documents are sorted by length, as the
+    Trainer's group_by_length does, so that little is padded.
+    """
     from transformers import (
         DataCollatorForLanguageModeling,
         ModernBertConfig,
@@ -132,7 +137,11 @@ def theirs(
     )
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=objective == "mlm", mlm_probability=0.15)
     forward = torch.compile(net, dynamic=True) if compiled else net
-    dealt = np.array_split(np.argsort([len(document) for document in documents], kind="stable"), batches)
+    if collator:
+        collate, order = collator(collate), np.random.default_rng(0).permutation(len(documents))
+    else:
+        order = np.argsort([len(document) for document in documents], kind="stable")
+    dealt = np.array_split(order, batches)
     collated = [collate([{"input_ids": documents[i]} for i in part]).to(device) for part in dealt]
 
     def step(batch: Any) -> float:

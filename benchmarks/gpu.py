@@ -1,13 +1,12 @@
 """Training on an NVIDIA GPU: speed of ModernBERT at 8192, in BF16 and in every FP8 recipe of the GPU.
 
-The peers are published figures, BF16, and transformers in the same call. Further rows: the loss under FP8, and whether
 The peers are published figures, BF16, and transformers in the same call. Further rows: the loss under FP8, and if FP8
 resumes exactly. The rows are packed from MedQuAD's documents. Without a GPU every row says that it was not measured.
 
     python -m benchmarks.gpu [--quick] [--json FILE] [PART ...]
 
-Parts: speed, fp8, fp8-loss, attention, idle, transformers. On an H100 or H200 speed and idle take a minute, fp8 three
-with --quick, fp8-loss four; all of them together about half an hour (estimated).
+Parts: speed, fp8, fp8-loss, attention, deterministic, staging, idle, transformers. On an H100 or H200 speed and idle
+take a minute, fp8 three with --quick, fp8-loss four; all of them together about half an hour (estimated).
 FILE has every row as soon as it is measured.
 """
 
@@ -15,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -39,13 +38,17 @@ from benchmarks.cpu_vs_transformers import documents_of, ours, race, theirs
 from benchmarks.table import Row, report, write
 from configs.load import validate
 from configs.schema import Checkpoint, Duration, Monitoring, Phase, RunConfig
+from datapipe.loader import Loader
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer
 from engine.build import build
 from engine.checkpoint import step_directory
 from engine.device import HostCopy, device, total_memory_bytes
 from engine.modernbert import convert
+from engine.objectives import objective_of
+from engine.parallel import Layout, initialise
 from engine.precision import resolve_precision
+from engine.step import to_device_batch
 from engine.trainer import train
 from monitoring.log import read_metrics
 
@@ -57,11 +60,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "1B": {"hidden_size": 1792, "intermediate_size": 3840, "num_hidden_layers": 28, "num_attention_heads": 28},
     "3B": {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
-SPEEDS = (  # name, model, objective, published tokens/s of an H100, bar in tokens/s
-    ("base, CLM, bf16", BASE, "clm", 239e3, 350e3),
-    ("base, MLM 15 %, bf16", BASE, "mlm", 218e3, 420e3),
-    ("large, CLM, bf16", LARGE, "clm", 116e3, 150e3),
+SPEEDS = (  # name, model, objective, rows per step, published tokens/s of an H100, bar in tokens/s
+    ("base, CLM, bf16", BASE, "clm", 16, 239e3, 440e3),
+    ("base, MLM 15 %, bf16", BASE, "mlm", 16, 218e3, 500e3),
+    ("large, CLM, bf16", LARGE, "clm", 16, 116e3, 196e3),
+    ("base, CLM, bf16, 4 rows per step", BASE, "clm", 4, 239e3, 370e3),
 )
+FP8_BARS = {"400M": 1.0, "1B": 1.3, "3B": 1.4}
+"""Speed of FP8 relative to BF16, by model."""
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 SECONDS = 10
 """For which a speed is measured, after the warm-up; at least 3 steps."""
@@ -151,14 +157,14 @@ def measured(name: str, function: Callable[[], Any]) -> Any:
 
 
 def speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    for name, model, objective, published, bar in SPEEDS:
-        config = run_config(folder, model, objective, precision="bf16")
+    for name, model, objective, rows, published, bar in SPEEDS:
+        config = run_config(folder, model, objective, sequences=rows, precision="bf16")
         if found := measured(name, partial(speed, config, quick)):
             yield Row.at_least(name, found, published, bar / published, "real tokens/s")
 
 
 def fp8_speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    """Measure steps of four rows in every recipe.
+    """Measure steps of 16 rows in every recipe, in micro-batches of as many rows as fit.
 
     The largest model takes rows of 2048 tokens where longer ones do not fit beside its 60 GB of weights, gradients and
     moments.
@@ -166,13 +172,13 @@ def fp8_speed_rows(folder: Path, quick: bool) -> Iterator[Row]:
     possible = recipes(folder)
     for size, model in reversed(MODELS.items()):
         length = 2048 if size == "3B" and total_memory_bytes() < 100e9 else 8192
-        config_of = partial(run_config, folder, model, "clm", sequences=4, length=length)
+        config_of = partial(run_config, folder, model, "clm", length=length)
         plain = measured(f"{size}, BF16", partial(speed, config_of(precision="bf16"), quick))
         for recipe in possible if plain else ():
             config = config_of(precision="fp8", fp8_recipe=recipe)
             name = f"{size}, FP8 {recipe} against BF16"
             if found := measured(name, partial(speed, config, quick)):
-                yield Row.at_least(name, found, plain, 1.3 if size == "3B" else None, "real tokens/s")
+                yield Row.at_least(name, found, plain, FP8_BARS.get(size), "real tokens/s")
 
 
 def recipes(folder: Path) -> list[str]:
@@ -234,6 +240,44 @@ def attention_rows(folder: Path, quick: bool) -> Iterator[Row]:
             yield Row.at_least(name, found["transformer_engine"], found["torch"], None, "real tokens/s")
 
 
+def deterministic_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    """Measure what a fixed order of additions costs."""
+    for objective in ("clm", "mlm"):
+        name = f"base, {objective.upper()}: deterministic against not"
+        config = run_config(folder, BASE, objective, precision="bf16")
+        plain = measured(name, partial(speed, config, quick))
+        fixed = measured(name, partial(speed, config.model_copy(update={"deterministic": True}), quick))
+        torch.use_deterministic_algorithms(False)  # for the rows that follow in this process
+        os.environ.pop("NVTE_ALLOW_NONDETERMINISTIC_ALGO", None)
+        if plain and fixed:
+            yield Row.at_least(name, fixed, plain, None, "real tokens/s")
+
+
+def staging_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    """Measure the preparation of a batch of 16 rows, from shards to the GPU, by either backend."""
+    config, count = run_config(folder, BASE, "mlm"), 10 if quick else 50
+
+    def seconds(backend: str) -> float:
+        initialise(Layout(1, 1, 1, False, ()), config.seed)
+        tokenizer = load_tokenizer(config.tokenizer)
+        data = config.data.model_copy(update={"backend": backend, "prefetch": 1})
+        loader = Loader(data, config.batch.sequences, tokenizer, 0, 1, device().index)
+        targets = objective_of(config.spans[0], tokenizer, data.seed).targets()
+        with closing(loader.steps(targets, config.batch.sequences, 0, SKIP + count, None, to_device_batch)) as steps:
+            for _ in islice(steps, SKIP):
+                pass
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in steps:
+                pass
+            torch.cuda.synchronize()
+            return (time.perf_counter() - started) / count
+
+    numpy, dali = (measured(f"staging by {backend}", partial(seconds, backend)) for backend in ("numpy", "dali"))
+    if numpy and dali:
+        yield Row.at_most("MLM: staging a batch of 16 rows by dali against numpy", dali, numpy, None, "s")
+
+
 def idle_rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Share of the steps' time in which the device runs no kernel: copies, launches, the step's boundary."""
 
@@ -254,12 +298,34 @@ def idle_rows(folder: Path, quick: bool) -> Iterator[Row]:
         yield Row.at_most(name, (whole - busy) / 1e6, whole / 1e6, 0.05, "s")
 
 
-def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    """Measure transformers on the same documents, with its fastest attention here.
+def flash_attentions() -> list[str]:
+    """Name the flash-attn versions that transformers finds here, the newest first."""
+    from transformers.utils import import_utils
 
-    Its batches hold eight documents, the Trainer's default, or as many as fit, and are padded by its collator.
+    versions = (4, 3, 2)
+    return [f"flash_attention_{n}" for n in versions if getattr(import_utils, f"is_flash_attn_{n}_available", bool)()]
+
+
+def without_padding(padding: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a collator that lays documents end to end, with the labels that the padding one would give each."""
+    from transformers import BatchEncoding, DataCollatorWithFlattening
+
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+
+    def collate(documents: Any) -> BatchEncoding:
+        alone = [padding([document]) for document in documents]
+        return BatchEncoding(flatten([{key: one[key][0] for key in ("input_ids", "labels")} for one in alone]))
+
+    return collate
+
+
+def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    """Measure transformers on the same documents, without padding if it finds a flash-attn package here.
+
+    Its batches hold eight documents, the Trainer's default, or as many as fit. Without such a package its collator
+    pads them, because its other attentions take padded batches alone.
     """
-    attentions = ["sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None)
+    attentions = flash_attentions() or ["sdpa"]
     repeats = 1 if quick else 3
     for objective in ("clm", "mlm"):
         name = f"base, {objective.upper()} against transformers ({' or '.join(attentions)})"
@@ -268,7 +334,16 @@ def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
         def peer(attention: str, size: int, objective: str = objective, documents: Any = documents) -> float:
             batches = -(-len(documents) // size)
-            runner = theirs(documents, objective, torch.bfloat16, attention, model={}, device="cuda", batches=batches)
+            runner = theirs(
+                documents,
+                objective,
+                torch.bfloat16,
+                attention,
+                model={},
+                device="cuda",
+                batches=batches,
+                collator=without_padding if attention != "sdpa" else lambda padding: padding,
+            )
             return race({"": runner}, repeats)[""]
 
         def detour(config: RunConfig = config) -> float:
@@ -283,7 +358,7 @@ def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
             peers.append(next(filter(None, tries), None))
         found = measured(name, detour)
         if found and any(peers):
-            yield Row.at_least(name, found, max(filter(None, peers)), 2.0, "real tokens/s")
+            yield Row.at_least(name, found, max(filter(None, peers)), 1.5, "real tokens/s")
 
 
 PARTS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
@@ -291,6 +366,8 @@ PARTS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
     "fp8": fp8_speed_rows,
     "fp8-loss": fp8_loss_rows,
     "attention": attention_rows,
+    "deterministic": deterministic_rows,
+    "staging": staging_rows,
     "idle": idle_rows,
     "transformers": transformers_rows,
 }
@@ -314,6 +391,7 @@ def without_a_gpu() -> list[str]:
     names = [row[0] for row in SPEEDS] + [f"{size}, FP8 {recipe} against BF16" for size in MODELS for recipe in RECIPES]
     names += [f"FP8 {recipe}: loss against BF16's, and after a restart" for recipe in RECIPES]
     names += ["base, CLM and MLM: Transformer Engine's attention against torch's"]
+    names += ["base, CLM and MLM: deterministic against not", "MLM: staging a batch of 16 rows by dali against numpy"]
     return [*names, "base, CLM: device time not in kernels", "base, CLM and MLM against transformers"]
 
 
@@ -332,6 +410,7 @@ def main() -> None:
             empty = dict.fromkeys(("ours", "peer", "ratio", "bar", "unit", "met"))
             options.json.write_text(json.dumps([{"name": name, **empty} for name in names], indent=1) + "\n")
         return
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch's default on Hopper; "deterministic" cannot set it later
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), options.parts or list(PARTS), options.quick, options.json)

@@ -80,14 +80,16 @@ class Masked:
     """`rate` of the phase's last step, if it changes linearly; None keeps it."""
     steps: tuple[int, int] = (0, 1)
     """0-based first step of the phase, and the step after its end."""
-    _maskable: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
-    _ordinary: Ids = field(init=False, repr=False, compare=False)
+    maskable: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
+    """`[vocab_size]`, whether a token is an ordinary one."""
+    ordinary: Ids = field(init=False, repr=False, compare=False)
+    """The ordinary tokens, in ascending order."""
 
     def __post_init__(self) -> None:
         maskable = np.ones(self.vocab_size, bool)
         maskable[list(self.special_ids)] = False
-        object.__setattr__(self, "_maskable", maskable)
-        object.__setattr__(self, "_ordinary", np.flatnonzero(maskable))
+        object.__setattr__(self, "maskable", maskable)
+        object.__setattr__(self, "ordinary", np.flatnonzero(maskable))
 
     def __call__(self, rows: Sequence[PackedSequence], step: int = 0) -> tuple[Ids, Ids]:
         """Inputs and labels, as `Targets` says."""
@@ -98,7 +100,7 @@ class Masked:
         ends = np.array([sum(row.lengths) for row in rows])
         chosen = position_hashes(choice[:, None], self.units(rows)) < threshold(self.rate_at(step))
         row, position = np.nonzero(chosen)
-        maskable = self._maskable[ids[row, position]] & (position < ends[row])
+        maskable = self.maskable[ids[row, position]] & (position < ends[row])
         row, position = row[maskable], position[maskable]
         labels[row, position] = inputs[row, position]
         actions = position_hashes(action[row], position.astype(np.uint32))
@@ -108,8 +110,8 @@ class Masked:
         row, position = row[randomised], position[randomised]
         # The high half of a 64-bit product maps a uint32 to 0..n-1 evenly.
         draws = position_hashes(draw[row], position.astype(np.uint32)).astype(np.uint64)
-        ranks = draws * np.uint64(len(self._ordinary))
-        inputs[row, position] = self._ordinary[ranks >> np.uint64(32)]
+        ranks = draws * np.uint64(len(self.ordinary))
+        inputs[row, position] = self.ordinary[ranks >> np.uint64(32)]
         return inputs, labels
 
     def rate_at(self, step: int) -> float:
@@ -126,7 +128,7 @@ class Masked:
         if self.starts_word is None:
             return positions
         starts = self.starts_word[ids]
-        starts[:, 1:] |= ~self._maskable[ids[:, :-1]]
+        starts[:, 1:] |= ~self.maskable[ids[:, :-1]]
         for row, row_starts in zip(rows, starts, strict=True):
             row_starts[np.cumsum((0, *row.lengths[:-1]), dtype=np.int64)] = True
         return np.maximum.accumulate(np.where(starts, positions, np.uint32(0)), axis=1)

@@ -142,6 +142,8 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     Raises:
         InputError: Checkpoints, weights or data do not fit the configuration.
     """
+    if config.deterministic and device.device().type == "cuda":
+        device.use_deterministic_algorithms()
     tokenizer = run_tokenizer(config, directory)
     architecture = run_architecture(config, directory, tokenizer)
     precision = resolve_precision(config, parameter_count(architecture))
@@ -286,7 +288,8 @@ def build_model(
         gradient_accumulation_fusion=on_gpu,
         **(fp8 if precision == "fp8" else {}),
     )
-    model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=run.attention).to(device.device())
+    attention = "torch" if run.deterministic else run.attention
+    model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=attention).to(device.device())
     inner = Float16Module(config, model) if precision != "fp32" else model
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

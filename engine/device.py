@@ -70,6 +70,17 @@ def kernels_lack() -> str | None:
     return None if Path(sysconfig.get_path("include"), "Python.h").is_file() else "python3-dev"
 
 
+def use_deterministic_algorithms() -> None:
+    """Make GPU kernels of torch, cuBLAS and Transformer Engine add in a fixed order; call it before the first of them.
+
+    torch then raises an error at an operation that has no such kernel.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a pass over every new tensor
+
+
 def name() -> str:
     """Return the model of the device, for people."""
     if torch.cuda.is_available():

@@ -153,7 +153,7 @@ def identity(config: RunConfig, span: PhaseSpan, architecture: ModernBertConfig,
     """
     sizes = (layout.tensor, layout.pipeline, layout.data, layout.sequence)
     parts: list[Any] = [device.name(), device.total_memory_bytes(), torch.__version__, sizes]
-    parts += [span.sequence_length, span.sequences, fp8, config.fp8_recipe, config.attention]
+    parts += [span.sequence_length, span.sequences, fp8, config.fp8_recipe, config.attention, config.deterministic]
     if dropout := resolve_dropout(config, architecture):
         parts.append(dropout[1:])
     shape = json.dumps(architecture.to_dict(), sort_keys=True, default=str)

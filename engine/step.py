@@ -65,13 +65,15 @@ def to_device_batch(micro_batch: MicroBatch, dropout: DropoutRates | None = None
     else:  # the dali backend's labels are on the GPU already
         positions = (labels != IGNORE).nonzero().squeeze(1)
         labels = labels[positions]
+    # Next-token prediction has labels nearly everywhere, so it computes all of the last layer.
+    needed = None if micro_batch.is_causal else positions.cpu().numpy()
     lengths = tuple((micro_batch.cu_seqlens[1:] - micro_batch.cu_seqlens[:-1]).tolist())
     # A thread's current GPU is the first one, so the data thread must set this process's own.
     with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
         drop = dropout and Dropout.of_rows(dropout, micro_batch.origins, len(micro_batch.inputs), target)
         return DeviceBatch(
             device.to_device(torch.as_tensor(micro_batch.inputs)[None], target),
-            PackedDocuments.from_lengths(lengths, micro_batch.is_causal, target, drop),
+            PackedDocuments.from_lengths(lengths, micro_batch.is_causal, target, drop, needed),
             device.to_device(positions, target),
             device.to_device(labels, target),
             device.to_device(torch.tensor(len(positions), dtype=torch.int32), target),

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.device import to_device
@@ -29,6 +31,54 @@ BAND = 64
 """Queries that share one gathered window of keys, in a local layer on the CPU."""
 GROUP = 256
 """Short neighbouring documents share one attention call of about this many tokens on the CPU."""
+QUERY_MULTIPLE = 16
+"""Rows of the last layer's products are a multiple of this on every rank, because FP8 products ask for it."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The tokens whose states the loss needs. Keys and values of the last layer are of all tokens.
+
+    Besides the positions with a label they are the first token of each document, because attention kernels differ on
+    documents without a query. The last one is repeated up to a multiple of QUERY_MULTIPLE.
+    """
+
+    positions: Tensor
+    """[Q] int64, ascending."""
+    label_rows: Tensor
+    """[N] int64, where `positions` has the positions with a label."""
+    cu_seqlens: Tensor
+    """[documents + 1] int32, bounds of each document's queries."""
+    counts: tuple[int, ...]
+    """Queries per document; their sum is Q."""
+
+    @classmethod
+    def at(cls, label_positions: NDArray[np.int64], ends: NDArray[np.int32], device: torch.device) -> Queries:
+        """Choose the queries for positions that carry a label, in ascending order.
+
+        Args:
+            label_positions: [N], in ascending order.
+            ends: [documents + 1], bounds of the documents.
+            device: Device of the tensors.
+        """
+        chosen = np.union1d(label_positions, ends[:-1])
+        multiple = QUERY_MULTIPLE * parallel_state.get_tensor_model_parallel_world_size()
+        positions = np.pad(chosen, (0, -len(chosen) % multiple), mode="edge")
+        bounds = np.searchsorted(positions, ends).astype(np.int32)
+        rows = np.searchsorted(chosen, label_positions)
+        return cls(
+            *(to_device(torch.from_numpy(array), device) for array in (positions, rows, bounds)),
+            counts=tuple(np.diff(bounds).tolist()),
+        )
+
+
+class DocumentGroup(NamedTuple):
+    """Neighbouring documents that share one attention call."""
+
+    tokens: int
+    queries: int
+    mask: Tensor | None
+    """[queries, tokens] bool, whether a query sees a key; None for a single document."""
 
 
 @dataclass
@@ -47,11 +97,18 @@ class PackedDocuments(PackedSeqParams):
     """[T] int32, number of each token's document."""
     positions: Tensor = field(kw_only=True)
     """[T] int64, position of each token in its document."""
+    queries: Queries | None = None
+    """The tokens that the last layer computes; None for all."""
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def from_lengths(
-        cls, lengths: tuple[int, ...], causal: bool, device: torch.device, dropout: Dropout | None = None
+        cls,
+        lengths: tuple[int, ...],
+        causal: bool,
+        device: torch.device,
+        dropout: Dropout | None = None,
+        label_positions: NDArray[np.int64] | None = None,
     ) -> PackedDocuments:
         """Build the parameters of documents that lie end to end.
 
@@ -62,6 +119,7 @@ class PackedDocuments(PackedSeqParams):
             causal: No token sees a later one.
             device: Device of the tensors.
             dropout: The elements to drop.
+            label_positions: [N], the only positions whose last states are needed, in ascending order; None for all.
         """
         ends = np.cumsum((0, *lengths), dtype=np.int32)
         starts = np.repeat(ends[:-1], lengths)
@@ -78,7 +136,19 @@ class PackedDocuments(PackedSeqParams):
             lengths=lengths,
             documents=to_device(torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)), device),
             positions=to_device(torch.from_numpy(np.arange(ends[-1], dtype=np.int64) - starts), device),
+            queries=None if label_positions is None else Queries.at(label_positions, ends, device),
         )
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether these are the parameters by `at_queries`."""
+        return self.cu_seqlens_q is not self.cu_seqlens_kv
+
+    def at_queries(self) -> PackedDocuments:
+        """Return the parameters of an attention whose queries are `queries` alone."""
+        queries = self.queries
+        assert queries is not None and not self.causal, "causal kernels would align the queries with the last keys"
+        return replace(self, cu_seqlens_q=queries.cu_seqlens, max_seqlen_q=max(queries.counts), _masks={})
 
     @property
     def total(self) -> int:
@@ -111,24 +181,32 @@ class PackedDocuments(PackedSeqParams):
         result: tuple[int, int, Tensor] = self._masks["band", window, dtype]
         return result
 
-    def groups(self) -> list[tuple[int, int, Tensor | None]]:
-        """Group neighbouring documents per attention call: (first token, end, mask or None for one document)."""
+    def groups(self) -> list[DocumentGroup]:
+        """Group neighbouring documents per attention call, in their order."""
         if "groups" not in self._masks:
-            bounds, start, used, count = [], 0, 0, 0
-            for length in self.lengths:
-                if count and used + length > GROUP:
-                    bounds.append((start, start + used, count))
-                    start, used, count = start + used, 0, 0
-                used, count = used + length, count + 1
-            bounds.append((start, start + used, count))
-            self._masks["groups"] = [(a, b, self._block(a, b) if n > 1 else None) for a, b, n in bounds]
-        result: list[tuple[int, int, Tensor | None]] = self._masks["groups"]
+            bounds, first, used = [], 0, 0
+            for number, length in enumerate(self.lengths):
+                if number > first and used + length > GROUP:
+                    bounds.append((first, number))
+                    first, used = number, 0
+                used += length
+            self._masks["groups"] = [self._group(*pair) for pair in [*bounds, (first, len(self.lengths))]]
+        result: list[DocumentGroup] = self._masks["groups"]
         return result
 
-    def _block(self, start: int, end: int) -> Tensor:
-        documents = self.documents[start:end]
-        same = documents[:, None] == documents[None, :]
-        return same.tril() if self.causal else same
+    def _group(self, first: int, last: int) -> DocumentGroup:
+        """Describe the documents first..last-1."""
+        start, end = sum(self.lengths[:first]), sum(self.lengths[:last])
+        keys = queries = self.documents[start:end]
+        if self.is_selected:
+            assert self.queries is not None
+            start, end = sum(self.queries.counts[:first]), sum(self.queries.counts[:last])
+            queries = self.documents[self.queries.positions[start:end]]
+        mask = None
+        if last - first > 1:
+            same = queries[:, None] == keys[None, :]
+            mask = same.tril() if self.causal else same
+        return DocumentGroup(len(keys), len(queries), mask)
 
 
 class ModernBertSelfAttention(SelfAttention):
@@ -137,6 +215,11 @@ class ModernBertSelfAttention(SelfAttention):
     def __init__(self, config: Any, *args: Any, layer_number: int, **kwargs: Any) -> None:
         super().__init__(config, *args, layer_number=layer_number, **kwargs)
         self.is_local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.is_last = layer_number == config.num_layers
+
+    def selects(self, packed: PackedDocuments) -> bool:
+        """Whether this layer computes `packed.queries` alone: it is the model's last one, and global."""
+        return self.is_last and not self.is_local and packed.queries is not None
 
     def forward(
         self,
@@ -147,12 +230,16 @@ class ModernBertSelfAttention(SelfAttention):
         packed_seq_params: PackedDocuments,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Map [T, 1, hidden] to ([T, 1, hidden], bias); `rotary_pos_emb` is [global or local, cos or sin, T, d]."""
+        """Map [T, 1, hidden] to ([T or Q, 1, hidden], bias).
+
+        `rotary_pos_emb` is [global or local, cos or sin, T, d].
+        """
         qkv, _bias = self.linear_qkv(hidden_states)
         heads, dim = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
         cos, sin = rotary_pos_emb[int(self.is_local)]
-        context = self.core_attention(qkv.view(qkv.shape[0], heads, 3, dim), cos, sin, packed_seq_params)
-        output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(qkv.shape[0], 1, heads * dim))
+        packed = packed_seq_params.at_queries() if self.selects(packed_seq_params) else packed_seq_params
+        context = self.core_attention(qkv.view(qkv.shape[0], heads, 3, dim), cos, sin, packed)
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(context.shape[0], 1, heads * dim))
         return output
 
 
@@ -169,14 +256,18 @@ class _CoreAttention(MegatronModule):
         self.window: int | None = config.window_size[0] if local else None
 
     def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, packed: PackedDocuments) -> Tensor:
-        """Map [T, heads, 3, d] before RoPE to [T, heads, d]; cos and sin are [T, d]."""
+        """Map [T, heads, 3, d] before RoPE to [T or Q, heads, d]; cos and sin are [T, d]."""
         if self.window is not None and takes_local_attention(qkv):
             after = 0 if packed.causal else self.window
             return local_attention(qkv, cos, sin, packed.documents, self.window, after)
-        return self.attend(*rotate(qkv, cos, sin), packed)
+        query, key, value = rotate(qkv, cos, sin)
+        if packed.is_selected:
+            assert packed.queries is not None
+            query = query.index_select(0, packed.queries.positions)
+        return self.attend(query, key, value, packed)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
-        """Map q, k and v after RoPE, [T, heads, d] each, to [T, heads, d]."""
+        """Map q [T or Q, heads, d], k and v [T, heads, d] after RoPE to the shape of q."""
         raise NotImplementedError
 
 
@@ -196,8 +287,11 @@ class BlockedAttention(_CoreAttention):
     def _by_document(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
         groups = packed.groups()
         # One `split`, because the gradient of each slice would be a zero-padded tensor of the whole size.
-        sizes = [end - start for start, end, _ in groups]
-        queries, keys, values = (x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in (query, key, value))
+        tokens, counts = [group.tokens for group in groups], [group.queries for group in groups]
+        queries, keys, values = (
+            x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2)
+            for x, sizes in ((query, counts), (key, tokens), (value, tokens))
+        )
         outputs = [
             F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=packed.causal and mask is None)
             for q, k, v, (_, _, mask) in zip(queries, keys, values, groups, strict=True)
@@ -256,10 +350,9 @@ class FlashAttention(_CoreAttention):
         from torch.nn.attention.varlen import varlen_attn
 
         reach = -1 if self.window is None else self.window
-        ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        output: Any = varlen_attn(
-            query, key, value, ends, ends, longest, longest, window_size=(reach, 0 if packed.causal else reach)
-        )
+        bounds = packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
+        window = (reach, 0 if packed.causal else reach)
+        output: Any = varlen_attn(query, key, value, *bounds, window_size=window)
         return cast(Tensor, output)  # the pair with lse is returned only on request
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ class Dropout:
         positions = np.arange(tokens // len(rows), dtype=np.uint32)
         keys = position_hashes(np.stack(row_keys), positions).reshape(-1)
         return cls(rates, to_device(torch.from_numpy(keys.view(np.int32)), device))
+
+    def at(self, positions: Tensor) -> Dropout:
+        """Return the dropout of the tokens at these positions alone, [Q] int64."""
+        return replace(self, keys=self.keys[positions])
 
     def on_embedding(self, states: Tensor) -> Tensor:
         """Drop elements of the normalised embedding, [T, 1, hidden]."""

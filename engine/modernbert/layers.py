@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -37,6 +37,8 @@ from engine.modernbert.attention import (
 from engine.modernbert.ops import add_and_norm, geglu
 
 AttentionKernel = Literal["torch", "transformer_engine"]
+Summands = tuple[Tensor, Tensor]
+"""Residual states, and what a layer adds to them, [..., h] each: a GPU adds them in the norm that comes next."""
 
 
 class LayerNorm(torch.nn.Module):
@@ -49,8 +51,9 @@ class LayerNorm(torch.nn.Module):
         # With sequence parallelism each rank sees a share of the tokens, so Megatron must sum the gradient over ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, states: Tensor | Summands) -> Tensor:
         """Normalise [..., h] over its last axis."""
+        states = states[0] + states[1] if isinstance(states, tuple) else states
         return F.layer_norm(states, self.weight.shape, self.weight, None, self.eps)
 
     def after(self, states: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -70,23 +73,45 @@ class NoNorm(torch.nn.Module):
 
 
 class ModernBertLayer(TransformerLayer):
-    """TransformerLayer without biases, so that each norm is fused with the residual addition before it."""
+    """TransformerLayer without biases, so that each norm is fused with the residual addition before it.
+
+    The model's last layer maps T tokens to `PackedDocuments.queries` alone, if it is global and there are any.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        end = get_transformer_layer_offset(config) + get_num_layers_to_build(config)
+        ends_stage = self.layer_number == end and end < config.num_layers
+        # The next stage receives one tensor, and recomputation saves one.
+        self.gives_summands = not ends_stage and config.recompute_granularity is None
 
     def forward(
-        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: PackedDocuments, **_: Any
-    ) -> tuple[Tensor, None]:
-        """Map [T, 1, hidden] to ([T, 1, hidden], None); Megatron's second value belongs to cross-attention."""
-        states, normed = self.input_layernorm.after(hidden_states)
+        self, hidden_states: Tensor | Summands, *, rotary_pos_emb: Tensor, packed_seq_params: PackedDocuments, **_: Any
+    ) -> tuple[Tensor | Summands, None]:
+        """Map [T, 1, hidden] to ([T or Q, 1, hidden], None); Megatron's second value belongs to cross-attention."""
+        summands = hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
+        states, normed = self.input_layernorm.after(*summands)
         attended, _bias = self.self_attention(
             normed, attention_mask=None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
         )
-        dropout = packed_seq_params.dropout
+        dropout, queries = packed_seq_params.dropout, packed_seq_params.queries
+        if queries is not None and self.self_attention.selects(packed_seq_params):
+            states = self._own_rows(states, queries.positions)
+            dropout = dropout and dropout.at(queries.positions)
         if dropout is not None:
             attended = dropout.on_attention_output(attended, self.layer_number)
         states, normed = self.pre_mlp_layernorm.after(states, attended)
         drop = None if dropout is None else partial(dropout.on_gated_states, layer=self.layer_number)
         output, _bias = self.mlp(normed, drop)
-        return states + output, None
+        return ((states, output) if self.gives_summands else states + output), None
+
+    def _own_rows(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Select this rank's share of the rows: all of them, unless sequence parallelism divides them."""
+        if self.config.sequence_parallel:
+            states = tensor_parallel.gather_from_sequence_parallel_region(states)
+            group = parallel_state.get_tensor_model_parallel_group()
+            positions = positions.chunk(group.size())[group.rank()]
+        return states.index_select(0, positions)
 
 
 class GatedMLP(MLP):

@@ -7,7 +7,8 @@ one tile. For a row with logits z, label y and lse = log sum exp z:
     loss = lse - z_y        d loss / d z_v = exp(z_v) / exp(lse) - [v = y]
 
 Between the products a tile is touched twice, by `exp` and by its sum. To keep it so, the bias is a column of the
-weight, the rows of states and gradients are divided by exp(lse), and the label's part is added outside the tile.
+weight, the rows of states and gradients are divided by exp(lse), and the label's part is added outside the tile. A GPU
+that has the whole vocabulary reads and writes a tile once instead: one kernel turns its logits into their gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.modernbert.ops import exponentials_
+from engine.modernbert.ops import exponentials_, softmax_minus_label_, takes_whole_rows
 
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1600 << 20}
 """Largest block of logits held at once, on a GPU counted in fp32; enough rows for the products to run at full speed."""
@@ -192,6 +193,11 @@ class _Layer:
             ):
                 total += part.float()  # because a sum of two formats takes several times as long
 
+    def softmax_gradients(self, rows: slice, grad: Tensor, grad_hidden: Tensor, grad_kernel: Tensor) -> None:
+        """Write a tile's rows of `grad_hidden`, and add its share to `grad_kernel`; `grad` is that of its logits."""
+        grad_hidden[rows] = (grad @ self.kernel)[:, : self.hidden.shape[1]]
+        grad_kernel[: self.used] += grad.t() @ self.states[rows]
+
     def is_safe(self) -> bool:
         """Whether no logit can exceed SAFE_LOGIT, by the Cauchy-Schwarz bound over all rows; equal on all ranks.
 
@@ -221,7 +227,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         layer = _Layer.prepare(hidden, weight, bias, labels, vocabulary, group, scratch)
         width = hidden.shape[1]
         shifted = not needs_grad or not layer.is_safe()
-        loss, correct = hidden.new_zeros((2,), dtype=torch.float32)
+        by_rows = group is None and takes_whole_rows(hidden)  # one rank has whole rows of logits, and a GPU caches them
+        loss, correct = loss_and_correct = hidden.new_zeros((2,), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden if needs_grad else hidden[:0], dtype=torch.float32)
         grad_kernel = weight.new_zeros(len(weight) if needs_grad else 0, width + EXTRA_COLUMNS, dtype=torch.float32)
         height = _tile_rows(hidden, weight)
@@ -229,6 +236,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), height):
             rows = slice(first, first + height)
             logits = layer.tile_logits(rows, tile)
+            if by_rows:
+                loss_and_correct += softmax_minus_label_(logits, layer.labels[rows], needs_grad).sum(dim=0)
+                if needs_grad:
+                    grad_logits = logits  # the loss has turned them into their gradient
+                    layer.softmax_gradients(rows, grad_logits, grad_hidden, grad_kernel)
+                continue
             sum_exp, label_logit = layer.tile_loss(rows, logits, shifted)
             loss += (sum_exp.log() - label_logit).sum()
             if shifted:
@@ -237,13 +250,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 exponentials = logits  # the loss has turned them into exponentials
                 layer.tile_gradients(rows, exponentials, sum_exp, grad_hidden, grad_kernel)
         if needs_grad:
-            if layer.used:
+            if layer.used and not by_rows:
                 grad_kernel.index_add_(0, layer.labels, -(layer.states * layer.is_local).float())
             if group is not None:
                 dist.all_reduce(grad_hidden, group=group)
             grads = (grad_hidden, grad_kernel[:, :width], grad_kernel[:, width])
             ctx.save_for_backward(*(grad.to(hidden.dtype) for grad in grads))
-        return torch.stack((loss, correct))
+        return loss_and_correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

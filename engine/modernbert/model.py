@@ -145,7 +145,7 @@ class ModernBert(LanguageModule):
         Args:
             input_ids: [1, T] int64
             packed: Documents of the row.
-            label_positions: [N] int64, positions that carry a label.
+            label_positions: [N] int64, positions that carry a label. `packed.queries`, if any, are of the same ones.
             labels: [N] int64, token ids to predict there.
 
         Returns:
@@ -170,6 +170,8 @@ class ModernBert(LanguageModule):
             states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
         states = states.squeeze(1)
         if label_positions is not None:
+            if packed.queries is not None and self.decoder.layers[-1].self_attention.selects(packed):
+                label_positions = packed.queries.label_rows
             states = states.index_select(0, label_positions)  # its backward is cheaper than advanced indexing's
         output: Tensor = self.output_layer(
             self.lm_head(states), self.shared_embedding_or_output_weight(), labels, self.architecture.vocab_size

@@ -200,6 +200,28 @@ def _int32(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
+def takes_whole_rows(states: Tensor) -> bool:
+    """Whether `softmax_minus_label_` can be called: on a GPU. A CPU has no cache for the rows of a tile."""
+    return bool(states.is_cuda and _has_kernels())
+
+
+def softmax_minus_label_(logits: Tensor, labels: Tensor, writes: bool) -> Tensor:
+    """Compute each row's cross-entropy, and turn logits [N, V] into its gradient in place.
+
+    Args:
+        logits: [N, V], over the whole vocabulary.
+        labels: [N] int64
+        writes: Write the gradient; otherwise the logits stay.
+
+    Returns:
+        [N, 2] fp32: the cross-entropy, and 1 where the label is the likeliest entry, else 0.
+    """
+    from engine.modernbert.kernels import pointwise
+
+    sums: Tensor = pointwise.softmax_minus_label_(logits, labels, writes)
+    return sums
+
+
 def exponentials_(logits: Tensor, largest: Tensor | None) -> Tensor:
     """Turn logits [N, V] into exp(logits - largest) in place, and return their sums, [N, 1] fp32.
 

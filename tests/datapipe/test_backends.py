@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from configs.schema import Data
-from datapipe.batch import IGNORE, StepData
+from datapipe.batch import IGNORE, PackedSequence, StepData
+from datapipe.dali import DaliBatches
 from datapipe.loader import Loader, check_sources, evaluation_batches
 from datapipe.paths import local_path
 from datapipe.prepare import ensure_prepared
 from datapipe.shards import DamagedError
-from datapipe.targets import Masked, Mixed, NextToken, Targets
+from datapipe.targets import Masked, Mixed, NextToken, NumpyBatches, Targets
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer
 from datapipe.words import word_starts
@@ -71,6 +72,17 @@ def test_dali_makes_the_same_batches(data: Data, tokenizer: Tokenizer, objective
     assert_same(ours, theirs)
     # A run may change the backend at a restart.
     assert_same(ours[25:], list(Loader(dali, 8, tokenizer, 0, 2).steps(targets, 2, 25, 40, ours[24].state)))
+
+
+def test_dali_looks_up_more_ids_than_one_table_holds(tokenizer: Tokenizer) -> None:
+    """Special tokens in every table; its time does not depend on their number."""
+    size = 150_000
+    ids = np.random.default_rng(1).integers(0, size, 1024).astype(np.int32)
+    targets = Masked(0.9, (0.1, 0.8, 0.1), 7, 70_001, size, tuple(sorted({70_001, *ids[::5].tolist(), *range(300)})))
+    (ours,) = NumpyBatches(targets)([[PackedSequence(ids, (1024,), 0, 0)]])
+    (theirs,) = DaliBatches(targets, 1, 1024, 0, None)([[PackedSequence(ids, (1024,), 0, 0)]])
+    np.testing.assert_array_equal(ours.inputs, theirs.inputs)
+    np.testing.assert_array_equal(ours.labels, theirs.labels)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])

@@ -44,6 +44,13 @@ def main() -> None:
         {"width": 50368, "BLOCK": 4096},
         num_warps=8,
     )
+    for writes in (False, True):
+        build(
+            pointwise._softmax_minus_label,
+            {"logits": BF16, "labels": "*i64", "sums": FP32, "stride": "i32"},
+            {"width": 50368, "BLOCK": 4096, "WRITES": writes},
+            num_warps=16,
+        )
     sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK": attention.BLOCK}
     build(attention._forward, LOCAL, sizes, num_stages=1)
     build(attention._backward, LOCAL, sizes, num_stages=1)

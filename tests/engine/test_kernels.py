@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.modernbert import linear_cross_entropy as head
 from engine.modernbert import ops
 from engine.modernbert.attention import BlockedAttention, PackedDocuments
 
@@ -25,7 +26,15 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytest.importorskip("triton")
 
 from engine.modernbert.kernels.attention import LocalAttention  # noqa: E402
-from engine.modernbert.kernels.pointwise import ROWS_PER_PROGRAM, AddAndNorm, Drop, GeGLU, Rotate, exponentials_  # noqa: E402
+from engine.modernbert.kernels.pointwise import (  # noqa: E402
+    ROWS_PER_PROGRAM,
+    AddAndNorm,
+    Drop,
+    GeGLU,
+    Rotate,
+    exponentials_,
+    softmax_minus_label_,
+)
 
 BAR = 1e-5
 """Relative to the largest value; all but attention computes in fp32 throughout."""
@@ -97,6 +106,41 @@ def test_exponentials() -> None:
     near(ours, reference)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_softmax_minus_label(scale: float) -> None:
+    logits, labels = scale * torch.randn(7, 5_003), torch.tensor([0, 1, 4_095, 4_096, 5_002, 17, 17])
+    logits[2, 4_095] = logits.max() + 1
+    reference = logits.clone().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(reference, labels, reduction="none")
+    losses.sum().backward()
+    ours = logits.to(DEVICE).clone()
+    for writes in (False, True):
+        assert torch.equal(ours.cpu(), logits)
+        sums = softmax_minus_label_(ours, labels.to(DEVICE), writes).cpu()
+        near(sums[:, 0], losses)
+        assert torch.equal(sums[:, 1] > 0, logits.argmax(dim=1) == labels)
+    assert reference.grad is not None
+    near(ours, reference.grad)
+
+
+@pytest.mark.parametrize("height", [3, 100])
+def test_loss_of_whole_rows(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, right predictions and gradients of the layer, in tiles, are those of the path without the kernel."""
+    monkeypatch.setattr(head, "_tile_rows", lambda hidden, weight: height)
+    found = []
+    for by_rows in (False, True):
+        monkeypatch.setattr(head, "takes_whole_rows", lambda states, answer=by_rows: answer)
+        torch.manual_seed(3)
+        leaves = [torch.randn(*shape).to(DEVICE).requires_grad_() for shape in ((10, 16), (384, 16), (384,))]
+        labels = torch.randint(0, 300, (10,)).to(DEVICE)
+        loss, _ = head.linear_cross_entropy(*leaves, labels, (0, 300))
+        grads = torch.autograd.grad(2 * loss, leaves)
+        with torch.no_grad():
+            found.append((loss.detach(), *head.linear_cross_entropy(*leaves, labels, (0, 300)), *grads))
+    for one, other in zip(found[1], found[0], strict=True):
+        near(one, other.cpu())
+
+
 @settings(max_examples=15 if not ON_GPU else 50, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6).map(tuple),
@@ -126,4 +170,4 @@ def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.engine.compile_kernels"]
     found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert len(found.stdout.splitlines()) == 11
+    assert len(found.stdout.splitlines()) == 13

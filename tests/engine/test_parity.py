@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-from engine.modernbert.attention import PackedDocuments
+from datapipe.batch import Origin
+from engine.modernbert.attention import QUERY_MULTIPLE, PackedDocuments
+from engine.modernbert.config import DropoutRates
 from engine.modernbert.convert import load_weights
+from engine.modernbert.dropout import Dropout
 from engine.modernbert.model import ModernBert, transformer_config
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -175,6 +179,44 @@ def test_loss_on_paying_positions_equals_cross_entropy_of_the_logits(scale: floa
     for name, parameter in ours.named_parameters():
         largest = max(1.0, float(parameter.grad.abs().max()))
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * largest)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layers=st.integers(1, 4),
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6).map(tuple),
+    rate=st.sampled_from([0.0, 0.15, 0.9]),
+    rates=st.sampled_from([None, DropoutRates(seed=3, embedding=0.1, attention_output=0.2, mlp=0.3)]),
+)
+def test_a_global_last_layer_computes_the_labels_alone(
+    layers: int, lengths: tuple[int, ...], rate: float, rates: DropoutRates | None
+) -> None:
+    """Loss, right predictions and all gradients are those of the whole layer; documents without a label included."""
+    _, ours, architecture = build(num_hidden_layers=layers)
+    tokens, device = sum(lengths), torch.device("cpu")
+    generator = np.random.default_rng(tokens)
+    places = np.flatnonzero(generator.random(tokens) < rate)
+    labels = torch.from_numpy(generator.integers(0, 300, len(places)))
+    ids = torch.randint(0, architecture.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(2))
+    dropout = rates and Dropout.of_rows(rates, [Origin(3, 7, ())], tokens, device)
+    rows: list[int] = []
+    ours.decoder.final_layernorm.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    found = []
+    for needed in (None, places):
+        packed = PackedDocuments.from_lengths(lengths, False, device, dropout, needed)
+        ours.zero_grad()
+        loss, _ = ours(ids, packed, torch.from_numpy(places), labels)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
+        with torch.no_grad():
+            found.append((ours(ids, packed, torch.from_numpy(places), labels), gradients))
+    (whole, expected), (selected, gradients) = found
+    torch.testing.assert_close(selected, whole, rtol=1e-5, atol=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * (1 + float(gradient.abs().max())))
+    is_global = layers in (1, 4)
+    queries = len(np.union1d(places, np.cumsum((0, *lengths[:-1]))))
+    assert rows[2] == (-(-queries // QUERY_MULTIPLE) * QUERY_MULTIPLE if is_global else tokens)
 
 
 @torch.no_grad()

@@ -65,6 +65,14 @@ def test_flops_of_full_attention_equal_torchs_count() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(architecture)
 
 
+def test_flops_leave_out_what_a_global_last_layer_does_not_compute() -> None:
+    shape: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 4}
+    architecture = ModernBertConfig(**shape, num_hidden_layers=1, layer_types=["full_attention"])
+    assert training_flops(architecture, [60], 0, causal=False) == 3 * 2 * 60 * 3 * 48 * 48  # the product of qkv remains
+    whole, half = (training_flops(architecture, [60], count, causal=False) for count in (60, 30))
+    assert half - training_flops(architecture, [60], 0, causal=False) == whole - half
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_flops_of_attention_equal_the_pairs_that_see_each_other(causal: bool) -> None:
     architecture = ModernBertConfig(hidden_size=48, num_attention_heads=4, num_hidden_layers=5, local_attention=6)

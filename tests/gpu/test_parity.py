@@ -96,6 +96,33 @@ def test_fp8_follows_bf16_and_resumes_exactly(recipe: str, tmp_path: Path) -> No
     assert losses(fp8, "again")[2] == whole[2], "the first step after the restart"
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_deterministic_run_is_equal_to_the_bit(precision: str, tmp_path: Path) -> None:
+    """Twice from the start, and from a checkpoint on the way: losses, gradient norms, weights and moments."""
+    from datapipe.prepare import ensure_prepared
+    from datapipe.tokenizer import load_tokenizer
+    from monitoring.log import read_metrics
+    from tests.engine.world import run_world, stored, toy_config, train
+
+    model = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    saves = {"every": "2 steps", "keep": 9}
+    config = toy_config(tmp_path, model=model, precision=precision, deterministic=True, checkpoint=saves)
+    ensure_prepared(config.data, load_tokenizer(config.tokenizer))
+    whole, twice, resumed = (tmp_path / name for name in ("whole", "twice", "resumed"))
+    whole.mkdir(), twice.mkdir()
+    run_world(1, train, config, whole)
+    run_world(1, train, config, twice)
+    shutil.copytree(whole, resumed)
+    for path in (resumed / "checkpoints").glob("step-0000000[345]"):
+        shutil.rmtree(path)
+    run_world(1, train, config, resumed)
+    expected = stored(whole, 5)
+    for other in (twice, resumed):
+        lines = zip(read_metrics(other), read_metrics(whole), strict=True)
+        assert all(line[key] == one[key] for line, one in lines for key in ("loss", "grad_norm"))
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in stored(other, 5).items())
+
+
 def _train_in_a_process(config: Any, directory: Path, stop_after: int | None, *, gpu: bool) -> None:
     """In a process of its own, since one that has seen a GPU cannot be made to forget it."""
     code = (

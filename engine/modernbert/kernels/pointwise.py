@@ -287,6 +287,54 @@ def _mix(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> 16)
 
 
+def softmax_minus_label_(logits: Tensor, labels: Tensor, writes: bool) -> Tensor:
+    """Compute each row's cross-entropy, and turn logits [N, V] into its gradient in place.
+
+    A program reads its row twice. The second time it comes from the L2 cache, since the rows in work fit into it.
+
+    Args:
+        logits: [N, V]
+        labels: [N] int64
+        writes: Write the gradient; otherwise the logits stay.
+
+    Returns:
+        [N, 2] fp32: the cross-entropy, and 1 where the label is the likeliest entry, else 0.
+    """
+    sums = torch.empty(len(logits), 2, dtype=torch.float32, device=logits.device)
+    _softmax_minus_label[(len(logits),)](
+        logits, labels, sums, logits.stride(0), logits.shape[1], 4096, writes, num_warps=16
+    )
+    return sums
+
+
+@triton.jit
+def _softmax_minus_label(  # type: ignore[no-untyped-def]
+    logits, labels, sums, stride, width: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    label = tl.load(labels + row)
+    at_label = tl.load(logits + label).to(tl.float32)  # before the reductions, whose barriers keep it before any store
+    largest, powers = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, column < width, float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        higher = tl.maximum(largest, x)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        powers = powers * tl.exp(largest - shift) + tl.exp(x - shift)
+        largest = higher
+    top = tl.max(largest, 0)
+    total = tl.sum(powers * tl.exp(largest - top), 0)
+    tl.store(sums + 2 * row, tl.log(total) + top - at_label)
+    tl.store(sums + 2 * row + 1, tl.where(at_label == top, 1.0, 0.0))
+    if WRITES:
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, column < width, float("-inf"), eviction_policy="evict_first").to(tl.float32)
+            gradient = tl.exp(x - top) / total - tl.where(column == label, 1.0, 0.0)
+            tl.store(logits + column, gradient, column < width)
+
+
 def exponentials_(logits: Tensor, largest: Tensor) -> Tensor:
     """Turn logits [N, V] into exp(logits - largest) in offs, and return their sums, [N, 1] fp32 as `largest`."""
     sums = torch.empty_like(largest)
