@@ -48,6 +48,9 @@ from monitoring.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
+BUCKET_PARAMETERS = 10_000_000
+"""Least parameters of a gradient bucket. Megatron's default grows with the data-parallel size, to the whole model."""
+
 FitMicroBatch = Callable[[StepRunner, Layout, PhaseSpan, dict[str, int]], int]
 """Chooses a phase's `batch.micro: auto`, by the choices in the checkpoint, to which it adds; all ranks call it."""
 
@@ -257,6 +260,7 @@ def build_model(
     on_gpu = device.device().type == "cuda"
     # E4M3 forward and E5M2 backward, in the layers' matrix products; the head and the embedding stay in BF16.
     fp8 = {"fp8": "hybrid", "fp8_recipe": run.fp8_recipe, "first_last_layers_bf16": run.fp8_bf16_edges}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = transformer_config(
         architecture,
         tensor=layout.tensor,
@@ -266,14 +270,19 @@ def build_model(
         # Transformer Engine's products add a weight's gradient to Megatron's fp32 sum themselves.
         gradient_accumulation_fusion=on_gpu,
         **(fp8 if precision == "fp8" else {}),
+        **(recompute if run.batch.recompute == "full" else {}),
     )
     model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=run.attention).to(device.device())
+    if model.pre_process:
+        # Megatron's mark for a bucket of its own. The tied embedding's gradient is complete last, so others would wait.
+        model.embedding.word_embeddings.weight.shared_embedding = True
     inner = Float16Module(config, model) if precision != "fp32" else model
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,  # behind the backward pass of the last micro-batch
         overlap_param_gather=True,  # behind the forward pass of the next step's first
+        bucket_size=BUCKET_PARAMETERS,
     )
     ddp_model = DistributedDataParallel(config, settings, inner)
     config.no_sync_func = ddp_model.no_sync
