@@ -219,9 +219,9 @@ def test_a_run_directory_in_rays_copy_of_the_job_is_refused(tmp_path: Path, monk
 
 
 def test_tensor_group_across_nodes_is_refused() -> None:
-    workers = [WorkerInfo("a", "10.0.0.1", ())] * 3 + [WorkerInfo("b", "10.0.0.2", ())]
-    check_tensor_groups(workers, tensor=1)
+    nodes = ["10.0.0.1"] * 3 + ["10.0.0.2"]
+    check_tensor_groups(nodes, tensor=1)
     with pytest.raises(InputError) as refusal:
-        check_tensor_groups(workers, tensor=2)
+        check_tensor_groups(nodes, tensor=2)
     assert refusal.value.key == "parallel.tensor"
     assert all(name in str(refusal.value) for name in ("2 to 3", "10.0.0.1", "10.0.0.2"))
