@@ -257,6 +257,12 @@ def build_model(
     architecture: ModernBertConfig, layout: Layout, precision: Precision, run: RunConfig
 ) -> tuple[ModernBert, Any]:
     """Build this rank's pipeline stage, bare and inside Megatron's data-parallel wrappers."""
+    model = new_model(architecture, layout, precision, run).to(device.device())
+    return model, data_parallel(Float16Module(model.config, model) if precision != "fp32" else model)
+
+
+def new_model(architecture: ModernBertConfig, layout: Layout, precision: Precision, run: RunConfig) -> ModernBert:
+    """Build this rank's pipeline stage, in the precision's dtype."""
     on_gpu = device.device().type == "cuda"
     # E4M3 forward and E5M2 backward, in the layers' matrix products; the head and the embedding stay in BF16.
     fp8 = {"fp8": "hybrid", "fp8_recipe": run.fp8_recipe, "first_last_layers_bf16": run.fp8_bf16_edges}
@@ -272,11 +278,15 @@ def build_model(
         **(fp8 if precision == "fp8" else {}),
         **(recompute if run.batch.recompute == "full" else {}),
     )
-    model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=run.attention).to(device.device())
+    model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=run.attention)
     if model.pre_process:
         # Megatron's mark for a bucket of its own. The tied embedding's gradient is complete last, so others would wait.
         model.embedding.word_embeddings.weight.shared_embedding = True
-    inner = Float16Module(config, model) if precision != "fp32" else model
+    return model
+
+
+def data_parallel(model: Any) -> Any:
+    """Wrap a model for Megatron's distributed optimizer, with gradient buckets that overlap with the passes."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -284,9 +294,9 @@ def build_model(
         overlap_param_gather=True,  # behind the forward pass of the next step's first
         bucket_size=BUCKET_PARAMETERS,
     )
-    ddp_model = DistributedDataParallel(config, settings, inner)
-    config.no_sync_func = ddp_model.no_sync
-    return model, ddp_model
+    ddp_model = DistributedDataParallel(model.config, settings, model)
+    model.config.no_sync_func = ddp_model.no_sync
+    return ddp_model
 
 
 def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[Objective, list[MicroBatch]]:

@@ -40,7 +40,7 @@ def build_stages(config: RunConfig, architecture: ModernBertConfig, layout: Layo
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from engine.build import build_model
+    from engine.build import data_parallel, new_model
     from engine.megatron.fake_world import fake_world
     from engine.parallel import initialise
 
@@ -50,7 +50,8 @@ def build_stages(config: RunConfig, architecture: ModernBertConfig, layout: Layo
         with fake_world(layout.workers, rank):
             initialise(layout, config.seed)
             with FakeTensorMode():
-                model, ddp_model = build_model(architecture, layout, "bf16", config)
+                model = new_model(architecture, layout, "bf16", config)
+                ddp_model = data_parallel(model)
             tied = [p for name, p in model.named_parameters() if name.endswith(("word_embeddings.weight", "layer.weight"))]
             stages.append(
                 Stage(

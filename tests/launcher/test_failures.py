@@ -20,7 +20,7 @@ from launcher.preflight import WORKING_COPIES
 from launcher.stop import PREEMPTED, SIGNAL, StopRequest
 from launcher.supervisor import Run, run_job, supervise
 from launcher.topology import check_tensor_groups
-from launcher.worker import RankAssignment, RunResult, Worker, WorkerInfo
+from launcher.worker import RankAssignment, RunResult, Worker
 from launcher.worker_group import address_in, import_error, rays_account, wait_for_results
 from monitoring.log import append_event, held_events, read_events
 from monitoring.progress import Progress
