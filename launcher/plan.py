@@ -211,5 +211,7 @@ def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
     """Align the cells of each column to the right."""
     first = max(len(name) for name, cells in rows if cells)
     width = max(len(cell) for _, cells in rows for cell in cells)
-    return [(f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell in cells)).rstrip() if cells else name
-            for name, cells in rows]
+    return [
+        (f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell in cells)).rstrip() if cells else name
+        for name, cells in rows
+    ]

@@ -84,7 +84,9 @@ def resolve_architecture(
         fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer), **base}
     else:
         fields = read_config(model.init) if published is None else dict(published)
-        if published is not None or not is_checkpoint(locate(model.init)):  # a checkpoint knows its shape, and is compared with it when loaded
+        if published is not None or not is_checkpoint(
+            locate(model.init)
+        ):  # a checkpoint knows its shape, and is compared with it when loaded
             _require_no_contradiction(overrides, fields, model.init)
     if "global_attn_every_n_layers" in overrides or "num_hidden_layers" in overrides:
         fields.pop("layer_types", None)  # they follow from the number of layers, which is no longer the file's

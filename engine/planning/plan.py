@@ -98,7 +98,9 @@ def make_plan(
         InputError: A micro-batch is larger than the GPU.
     """
     stages, schedule = build_stages(config, architecture, layout), PhaseSchedule(config)
-    phases = [_plan_phase(config, architecture, layout, nodes, span, stages, schedule, precision) for span in config.spans]
+    phases = [
+        _plan_phase(config, architecture, layout, nodes, span, stages, schedule, precision) for span in config.spans
+    ]
     parameters = parameter_count(architecture)
     return Plan(
         name=config.name,
@@ -147,9 +149,7 @@ def _plan_phase(
         raise too_large(config, f"a GPU of {total / 1e9:.1f} GB", detail)
     tokens = setting * span.sequence_length
     step = StepShape(rows // setting, tokens, round(labels * tokens))
-    sent = [
-        transfers(architecture, layout, stage, step, weight_bytes=HALF, recompute=recompute) for stage in stages
-    ]
+    sent = [transfers(architecture, layout, stage, step, weight_bytes=HALF, recompute=recompute) for stage in stages]
     most: defaultdict[str, float] = defaultdict(float)
     for of_stage in sent:
         own: defaultdict[str, float] = defaultdict(float)

@@ -168,6 +168,7 @@ def _differences(
         f"{name.upper()} of a model of this shape": not alike,
         f"sequences of {span.sequence_length:,} tokens": span.sequence_length != 8192,
         f"micro-batches of {sequences} sequences": bool(alike) and sequences != alike[0]["sequences"],
+        "this size on an H100; it was an H200": bool(alike) and "gpu" in alike[0],
         f"{layout.workers} GPUs": layout.workers > 1,
         "tensor parallelism": layout.tensor > 1,
         "pipeline parallelism": layout.pipeline > 1,

@@ -52,7 +52,9 @@ def build_stages(config: RunConfig, architecture: ModernBertConfig, layout: Layo
             with FakeTensorMode():
                 model = new_model(architecture, layout, "bf16", config)
                 ddp_model = data_parallel(model)
-            tied = [p for name, p in model.named_parameters() if name.endswith(("word_embeddings.weight", "layer.weight"))]
+            tied = [
+                p for name, p in model.named_parameters() if name.endswith(("word_embeddings.weight", "layer.weight"))
+            ]
             stages.append(
                 Stage(
                     index=index,

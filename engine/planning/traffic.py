@@ -86,7 +86,7 @@ def transfers(
 
     if layout.pipeline > 1:
         own = states // tensor if layout.sequence else states
-        add("pipeline", "send", 2, count * ((not stage.is_first) + (not stage.is_last)), own)
+        add("pipeline", "send", layout.pipeline, count * ((not stage.is_first) + (not stage.is_last)), own)
         if stage.is_first or stage.is_last:
             add("embedding", "all-reduce", 2, 1, stage.embedding, 4)
     return found

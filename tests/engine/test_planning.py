@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
-from configs.load import changes_of_run, load_config, validate
+from configs.load import changes_of_run, validate
 from configs.schema import RunConfig
 from datapipe.batch import IGNORE, MicroBatch, Origin
 from engine.build import BUCKET_PARAMETERS, build_model
@@ -21,7 +20,7 @@ from engine.megatron import ddp_timing
 from engine.megatron.fake_world import fake_world
 from engine.megatron.optimizer import FrozenWeights, build_optimizer
 from engine.modernbert.config import DropoutRates, parameter_count
-from engine.parallel import Layout, initialise
+from engine.parallel import Layout, initialise, single_process
 from engine.planning.memory import Memory, checkpoint_bytes, step_memory
 from engine.planning.plan import Plan, make_plan
 from engine.planning.speed import measured
@@ -96,8 +95,8 @@ def test_counted_collectives_equal_the_formula(
     layout = Layout(tensor, pipeline, workers // tensor // pipeline, sequence, (1,))
     step = StepShape(micro_batches=3, tokens=LENGTH, labels=LENGTH - 1)
     for stage in build_stages(config, TINY, layout):
-        if 0 < stage.index < pipeline - 2:
-            continue  # the stages between the first and the last are alike
+        if 0 < stage.index < pipeline - 2 or (workers == 512 and stage.is_last):
+            continue  # stages between the first and the last are alike; making the groups of 512 ranks takes seconds
         expected: Counter[Counted] = Counter()
         for sent in transfers(TINY, layout, stage, step, weight_bytes=4, recompute=recompute == "full"):
             expected[sent.kind, sent.operation, sent.elements, sent.element_bytes, sent.ranks] += sent.calls
@@ -116,32 +115,34 @@ def test_little_but_the_tied_embedding_is_left_to_reduce_when_backward_ends(rank
     assert stage.elements == pytest.approx(parameter_count(BASE), rel=1e-3)
 
 
-def test_recomputed_layers_give_the_same_loss_and_gradients(alone: None) -> None:
-    """To the last digit, with dropout, in the two objectives' common model."""
-    rates = DropoutRates(3, 0.1, 0.1, 0.1)
-    found = []
-    for recompute in ("none", "full"):
+def passes(recompute: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return the loss of one micro-batch with dropout, its gradients, and how many elements the forward pass kept."""
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with single_process():
         config = recipe(batch={"sequences": 8, "recompute": recompute})
         model, ddp_model = build_model(TINY, Layout(1, 1, 1, False, (1,)), "fp32", config)
-        generator, kept = torch.Generator().manual_seed(1), 0
+        generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(0, 0.1, generator=generator)
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal kept
-            kept += tensor.numel()
-            return tensor
-
-        data = batch(rates)
+        data = batch(DropoutRates(3, 0.1, 0.1, 0.1))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = ddp_model(data.inputs, data.documents, data.label_positions, data.labels)[0]
         loss.backward()
-        found.append((loss.detach(), [buffer.grad_data.clone() for buffer in ddp_model.buffers], kept))
-    (loss, gradients, kept), (again, gradients_again, kept_again) = found
+        return loss.detach(), torch.cat([buffer.grad_data for buffer in ddp_model.buffers]), sum(kept)
+
+
+def test_recomputed_layers_give_the_same_loss_and_gradients() -> None:
+    loss, gradients, kept = passes("none")
+    again, gradients_again, kept_again = passes("full")
     assert torch.equal(loss, again)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
-    assert any(gradient.abs().sum() > 0 for gradient in gradients)
+    assert torch.equal(gradients, gradients_again)
+    assert gradients.abs().sum() > 0
     assert kept_again < 0.7 * kept
 
 
@@ -189,13 +190,9 @@ def plan_of(name: str, sequences: int, **changes: Any) -> Plan:
 @pytest.mark.parametrize("name", ["base CLM", "base MLM", "large CLM"])
 def test_a_measured_row_is_planned_as_it_was_measured(name: str) -> None:
     row = next(row for row in measured()["rows"] if row["name"].startswith(name))
-    phases = [{"objective": row["objective"], "steps": 1}]
-    (phase,) = plan_of(name, 16, phases=phases, batch={"sequences": 16, "micro": 16}).phases if name != "large CLM" else (
-        plan_of(name, 16, phases=phases).phases
-    )
+    (phase,) = plan_of(name, 16, phases=[{"objective": row["objective"], "steps": 1}]).phases
     assert phase.speed.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.01)
-    if name != "large CLM":
-        assert phase.speed.extrapolated == ()
+    assert (phase.micro, phase.speed.extrapolated) == (row["sequences"], ())
 
 
 def test_few_rows_are_bound_by_the_host() -> None:
@@ -217,4 +214,6 @@ def test_checkpoint_has_the_planned_bytes(alone_run: Path) -> None:
     """In FP32, whose weights have two bytes more than BF16's."""
     elements = sum(tensor.numel() for name, tensor in stored(alone_run, 5).items() if "optimizer." not in name)
     files = (alone_run / "checkpoints" / "step-00000005").glob("*.distcp")
-    assert sum(file.stat().st_size for file in files) == pytest.approx(checkpoint_bytes(elements) + 2 * elements, rel=0.02)
+    assert sum(file.stat().st_size for file in files) == pytest.approx(
+        checkpoint_bytes(elements) + 2 * elements, rel=0.02
+    )
