@@ -65,11 +65,17 @@ def _model_of(config: RunConfig) -> tuple[ModernBertConfig, Tokenizer | None]:
     init = config.model.init
     table = resources.files("engine.planning") / "known_models.yaml"
     known: dict[str, dict[str, Any]] = yaml.safe_load(table.read_text("utf-8"))
-    published = None if Path(init).expanduser().exists() else known.get(init.partition("@")[0])
-    tokenizer = None if published is not None and config.tokenizer == init else load_tokenizer(config.tokenizer)
+
+    def shape(reference: str) -> dict[str, Any] | None:
+        return None if Path(reference).expanduser().exists() else known.get(reference.partition("@")[0])
+
+    published, of_tokenizer = shape(init), shape(config.tokenizer)
+    is_known = of_tokenizer is not None and init in (SCRATCH, config.tokenizer)
+    tokenizer = None if is_known else load_tokenizer(config.tokenizer)
+    if is_known and init == SCRATCH:
+        published = {key: value for key, value in (of_tokenizer or {}).items() if key == "vocab_size"}
     architecture = resolve_architecture(config.model, tokenizer, published)
-    if init != SCRATCH and published is None:
-        assert tokenizer is not None
+    if init != SCRATCH and published is None and tokenizer is not None:
         check_initial_weights(init, architecture, tokenizer)
     return architecture, tokenizer
 
@@ -117,17 +123,14 @@ def _check_data(config: RunConfig, architecture: ModernBertConfig, tokenizer: To
     sources = [*config.data.sources, *([evaluation.source] if evaluation else [])]
     absent = [source.name for source in sources if "://" in source.shards or not Path(source.shards).is_dir()]
     if tokenizer is None:
-        return [f"the tokenizer and the weights of {config.model.init}", f"shards of {_names(sources)}"]
+        models = sorted({config.tokenizer, config.model.init} - {SCRATCH})
+        return [f"files of {', '.join(models)}", f"shards of {', '.join(source.name for source in sources)}"]
     if any(phase.mask_unit == "word" for phase in config.phases):
         word_starts(tokenizer)
     if absent:
         return [f"shards of {', '.join(absent)}"]
     require_enough(config, check_sources(config.data, tokenizer, architecture.vocab_size))
     return []
-
-
-def _names(sources: Iterable[Any]) -> str:
-    return ", ".join(source.name for source in sources)
 
 
 def plan_text(plan: Plan, unchecked: list[str]) -> str:

@@ -72,21 +72,19 @@ def resolve_architecture(
     Args:
         model: The recipe's section: `size`, or `init` (a Hugging Face directory, hub id or checkpoint), and overrides.
         tokenizer: The run's tokenizer; it gives a new model its vocabulary and special ids. None: that of `init`.
-        published: Fields of the configuration of `init`, where they are known without its files.
+        published: Fields of the configuration of `init`, or the vocabulary of a new model, known without their files.
 
     Raises:
         InputError: The shape cannot be built, the overrides contradict the weights, or the tokenizer does not fit.
     """
     overrides = model.model_dump(exclude={"init", "size", *TRAINING_ONLY}, exclude_none=True)
     if model.init == SCRATCH:
-        assert tokenizer is not None, "a new model takes its vocabulary from it"
-        base = SIZES[model.size] if model.size else {}
-        fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer), **base}
+        own = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer)} if tokenizer else published
+        fields: dict[str, Any] = {**(own or {}), **(SIZES[model.size] if model.size else {})}
     else:
         fields = read_config(model.init) if published is None else dict(published)
-        if published is not None or not is_checkpoint(
-            locate(model.init)
-        ):  # a checkpoint knows its shape, and is compared with it when loaded
+        # A checkpoint knows its shape, and is compared with it when loaded.
+        if published is not None or not is_checkpoint(locate(model.init)):
             _require_no_contradiction(overrides, fields, model.init)
     if "global_attn_every_n_layers" in overrides or "num_hidden_layers" in overrides:
         fields.pop("layer_types", None)  # they follow from the number of layers, which is no longer the file's

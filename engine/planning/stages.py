@@ -9,6 +9,9 @@ from transformers import ModernBertConfig
 from configs.schema import RunConfig
 from engine.parallel import Layout
 
+TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Names of the tied embedding on the first stage, and on the last one where that is another."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -52,19 +55,15 @@ def build_stages(config: RunConfig, architecture: ModernBertConfig, layout: Layo
             with FakeTensorMode():
                 model = new_model(architecture, layout, "bf16", config)
                 ddp_model = data_parallel(model)
-            tied = [
-                p for name, p in model.named_parameters() if name.endswith(("word_embeddings.weight", "layer.weight"))
-            ]
+            sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
             stages.append(
                 Stage(
                     index=index,
                     layers=len(model.decoder.layers),
                     is_first=model.pre_process,
                     is_last=model.post_process,
-                    norm_weights=sum(
-                        p.numel() for n, p in model.named_parameters() if "norm" in n and not n.startswith("lm_head")
-                    ),
-                    embedding=sum(parameter.numel() for parameter in tied),
+                    norm_weights=sum(sizes[name] for name in sizes if "norm" in name and "lm_head" not in name),
+                    embedding=sum(sizes.get(name, 0) for name in TIED),
                     buckets=tuple(
                         bucket.grad_data.numel() for group in ddp_model.bucket_groups for bucket in group.buckets
                     ),

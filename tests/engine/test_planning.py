@@ -108,7 +108,7 @@ def test_counted_collectives_equal_the_formula(
 def test_little_but_the_tied_embedding_is_left_to_reduce_when_backward_ends(ranks: int) -> None:
     (stage,) = build_stages(recipe(), BASE, Layout(1, 1, ranks, False, (1,)))
     assert len(stage.buckets) >= 4
-    *behind_backward, last, embedding = stage.buckets
+    *_behind_backward, last, embedding = stage.buckets
     assert embedding == pytest.approx(stage.embedding, abs=ranks * 128)
     assert last < BUCKET_PARAMETERS + 5e6
     assert last <= 0.1 * stage.elements
@@ -214,6 +214,5 @@ def test_checkpoint_has_the_planned_bytes(alone_run: Path) -> None:
     """In FP32, whose weights have two bytes more than BF16's."""
     elements = sum(tensor.numel() for name, tensor in stored(alone_run, 5).items() if "optimizer." not in name)
     files = (alone_run / "checkpoints" / "step-00000005").glob("*.distcp")
-    assert sum(file.stat().st_size for file in files) == pytest.approx(
-        checkpoint_bytes(elements) + 2 * elements, rel=0.02
-    )
+    planned = checkpoint_bytes(elements) + 2 * elements
+    assert sum(file.stat().st_size for file in files) == pytest.approx(planned, rel=0.02)
