@@ -177,10 +177,10 @@ def too_large(config: RunConfig, place: str, detail: object) -> InputError:
         remedies.insert(0, "lower batch.micro")
     if config.batch.recompute == "none":
         remedies.insert(0, "set batch.recompute=full (`recompute: full`), which keeps one input per layer")
+    longest = max(span.sequence_length for span in config.spans)
     rows = "one packed sequence" if one_row else f"a micro-batch ({config.batch.micro})"
     return InputError(
-        f"batch.micro: {rows} of {config.data.sequence_length} tokens does not fit {place}; {', or '.join(remedies)} "
-        f"({detail})",
+        f"batch.micro: {rows} of up to {longest} tokens does not fit {place}; {', or '.join(remedies)} ({detail})",
         key="batch.micro",
         code="gpu-out-of-memory",
     )

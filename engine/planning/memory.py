@@ -11,8 +11,10 @@ from engine.modernbert.linear_cross_entropy import TILE_BYTES
 from engine.parallel import Layout
 from engine.planning.stages import Stage
 
-HALF, FULL = 2, 4
-"""Bytes of a number in BF16 and in FP32."""
+FULL = 4
+"""Bytes of a number in FP32."""
+WIDTH = {"fp32": FULL, "bf16": 2, "fp8": 2}
+"""Bytes of a weight and of an activation, by precision."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,11 @@ class Memory:
     """Bytes on one GPU, by part."""
 
     weights: float
-    """BF16."""
+    """In the computing dtype."""
     gradients: float
     """FP32, of all weights."""
     optimizer: float
-    """This rank's share of FP32 main weights and two moments."""
+    """This rank's share of two moments, and of FP32 main weights unless the weights are FP32 themselves."""
     activations: float
     """Kept from forward to backward, by the micro-batches that are under way at once."""
     head: float
@@ -51,6 +53,7 @@ def step_memory(
     label_share: float,
     micro_batches: int,
     *,
+    width: int,
     recompute: bool,
 ) -> Memory:
     """Compute the peak memory of a rank.
@@ -67,31 +70,32 @@ def step_memory(
         tokens: Token slots of a micro-batch.
         label_share: Share of the tokens that carry a label.
         micro_batches: Micro-batches of a step on a rank.
+        width: Bytes of a weight and of an activation.
         recompute: Whether layers are computed again in the backward pass.
     """
     hidden, inner, tensor = architecture.hidden_size, architecture.intermediate_size, layout.tensor
     whole = hidden / tensor if layout.sequence else hidden  # channels of a vector between the parallel products
-    layer = HALF * (4 * whole + (4 * hidden + 3 * inner) / tensor) + FULL * architecture.num_attention_heads / tensor
-    kept = stage.layers * (HALF * whole if recompute else layer) + HALF * whole * stage.is_first
+    layer = width * (4 * whole + (4 * hidden + 3 * inner) / tensor) + FULL * architecture.num_attention_heads / tensor
+    kept = stage.layers * (width * whole if recompute else layer) + width * whole * stage.is_first
     under_way = min(micro_batches, layout.pipeline - stage.index)
     head = 0.0
     if stage.is_last:
         labels, vocabulary = label_share * tokens, padded_vocabulary(architecture.vocab_size) / tensor
-        tile = min(labels * vocabulary * HALF, TILE_BYTES["cuda"] * HALF / FULL)
-        # Six states and gradients in BF16 and one in FP32 per label; the decoder's gradient in FP32 and twice in BF16.
-        head = labels * hidden * (6 * HALF + FULL) + vocabulary * hidden * (FULL + 2 * HALF) + tile
+        tile = min(labels * vocabulary * width, TILE_BYTES["cuda"] * width / FULL)
+        # Six states and gradients and one in FP32 per label; the decoder's gradient in FP32, and two copies.
+        head = labels * hidden * (6 * width + FULL) + vocabulary * hidden * (FULL + 2 * width) + tile
     working = layer if recompute else 0.0
-    working += HALF * (2 * whole + 3 * inner / tensor)
+    working += width * (2 * whole + 3 * inner / tensor)
     return Memory(
-        weights=HALF * stage.elements,
+        weights=width * stage.elements,
         gradients=FULL * stage.elements,
-        optimizer=3 * FULL * stage.elements / layout.data,
+        optimizer=(3 if width < FULL else 2) * FULL * stage.elements / layout.data,
         activations=under_way * tokens * kept,
         head=head,
         temporary=tokens * working,
     )
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """Return the bytes of a checkpoint: weights in BF16; main weights and two moments in FP32."""
-    return parameters * (HALF + 3 * FULL)
+def checkpoint_bytes(parameters: int, width: int) -> int:
+    """Return the bytes of a checkpoint: weights in the computing dtype; main weights and two moments in FP32."""
+    return parameters * (width + 3 * FULL)

@@ -14,7 +14,7 @@ from configs.spans import PhaseSpan
 from engine.micro_batch import MEMORY_SHARE, largest_that_fits, too_large
 from engine.modernbert.config import parameter_count
 from engine.parallel import Layout, micro_setting
-from engine.planning.memory import HALF, Memory, checkpoint_bytes, step_memory
+from engine.planning.memory import WIDTH, Memory, checkpoint_bytes, step_memory
 from engine.planning.speed import Speed, expected_speed, label_share, measured
 from engine.planning.stages import Stage, build_stages
 from engine.planning.traffic import StepShape, transfers
@@ -92,7 +92,7 @@ def make_plan(
         layout: Sizes of the groups; the sizes of micro-batches are chosen here.
         nodes: Machines.
         per_node: Workers per machine.
-        precision: `fp32`, `bf16` or `fp8`. Memory and speed of `fp32` were not measured, and are those of `bf16`.
+        precision: `fp32`, `bf16` or `fp8`.
 
     Raises:
         InputError: A micro-batch is larger than the GPU.
@@ -112,7 +112,7 @@ def make_plan(
         parameters=parameters,
         stages=tuple(stages),
         phases=tuple(phases),
-        checkpoint_bytes=checkpoint_bytes(parameters),
+        checkpoint_bytes=checkpoint_bytes(parameters, WIDTH[precision]),
         checkpoints_kept=config.checkpoint.keep,
     )
 
@@ -129,10 +129,13 @@ def _plan_phase(
 ) -> PhasePlan:
     rows, recompute, labels = span.sequences // layout.data, config.batch.recompute == "full", label_share(span.phase)
 
+    width = WIDTH[precision]
+
     def memory(size: int) -> Memory:
         tokens, count = size * span.sequence_length, rows // size
         of_stages = (
-            step_memory(architecture, layout, stage, tokens, labels, count, recompute=recompute) for stage in stages
+            step_memory(architecture, layout, stage, tokens, labels, count, width=width, recompute=recompute)
+            for stage in stages
         )
         return max(of_stages, key=lambda need: need.total)
 
@@ -143,13 +146,13 @@ def _plan_phase(
     need = memory(setting)
     if need.total > total:
         detail = (
-            f"the formula gives {need.total / 1e9:.1f} GB, of which {need.state / 1e9:.1f} GB are weights, gradients "
+            f"phase {span.index + 1}: the formula gives {need.total / 1e9:.1f} GB, of which {need.state / 1e9:.1f} GB are weights, gradients "
             "and optimizer"
         )
         raise too_large(config, f"a GPU of {total / 1e9:.1f} GB", detail)
     tokens = setting * span.sequence_length
     step = StepShape(rows // setting, tokens, round(labels * tokens))
-    sent = [transfers(architecture, layout, stage, step, weight_bytes=HALF, recompute=recompute) for stage in stages]
+    sent = [transfers(architecture, layout, stage, step, weight_bytes=width, recompute=recompute) for stage in stages]
     most: defaultdict[str, float] = defaultdict(float)
     for of_stage in sent:
         own: defaultdict[str, float] = defaultdict(float)

@@ -75,12 +75,14 @@ def expected_speed(
         stages: The pipeline stages.
         step: Sizes of a step on a rank.
         sent: What a rank of each stage sends.
-        precision: `bf16` or `fp8`.
+        precision: `fp32`, `bf16` or `fp8`.
     """
     facts, notes = measured(), _differences(config, architecture, layout, span, step, precision)
     rate = facts["peak_flops"] * _peak_share(architecture, span.phase)
     if precision == "fp8":
         rate *= _fp8_gain(config.fp8_recipe, architecture)
+    if precision == "fp32":
+        rate /= 2  # TF32, by the data sheet
     layer, head = _flops_per_token(architecture, span.phase)
     recompute = 4 / 3 if config.batch.recompute == "full" else 1.0
     micro_seconds, bound = 0.0, "GPU"
@@ -172,6 +174,7 @@ def _differences(
         f"{layout.workers} GPUs": layout.workers > 1,
         "tensor parallelism": layout.tensor > 1,
         "pipeline parallelism": layout.pipeline > 1,
+        "FP32": precision == "fp32",
         "recomputation": config.batch.recompute == "full",
         f"FP8 ({config.fp8_recipe}) at this size": precision == "fp8" and not alike,
     }

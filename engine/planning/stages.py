@@ -41,10 +41,8 @@ def build_stages(config: RunConfig, architecture: ModernBertConfig, layout: Layo
 
     torch.distributed must not be initialised, and `engine.megatron.cpu.install` comes first.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     from engine.build import data_parallel, new_model
-    from engine.megatron.fake_world import fake_world
+    from engine.megatron.fake_world import fake_world, without_memory
     from engine.parallel import initialise
 
     stages = []
@@ -52,7 +50,7 @@ def build_stages(config: RunConfig, architecture: ModernBertConfig, layout: Layo
         rank = index * layout.tensor * layout.data  # Megatron counts tensor, then data, then pipeline ranks
         with fake_world(layout.workers, rank):
             initialise(layout, config.seed)
-            with FakeTensorMode():
+            with without_memory():
                 model = new_model(architecture, layout, "bf16", config)
                 ddp_model = data_parallel(model)
             sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

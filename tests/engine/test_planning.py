@@ -21,7 +21,7 @@ from engine.megatron.fake_world import fake_world
 from engine.megatron.optimizer import FrozenWeights, build_optimizer
 from engine.modernbert.config import DropoutRates, parameter_count
 from engine.parallel import Layout, initialise, single_process
-from engine.planning.memory import Memory, checkpoint_bytes, step_memory
+from engine.planning.memory import WIDTH, Memory, checkpoint_bytes, step_memory
 from engine.planning.plan import Plan, make_plan
 from engine.planning.speed import measured
 from engine.planning.stages import Stage, build_stages
@@ -169,7 +169,7 @@ def shape(name: str) -> tuple[ModernBertConfig, Stage]:
 def memory(name: str, rows: int, recompute: bool = False) -> Memory:
     architecture, stage = shape(name)
     layout = Layout(1, 1, 1, False, (1,))
-    return step_memory(architecture, layout, stage, rows * 8192, 1.0, 1, recompute=recompute)
+    return step_memory(architecture, layout, stage, rows * 8192, 1.0, 1, width=2, recompute=recompute)
 
 
 def test_memory_agrees_with_the_measured_sizes() -> None:
@@ -211,8 +211,7 @@ def test_a_row_that_does_not_fit_names_recomputation() -> None:
 
 
 def test_checkpoint_has_the_planned_bytes(alone_run: Path) -> None:
-    """In FP32, whose weights have two bytes more than BF16's."""
     elements = sum(tensor.numel() for name, tensor in stored(alone_run, 5).items() if "optimizer." not in name)
     files = (alone_run / "checkpoints" / "step-00000005").glob("*.distcp")
-    planned = checkpoint_bytes(elements) + 2 * elements
+    planned = checkpoint_bytes(elements, WIDTH["fp32"])
     assert sum(file.stat().st_size for file in files) == pytest.approx(planned, rel=0.02)
