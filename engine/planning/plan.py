@@ -146,8 +146,8 @@ def _plan_phase(
     need = memory(setting)
     if need.total > total:
         detail = (
-            f"phase {span.index + 1}: the formula gives {need.total / 1e9:.1f} GB, of which {need.state / 1e9:.1f} GB are weights, gradients "
-            "and optimizer"
+            f"phase {span.index + 1}: the formula gives {need.total / 1e9:.1f} GB, of which {need.state / 1e9:.1f} GB are "
+            "weights, gradients and optimizer"
         )
         raise too_large(config, f"a GPU of {total / 1e9:.1f} GB", detail)
     tokens = setting * span.sequence_length
