@@ -128,7 +128,6 @@ def _plan_phase(
     precision: str,
 ) -> PhasePlan:
     rows, recompute, labels = span.sequences // layout.data, config.batch.recompute == "full", label_share(span.phase)
-
     width = WIDTH[precision]
 
     def memory(size: int) -> Memory:
@@ -145,10 +144,8 @@ def _plan_phase(
         setting = largest_that_fits(rows, memory(1).state, lambda size: memory(size).total, room, lambda fits: fits)
     need = memory(setting)
     if need.total > total:
-        detail = (
-            f"phase {span.index + 1}: the formula gives {need.total / 1e9:.1f} GB, of which {need.state / 1e9:.1f} GB are "
-            "weights, gradients and optimizer"
-        )
+        state = f"{need.state / 1e9:.1f} GB are weights, gradients and optimizer"
+        detail = f"phase {span.index + 1}: the formula gives {need.total / 1e9:.1f} GB, of which {state}"
         raise too_large(config, f"a GPU of {total / 1e9:.1f} GB", detail)
     tokens = setting * span.sequence_length
     step = StepShape(rows // setting, tokens, round(labels * tokens))
