@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from engine.planning.plan import PhasePlan, Plan
 
 KINDS = {
-    "data": "data parallel",
+    "data reduce-scatter": "data parallel, gradients",
+    "data all-gather": "data parallel, weights",
     "tensor": "tensor parallel",
     "pipeline": "pipeline parallel",
-    "embedding": "tied embedding of the pipeline",
+    "embedding": "pipeline's tied embedding",
 }
 """Kinds of traffic, for people."""
 

@@ -40,7 +40,7 @@ class PhasePlan:
     """Micro-batches of a step on a rank."""
     memory: Memory
     bytes_sent: dict[str, float]
-    """Per step, by kind of parallelism."""
+    """Per step, by kind of parallelism; of data parallelism by operation."""
     speed: Speed
 
     @property
@@ -154,7 +154,7 @@ def _plan_phase(
     for of_stage in sent:
         own: defaultdict[str, float] = defaultdict(float)
         for transfer in of_stage:
-            own[transfer.kind] += transfer.bytes_sent
+            own[f"data {transfer.operation}" if transfer.kind == "data" else transfer.kind] += transfer.bytes_sent
         most.update({kind: max(size, most[kind]) for kind, size in own.items()})
     return PhasePlan(
         objective=span.phase.objective_name,

@@ -71,7 +71,8 @@ def test_the_command_plans_a_pipeline_without_ray() -> None:
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert (plan["layout"]["data"], len(plan["stages"]), len(plan["phases"])) == (8, 2, 2)
-    assert set(plan["phases"][0]["bytes_sent"]) == {"data", "tensor", "pipeline", "embedding"}
+    kinds = {"data reduce-scatter", "data all-gather", "tensor", "pipeline", "embedding"}
+    assert set(plan["phases"][0]["bytes_sent"]) == kinds
 
 
 def test_the_text_has_a_unit_in_every_number() -> None:
