@@ -28,8 +28,8 @@ list indices included: `detour-train demo phases.0.steps=20 batch.sequences=16`.
 - Durations read `500 steps`, `100M tokens` or `10 minutes`. A bare count is in tokens. Suffixes are k, M, B and T.
 - `RUN/config.yaml` holds the resolved configuration. `detour schema` prints the JSON schema.
 - A run resumes with the same configuration. Keys that do not decide what is computed may change: `cluster.*`,
-  `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro`, `shards` and `text` of a source, and of `data` the keys
-  `on_error`, `backend`, `prefetch`, `cache`, `cache_gb`, `patience`.
+  `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro`, `batch.recompute`, `shards` and `text` of a source, and
+  of `data` the keys `on_error`, `backend`, `prefetch`, `cache`, `cache_gb`, `patience`.
 
 ## Shipped recipes
 

@@ -23,7 +23,7 @@ RECIPES = resources.files("configs") / "recipes"
 S = TypeVar("S", bound=BaseModel)
 _SHARDS = r"data\.(sources\.\d+|evaluation)\.(shards|text)"
 MAY_CHANGE = re.compile(
-    r"(cluster|parallel|checkpoint|monitoring)\.|batch\.micro|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
+    r"(cluster|parallel|checkpoint|monitoring)\.|batch\.(micro|recompute)|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
     rf"|{_SHARDS}"
 )
 """Matches keys that decide where and how a run is executed. All other keys decide what it computes.

@@ -50,6 +50,9 @@ from monitoring.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
+BUCKET_PARAMETERS = 10_000_000
+"""Least parameters of a gradient bucket. Megatron's default grows with the data-parallel size, to the whole model."""
+
 FitMicroBatch = Callable[[StepRunner, Layout, PhaseSpan, dict[str, int]], int]
 """Chooses a phase's `batch.micro: auto`, by the choices in the checkpoint, to which it adds; all ranks call it."""
 
@@ -275,9 +278,16 @@ def build_model(
     architecture: ModernBertConfig, layout: Layout, precision: Precision, run: RunConfig
 ) -> tuple[ModernBert, Any]:
     """Build this rank's pipeline stage, bare and inside Megatron's data-parallel wrappers."""
+    model = new_model(architecture, layout, precision, run).to(device.device())
+    return model, data_parallel(Float16Module(model.config, model) if precision != "fp32" else model)
+
+
+def new_model(architecture: ModernBertConfig, layout: Layout, precision: Precision, run: RunConfig) -> ModernBert:
+    """Build this rank's pipeline stage, in the precision's dtype."""
     on_gpu = device.device().type == "cuda"
     # E4M3 forward and E5M2 backward, in the layers' matrix products; the head and the embedding stay in BF16.
     fp8 = {"fp8": "hybrid", "fp8_recipe": run.fp8_recipe, "first_last_layers_bf16": run.fp8_bf16_edges}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = transformer_config(
         architecture,
         tensor=layout.tensor,
@@ -287,19 +297,28 @@ def build_model(
         # Transformer Engine's products add a weight's gradient to Megatron's fp32 sum themselves.
         gradient_accumulation_fusion=on_gpu,
         **(fp8 if precision == "fp8" else {}),
+        **(recompute if run.batch.recompute == "full" else {}),
     )
     attention = "torch" if run.deterministic else run.attention
-    model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=attention).to(device.device())
-    inner = Float16Module(config, model) if precision != "fp32" else model
+    model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=attention)
+    if model.pre_process:
+        # Megatron's mark for a bucket of its own. The tied embedding's gradient is complete last, so others would wait.
+        model.embedding.word_embeddings.weight.shared_embedding = True
+    return model
+
+
+def data_parallel(model: Any) -> Any:
+    """Wrap a model for Megatron's distributed optimizer, with gradient buckets that overlap with the passes."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,  # behind the backward pass of the last micro-batch
         overlap_param_gather=True,  # behind the forward pass of the next step's first
+        bucket_size=BUCKET_PARAMETERS,
     )
-    ddp_model = DistributedDataParallel(config, settings, inner)
-    config.no_sync_func = ddp_model.no_sync
-    return model, ddp_model
+    ddp_model = DistributedDataParallel(model.config, settings, model)
+    model.config.no_sync_func = ddp_model.no_sync
+    return ddp_model
 
 
 def _held_out(config: RunConfig, tokenizer: Tokenizer, layout: Layout) -> dict[Objective, list[MicroBatch]]:

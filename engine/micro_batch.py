@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import ModernBertConfig
 
+from configs.errors import InputError
 from configs.files import write_json
 from configs.schema import RunConfig
 from configs.spans import PhaseSpan
@@ -27,7 +28,7 @@ from datapipe.batch import IGNORE, MicroBatch, Origin
 from engine import device
 from engine.megatron.fp8_state import preserve_fp8_state
 from engine.modernbert.config import DropoutRates, resolve_dropout
-from engine.parallel import Layout
+from engine.parallel import Layout, micro_setting
 from engine.step import StepRunner, to_device_batch
 
 REMEMBERED = Path("~/.cache/detour/micro-batches.json")
@@ -154,10 +155,35 @@ def identity(config: RunConfig, span: PhaseSpan, architecture: ModernBertConfig,
     sizes = (layout.tensor, layout.pipeline, layout.data, layout.sequence)
     parts: list[Any] = [device.name(), device.total_memory_bytes(), torch.__version__, sizes]
     parts += [span.sequence_length, span.sequences, fp8, config.fp8_recipe, config.attention, config.deterministic]
+    if config.batch.recompute != "none":
+        parts.append(config.batch.recompute)
     if dropout := resolve_dropout(config, architecture):
         parts.append(dropout[1:])
     shape = json.dumps(architecture.to_dict(), sort_keys=True, default=str)
     return hashlib.sha256(repr([*parts, shape]).encode()).hexdigest()[:24]
+
+
+def too_large(config: RunConfig, place: str, detail: object) -> InputError:
+    """Return the error of a micro-batch that does not fit, with the remedies that are left.
+
+    Args:
+        config: The run's configuration.
+        place: The GPU, for people.
+        detail: The numbers.
+    """
+    remedies = ["lower data.sequence_length", "raise parallel.tensor or parallel.pipeline"]
+    one_row = all(micro_setting(config, span)[1] in (1, "auto") for span in config.spans)
+    if not one_row:
+        remedies.insert(0, "lower batch.micro")
+    if config.batch.recompute == "none":
+        remedies.insert(0, "set batch.recompute=full (`recompute: full`), which keeps one input per layer")
+    longest = max(span.sequence_length for span in config.spans)
+    rows = "one packed sequence" if one_row else f"a micro-batch ({config.batch.micro})"
+    return InputError(
+        f"batch.micro: {rows} of up to {longest} tokens does not fit {place}; {', or '.join(remedies)} ({detail})",
+        key="batch.micro",
+        code="gpu-out-of-memory",
+    )
 
 
 def _smallest(value: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -88,6 +89,33 @@ def train(
 
 def _with_nodes(config: RunConfig, nodes: int) -> RunConfig:
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"nodes": nodes})})
+
+
+@app.command()
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="As for train; with cluster.gpus_per_node=8."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the cluster.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a run for a cluster that is not here: memory, traffic, speed. Needs no GPU, no Ray and no hub."""
+    from configs.load import load_config
+
+    overrides = list(arguments or ())
+    recipe = overrides.pop(0) if overrides and "=" not in overrides[0] else None
+    config = load_config(recipe, overrides)
+    if nodes is not None:
+        config = _with_nodes(config, nodes)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # before torch and the hub's client are imported
+    from launcher.plan import plan_run, plan_text
+
+    planned, unchecked = plan_run(config)
+    if as_json:
+        print(json.dumps({**planned.to_json(), "not_checked": unchecked}, indent=2))
+    else:
+        print(plan_text(planned, unchecked))
 
 
 @app.command()

@@ -36,9 +36,8 @@ from launcher.preflight import (
     check_initial_model,
     node_range,
     require_lasting,
-    require_sound_schedule,
-    workers_per_node,
 )
+from launcher.rules import require_sound_schedule, workers_per_node
 from launcher.status_line import status_line
 from launcher.stop import HEAD_LOST, PREEMPTED, RESIZED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from configs.errors import InputError
-from launcher.cluster import Node
-from launcher.worker import WorkerInfo
+
+if TYPE_CHECKING:
+    from launcher.cluster import Node
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ class Topology:
         return f"{self.nodes} node{'s' * (self.nodes > 1)} with {self.per_node} {device}{plural} each"
 
 
-def check_tensor_groups(workers: Sequence[WorkerInfo], tensor: int) -> None:
+def check_tensor_groups(nodes: Sequence[str], tensor: int) -> None:
     """Require that every tensor-parallel group (consecutive ranks) lies on one node, because its traffic needs NVLink.
 
     Args:
-        workers: One per rank, in order.
+        nodes: Address of the node of each rank.
         tensor: Size of a group.
 
     Raises:
         InputError: A group spans nodes.
     """
-    for first in range(0, len(workers), tensor):
-        addresses = {worker.address for worker in workers[first : first + tensor]}
+    for first in range(0, len(nodes), tensor):
+        addresses = set(nodes[first : first + tensor])
         if len(addresses) > 1:
             raise InputError(
                 f"parallel.tensor: ranks {first} to {first + tensor - 1} form a tensor-parallel group but lie on the "

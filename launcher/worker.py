@@ -155,6 +155,7 @@ class Worker:
         import torch
         import torch.distributed as dist
 
+        from engine.micro_batch import too_large
         from engine.trainer import train
 
         own = self._assignment
@@ -167,13 +168,7 @@ class Worker:
         try:
             outcome = train(config, directory, lambda: store.get(STOP).decode() if store.check([STOP]) else None)
         except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"batch.micro: {config.batch.micro} does not fit the GPU of rank {own.rank} at data.sequence_length "
-                f"{config.data.sequence_length}; give a smaller batch.micro or data.sequence_length, or raise "
-                f"parallel.tensor or parallel.pipeline ({error})",
-                key="batch.micro",
-                code="gpu-out-of-memory",
-            ) from error
+            raise too_large(config, f"the GPU of rank {own.rank}", error) from error
         dist.barrier()  # a rank must not leave while another still waits for it
         dist.destroy_process_group()
         return RunResult(outcome.step, outcome.finished, outcome.reason)

@@ -118,7 +118,7 @@ class WorkerGroup:
         order = sorted(range(len(actors)), key=lambda i: (located[i].node != own_node, i // topology.per_node, i))
         self._actors, self.workers = [actors[i] for i in order], [located[i] for i in order]
         check_same_code(self.workers)
-        check_tensor_groups(self.workers, self._config.parallel.tensor)
+        check_tensor_groups([worker.address for worker in self.workers], self._config.parallel.tensor)
         token = token_of(self._directory) or ""
         calls = [
             actor.setup.remote(

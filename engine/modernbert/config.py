@@ -64,23 +64,27 @@ class DropoutRates(NamedTuple):
     mlp: float
 
 
-def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig:
+def resolve_architecture(
+    model: Model, tokenizer: Tokenizer | None, published: Mapping[str, Any] | None = None
+) -> ModernBertConfig:
     """Build the configuration of the model that a run trains.
 
     Args:
         model: The recipe's section: `size`, or `init` (a Hugging Face directory, hub id or checkpoint), and overrides.
-        tokenizer: The run's tokenizer; it gives a new model its vocabulary and special ids.
+        tokenizer: The run's tokenizer; it gives a new model its vocabulary and special ids. None: that of `init`.
+        published: Fields of the configuration of `init`, or the vocabulary of a new model, known without their files.
 
     Raises:
         InputError: The shape cannot be built, the overrides contradict the weights, or the tokenizer does not fit.
     """
     overrides = model.model_dump(exclude={"init", "size", *TRAINING_ONLY}, exclude_none=True)
     if model.init == SCRATCH:
-        base = SIZES[model.size] if model.size else {}
-        fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer), **base}
+        own = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer)} if tokenizer else published
+        fields: dict[str, Any] = {**(own or {}), **(SIZES[model.size] if model.size else {})}
     else:
-        fields = read_config(model.init)
-        if not is_checkpoint(locate(model.init)):  # a checkpoint knows its shape, and is compared with it when loaded
+        fields = read_config(model.init) if published is None else dict(published)
+        # A checkpoint knows its shape, and is compared with it when loaded.
+        if published is not None or not is_checkpoint(locate(model.init)):
             _require_no_contradiction(overrides, fields, model.init)
     if "global_attn_every_n_layers" in overrides or "num_hidden_layers" in overrides:
         fields.pop("layer_types", None)  # they follow from the number of layers, which is no longer the file's
@@ -89,6 +93,8 @@ def resolve_architecture(model: Model, tokenizer: Tokenizer) -> ModernBertConfig
             fields["rope_parameters"] = {**fields["rope_parameters"], kind: {"rope_theta": overrides.pop(old)}}
     architecture = build_config({**fields, **overrides}, "the recipe" if model.init == SCRATCH else model.init)
     _require_no_weight_dropout(model, architecture)
+    if tokenizer is None:
+        return architecture
     if model.init != SCRATCH and "vocab_size" not in overrides:  # the weights' new rows are made when they are read
         architecture.vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     if architecture.vocab_size < tokenizer.vocab_size:

@@ -18,15 +18,16 @@ from tests.engine.world import run_world, stored, toy_config, train
         (2, {}),
         (2, {"tensor": 2}),
         (2, {"tensor": 2, "sequence": True}),
-        (2, {"pipeline": 2}),
+        (2, {"pipeline": 2, "recompute": "full"}),
         (4, {"tensor": 2, "pipeline": 2}),
     ],
-    ids=["dp2", "tp2", "tp2-sequence", "pp2", "tp2-pp2"],
+    ids=["dp2", "tp2", "tp2-sequence", "pp2-recompute", "tp2-pp2"],
 )
 def test_layout_equals_one_process(
     workers: int, parallel: dict[str, Any], shards: Path, alone_run: Path, tmp_path: Path
 ) -> None:
-    run_world(workers, train, toy_config(shards, parallel=parallel), tmp_path)
+    batch = {"recompute": parallel.pop("recompute", "none")}
+    run_world(workers, train, toy_config(shards, parallel=parallel, batch=batch), tmp_path)
     for found, expected in zip(read_metrics(tmp_path), read_metrics(alone_run), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)

@@ -20,7 +20,7 @@ from launcher.preflight import WORKING_COPIES
 from launcher.stop import PREEMPTED, SIGNAL, StopRequest
 from launcher.supervisor import Run, run_job, supervise
 from launcher.topology import check_tensor_groups
-from launcher.worker import RankAssignment, RunResult, Worker, WorkerInfo
+from launcher.worker import RankAssignment, RunResult, Worker
 from launcher.worker_group import address_in, import_error, rays_account, wait_for_results
 from monitoring.log import append_event, held_events, read_events
 from monitoring.progress import Progress
@@ -219,9 +219,9 @@ def test_a_run_directory_in_rays_copy_of_the_job_is_refused(tmp_path: Path, monk
 
 
 def test_tensor_group_across_nodes_is_refused() -> None:
-    workers = [WorkerInfo("a", "10.0.0.1", ())] * 3 + [WorkerInfo("b", "10.0.0.2", ())]
-    check_tensor_groups(workers, tensor=1)
+    nodes = ["10.0.0.1"] * 3 + ["10.0.0.2"]
+    check_tensor_groups(nodes, tensor=1)
     with pytest.raises(InputError) as refusal:
-        check_tensor_groups(workers, tensor=2)
+        check_tensor_groups(nodes, tensor=2)
     assert refusal.value.key == "parallel.tensor"
     assert all(name in str(refusal.value) for name in ("2 to 3", "10.0.0.1", "10.0.0.2"))

@@ -295,3 +295,11 @@ def test_base_classes_of_the_model() -> None:
     assert callable(LanguageModule.setup_embeddings_and_output_layer)
     assert callable(LanguageModule.shared_embedding_or_output_weight)
     assert {"pg_collection", "layer_number"} <= set(arguments(transformer_layer.TransformerLayer.__init__))
+
+
+def test_gradient_buckets_and_recomputation() -> None:
+    assert "bucket_size" in {field.name for field in fields(DistributedDataParallelConfig)}
+    layouts = (param_and_grad_buffer, distrib_optimizer)  # where Megatron 0.16.1 and 0.19.2 lay out the buckets
+    assert any('"shared_embedding"' in inspect.getsource(module) for module in layouts)
+    names = {field.name for field in fields(TransformerConfig)}
+    assert {"recompute_granularity", "recompute_method", "recompute_num_layers"} <= names
