@@ -63,17 +63,20 @@ class ShardEncoder:
         self, texts: list[tuple[str, Text]], writer: ShardWriter, sources: dict[str, dict[str, int]]
     ) -> None:
         selection = self.selection
-        encoded = self.tokenizer.encode([text.text.decode() for _, text in texts], self._count)
-        for (source, text), ids in zip(texts, encoded, strict=True):
+        contents, identifiers = [text.text.decode() for _, text in texts], [text.identifiers for _, text in texts]
+        encoded = self.tokenizer.encode_marked(contents, identifiers, self._count)
+        for (source, text), (ids, marked) in zip(texts, encoded, strict=True):
             counts = sources.setdefault(source, {})
             if len(ids) < max(selection.min_tokens, 1):
                 add_counts(counts, {"too short" if len(ids) else "empty": 1})
             elif selection.max_tokens is not None and len(ids) > selection.max_tokens:
                 add_counts(counts, {"too long": 1})
             else:
-                writer.add(ids, {"source": source, "id": text.id})
+                writer.add(ids, {"source": source, "id": text.id}, marked)
                 kept = {"documents": 1, "tokens": len(ids), "bytes": len(text.text), "longest": len(ids)}
                 add_counts(counts, kept)
+                if marked is not None:
+                    add_counts(counts, {"spans": len(text.identifiers), "marked": int(marked.sum())})
 
     def _count(self, size: int) -> None:
         with self.encoded.get_lock():

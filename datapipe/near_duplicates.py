@@ -27,6 +27,7 @@ from configs.files import partial_path
 from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
 from datapipe.encode import InProcessExecutor
+from datapipe.identifiers import policy
 from datapipe.inputs import InputFile
 from datapipe.notes import Notes
 from datapipe.selection import Intake
@@ -211,4 +212,8 @@ def _band_keys(signatures: NDArray[np.uint16], band: int, rows: int) -> NDArray[
 def _identity(files: Sequence[InputFile], reading: Reading, threshold: float) -> str:
     """Identity of the files, by size and time, and of the settings."""
     stats = [(file.name, file.size, file.path.stat().st_mtime_ns if file.path else 0) for file in files]
-    return hashlib.sha256(repr([stats, reading.model_dump(), threshold, HASHES]).encode()).hexdigest()[:16]
+    if reading.mask_spans:  # it changes the texts
+        annotations = [hashlib.sha256(file.annotations() or b"").digest() for file in files if file.format == "txt"]
+        stats += [(str(annotations), 0, 0)]
+    settings = [stats, reading.model_dump(), policy(reading), threshold, HASHES]
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]

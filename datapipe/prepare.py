@@ -23,8 +23,19 @@ from configs.schema import Data, Reading
 from configs.units import format_count
 from datapipe.disk import disk_errors_as_input_errors, exclusive
 from datapipe.encode import InProcessExecutor, ShardEncoder, WrittenShard, start_process, write_in_process
+from datapipe.identifiers import policy
 from datapipe.inputs import JOURNAL, find_inputs
-from datapipe.manifest import FORMAT_VERSION, KEPT, NAME, Manifest, Shard, TokenizerIdentity, add_counts, write_manifest
+from datapipe.manifest import (
+    FORMAT_VERSION,
+    KEPT,
+    NAME,
+    Manifest,
+    Shard,
+    TokenizerIdentity,
+    add_counts,
+    read_manifest,
+    write_manifest,
+)
 from datapipe.near_duplicates import NAME as NEAR_DUPLICATES
 from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes, Report
@@ -164,11 +175,12 @@ def _prepare(
         )
     identity = TokenizerIdentity.of(tokenizer)
     held_out = [result for name, result in written if name.startswith(HELD_OUT)]
-    manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], intake)
+    asked = policy(reading)
+    manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], intake, asked)
     with disk_errors_as_input_errors(output / NAME):
         journal.remove_others(name for name, _ in written)
         if held_out:
-            write_manifest(output / HELD_OUT, _manifest(identity, held_out, Intake()))
+            write_manifest(output / HELD_OUT, _manifest(identity, held_out, Intake(), asked))
         write_manifest(output, manifest)
     journal.remove()
     return manifest
@@ -217,13 +229,28 @@ def ensure_prepared(
             with exclusive(output):
                 if not (output / NAME).exists():
                     _prepare(source.text, tokenizer, output, show, KEEP_ALL, source.reading, say, 0)
+        _require_identifiers(source.name, source.reading, output)
+
+
+def _require_identifiers(name: str, reading: Reading, output: Path) -> None:
+    """Raise InputError if shards were prepared without the identifiers that their source asks for."""
+    asked = policy(reading)
+    if asked and (not (output / NAME).exists() or read_manifest(output).identifiers != asked):
+        raise InputError(
+            f"source {name}: {output} was not prepared with these identifiers and mask_spans; prepare its text into "
+            "another directory, or set `reading` to the settings it was prepared with",
+            key="data.sources.reading",
+            code="other-identifiers",
+        )
 
 
 def _prefixed(progress: Progress, name: str) -> Progress:
     return lambda line: progress(f"{name}: {line}")
 
 
-def _manifest(identity: TokenizerIdentity, written: list[WrittenShard], intake: Intake) -> Manifest:
+def _manifest(
+    identity: TokenizerIdentity, written: list[WrittenShard], intake: Intake, identifiers: dict[str, str | bool]
+) -> Manifest:
     sources: dict[str, dict[str, int]] = {}
     parts: list[Mapping[str, Mapping[str, int]]] = [intake.left_out, *(result.sources for result in written)]
     for counted in parts:
@@ -231,7 +258,7 @@ def _manifest(identity: TokenizerIdentity, written: list[WrittenShard], intake: 
             add_counts(sources.setdefault(name, {}), counts)
     faults = {name: intake.faults[name] for name in list(intake.faults)[:FAULTY_FILES]}
     shards = tuple(result.shard for result in written)
-    return Manifest(identity, shards, {name: sources[name] for name in sorted(sources)}, faults)
+    return Manifest(identity, shards, {name: sources[name] for name in sorted(sources)}, faults, identifiers)
 
 
 def _identity(tokenizer: Tokenizer, selection: Selection) -> str:

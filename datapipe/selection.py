@@ -69,6 +69,8 @@ class Block(NamedTuple):
             head = f"{source}\0{text.id}\0{text.group}\0{len(text.text)}\0".encode("utf-8", "surrogatepass")
             hashed.update(head)
             hashed.update(text.text)
+            if text.identifiers:
+                hashed.update(repr([(one.start, one.end) for one in text.identifiers]).encode())
         return hashed.hexdigest()
 
 

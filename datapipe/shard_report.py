@@ -92,6 +92,9 @@ def source_lines(manifest: Manifest) -> list[str]:
             facts.append(f"longest {counts['longest']:,} tokens")
         if counts.get("bytes") and tokens:
             facts.append(f"{counts['bytes'] / tokens:.2f} bytes per token")
+        if counts.get("spans"):
+            marked = f"{counts['marked']:,} marked tokens ({counts['marked'] / tokens:.1%})"
+            facts.append(f"{counts['spans']:,} identifiers, {marked}")
         lines.append(f"  source      {name}: {', '.join(facts)}" + (f"; left out: {left_out}" if left_out else ""))
     if len(by_size) > SOURCES_SHOWN:
         rest = sum(counts.get("tokens", 0) for _, counts in by_size[SOURCES_SHOWN:])
@@ -130,6 +133,7 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
     """Tokens per document, and a line per problem."""
     lengths: list[int] = []
     problems: list[str] = []
+    marks = 0
     for shard in manifest.shards:
         path = directory / shard.name
         reader = ShardReader(path.open("rb", buffering=0), str(path))
@@ -141,12 +145,13 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
         tokens = 0
         for document in range(len(reader)):
             try:
-                ids = reader.ids(document)
+                ids, marked = reader.document(document)
             except DamagedError as error:
                 problems.append(str(error))
                 continue
             lengths.append(len(ids))
             tokens += len(ids)
+            marks += 0 if marked is None else int(marked.sum())
             if len(ids) and int(ids.max()) >= manifest.tokenizer.vocab_size:
                 problems.append(f"{reader.name}, document {document}: id {ids.max()} is beyond the vocabulary")
         if (len(reader), tokens) != (shard.documents, shard.tokens):
@@ -155,6 +160,9 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
                 f"not {shard.documents:,} and {shard.tokens:,}"
             )
         reader.close()
+    counted = sum(counts.get("marked", 0) for counts in manifest.sources.values())
+    if not problems and marks != counted:
+        problems.append(f"{directory}: {marks:,} tokens of identifiers are marked, not {counted:,}")
     return np.array(lengths, np.int64), problems
 
 
@@ -168,7 +176,9 @@ def _samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer | None) -
             _require_same_by_webdataset(directory, path, reader)
             document = len(reader) // 2
             if tokenizer is not None:
-                text = tokenizer.backend.decode(reader.ids(document)[:SAMPLE_CHARACTERS].tolist())
+                ids, marked = reader.document(document)
+                shown = ids if marked is None else np.where(marked, tokenizer.mask_id, ids)
+                text = tokenizer.backend.decode(shown[:SAMPLE_CHARACTERS].tolist(), skip_special_tokens=False)
                 samples.append((f"{path.name}[{document}]", text[:SAMPLE_CHARACTERS]))
     return tuple(samples)
 

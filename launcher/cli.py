@@ -105,6 +105,14 @@ def prepare(
     id_: Annotated[str | None, typer.Option("--id", help="Column with the names of documents. Default: id.")] = None,
     group: Annotated[str | None, typer.Option(help="Column of what belongs together, such as a patient.")] = None,
     where: Annotated[str | None, typer.Option(help="Records to read: 'score >= 3 and lang == \"fr\"'.")] = None,
+    spans: Annotated[
+        str | None,
+        typer.Option(help="Column with identifiers, [[start, end, label], ...]. Default: spans, and .ann beside .txt."),
+    ] = None,
+    identifiers: Annotated[
+        str | None, typer.Option(help="File of regular expressions, one per line, whose matches are identifiers.")
+    ] = None,
+    mask_spans: Annotated[bool, typer.Option("--mask-spans", help="Put [LABEL] in place of identifiers.")] = False,
     split: Annotated[str | None, typer.Option(help="Split to read where splits are named. Default: train.")] = None,
     lines: Annotated[bool, typer.Option("--lines", help="Each line of a .txt file is a document.")] = False,
     encoding: Annotated[str | None, typer.Option(help="Encoding, such as cp1252. Default: detected.")] = None,
@@ -143,6 +151,9 @@ def prepare(
         id=id_,
         group=group,
         where=where,
+        spans=spans,
+        identifiers=identifiers,
+        mask_spans=mask_spans,
         split=split,
         lines=lines,
         encoding=encoding,
