@@ -43,6 +43,9 @@ PICKLED = (b".pkl", b".pickle", b".pyd", b".pt", b".pth")
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '<u([24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.S
 )
+_NPY_BITS = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.S
+)
 REMEDY = "copy it again, or run `detour prepare` into a new directory"
 """End of the message about a shard that is not what its manifest says."""
 PREPARE_SPANS = "`detour prepare` marks them, and raw text is trained on as it is"
@@ -305,12 +308,10 @@ def _packed_index(file: IO[bytes], members: list[Member], name: str) -> tuple[Pa
 
 def _first_bit(file: IO[bytes], member: Member, tokens: int, name: str) -> int:
     """Bit of the file at which the marks of a sample begin."""
-    head = io.BytesIO(_pread(file, min(member.size, BLOCK), member.offset, name))
-    np.lib.format.read_magic(head)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(head)
-    if shape != (-(-tokens // 8),) or dtype != np.uint8 or head.tell() + shape[0] != member.size:
+    header = _NPY_BITS.match(_pread(file, min(member.size, BLOCK), member.offset, name))
+    if header is None or not -(-tokens // 8) == int(header[2]) == member.size - header.end():
         raise ValueError("marks and ids do not belong together")
-    return 8 * (member.offset + head.tell())
+    return 8 * (member.offset + header.end())
 
 
 def _integers(file: IO[bytes], member: Member, name: str) -> NDArray[Any]:
