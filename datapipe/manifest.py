@@ -18,9 +18,9 @@ NAME = "manifest.json"
 FORMAT_VERSION = 2
 """Format of the shards that are written: many documents to a sample."""
 FORMATS_READ = (1, 2)
-KEPT = ("documents", "tokens", "bytes", "longest", "spans", "marked")
+KEPT = ("documents", "tokens", "bytes", "longest", "spans", "marked", "compared", "near held-out")
 """Counts of a source that are no reasons to leave documents out: `bytes` of their text, tokens of the `longest`,
-`spans` of identifiers and their `marked` tokens."""
+`spans` of identifiers and their `marked` tokens, documents `compared` with held-out ones, and those near one."""
 _PLAIN_TAR_NAME = re.compile(r"[^./\0][^/\0]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

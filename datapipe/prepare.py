@@ -22,8 +22,9 @@ from configs.errors import InputError, RunFailedError
 from configs.schema import Data, Reading
 from configs.units import format_count
 from datapipe.disk import disk_errors_as_input_errors, exclusive
-from datapipe.encode import InProcessExecutor, ShardEncoder, WrittenShard, start_process, write_in_process
-from datapipe.identifiers import policy
+from datapipe.encode import ShardEncoder, WrittenShard, start_process, write_in_process
+from datapipe.executor import InProcessExecutor
+from datapipe.identifiers import load_patterns, policy
 from datapipe.inputs import JOURNAL, find_inputs
 from datapipe.manifest import (
     FORMAT_VERSION,
@@ -39,6 +40,7 @@ from datapipe.manifest import (
 from datapipe.near_duplicates import NAME as NEAR_DUPLICATES
 from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes, Report
+from datapipe.overlap import held_out_documents
 from datapipe.paths import local_path
 from datapipe.selection import HELD_OUT, KEEP_ALL, Block, Intake, Selection, blocks, look_at
 from datapipe.tokenizer import Tokenizer
@@ -111,7 +113,9 @@ def _prepare(
     notes = Notes()
     intake = Intake(reading.on_error)
     total = sum(file.size for file in files)
-    journal = _Journal(output, _identity(tokenizer, selection))
+    asked = policy(reading)
+    patterns = load_patterns(reading.identifiers) if reading.identifiers else ()
+    journal = _Journal(output, _identity(tokenizer, selection, asked))
     if not intake.skips:
         look_at(files, reading)
     memory = psutil.virtual_memory().available // PROCESS_MEMORY
@@ -119,6 +123,7 @@ def _prepare(
     near = None
     if selection.near_dedup is not None:
         near = near_duplicates(files, reading, selection.near_dedup, output, processes, progress)
+    held_out = held_out_documents(files, reading, selection, progress)
     written: list[tuple[str, WrittenShard]] = []
     running: deque[tuple[Block, Future[WrittenShard] | WrittenShard]] = deque()
     spawn = multiprocessing.get_context("spawn")  # not fork, which would copy the locks of the caller's threads
@@ -132,10 +137,12 @@ def _prepare(
             journal.add(block, result)
         written.append((block.name, result))
 
+    # Masked texts come with their identifiers, because the choice of documents sees the placeholders.
+    settings = output, selection, encoded, () if reading.mask_spans else patterns, held_out
     pool: Executor = InProcessExecutor()
-    write = ShardEncoder(tokenizer, output, selection, encoded).write
+    write = ShardEncoder(tokenizer, *settings).write
     if processes > 1 and total > SMALL:
-        initial = (str(tokenizer.directory), output, selection, encoded)
+        initial = (str(tokenizer.directory), *settings)
         pool, write = ProcessPoolExecutor(processes, spawn, start_process, initial), write_in_process
     with pool:
         try:
@@ -174,13 +181,12 @@ def _prepare(
             code="nothing-to-prepare",
         )
     identity = TokenizerIdentity.of(tokenizer)
-    held_out = [result for name, result in written if name.startswith(HELD_OUT)]
-    asked = policy(reading)
+    held_out_shards = [result for name, result in written if name.startswith(HELD_OUT)]
     manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], intake, asked)
     with disk_errors_as_input_errors(output / NAME):
         journal.remove_others(name for name, _ in written)
-        if held_out:
-            write_manifest(output / HELD_OUT, _manifest(identity, held_out, Intake(), asked))
+        if held_out_shards:
+            write_manifest(output / HELD_OUT, _manifest(identity, held_out_shards, Intake(), asked))
         write_manifest(output, manifest)
     journal.remove()
     return manifest
@@ -261,9 +267,10 @@ def _manifest(
     return Manifest(identity, shards, {name: sources[name] for name in sorted(sources)}, faults, identifiers)
 
 
-def _identity(tokenizer: Tokenizer, selection: Selection) -> str:
+def _identity(tokenizer: Tokenizer, selection: Selection, identifiers: dict[str, str | bool]) -> str:
     """Identity of the settings that decide the bytes of a shard of given documents."""
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.sha256, asdict(selection)]).encode()).hexdigest()
+    settings = [FORMAT_VERSION, tokenizer.sha256, asdict(selection), *([identifiers] if identifiers else [])]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 class _Journal:

@@ -125,6 +125,16 @@ class Intake:
         )
 
 
+def is_held_out(text: Text, share: float) -> bool:
+    """Whether a document is kept from training.
+
+    It goes by group or content, so that the texts of a group or equal texts never fall on both sides.
+    """
+    content = text.text if text.group is None else text.group.encode("utf-8", "replace")
+    size = 16 if text.group is None else 64
+    return int.from_bytes(hashlib.blake2b(content, digest_size=size).digest()[:8], "little") < share * 2**64
+
+
 def look_at(files: Sequence[InputFile], reading: Reading) -> None:
     """Read the beginning of every file, so that a fault there is told before any text is tokenized.
 
@@ -197,14 +207,9 @@ def blocks(
                 if near_duplicates is not None and near_duplicates[number - 1]:
                     intake.leave_out(file.source, "near-duplicates")
                     continue
-                # By content or group, so that equal texts or the texts of a group never fall on both sides.
-                key = (
-                    digest
-                    if record.group is None
-                    else hashlib.blake2b(record.group.encode("utf-8", "replace")).digest()
-                )
-                held_out = int.from_bytes(key[:8], "little") < selection.held_out * 2**64
-                folder = f"{HELD_OUT}/" if held_out else ""
+                if selection.held_out and reading.group and record.group is None:
+                    notes.add(f"no {reading.group}: chosen for training or held out alone", file.name, "documents")
+                folder = f"{HELD_OUT}/" if is_held_out(record, selection.held_out) else ""
                 texts[folder].append((file.source, record))
                 sizes[folder] += len(record.text)
                 if sizes[folder] >= size:

@@ -63,7 +63,7 @@ class Text(NamedTuple):
     group: str | None = None
     """Value of the column that `Reading.group` names."""
     identifiers: tuple[Identifier, ...] = ()
-    """Merged identifiers of the text, or their placeholders."""
+    """Merged identifiers that come with the text, or the places of all placeholders."""
 
 
 class Filtered(NamedTuple):
@@ -441,7 +441,9 @@ class _Content:
 
     @cached_property
     def _patterns(self) -> Patterns:
-        return load_patterns(self.reading.identifiers) if self.reading.identifiers else ()
+        """Those to mask; others are looked for by the processes that tokenize."""
+        reading = self.reading
+        return load_patterns(reading.identifiers) if reading.identifiers and reading.mask_spans else ()
 
     def _text(self, text: str, identity: str, place: str, group: Any = None, given: Sequence[Identifier] = ()) -> Text:
         identifiers = merge_overlapping([*given, *find_identifiers(self._patterns, text)])

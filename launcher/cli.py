@@ -12,6 +12,7 @@ from launcher.exits import STOPPED, run_command
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+    from datapipe.tokenizer import Tokenizer
 
 EXPORTS = {"encoder": "ModernBertForMaskedLM", "decoder": "ModernBertDecoderForCausalLM"}
 """Class of each kind of export."""
@@ -176,23 +177,18 @@ def prepare(
         )
     for directory in (output, output / HELD_OUT):
         if (directory / NAME).exists():
-            _print_prepared(directory)
-    if (output / HELD_OUT / NAME).exists():
-        groups = f"0 values of {group}" if group else "equal texts only on one side; --group keeps patients apart"
-        near = f"0 at {near_dedup:g}" if near_dedup else "not looked for; --near-dedup 0.8 leaves them out"
-        print(f"  overlap     of held-out and training text: {groups}; near-duplicates {near}")
+            _print_prepared(directory, loaded)
+    if (output / HELD_OUT / NAME).exists() and not group:
+        print("  groups      not kept apart; --group COLUMN holds out whole patients")
 
 
-def _print_prepared(directory: Path) -> None:
-    from configs.units import format_count
+def _print_prepared(directory: Path, tokenizer: Tokenizer) -> None:
     from datapipe.manifest import read_manifest
-    from datapipe.shard_report import source_lines
+    from datapipe.shard_report import framing_line, overlap_lines, size_line, source_lines
 
     manifest = read_manifest(directory)
-    tokens, size = format_count(manifest.tokens), format_count(sum(shard.bytes for shard in manifest.shards))
-    shards = f"{len(manifest.shards)} shards, {size}B on disk"
-    print(f"{directory}: {manifest.documents:,} documents, {tokens} tokens in {shards}")
-    print("\n".join(source_lines(manifest)))
+    lines = [framing_line(manifest, tokenizer), *source_lines(manifest), *overlap_lines(manifest)]
+    print("\n".join([size_line(directory, manifest), *lines]))
 
 
 @app.command()
