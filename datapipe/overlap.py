@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.schema import Reading
-from datapipe.inputs import InputFile
 from datapipe.near_duplicates import band_keys, bands, least, signature
-from datapipe.notes import Notes
-from datapipe.selection import Selection, is_held_out
-from datapipe.text import Text, read_records
+from datapipe.selection import HELD_OUT, Block, Selection
 
 HELD_OUT_DOCUMENTS = 10_000
 """Most held-out documents that training documents are compared with; those of the smallest digests."""
@@ -62,38 +58,26 @@ class HeldOutDocuments:
         return False
 
 
-def held_out_documents(
-    files: Sequence[InputFile], reading: Reading, selection: Selection, progress: Callable[[str], None] | None = None
-) -> HeldOutDocuments | None:
-    """Read the text once for its held-out documents; None if `selection` holds none out.
+def held_out_documents(blocks: Iterable[Block], selection: Selection) -> HeldOutDocuments | None:
+    """Take the signatures of held-out documents; None if there are none.
 
     Args:
-        files: The files in order.
-        reading: Columns, condition, encoding.
-        selection: Documents to keep.
-        progress: Receives a progress line per file.
+        blocks: The documents that are kept.
+        selection: The choice of documents.
     """
-    if not selection.held_out:
-        return None
     training, order = 0, count()
     # By content, so that the same documents are looked at in any order of the files; the largest digest comes first.
     smallest: list[tuple[int, int, NDArray[np.uint16]]] = []
-    read, total = 0, sum(file.size for file in files)
-    for file in files:
-        for record in read_records(file, reading, Notes()):
-            if not isinstance(record, Text) or not record.text:
-                continue
-            if not is_held_out(record, selection.held_out):
-                training += 1
-                continue
-            key = -int.from_bytes(_digest(record.text)[8:], "little")
+    for block in blocks:
+        if not block.name.startswith(HELD_OUT):
+            training += len(block.texts)
+            continue
+        for _, text in block.texts:
+            key = -int.from_bytes(_digest(text.text)[8:], "little")
             if len(smallest) < HELD_OUT_DOCUMENTS:
-                heapq.heappush(smallest, (key, next(order), signature(record.text)))
+                heapq.heappush(smallest, (key, next(order), signature(text.text)))
             elif key > smallest[0][0]:
-                heapq.heapreplace(smallest, (key, next(order), signature(record.text)))
-        read += file.size
-        if progress is not None:
-            progress(f"looked for held-out documents in {read / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+                heapq.heapreplace(smallest, (key, next(order), signature(text.text)))
     if not smallest:
         return None
     share = min(1.0, TRAINING_DOCUMENTS / max(1, training))

@@ -123,7 +123,10 @@ def _prepare(
     near = None
     if selection.near_dedup is not None:
         near = near_duplicates(files, reading, selection.near_dedup, output, processes, progress)
-    held_out = held_out_documents(files, reading, selection, progress)
+    held_out = None
+    if selection.held_out:
+        chosen = blocks(files, SHARD_TEXT, selection, reading, Intake("skip"), Notes(), near)
+        held_out = held_out_documents(chosen, selection)
     written: list[tuple[str, WrittenShard]] = []
     running: deque[tuple[Block, Future[WrittenShard] | WrittenShard]] = deque()
     spawn = multiprocessing.get_context("spawn")  # not fork, which would copy the locks of the caller's threads
