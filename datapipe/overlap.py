@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -58,17 +58,23 @@ class HeldOutDocuments:
         return False
 
 
-def held_out_documents(blocks: Iterable[Block], selection: Selection) -> HeldOutDocuments | None:
+def held_out_documents(
+    blocks: Iterable[Block], selection: Selection, total: int, progress: Callable[[str], None] | None = None
+) -> HeldOutDocuments | None:
     """Take the signatures of held-out documents; None if there are none.
 
     Args:
         blocks: The documents that are kept.
         selection: The choice of documents.
+        total: Bytes of input.
+        progress: Receives progress lines.
     """
     training, order = 0, count()
     # By content, so that the same documents are looked at in any order of the files; the largest digest comes first.
     smallest: list[tuple[int, int, NDArray[np.uint16]]] = []
     for block in blocks:
+        if progress is not None:
+            progress(f"looked for held-out documents in {block.position / 1e6:,.1f} of {total / 1e6:,.1f} MB")
         if not block.name.startswith(HELD_OUT):
             training += len(block.texts)
             continue

@@ -126,7 +126,7 @@ def _prepare(
     held_out = None
     if selection.held_out:
         chosen = blocks(files, SHARD_TEXT, selection, reading, Intake("skip"), Notes(), near)
-        held_out = held_out_documents(chosen, selection)
+        held_out = held_out_documents(chosen, selection, total, progress)
     written: list[tuple[str, WrittenShard]] = []
     running: deque[tuple[Block, Future[WrittenShard] | WrittenShard]] = deque()
     spawn = multiprocessing.get_context("spawn")  # not fork, which would copy the locks of the caller's threads
