@@ -1,10 +1,12 @@
 """Identifiers in a text, such as names and dates: spans that come with it, and matches of patterns.
 
-Their tokens are marked. A marked token is read as every other token, but it is never a label.
+Their tokens are marked. A marked token is read as every other token, but it is never a label. Messages do not repeat
+what stands in a span, because logs are read by more people than notes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -15,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from configs.files import file_sha256
 from configs.schema import Reading
 
 SPANS = "spans"
@@ -67,10 +68,10 @@ def parse_spans(value: Any, length: int) -> list[Identifier]:
         else:
             parts = [*span, None] if isinstance(span, list) and len(span) == 2 else span
         if not isinstance(parts, list) or len(parts) != 3:
-            raise ValueError(f"span {number} is {span!r} and not [start, end, label]")
+            raise ValueError(f"span {number} is a {type(span).__name__} and not [start, end, label]")
         start, end, label = parts
         if label is not None and not isinstance(label, str):
-            raise ValueError(f"span {number}: its label is {label!r} and not a string")
+            raise ValueError(f"span {number}: its label is a {type(label).__name__} and not a string")
         identifiers.append(_checked(f"span {number}", start, end, label, length))
     return identifiers
 
@@ -94,17 +95,18 @@ def parse_brat(annotations: str, text: str) -> list[Identifier]:
         except ValueError as error:
             if str(error).startswith(place):
                 raise
-            raise ValueError(f"{place}: {line!r} is not `T1<TAB>LABEL start end<TAB>words`") from None
+            raise ValueError(f"{place} is not `T1<TAB>LABEL start end<TAB>words`") from None
         covered = " ".join(text[one.start : one.end] for one in found)
         if words and "".join(words[0].split()) != "".join(covered.split()):
-            raise ValueError(f"{place}: {words[0]!r} is not what stands there ({covered!r}); it is of another text")
+            raise ValueError(f"{place}: its words do not stand at {places} in the text; it is of another version")
         identifiers += found
     return identifiers
 
 
 def _checked(place: str, start: Any, end: Any, label: str | None, length: int) -> Identifier:
     if type(start) is not int or type(end) is not int:
-        raise ValueError(f"{place}: start and end are {start!r} and {end!r}, not whole numbers of characters")
+        kinds = f"{type(start).__name__} and {type(end).__name__}"
+        raise ValueError(f"{place}: start and end are {kinds}, not whole numbers of characters")
     if not 0 <= start < end <= length:
         raise ValueError(f"{place}: [{start}, {end}] is no part of a text of {length:,} characters")
     return Identifier(start, end, " ".join((label or "").split()) or UNLABELLED)
@@ -116,13 +118,8 @@ def load_patterns(path: str) -> Patterns:
     Raises:
         InputError: The file cannot be read, or a line is no expression; the message names it.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InputError(f"{path} cannot be read: {reason}", key="--identifiers", code="not-readable") from None
     patterns = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_content(path).split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip() or line.startswith("#"):
             continue
@@ -142,6 +139,14 @@ def load_patterns(path: str) -> Patterns:
     if not patterns:
         raise InputError(f"{path} holds no regular expression", key="--identifiers", code="pattern-invalid")
     return patterns
+
+
+def _content(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InputError(f"{path} cannot be read: {reason}", key="--identifiers", code="not-readable") from None
 
 
 def find_identifiers(patterns: Patterns, text: str) -> list[Identifier]:
@@ -213,6 +218,12 @@ def split_marks(ids: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.b
 
 
 def policy(reading: Reading) -> dict[str, str | bool]:
-    """What `reading` asks for beyond the spans of the text, as a manifest records it; empty for nothing."""
+    """Describe what `reading` asks for beyond the spans of the text, as a manifest records it.
+
+    Raises:
+        InputError: The file of patterns cannot be read.
+    """
     asked: dict[str, str | bool] = {"mask_spans": True} if reading.mask_spans else {}
-    return {**asked, "patterns_sha256": file_sha256(Path(reading.identifiers))} if reading.identifiers else asked
+    if reading.identifiers:
+        asked["patterns_sha256"] = hashlib.sha256(_content(reading.identifiers).encode()).hexdigest()
+    return asked

@@ -82,7 +82,7 @@ class InputFile:
         Raises:
             OSError: It cannot be read.
         """
-        if self.spool is not None:
+        if self.spool is not None or "?" in self.url:  # a signed URL is of one file
             return None
         if self.path is not None:
             beside = self.path.with_name(annotations_of(self.path.name))

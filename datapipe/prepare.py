@@ -24,7 +24,7 @@ from configs.units import format_count
 from datapipe.disk import disk_errors_as_input_errors, exclusive
 from datapipe.encode import ShardEncoder, WrittenShard, start_process, write_in_process
 from datapipe.executor import InProcessExecutor
-from datapipe.identifiers import load_patterns, policy
+from datapipe.identifiers import NO_SPANS, load_patterns, policy
 from datapipe.inputs import JOURNAL, find_inputs
 from datapipe.manifest import (
     FORMAT_VERSION,
@@ -176,6 +176,9 @@ def _prepare(
             raise
     notes.report(report)
     _report_faults(intake, report)
+    found = any(counts.get("spans") for _, result in written for counts in result.sources.values())
+    if report is not None and not found and (asked or reading.spans not in (None, NO_SPANS)):
+        report("no identifier was found: check spans and patterns")
     if reading.strict:
         notes.require_all_read()
     if not any(result.shard.tokens for _, result in written):

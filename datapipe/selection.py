@@ -209,7 +209,8 @@ def blocks(
                     continue
                 if selection.held_out and reading.group and record.group is None:
                     notes.add(f"no {reading.group}: chosen for training or held out alone", file.name, "documents")
-                folder = f"{HELD_OUT}/" if is_held_out(record, selection.held_out) else ""
+                held_out = selection.held_out > 0 and is_held_out(record, selection.held_out)
+                folder = f"{HELD_OUT}/" if held_out else ""
                 texts[folder].append((file.source, record))
                 sizes[folder] += len(record.text)
                 if sizes[folder] >= size:

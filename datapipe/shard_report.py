@@ -122,7 +122,7 @@ def source_lines(manifest: Manifest) -> list[str]:
         if counts.get("bytes") and tokens:
             facts.append(f"{counts['bytes'] / tokens:.2f} bytes per token")
         if counts.get("spans"):
-            marked = f"{counts['marked']:,} marked tokens ({counts['marked'] / tokens:.1%})"
+            marked = f"{counts.get('marked', 0):,} marked tokens ({counts.get('marked', 0) / max(1, tokens):.1%})"
             facts.append(f"{counts['spans']:,} identifiers, {marked}")
         lines.append(f"  source      {name}: {', '.join(facts)}" + (f"; left out: {left_out}" if left_out else ""))
     if len(by_size) > SOURCES_SHOWN:

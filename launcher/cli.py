@@ -178,8 +178,9 @@ def prepare(
     for directory in (output, output / HELD_OUT):
         if (directory / NAME).exists():
             _print_prepared(directory, loaded)
-    if (output / HELD_OUT / NAME).exists() and not group:
-        print("  groups      not kept apart; --group COLUMN holds out whole patients")
+    if (output / HELD_OUT / NAME).exists():
+        apart = f"0 values of {group} on both sides, because the choice goes by them"
+        print(f"  groups      {apart if group else 'not kept apart; --group COLUMN holds out whole patients'}")
 
 
 def _print_prepared(directory: Path, tokenizer: Tokenizer) -> None:

@@ -478,8 +478,13 @@ def test_a_recipe_that_asks_for_identifiers_gets_them(tokenizer: Tokenizer, tmp_
     with refused("other-identifiers", key="data.sources.reading"):
         ensure_prepared(Data(sources=(asking,)), tokenizer)
     ensure_prepared(Data(sources=(plain,)), tokenizer)
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert "patterns_sha256" in manifest.pop("identifiers")
+    said: list[str] = []
+    other = asking.model_copy(update={"shards": str(tmp_path / "other")})
+    ensure_prepared(Data(sources=(other,)), tokenizer, None, said.append)
+    assert any("no identifier was found" in line for line in said)
+    (tmp_path / "phi.txt").unlink()
+    with refused("not-readable", "phi.txt"):
+        ensure_prepared(Data(sources=(asking,)), tokenizer)
 
 
 def test_the_command_counts_identifiers(tmp_path: Path) -> None:
