@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import datapipe.overlap
+import datapipe.prepare
 from configs.schema import Reading
 from datapipe.inputs import find_files
 from datapipe.manifest import read_manifest
@@ -36,17 +37,19 @@ def notes(tmp_path: Path) -> Path:
     return path
 
 
-def counts(notes: Path, tokenizer: Tokenizer, output: Path, **selection: Any) -> dict[str, int]:
+def counts(notes: Path, tokenizer: Tokenizer, output: Path, processes: int = 1, **selection: Any) -> dict[str, int]:
     """Counts of the training text."""
+    patterns = notes.with_name("patterns.txt")
+    patterns.write_text(r"\bx\d+")
     said: list[str] = []
     prepare(
         [str(notes)],
         tokenizer,
         output,
-        reading=Reading(group="patient"),
+        reading=Reading(group="patient", identifiers=str(patterns)),
         selection=Selection(held_out=0.3, **selection),
         report=said.append,
-        processes=1,
+        processes=processes,
     )
     assert any(line.startswith("no patient: ") and "2 documents" in line for line in said)
     assert "compared" not in read_manifest(output / HELD_OUT).sources["notes.jsonl"]
@@ -70,7 +73,9 @@ def test_a_large_text_is_sampled(
     monkeypatch.setattr(datapipe.overlap, "HELD_OUT_DOCUMENTS", 10)
     found = counts(notes, tokenizer, tmp_path / "out")
     assert 20 < found["compared"] < 70 and found["near held-out"] < 10
-    assert counts(notes, tokenizer, tmp_path / "again") == found
+    assert found["spans"] > 100
+    monkeypatch.setattr(datapipe.prepare, "SMALL", 1000)
+    assert counts(notes, tokenizer, tmp_path / "again", processes=2) == found
     assert digests(tmp_path / "out") == digests(tmp_path / "again")
 
 
