@@ -86,7 +86,7 @@ def pieces(tokenizer: Tokenizer, ids: np.ndarray) -> list[bytes]:
     return [tokenizer.token_bytes[int(token_id)] for token_id in ids if int(token_id) not in tokenizer.special_ids]
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**32), stop=st.integers(1, 7))
 def test_no_label_is_of_an_identifier(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, seed: int, stop: int
@@ -278,7 +278,7 @@ def test_no_flipped_byte_loses_a_mark(tmp_path: Path) -> None:
     documents = [[(n, n % 3 == 0) for n in range(size)] for size in (9, 0, 21)]
     written(tmp_path / "a.tar", documents)
     content = (tmp_path / "a.tar").read_bytes()
-    for place in range(0, len(content), 3):
+    for place in range(0, len(content), 5):
         (tmp_path / "b.tar").write_bytes(bytes([*content[:place], content[place] ^ 0x55, *content[place + 1 :]]))
         try:
             one = reader(tmp_path / "b.tar")
