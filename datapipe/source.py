@@ -170,7 +170,7 @@ class Source:
         start = len(self._tokenizer.prefix_ids)
         result = np.empty(len(ids) + self._tokenizer.framing_length, np.int32)
         result[:start] = self._tokenizer.prefix_ids
-        result[start : start + len(ids)] = with_marks(ids.astype(np.int32, copy=False), marked)
+        result[start : start + len(ids)] = ids if marked is None else with_marks(ids.astype(np.int32), marked)
         result[start + len(ids) :] = self._tokenizer.suffix_ids
         return result
 

@@ -195,7 +195,7 @@ def test_the_gradient_does_not_know_who_it_was(tokenizer: Tokenizer, tmp_path: P
 def test_a_token_that_overlaps_is_marked(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, kind: str, data: st.DataObject
 ) -> None:
-    """By any character, also one that the normalizer joins to another; the ids are those of `encode`."""
+    """Any character does, also one that the normalizer joins to another; the ids are those of `encode`."""
     if kind != "modernbert":
         maker = byte_level if kind == "byte-level" else sentencepiece_like
         tokenizer = load_tokenizer(str(maker(tmp_path_factory.mktemp("tokenizer"))))
