@@ -197,6 +197,13 @@ class Reading(Section):
     """Column with the name of a document. Without a value: `id` where there is one, else the number of the record."""
     group: str | None = None
     """Column whose equal values belong together, such as a patient: held-out documents are chosen by it."""
+    spans: str | None = None
+    """Column with the identifiers of the text, `[[start, end, label], ...]` in characters: their tokens are never
+    labels. Without a value: `spans` where there is one, and the brat .ann file beside a .txt file. `none`: no spans."""
+    identifiers: str | None = None
+    """File of regular expressions, one per line, whose matches are identifiers too. A label and a tab may precede."""
+    mask_spans: bool = False
+    """Whether a placeholder such as `[NAME]` takes the place of each identifier in the text."""
     where: str | None = None
     """Condition on the columns of the records to read, such as `score >= 3 and lang == "fr"`."""
     split: str | None = None

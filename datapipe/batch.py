@@ -42,6 +42,8 @@ class PackedSequence:
     """Rows of the stream before this row; never restarts."""
     documents: tuple[tuple[int, int, int, int, int], ...] = ()
     """(source, epoch, position in the epoch, part) per document."""
+    marked: NDArray[np.bool_] | None = None
+    """`[sequence_length]`, tokens of identifiers, which are never labels; None if there are none."""
 
 
 @dataclass(frozen=True)

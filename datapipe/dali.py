@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from datapipe.batch import IGNORE, MicroBatch, PackedSequence, collate
+from datapipe.identifiers import with_marks
 from datapipe.targets import Masked, Targets, row_keys, threshold
 
 try:
@@ -86,7 +87,8 @@ class DaliBatches:
 
     def _feed(self, rows: Sequence[PackedSequence], step: int) -> None:
         if isinstance(self._targets, Masked):
-            self._pipeline.feed_input("ids", [row.ids[: sum(row.lengths)].astype(np.int64) for row in rows])
+            ids = [with_marks(row.ids, row.marked)[: sum(row.lengths)].astype(np.int64) for row in rows]
+            self._pipeline.feed_input("ids", ids)
             keys = [row_keys(self._targets.seed, row) for row in rows]
             for number, name in enumerate(KEYS):
                 self._pipeline.feed_input(name, [key[number : number + 1] for key in keys])
@@ -101,12 +103,14 @@ class DaliBatches:
                 self._pipeline.feed_input(name, unpadded)
 
     def _masked(self, ids: Any, targets: Masked) -> tuple[Any, Any]:
-        """Apply the arithmetic of `Masked.__call__` to whole rows."""
+        """Apply the arithmetic of `Masked.__call__` to whole rows; marked ids come by `with_marks`."""
+        may_be_label = ids >= 0
+        ids = _where(may_be_label, ids, -1 - ids)
         positions = self._source("positions", types.UINT32)
         units = positions if targets.starts_word is None else self._source("units", types.UINT32)
         places = zip(KEYS, (units, positions, positions), strict=True)
         choice, action, draw = (_hashes(self._source(name, types.UINT32), place) for name, place in places)
-        chosen = choice < self._source("rate", types.UINT32)
+        chosen = may_be_label & (choice < self._source("rate", types.UINT32))
         chosen &= _look_up(ids, targets.maskable) != 0  # the padding token is not maskable
         masked = chosen & (action < _uint32(threshold(targets.split[0])))
         randomised = chosen & (action < _uint32(threshold(sum(targets.split[:2]))))  # where it is not masked

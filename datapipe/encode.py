@@ -7,15 +7,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datapipe.disk import disk_errors_as_input_errors
+from datapipe.identifiers import Patterns, find_identifiers, merge_overlapping
 from datapipe.manifest import Shard, add_counts
-from datapipe.selection import Block, Selection
+from datapipe.overlap import HeldOutDocuments
+from datapipe.selection import HELD_OUT, Block, Selection
 from datapipe.shard_writer import ShardWriter
 from datapipe.text import Text
 from datapipe.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +38,10 @@ class ShardEncoder:
     selection: Selection
     encoded: Any
     """`multiprocessing.Value`: bytes of text tokenized so far, by all processes."""
+    patterns: Patterns = ()
+    """Patterns of identifiers to look for in the texts."""
+    held_out: HeldOutDocuments | None = None
+    """Documents to compare training documents with."""
 
     def write(self, block: Block) -> WrittenShard:
         """Tokenize a block into one shard, which appears only when it is complete.
@@ -51,8 +55,9 @@ class ShardEncoder:
             path.parent.mkdir(exist_ok=True)
             writer = ShardWriter(path)
             try:
+                held_out = None if block.name.startswith(HELD_OUT) else self.held_out
                 for start in range(0, len(block.texts), 64):
-                    self._write_documents(block.texts[start : start + 64], writer, sources)
+                    self._write_documents(block.texts[start : start + 64], writer, sources, held_out)
                 shard = writer.close()
             except BaseException:
                 writer.discard()
@@ -60,48 +65,49 @@ class ShardEncoder:
         return WrittenShard(shard, sources)
 
     def _write_documents(
-        self, texts: list[tuple[str, Text]], writer: ShardWriter, sources: dict[str, dict[str, int]]
+        self,
+        texts: list[tuple[str, Text]],
+        writer: ShardWriter,
+        sources: dict[str, dict[str, int]],
+        held_out: HeldOutDocuments | None,
     ) -> None:
         selection = self.selection
-        encoded = self.tokenizer.encode([text.text.decode() for _, text in texts], self._count)
-        for (source, text), ids in zip(texts, encoded, strict=True):
+        contents = [text.text.decode() for _, text in texts]
+        identifiers = [
+            merge_overlapping([*text.identifiers, *find_identifiers(self.patterns, content)])
+            for (_, text), content in zip(texts, contents, strict=True)
+        ]
+        encoded = self.tokenizer.encode_marked(contents, identifiers, self._count)
+        for (source, text), found, (ids, marked) in zip(texts, identifiers, encoded, strict=True):
             counts = sources.setdefault(source, {})
             if len(ids) < max(selection.min_tokens, 1):
                 add_counts(counts, {"too short" if len(ids) else "empty": 1})
             elif selection.max_tokens is not None and len(ids) > selection.max_tokens:
                 add_counts(counts, {"too long": 1})
             else:
-                writer.add(ids, {"source": source, "id": text.id})
+                writer.add(ids, {"source": source, "id": text.id}, marked)
                 kept = {"documents": 1, "tokens": len(ids), "bytes": len(text.text), "longest": len(ids)}
                 add_counts(counts, kept)
+                if held_out is not None and (near := held_out.is_near(text.text)) is not None:
+                    add_counts(counts, {"compared": 1, "near held-out": int(near)})
+                if marked is not None:
+                    add_counts(counts, {"spans": len(found), "marked": int(marked.sum())})
 
     def _count(self, size: int) -> None:
         with self.encoded.get_lock():
             self.encoded.value += size
 
 
-class InProcessExecutor(Executor):
-    """Runs each task at once in this process, for inputs so small that a pool would take longer to start."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
-        """Run the task before returning. What it raises is raised here."""
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments, **keywords))
-        return future
-
-
 _process_encoder: ShardEncoder | None = None
 """Encoder of this process of a pool: set once by `start_process`, because a task cannot carry a tokenizer."""
 
 
-def start_process(directory: str, output: Path, selection: Selection, encoded: Any) -> None:
+def start_process(directory: str, *settings: Any) -> None:
     """Initialise a process of the pool.
 
     Args:
         directory: Folder of the tokenizer.
-        output: Folder of the shards.
-        selection: Documents to keep.
-        encoded: Counter that all processes share.
+        settings: Arguments of ShardEncoder after the tokenizer.
     """
     global _process_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # because the processes are the parallelism
@@ -109,7 +115,7 @@ def start_process(directory: str, output: Path, selection: Selection, encoded: A
     # webdataset imports torch where it is installed; without it a process starts seconds sooner and is far smaller.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _process_encoder = ShardEncoder(load_tokenizer(directory), output, selection, encoded)
+    _process_encoder = ShardEncoder(load_tokenizer(directory), *settings)
 
 
 def write_in_process(block: Block) -> WrittenShard:

@@ -76,6 +76,21 @@ class InputFile:
             return self.path.open("rb", buffering=0)
         return self.system.open(self.url, "rb")
 
+    def annotations(self) -> bytes | None:
+        """The content of the brat .ann file beside a .txt file; None if there is none.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        if self.spool is not None or "?" in self.url:  # a signed URL is of one file
+            return None
+        if self.path is not None:
+            beside = self.path.with_name(annotations_of(self.path.name))
+            return beside.read_bytes() if beside.is_file() else None
+        folder, _, name = self.url.rpartition("/")
+        url = f"{folder}/{annotations_of(name)}"
+        return self.system.cat_file(url) if self.system.exists(url) else None
+
 
 def printable(path: str | Path) -> str:
     """A file name as text; bytes that are no UTF-8 are written in hexadecimal."""
@@ -88,6 +103,12 @@ def format_of(name: str) -> str | None:
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def annotations_of(name: str) -> str:
+    """Name of the brat file beside a text file: `a.ann` beside `a.txt` and `a.txt.gz`."""
+    path = PurePosixPath(name)
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).with_suffix(".ann").name
 
 
 def formats() -> str:
@@ -240,8 +261,11 @@ class _Finder:
 
     def _take_all(self, entries: list[Path], source: str) -> None:
         left_out = self._other_splits(entries)
+        annotated = {annotations_of(entry.name) for entry in entries if self._format(entry) == "txt"}
         for entry in entries:
             name = printable(entry)
+            if entry.name in annotated and entry.suffix == ".ann":
+                continue
             if entry.name.startswith(".") or (entry.name.startswith("_") and not entry.suffix):
                 self._notes.unread("hidden", "its name begins with . or _", name)
             elif entry in left_out:

@@ -18,8 +18,9 @@ NAME = "manifest.json"
 FORMAT_VERSION = 2
 """Format of the shards that are written: many documents to a sample."""
 FORMATS_READ = (1, 2)
-KEPT = ("documents", "tokens", "bytes", "longest")
-"""Counts of a source that are no reasons to leave documents out: `bytes` of their text, tokens of the `longest`."""
+KEPT = ("documents", "tokens", "bytes", "longest", "spans", "marked", "compared", "near held-out")
+"""Counts of a source that are no reasons to leave documents out: `bytes` of their text, tokens of the `longest`,
+`spans` of identifiers and their `marked` tokens, documents `compared` with held-out ones, and those near one."""
 _PLAIN_TAR_NAME = re.compile(r"[^./\0][^/\0]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -85,6 +86,9 @@ class Manifest:
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Per input file the number of faulty records that were left out, and the first of the faults."""
 
+    identifiers: dict[str, str | bool] = field(default_factory=dict)
+    """`identifiers.policy` of the preparation."""
+
     @property
     def documents(self) -> int:
         """Documents of all shards."""
@@ -126,12 +130,13 @@ def parse_manifest(content: str | bytes, origin: str) -> Manifest:
         tokenizer = TokenizerIdentity(**{**tree["tokenizer"], "special_ids": tuple(tree["tokenizer"]["special_ids"])})
         shards = tuple(Shard(**shard) for shard in tree["shards"])
         sources = {name: dict(counts) for name, counts in tree.get("sources", {}).items()}
+        identifiers = dict(tree.get("identifiers", {}))
         faults = {name: (int(count), str(first)) for name, (count, first) in tree.get("faults", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _invalid(f"{origin}: missing or unknown key ({error})") from None
     for wrong_value in _wrong_values(tokenizer, shards, sources):
         raise _invalid(f"{origin}: {wrong_value}")
-    return Manifest(tokenizer, shards, sources, faults)
+    return Manifest(tokenizer, shards, sources, faults, identifiers)
 
 
 def _invalid(fault: str) -> InputError:
@@ -183,7 +188,10 @@ def read_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json into a directory, atomically."""
-    write_json(directory / NAME, {"format_version": FORMAT_VERSION, **asdict(manifest)})
+    tree = asdict(manifest)
+    if not manifest.identifiers:
+        del tree["identifiers"]
+    write_json(directory / NAME, {"format_version": FORMAT_VERSION, **tree})
 
 
 def verify(directory: Path) -> list[str]:

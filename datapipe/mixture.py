@@ -28,7 +28,7 @@ class Document(NamedTuple):
     """A document as a stream draws it."""
 
     ids: NDArray[np.int32]
-    """`[tokens]`, [CLS] and [SEP] included."""
+    """`[tokens]`, [CLS] and [SEP] included; marked ones as `identifiers.with_marks` writes them."""
     source: int
     """Number of the source."""
     epoch: int

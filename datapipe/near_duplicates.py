@@ -17,6 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from configs.errors import InputError
 from configs.files import partial_path
 from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
-from datapipe.encode import InProcessExecutor
+from datapipe.executor import InProcessExecutor
+from datapipe.identifiers import policy
 from datapipe.inputs import InputFile
 from datapipe.notes import Notes
 from datapipe.selection import Intake
@@ -136,10 +138,10 @@ def _batches(files: Sequence[InputFile], reading: Reading) -> Iterator[tuple[lis
 
 
 def _signatures_of(texts: list[bytes]) -> NDArray[np.uint16]:
-    return np.stack([_signature(text) for text in texts])
+    return np.stack([signature(text) for text in texts])
 
 
-def _signature(text: bytes) -> NDArray[np.uint16]:
+def signature(text: bytes) -> NDArray[np.uint16]:
     """The low 16 bits of the smallest hash per hash function; zeros if there is no word."""
     words = [zlib.crc32(word.encode()) for word in _WORD.findall(text.decode("utf-8", "replace").lower())]
     if not words:
@@ -165,6 +167,7 @@ def least(threshold: float) -> float:
     return overlap - 2.5 * math.sqrt(overlap * (1 - overlap) / HASHES)
 
 
+@cache
 def bands(threshold: float) -> tuple[int, int]:
     """Number of bands and values per band: as selective as the recall at the threshold allows."""
     rows = [rows for rows in range(1, HASHES + 1) if 1 - (1 - least(threshold) ** rows) ** (HASHES // rows) >= _RECALL]
@@ -179,9 +182,9 @@ def _similar_to_earlier(signatures: NDArray[np.uint16], threshold: float) -> NDA
     found = np.zeros(len(signatures), bool)
     full: NDArray[np.bool_] = np.asarray(signatures.any(axis=1))
     count, rows = bands(threshold)
-    beside = _band_keys(signatures, 0, rows)
+    beside = band_keys(signatures, 0, rows)
     for band in range(count):
-        keys, beside = beside, _band_keys(signatures, (band + 1) % count, rows)
+        keys, beside = beside, band_keys(signatures, (band + 1) % count, rows)
         order = np.lexsort((beside, keys))
         sorted_keys = keys[order]
         starts = np.flatnonzero(np.append([True], np.not_equal(sorted_keys[1:], sorted_keys[:-1]))[: len(order)])
@@ -199,7 +202,7 @@ def _similar_to_earlier(signatures: NDArray[np.uint16], threshold: float) -> NDA
     return found
 
 
-def _band_keys(signatures: NDArray[np.uint16], band: int, rows: int) -> NDArray[np.uint64]:
+def band_keys(signatures: NDArray[np.uint16], band: int, rows: int) -> NDArray[np.uint64]:
     """One number per document for the values of a band, `[documents]`."""
     keys = np.zeros(len(signatures), np.uint64)
     for column in signatures[:, band * rows : (band + 1) * rows].T:
@@ -211,4 +214,8 @@ def _band_keys(signatures: NDArray[np.uint16], band: int, rows: int) -> NDArray[
 def _identity(files: Sequence[InputFile], reading: Reading, threshold: float) -> str:
     """Identity of the files, by size and time, and of the settings."""
     stats = [(file.name, file.size, file.path.stat().st_mtime_ns if file.path else 0) for file in files]
-    return hashlib.sha256(repr([stats, reading.model_dump(), threshold, HASHES]).encode()).hexdigest()[:16]
+    if reading.mask_spans:  # it changes the texts
+        annotations = [hashlib.sha256(file.annotations() or b"").digest() for file in files if file.format == "txt"]
+        stats += [(str(annotations), 0, 0)]
+    settings = [stats, reading.model_dump(), policy(reading), threshold, HASHES]
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]

@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     """A document, or a part of a document that is longer than a row."""
 
     ids: NDArray[np.int32]
-    """`[tokens]`"""
+    """`[tokens]`; marked ones as `identifiers.with_marks` writes them."""
     reference: Reference
 
 

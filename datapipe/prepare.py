@@ -22,12 +22,25 @@ from configs.errors import InputError, RunFailedError
 from configs.schema import Data, Reading
 from configs.units import format_count
 from datapipe.disk import disk_errors_as_input_errors, exclusive
-from datapipe.encode import InProcessExecutor, ShardEncoder, WrittenShard, start_process, write_in_process
+from datapipe.encode import ShardEncoder, WrittenShard, start_process, write_in_process
+from datapipe.executor import InProcessExecutor
+from datapipe.identifiers import NO_SPANS, load_patterns, policy
 from datapipe.inputs import JOURNAL, find_inputs
-from datapipe.manifest import FORMAT_VERSION, KEPT, NAME, Manifest, Shard, TokenizerIdentity, add_counts, write_manifest
+from datapipe.manifest import (
+    FORMAT_VERSION,
+    KEPT,
+    NAME,
+    Manifest,
+    Shard,
+    TokenizerIdentity,
+    add_counts,
+    read_manifest,
+    write_manifest,
+)
 from datapipe.near_duplicates import NAME as NEAR_DUPLICATES
 from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes, Report
+from datapipe.overlap import held_out_documents
 from datapipe.paths import local_path
 from datapipe.selection import HELD_OUT, KEEP_ALL, Block, Intake, Selection, blocks, look_at
 from datapipe.tokenizer import Tokenizer
@@ -100,7 +113,9 @@ def _prepare(
     notes = Notes()
     intake = Intake(reading.on_error)
     total = sum(file.size for file in files)
-    journal = _Journal(output, _identity(tokenizer, selection))
+    asked = policy(reading)
+    patterns = load_patterns(reading.identifiers) if reading.identifiers else ()
+    journal = _Journal(output, _identity(tokenizer, selection, asked))
     if not intake.skips:
         look_at(files, reading)
     memory = psutil.virtual_memory().available // PROCESS_MEMORY
@@ -108,6 +123,10 @@ def _prepare(
     near = None
     if selection.near_dedup is not None:
         near = near_duplicates(files, reading, selection.near_dedup, output, processes, progress)
+    held_out = None
+    if selection.held_out:
+        chosen = blocks(files, SHARD_TEXT, selection, reading, Intake("skip"), Notes(), near)
+        held_out = held_out_documents(chosen, selection, total, progress)
     written: list[tuple[str, WrittenShard]] = []
     running: deque[tuple[Block, Future[WrittenShard] | WrittenShard]] = deque()
     spawn = multiprocessing.get_context("spawn")  # not fork, which would copy the locks of the caller's threads
@@ -121,10 +140,12 @@ def _prepare(
             journal.add(block, result)
         written.append((block.name, result))
 
+    # Masked texts come with their identifiers, because the choice of documents sees the placeholders.
+    settings = output, selection, encoded, () if reading.mask_spans else patterns, held_out
     pool: Executor = InProcessExecutor()
-    write = ShardEncoder(tokenizer, output, selection, encoded).write
+    write = ShardEncoder(tokenizer, *settings).write
     if processes > 1 and total > SMALL:
-        initial = (str(tokenizer.directory), output, selection, encoded)
+        initial = (str(tokenizer.directory), *settings)
         pool, write = ProcessPoolExecutor(processes, spawn, start_process, initial), write_in_process
     with pool:
         try:
@@ -155,6 +176,9 @@ def _prepare(
             raise
     notes.report(report)
     _report_faults(intake, report)
+    found = any(counts.get("spans") for _, result in written for counts in result.sources.values())
+    if report is not None and not found and (asked or reading.spans not in (None, NO_SPANS)):
+        report("no identifier was found: check spans and patterns")
     if reading.strict:
         notes.require_all_read()
     if not any(result.shard.tokens for _, result in written):
@@ -163,12 +187,12 @@ def _prepare(
             code="nothing-to-prepare",
         )
     identity = TokenizerIdentity.of(tokenizer)
-    held_out = [result for name, result in written if name.startswith(HELD_OUT)]
-    manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], intake)
+    held_out_shards = [result for name, result in written if name.startswith(HELD_OUT)]
+    manifest = _manifest(identity, [r for name, r in written if not name.startswith(HELD_OUT)], intake, asked)
     with disk_errors_as_input_errors(output / NAME):
         journal.remove_others(name for name, _ in written)
-        if held_out:
-            write_manifest(output / HELD_OUT, _manifest(identity, held_out, Intake()))
+        if held_out_shards:
+            write_manifest(output / HELD_OUT, _manifest(identity, held_out_shards, Intake(), asked))
         write_manifest(output, manifest)
     journal.remove()
     return manifest
@@ -217,13 +241,28 @@ def ensure_prepared(
             with exclusive(output):
                 if not (output / NAME).exists():
                     _prepare(source.text, tokenizer, output, show, KEEP_ALL, source.reading, say, 0)
+        _require_identifiers(source.name, source.reading, output)
+
+
+def _require_identifiers(name: str, reading: Reading, output: Path) -> None:
+    """Raise InputError if shards were prepared without the identifiers that their source asks for."""
+    asked = policy(reading)
+    if asked and (not (output / NAME).exists() or read_manifest(output).identifiers != asked):
+        raise InputError(
+            f"source {name}: {output} was not prepared with these identifiers and mask_spans; prepare its text into "
+            "another directory, or set `reading` to the settings it was prepared with",
+            key="data.sources.reading",
+            code="other-identifiers",
+        )
 
 
 def _prefixed(progress: Progress, name: str) -> Progress:
     return lambda line: progress(f"{name}: {line}")
 
 
-def _manifest(identity: TokenizerIdentity, written: list[WrittenShard], intake: Intake) -> Manifest:
+def _manifest(
+    identity: TokenizerIdentity, written: list[WrittenShard], intake: Intake, identifiers: dict[str, str | bool]
+) -> Manifest:
     sources: dict[str, dict[str, int]] = {}
     parts: list[Mapping[str, Mapping[str, int]]] = [intake.left_out, *(result.sources for result in written)]
     for counted in parts:
@@ -231,12 +270,13 @@ def _manifest(identity: TokenizerIdentity, written: list[WrittenShard], intake: 
             add_counts(sources.setdefault(name, {}), counts)
     faults = {name: intake.faults[name] for name in list(intake.faults)[:FAULTY_FILES]}
     shards = tuple(result.shard for result in written)
-    return Manifest(identity, shards, {name: sources[name] for name in sorted(sources)}, faults)
+    return Manifest(identity, shards, {name: sources[name] for name in sorted(sources)}, faults, identifiers)
 
 
-def _identity(tokenizer: Tokenizer, selection: Selection) -> str:
+def _identity(tokenizer: Tokenizer, selection: Selection, identifiers: dict[str, str | bool]) -> str:
     """Identity of the settings that decide the bytes of a shard of given documents."""
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.sha256, asdict(selection)]).encode()).hexdigest()
+    settings = [FORMAT_VERSION, tokenizer.sha256, asdict(selection), *([identifiers] if identifiers else [])]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 class _Journal:

@@ -69,6 +69,8 @@ class Block(NamedTuple):
             head = f"{source}\0{text.id}\0{text.group}\0{len(text.text)}\0".encode("utf-8", "surrogatepass")
             hashed.update(head)
             hashed.update(text.text)
+            if text.identifiers:
+                hashed.update(repr([(one.start, one.end) for one in text.identifiers]).encode())
         return hashed.hexdigest()
 
 
@@ -121,6 +123,16 @@ class Intake:
             "mend them and run the same command again: it continues; --on-error skip leaves such records out",
             code=first.code,
         )
+
+
+def is_held_out(text: Text, share: float) -> bool:
+    """Whether a document is kept from training.
+
+    It goes by group or content, so that the texts of a group or equal texts never fall on both sides.
+    """
+    content = text.text if text.group is None else text.group.encode("utf-8", "replace")
+    size = 16 if text.group is None else 64
+    return int.from_bytes(hashlib.blake2b(content, digest_size=size).digest()[:8], "little") < share * 2**64
 
 
 def look_at(files: Sequence[InputFile], reading: Reading) -> None:
@@ -195,13 +207,9 @@ def blocks(
                 if near_duplicates is not None and near_duplicates[number - 1]:
                     intake.leave_out(file.source, "near-duplicates")
                     continue
-                # By content or group, so that equal texts or the texts of a group never fall on both sides.
-                key = (
-                    digest
-                    if record.group is None
-                    else hashlib.blake2b(record.group.encode("utf-8", "replace")).digest()
-                )
-                held_out = int.from_bytes(key[:8], "little") < selection.held_out * 2**64
+                if selection.held_out and reading.group and record.group is None:
+                    notes.add(f"no {reading.group}: chosen for training or held out alone", file.name, "documents")
+                held_out = selection.held_out > 0 and is_held_out(record, selection.held_out)
                 folder = f"{HELD_OUT}/" if held_out else ""
                 texts[folder].append((file.source, record))
                 sizes[folder] += len(record.text)

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from configs.units import format_count
 from datapipe.manifest import KEPT, Manifest, read_manifest, verify
+from datapipe.manifest import NAME as MANIFEST
 from datapipe.order import permutation
 from datapipe.packing import packing_ratio
+from datapipe.selection import HELD_OUT
 from datapipe.shards import DamagedError, ShardReader, read_index, webdataset_samples
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 
@@ -62,10 +64,9 @@ class ShardReport:
         manifest, lengths = self.manifest, self.lengths
         largest = max(count for *_, count in self.histogram)
         lines = [
-            f"{self.directory}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
-            f"{format_count(manifest.tokens)} tokens; every sha256, count and id is right",
+            f"{size_line(self.directory, manifest)}; every sha256, count and id is right",
             f"  tokenizer   {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} entries",
-            *([] if self.tokenizer is None else [f"  framing     {self.tokenizer.framing}"]),
+            framing_line(manifest, self.tokenizer),
             f"  lengths     {lengths.mean():,.0f} tokens on average, median {np.median(lengths):,.0f}, "
             f"longest {lengths.max():,}",
             *(
@@ -75,8 +76,36 @@ class ShardReport:
             "  packing     "
             + ", ".join(f"{self.packing_ratio(row):.1%} of rows of {row:,} tokens filled" for row in ROWS),
         ]
-        lines += source_lines(manifest)
+        lines += [*source_lines(manifest), *overlap_lines(manifest)]
+        if (self.directory / HELD_OUT / MANIFEST).exists():
+            held_out = self.directory / HELD_OUT
+            lines.append(f"  held out    {read_manifest(held_out).documents:,} documents; `detour inspect {held_out}`")
         return "\n".join([*lines, *(f"  {key}   {text!r}" for key, text in self.samples)])
+
+
+def size_line(directory: Path, manifest: Manifest) -> str:
+    """Describe a shard set in a line for people."""
+    size = format_count(sum(shard.bytes for shard in manifest.shards))
+    counts = f"{manifest.documents:,} documents, {format_count(manifest.tokens)} tokens"
+    return f"{directory}: {counts} in {len(manifest.shards)} shards, {size}B on disk"
+
+
+def framing_line(manifest: Manifest, tokenizer: Tokenizer | None) -> str:
+    """Tell how documents are framed by special tokens."""
+    if tokenizer is None:
+        return f"  framing     unknown here, because {manifest.tokenizer.name} is not at hand or another by now"
+    framed = format_count(manifest.tokens + tokenizer.framing_length * manifest.documents)
+    return f"  framing     {tokenizer.framing}: {framed} tokens with the special tokens of each document"
+
+
+def overlap_lines(manifest: Manifest) -> list[str]:
+    """Count near-duplicates between training and held-out text, if any was held out."""
+    compared, near = (
+        sum(counts.get(key, 0) for counts in manifest.sources.values()) for key in ("compared", "near held-out")
+    )
+    if not compared:
+        return []
+    return [f"  overlap     {near:,} of {compared:,} training documents compared are near-duplicates of held-out ones"]
 
 
 def source_lines(manifest: Manifest) -> list[str]:
@@ -92,6 +121,9 @@ def source_lines(manifest: Manifest) -> list[str]:
             facts.append(f"longest {counts['longest']:,} tokens")
         if counts.get("bytes") and tokens:
             facts.append(f"{counts['bytes'] / tokens:.2f} bytes per token")
+        if counts.get("spans"):
+            marked = f"{counts.get('marked', 0):,} marked tokens ({counts.get('marked', 0) / max(1, tokens):.1%})"
+            facts.append(f"{counts['spans']:,} identifiers, {marked}")
         lines.append(f"  source      {name}: {', '.join(facts)}" + (f"; left out: {left_out}" if left_out else ""))
     if len(by_size) > SOURCES_SHOWN:
         rest = sum(counts.get("tokens", 0) for _, counts in by_size[SOURCES_SHOWN:])
@@ -130,6 +162,7 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
     """Tokens per document, and a line per problem."""
     lengths: list[int] = []
     problems: list[str] = []
+    marks = 0
     for shard in manifest.shards:
         path = directory / shard.name
         reader = ShardReader(path.open("rb", buffering=0), str(path))
@@ -141,12 +174,13 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
         tokens = 0
         for document in range(len(reader)):
             try:
-                ids = reader.ids(document)
+                ids, marked = reader.document(document)
             except DamagedError as error:
                 problems.append(str(error))
                 continue
             lengths.append(len(ids))
             tokens += len(ids)
+            marks += 0 if marked is None else int(marked.sum())
             if len(ids) and int(ids.max()) >= manifest.tokenizer.vocab_size:
                 problems.append(f"{reader.name}, document {document}: id {ids.max()} is beyond the vocabulary")
         if (len(reader), tokens) != (shard.documents, shard.tokens):
@@ -155,6 +189,9 @@ def _read(directory: Path, manifest: Manifest) -> tuple[NDArray[np.int64], list[
                 f"not {shard.documents:,} and {shard.tokens:,}"
             )
         reader.close()
+    counted = sum(counts.get("marked", 0) for counts in manifest.sources.values())
+    if not problems and marks != counted:
+        problems.append(f"{directory}: {marks:,} tokens of identifiers are marked, not {counted:,}")
     return np.array(lengths, np.int64), problems
 
 
@@ -168,7 +205,9 @@ def _samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer | None) -
             _require_same_by_webdataset(directory, path, reader)
             document = len(reader) // 2
             if tokenizer is not None:
-                text = tokenizer.backend.decode(reader.ids(document)[:SAMPLE_CHARACTERS].tolist())
+                ids, marked = reader.document(document)
+                shown = ids if marked is None else np.where(marked, tokenizer.mask_id, ids)
+                text = tokenizer.backend.decode(shown[:SAMPLE_CHARACTERS].tolist(), skip_special_tokens=False)
                 samples.append((f"{path.name}[{document}]", text[:SAMPLE_CHARACTERS]))
     return tuple(samples)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from configs.files import file_sha256, partial_path
 from datapipe.manifest import Shard
-from datapipe.shards import BLOCK
+from datapipe.shards import BLOCK, checksum
 
 END_BLOCKS = 2
 """Blocks of zeros that end a tar."""
@@ -45,17 +44,20 @@ class ShardWriter:
         self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0)
         self._ids: list[NDArray[Any]] = []
         self._metadata: list[dict[str, Any]] = []
+        self._marked: list[NDArray[np.bool_] | None] = []
         self._size = self._samples = self._documents = self._tokens = 0
 
-    def add(self, ids: NDArray[Any], metadata: dict[str, Any]) -> None:
+    def add(self, ids: NDArray[Any], metadata: dict[str, Any], marked: NDArray[np.bool_] | None = None) -> None:
         """Append a document.
 
         Args:
             ids: `[tokens]` uint16 or uint32, without special tokens; all of the same dtype.
             metadata: JSON, with the same keys for every document.
+            marked: `[tokens]`, tokens of identifiers, which are never labels.
         """
         self._ids.append(ids)
         self._metadata.append(metadata)
+        self._marked.append(marked if marked is not None and marked.any() else None)
         self._size += ids.nbytes
         self._documents += 1
         self._tokens += len(ids)
@@ -89,18 +91,24 @@ class ShardWriter:
         lengths = np.array([len(ids) for ids in self._ids], np.uint32)
         columns = {key: _column([one.get(key) for one in self._metadata]) for key in self._metadata[0]}
         described = json.dumps({"documents": len(self._ids), **columns}, ensure_ascii=False, separators=(",", ":"))
+        marks: list[NDArray[np.bool_] | None] = [None] * len(self._ids)
+        members: dict[str, Any] = {}
+        if any(marked is not None for marked in self._marked):
+            marks = [np.zeros(len(i), bool) if m is None else m for i, m in zip(self._ids, self._marked, strict=True)]
+            members["marked.npy"] = np.packbits(np.concatenate(marks))
         self._tar.write(
             {
                 "__key__": f"{self._path.stem}-{self._samples:06d}",
                 "ids.npy": np.concatenate(self._ids),
                 "lengths.npy": lengths.astype(np.uint16) if lengths.max() < 2**16 else lengths,
-                "crc32.npy": np.array([zlib.crc32(ids.data) for ids in self._ids], np.uint32),
+                "crc32.npy": np.array(list(map(checksum, self._ids, marks)), np.uint32),
                 "json": described.encode("utf-8", "replace"),
+                **members,
             }
         )
         self._tar.tarstream.members.clear()  # tarfile would keep the header of every member
         self._samples += 1
-        self._ids, self._metadata, self._size = [], [], 0
+        self._ids, self._metadata, self._marked, self._size = [], [], [], 0
 
 
 def _column(values: list[Any]) -> Any:

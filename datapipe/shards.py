@@ -2,7 +2,8 @@
 
 In format 1 a sample is a document: `KEY.ids.npy`, a 1-D uint16 or uint32 array without special tokens, and `KEY.json`,
 its metadata. In format 2, which `ShardWriter` writes, a sample holds many documents: the ids of one after the other,
-`KEY.lengths.npy` with the tokens of each, and `KEY.crc32.npy` with the checksum of each.
+`KEY.lengths.npy` with the tokens of each, and `KEY.crc32.npy` with the checksum of each. Where tokens are marked
+(`datapipe.identifiers`), `KEY.marked.npy` has a bit per token, the highest bit of a byte first.
 `webdataset.WebDataset` reads both: `detour inspect` does so. Training reads them by `ShardReader` instead, because
 WebDataset's tar iteration cannot do three things:
 
@@ -34,7 +35,7 @@ from datapipe.manifest import Shard
 
 BLOCK = 512
 """Bytes of a tar header; members start at multiples of it."""
-IDS, LENGTHS, CHECKSUMS = b".ids.npy", b".lengths.npy", b".crc32.npy"
+IDS, LENGTHS, CHECKSUMS, MARKED = b".ids.npy", b".lengths.npy", b".crc32.npy", b".marked.npy"
 """Extensions of the members of a sample of format 2."""
 PICKLED = (b".pkl", b".pickle", b".pyd", b".pt", b".pth")
 """Extensions that WebDataset unpickles. Unpickling runs code of the file, so such shards are refused."""
@@ -42,8 +43,13 @@ PICKLED = (b".pkl", b".pickle", b".pyd", b".pt", b".pth")
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '<u([24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.S
 )
+_NPY_BITS = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.S
+)
 REMEDY = "copy it again, or run `detour prepare` into a new directory"
 """End of the message about a shard that is not what its manifest says."""
+PREPARE_SPANS = "`detour prepare` marks them, and raw text is trained on as it is"
+"""Remedy for raw text that names its identifiers."""
 _OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _COMPRESSED = {suffix.encode() for suffix in COMPRESSED}
 _CRC = re.compile(rb'"crc32": (\d+)')
@@ -73,9 +79,11 @@ class PackedIndex(NamedTuple):
     sizes: NDArray[np.uint32]
     """Bytes of the ids."""
     checksums: NDArray[np.uint32]
-    """CRC-32 of the ids."""
+    """`checksum` of each document."""
     dtype: np.dtype[Any]
     """dtype of the ids."""
+    bits: NDArray[np.int64] | None = None
+    """Bit of the file at which the marks begin, -1 for a sample without marks; None if no sample has any."""
 
 
 class Member(NamedTuple):
@@ -126,6 +134,8 @@ class ShardReader:
             return np.empty((0, 3), np.int64)
         spans, texts, self._names = _documents(members)
         self.raw = not spans and bool(texts)
+        if self.raw and any(member.name.endswith(b".ann") for member in members):
+            raise InputError(f"shard {self.name} has brat .ann files; {PREPARE_SPANS}", code="spans-in-raw-text")
         return np.array(texts if self.raw else spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -137,8 +147,16 @@ class ShardReader:
         Raises:
             DamagedError: The document is missing, damaged, or no 1-D array of unsigned integers.
         """
+        return self.document(document)[0]
+
+    def document(self, document: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """Token ids of a document, and `[tokens]`, those that are marked; None where no token of its sample is.
+
+        Raises:
+            DamagedError: The document is missing, damaged, or no 1-D array of unsigned integers.
+        """
         if self._packed is not None:
-            return self._packed_ids(self._packed, document)
+            return self._packed_document(self._packed, document)
         content, size = self._read(document)
         label = f"shard {self.name}, document {document}"
         header = _NPY.match(content)
@@ -149,18 +167,23 @@ class ShardReader:
         checksum = _CRC.search(content, size) if len(content) > size else None
         if checksum and int(checksum[1]) != zlib.crc32(array.data):
             raise DamagedError(f"{label}: the ids do not match their checksum", code="checksum-mismatch")
-        return array
+        return array, None
 
-    def _packed_ids(self, index: PackedIndex, document: int) -> NDArray[Any]:
+    def _packed_document(self, index: PackedIndex, document: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         self._require_document(document)
         size = int(index.sizes[document])
         content = _pread(self._file, size, int(index.offsets[document]), self.name) if size else b""
         label = f"shard {self.name}, document {document}"
         if len(content) < size:
             raise DamagedError(f"{label}: the file ends inside it", code="shard-truncated")
-        if zlib.crc32(content) != index.checksums[document]:
+        ids, marked = np.frombuffer(content, index.dtype), None
+        if index.bits is not None and index.bits[document] >= 0:
+            first, skipped = divmod(int(index.bits[document]), 8)
+            bits = _pread(self._file, (skipped + len(ids) + 7) // 8, first, self.name)
+            marked = np.unpackbits(np.frombuffer(bits, np.uint8))[skipped : skipped + len(ids)].astype(bool)
+        if checksum(ids, marked) != index.checksums[document]:
             raise DamagedError(f"{label}: the ids do not match their checksum", code="checksum-mismatch")
-        return np.frombuffer(content, index.dtype)
+        return ids, marked
 
     def text(self, document: int) -> str:
         """A document of raw text.
@@ -176,14 +199,17 @@ class ShardReader:
             if kind & COMPRESSED_TEXT:
                 with decompress(io.BytesIO(content), member)[0] as stream:
                     content = stream.read()
-            text = json.loads(content)["text"] if kind & JSON_TEXT else content.removeprefix(BOM_UTF8).decode()
-        except (*DAMAGE, ValueError, KeyError, TypeError, RecursionError):
+            record = json.loads(content) if kind & JSON_TEXT else {"text": content.removeprefix(BOM_UTF8).decode()}
+            text, spans = record["text"], record.get("spans")
+        except (*DAMAGE, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedError(
                 f'{label}: neither UTF-8 text nor JSON with a "text"; `detour prepare` reads other encodings',
                 code="not-text",
             ) from None
         if not isinstance(text, str):
             raise DamagedError(f'{label}: "text" is not a string', code="not-text")
+        if spans:
+            raise DamagedError(f'{label}: it has "spans" of identifiers; {PREPARE_SPANS}', code="spans-in-raw-text")
         return text
 
     def close(self) -> None:
@@ -212,6 +238,12 @@ class ShardReader:
         return content, size
 
 
+def checksum(ids: NDArray[Any], marked: NDArray[np.bool_] | None) -> int:
+    """CRC-32 of the ids, continued over their marks where the sample has marks, because a lost mark is a leak."""
+    of_ids = zlib.crc32(ids.data)
+    return of_ids if marked is None else zlib.crc32(np.packbits(marked).tobytes(), of_ids)
+
+
 def _pread(file: IO[bytes], size: int, offset: int, name: str) -> bytes:
     try:
         return os.pread(file.fileno(), size, offset)
@@ -233,16 +265,16 @@ def _packed_index(file: IO[bytes], members: list[Member], name: str) -> tuple[Pa
     """Places of the documents of format 2, and the fault of the first damaged sample, where the walk ends."""
     samples: dict[bytes, dict[bytes, Member]] = {}
     for member in members:
-        for extension in (IDS, LENGTHS, CHECKSUMS):
+        for extension in (IDS, LENGTHS, CHECKSUMS, MARKED):
             if member.name.endswith(extension):
                 sample = samples.setdefault(member.name.removesuffix(extension), {})
                 # A member that comes twice is one to some readers and another to others.
                 sample[b"" if extension in sample else extension] = member
-    offsets, sizes, checksums, dtypes = [], [], [], set()
+    offsets, sizes, checksums, bits, dtypes = [], [], [], [], set()
     problem = None
     for key, sample in samples.items():
         try:
-            if sample.keys() != {IDS, LENGTHS, CHECKSUMS}:
+            if sample.keys() - {MARKED} != {IDS, LENGTHS, CHECKSUMS}:
                 raise ValueError("its members are not one .ids.npy, one .lengths.npy and one .crc32.npy")
             lengths, sums = (_integers(file, sample[extension], name) for extension in (LENGTHS, CHECKSUMS))
             ids = sample[IDS]
@@ -252,12 +284,15 @@ def _packed_index(file: IO[bytes], members: list[Member], name: str) -> tuple[Pa
             width = int(header[2])
             if header.end() + int(header[3]) * width != ids.size:
                 raise ValueError("the ids are cut off")
+            first_bit = _first_bit(file, sample[MARKED], int(header[3]), name) if MARKED in sample else None
         except (ValueError, DamagedError) as error:
             label = key.decode(errors="replace")
             problem = DamagedError(f"shard {name}, sample {label}: {str(error).splitlines()[0]}")
             break
         bytes_each = lengths.astype(np.int64) * width
-        offsets.append(ids.offset + header.end() + np.cumsum(bytes_each) - bytes_each)
+        before = np.cumsum(bytes_each) - bytes_each
+        offsets.append(ids.offset + header.end() + before)
+        bits.append(np.full(len(lengths), -1) if first_bit is None else first_bit + before // width)
         sizes.append(bytes_each.astype(np.uint32))
         checksums.append(sums.astype(np.uint32))
         dtypes.add(f"<u{width}")
@@ -266,8 +301,17 @@ def _packed_index(file: IO[bytes], members: list[Member], name: str) -> tuple[Pa
     if not offsets:
         none = np.empty(0, np.uint32)
         return PackedIndex(none.astype(np.int64), none, none, np.dtype("<u2")), problem
-    dtype = np.dtype(dtypes.pop())
-    return PackedIndex(np.concatenate(offsets), np.concatenate(sizes), np.concatenate(checksums), dtype), problem
+    arrays = np.concatenate(offsets), np.concatenate(sizes), np.concatenate(checksums)
+    marks = np.concatenate(bits)
+    return PackedIndex(*arrays, np.dtype(dtypes.pop()), marks if (marks >= 0).any() else None), problem
+
+
+def _first_bit(file: IO[bytes], member: Member, tokens: int, name: str) -> int:
+    """Bit of the file at which the marks of a sample begin."""
+    header = _NPY_BITS.match(_pread(file, min(member.size, BLOCK), member.offset, name))
+    if header is None or not -(-tokens // 8) == int(header[2]) == member.size - header.end():
+        raise ValueError("marks and ids do not belong together")
+    return 8 * (member.offset + header.end())
 
 
 def _integers(file: IO[bytes], member: Member, name: str) -> NDArray[Any]:

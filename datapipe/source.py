@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from configs.schema import Data
 from configs.schema import Source as SourceConfig
+from datapipe.identifiers import with_marks
 from datapipe.manifest import NAME, Shard, TokenizerIdentity
 from datapipe.shards import REMEDY, DamagedError, ShardReader
 from datapipe.store import LocalStore, Store, open_store
@@ -140,31 +141,36 @@ class Source:
         Raises:
             DamagedError: The document cannot be used.
         """
+        return self._document(shard, document)[0]
+
+    def _document(self, shard: int, document: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """The ids of a document, and those that are marked, as `ShardReader.document` gives them."""
         if self.raw:
             encoded = self._encoded.pop((shard, document), None)
-            return self._tokenizer.encode([self.reader(shard).text(document)])[0] if encoded is None else encoded
-        ids = self.reader(shard).ids(document)
+            raw = self._tokenizer.encode([self.reader(shard).text(document)])[0] if encoded is None else encoded
+            return raw, None
+        ids, marked = self.reader(shard).document(document)
         if len(ids) and int(ids.max()) >= self._tokenizer.vocab_size:
             raise DamagedError(
                 f"shard {self.path(shard)}, document {document}: token id {ids.max()} is beyond the vocabulary of "
                 f"{self._tokenizer.vocab_size}; prepare the shards with the model's tokenizer",
                 code="id-beyond-vocabulary",
             )
-        return ids
+        return ids, marked
 
     def with_special_tokens(self, shard: int, document: int) -> NDArray[np.int32]:
-        """The document as the tokenizer frames it, `[tokens] int32`; empty for an empty document.
+        """The document as the tokenizer frames it, `[tokens] int32`, by `with_marks`; empty for an empty document.
 
         Raises:
             DamagedError: The document cannot be used.
         """
-        ids = self.ids(shard, document)
+        ids, marked = self._document(shard, document)
         if not len(ids):
             return np.empty(0, np.int32)
         start = len(self._tokenizer.prefix_ids)
         result = np.empty(len(ids) + self._tokenizer.framing_length, np.int32)
         result[:start] = self._tokenizer.prefix_ids
-        result[start : start + len(ids)] = ids
+        result[start : start + len(ids)] = ids if marked is None else with_marks(ids.astype(np.int32), marked)
         result[start + len(ids) :] = self._tokenizer.suffix_ids
         return result
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datapipe.batch import PackedSequence
+from datapipe.identifiers import split_marks
 from datapipe.mixture import CursorState, Document, Mixture
 from datapipe.packing import BUFFER, Buffer, Piece, Reference
 from datapipe.shards import DamagedError
@@ -179,7 +180,8 @@ class Stream:
             self._fill()
             piece = self._buffer.best_fit(self._length - used)
         self._number += 1
-        return PackedSequence(ids, tuple(lengths), self._stream, self._number - 1, tuple(documents))
+        ids, marked = split_marks(ids)
+        return PackedSequence(ids, tuple(lengths), self._stream, self._number - 1, tuple(documents), marked)
 
     def locate(self, source: int, epoch: int, position: int) -> tuple[str, int]:
         """The `source/shard` of a document, and its number in that shard."""

@@ -36,7 +36,10 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Causal language modelling: every token of a document, except the last, predicts the next token."""
+    """Causal language modelling: every token of a document, except the last, predicts the next token.
+
+    A token before a marked one predicts nothing. Tokens after it may attend to it.
+    """
 
     objective: ClassVar[ObjectiveName] = "clm"
 
@@ -48,6 +51,8 @@ class NextToken:
         for row, row_labels in zip(rows, labels, strict=True):
             row_labels[np.cumsum(row.lengths, dtype=np.int64) - 1] = IGNORE
             row_labels[sum(row.lengths) :] = IGNORE
+            if row.marked is not None:
+                row_labels[:-1][row.marked[1:]] = IGNORE
         return inputs, labels
 
 
@@ -57,7 +62,10 @@ class Masked:
 
     The treatment of a position depends on (seed, stream, number of the row, position) only. Special tokens are never
     masked. A random replacement is uniform over the ordinary tokens, because a [CLS] or [SEP] inside a document would
-    tell the model of a boundary that does not exist.
+    tell the model of a boundary that does not exist. It comes from the vocabulary and never from a text, so no
+    identifier is one.
+
+    A marked token is never chosen, so it is neither a label nor replaced. The rest of its word may be chosen.
 
     With `starts_word` a word is predicted as a whole: the hash of its first position decides for all its tokens. A word
     ends before the next start, at a special token, and at the end of its document or row.
@@ -99,6 +107,9 @@ class Masked:
         choice, action, draw = np.stack([row_keys(self.seed, row) for row in rows], axis=1)
         ends = np.array([sum(row.lengths) for row in rows])
         chosen = position_hashes(choice[:, None], self.units(rows)) < threshold(self.rate_at(step))
+        for row_chosen, one in zip(chosen, rows, strict=True):
+            if one.marked is not None:
+                row_chosen &= ~one.marked
         row, position = np.nonzero(chosen)
         maskable = self.maskable[ids[row, position]] & (position < ends[row])
         row, position = row[maskable], position[maskable]

@@ -10,8 +10,9 @@ import json
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -24,6 +25,18 @@ from datapipe.decoding import (
     has_control_characters,
     likely_codec,
     require_codec,
+)
+from datapipe.identifiers import (
+    NO_SPANS,
+    SPANS,
+    Identifier,
+    Patterns,
+    find_identifiers,
+    load_patterns,
+    merge_overlapping,
+    parse_brat,
+    parse_spans,
+    with_placeholders,
 )
 from datapipe.inputs import InputFile, format_of, printable
 from datapipe.notes import Notes
@@ -49,6 +62,8 @@ class Text(NamedTuple):
     """Bytes of its file read so far; compressed bytes if the file is compressed."""
     group: str | None = None
     """Value of the column that `Reading.group` names."""
+    identifiers: tuple[Identifier, ...] = ()
+    """Merged identifiers that come with the text, or the places of all placeholders."""
 
 
 class Filtered(NamedTuple):
@@ -86,7 +101,8 @@ def read_records(file: InputFile, reading: Reading, notes: Notes) -> Iterator[Re
     """
     try:
         with file.open() as raw:
-            yield from _Content(file.name, raw.tell, reading, notes).read(file.format, raw)
+            content = _Content(file.name, raw.tell, reading, notes, file.annotations)
+            yield from content.read(file.format, raw)
     except DAMAGE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         yield InputError(f"{file.name} cannot be read: {reason}", code="not-readable")
@@ -106,6 +122,8 @@ class _Content:
     position: Callable[[], int]
     reading: Reading
     notes: Notes
+    annotations: Callable[[], bytes | None] = lambda: None
+    """Returns the content of the .ann file beside a .txt file; None if there is none."""
 
     def read(self, kind: str, raw: IO[bytes]) -> Iterator[Record]:
         if kind in ("parquet", "arrow"):
@@ -150,6 +168,10 @@ class _Content:
             return self._fault(f"byte {error.start} is not {label}; {remedy}", "not-utf8", place)
 
     def _txt(self, stream: IO[bytes], encoding: str, _: str) -> Iterator[Record]:
+        annotations = self.annotations() if self.reading.spans != NO_SPANS else None
+        if annotations is not None and self.reading.lines:
+            yield self._fault("its .ann file counts from the start of the file; leave out --lines", "spans-invalid")
+            return
         if self.reading.lines:
             for number, line in enumerate(self._characters(stream, encoding, "\n"), 1):
                 if line := line.strip("\r\n\ufeff"):
@@ -162,7 +184,15 @@ class _Content:
                 f"one document of more than {MANY_LINES:,} lines; --lines makes each line a document", self.name
             )
         stem = printable(PurePosixPath(self.name).stem)
-        yield self._not_in_encoding(text, encoding, "") or self._text(text, stem, "")
+        given: list[Identifier] = []
+        if annotations is not None:
+            self.notes.add("identifiers read from the .ann file beside it (--spans none leaves them out)", self.name)
+            try:
+                given = parse_brat(annotations.decode("utf-8-sig"), text)
+            except ValueError as error:
+                yield self._fault(str(error), "spans-invalid")
+                return
+        yield self._not_in_encoding(text, encoding, "") or self._text(text, stem, "", given=given)
 
     def _json(self, stream: IO[bytes], encoding: str, _: str) -> Iterator[Record]:
         start = stream.peek(1)[:64].decode(encoding, "ignore")  # type: ignore[attr-defined]
@@ -333,6 +363,11 @@ class _Content:
             )
         elif any(part.startswith((".", "__MACOSX")) for part in path.parts):
             self.notes.unread("hidden in an archive", "its name begins with .", name)
+        elif path.suffix.lower() == ".ann" and self.reading.spans != NO_SPANS:
+            yield InputError(
+                f"{name}: .ann files are read beside .txt files only; unpack the archive, or give --spans none",
+                code="spans-in-archive",
+            )
         elif kind is None:
             self.notes.unread(f"{path.suffix or 'no suffix'} in an archive", "no format that Detour reads", name)
         elif kind in ("zip", "tar"):
@@ -350,12 +385,14 @@ class _Content:
     def _wanted(self) -> list[str]:
         reading = self.reading
         names = [reading.text, reading.id or "id", *([reading.group] if reading.group else [])]
-        return [*names, *(columns_of(reading.where) if reading.where else [])]
+        spans = [] if reading.spans == NO_SPANS else [reading.spans or SPANS]
+        return [*names, *spans, *(columns_of(reading.where) if reading.where else [])]
 
     def _wrong_columns(self, names: list[str]) -> InputError | None:
         """The fault of a table without a column that is needed, or with two of the same name."""
         for name in self._wanted():
-            if name not in names and (name != "id" or self.reading.id == "id"):
+            optional = {"id": self.reading.id is None, SPANS: self.reading.spans is None}
+            if name not in names and not optional.get(name):
                 return self._fault(describe_missing(name, names), "text-missing")
             if names.count(name) > 1:
                 return self._fault(
@@ -368,6 +405,7 @@ class _Content:
         reading = self.reading
         where = parse_where(reading.where) if reading.where else None
         identity_field = reading.id or "id"
+        spans_field = reading.spans or SPANS
 
         def make(record: Any, number: int) -> Record:
             place = f"{unit} {number}"
@@ -380,6 +418,8 @@ class _Content:
                 named = reading.id is not None or identity_field in record
                 identity = field(record, identity_field) if named else None
                 group = field(record, reading.group) if reading.group else None
+                has_spans = spans_field != NO_SPANS and (reading.spans is not None or spans_field in record)
+                spans = field(record, spans_field) if has_spans else None
                 if isinstance(text, bytes):
                     text = text.decode()
             except NoFieldError as error:
@@ -391,11 +431,24 @@ class _Content:
             if text is not None and not isinstance(text, str):
                 fault = f"`{reading.text}` is {type(text).__name__}, not a string"
                 return self._fault(fault, "text-not-a-string", place)
-            return self._text(text or "", str(number if identity is None else identity), place, group)
+            try:
+                given = parse_spans(spans, len(text or ""))
+            except (ValueError, RecursionError) as error:
+                return self._fault(f"`{spans_field}`: {error}", "spans-invalid", place)
+            return self._text(text or "", str(number if identity is None else identity), place, group, given)
 
         return make
 
-    def _text(self, text: str, identity: str, place: str, group: Any = None) -> Text:
+    @cached_property
+    def _patterns(self) -> Patterns:
+        """Those to mask; others are looked for by the processes that tokenize."""
+        reading = self.reading
+        return load_patterns(reading.identifiers) if reading.identifiers and reading.mask_spans else ()
+
+    def _text(self, text: str, identity: str, place: str, group: Any = None, given: Sequence[Identifier] = ()) -> Text:
+        identifiers = merge_overlapping([*given, *find_identifiers(self._patterns, text)])
+        if self.reading.mask_spans:
+            text, identifiers = with_placeholders(text, identifiers)
         at = f"{self.name}, {place}" if place else self.name
         try:
             content = text.encode()
@@ -405,7 +458,7 @@ class _Content:
         if has_control_characters(content):
             nul = "NUL characters" if b"\0" in content else "control characters"
             self.notes.add(f"{nul} in the text, kept", at, "documents")
-        return Text(identity, content, self.position(), None if group is None else str(group))
+        return Text(identity, content, self.position(), None if group is None else str(group), identifiers)
 
     def _fault(self, fault: str, code: str = "not-utf8", place: str = "") -> InputError:
         return InputError(f"{self.name}{', ' if place else ''}{place}: {fault}", code=code)

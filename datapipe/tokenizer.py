@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from configs.files import CHECKPOINT_RECORD, RUN_TOKENIZER
 from configs.hub import download_snapshot, is_hub_id
+from datapipe.identifiers import Identifier, overlaps
 from datapipe.paths import local_path
 from datapipe.tokenizer_content import bytes_of_tokens, content_sha256
 
@@ -110,20 +111,60 @@ class Tokenizer:
         At most LONGEST_TEXT characters are tokenized at once, to bound memory. A longer text is cut before a space or
         newline, because byte-level tokenizers cut there as well. `progress` receives the bytes of UTF-8 of each part.
         """
-        parts = [(owner, part) for owner, text in enumerate(texts) for part in _parts(text)]
-        ids: list[list[NDArray[Any]]] = [[] for _ in texts]
-        start = 0
-        while start < len(parts):
-            end, size = start, 0
-            while end < len(parts) and (end == start or size + len(parts[end][1]) <= LONGEST_TEXT):
-                size, end = size + len(parts[end][1]), end + 1
-            encodings = self.backend.encode_batch_fast([part for _, part in parts[start:end]], add_special_tokens=False)
-            for (owner, _), encoding in zip(parts[start:end], encodings, strict=True):
-                ids[owner].append(np.array(encoding.ids, self.dtype))
+        batch = self.backend.encode_batch_fast
+        return self._encode(texts, batch, lambda encoding, *_: np.array(encoding.ids, self.dtype), progress)
+
+    def encode_marked(
+        self,
+        texts: Sequence[str],
+        identifiers: Sequence[Sequence[Identifier]],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[tuple[NDArray[Any], NDArray[np.bool_] | None]]:
+        """Ids per text as by `encode`, and `[tokens]`, those that overlap an identifier; None if the text has none.
+
+        Args:
+            texts: The texts.
+            identifiers: Merged identifiers of each text.
+            progress: Receives the bytes of UTF-8 of each part.
+        """
+        if not any(identifiers):
+            return [(ids, None) for ids in self.encode(texts, progress)]
+
+        def take(encoding: tokenizers.Encoding, text: int, start: int, length: int) -> NDArray[Any]:
+            ids = np.array(encoding.ids, self.dtype)
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2) + start
+            return np.stack([ids, overlaps(offsets, start, start + length, identifiers[text])])
+
+        encoded = self._encode(texts, self.backend.encode_batch, take, progress)
+        return [
+            (pair[0], pair[1].astype(bool) if own else None) for pair, own in zip(encoded, identifiers, strict=True)
+        ]
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        encode_batch: Callable[..., list[tokenizers.Encoding]],
+        take: Callable[[tokenizers.Encoding, int, int, int], NDArray[Any]],
+        progress: Callable[[int], None] | None,
+    ) -> list[NDArray[Any]]:
+        """Tokenize texts in parts, and join `take(encoding, text, first character, characters)` of the parts of each.
+
+        An encoding is not kept, because it is far larger than what is taken from it.
+        """
+        parts = [(text, start, part) for text, whole in enumerate(texts) for start, part in _parts(whole)]
+        taken: list[list[NDArray[Any]]] = [[] for _ in texts]
+        first = 0
+        while first < len(parts):
+            end, size = first, 0
+            while end < len(parts) and (end == first or size + len(parts[end][2]) <= LONGEST_TEXT):
+                size, end = size + len(parts[end][2]), end + 1
+            encodings = encode_batch([part for *_, part in parts[first:end]], add_special_tokens=False)
+            for (text, start, part), encoding in zip(parts[first:end], encodings, strict=True):
+                taken[text].append(take(encoding, text, start, len(part)))
             if progress is not None:
-                progress(sum(len(part.encode()) for _, part in parts[start:end]))
-            start = end
-        return [arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in ids]
+                progress(sum(len(part.encode()) for *_, part in parts[first:end]))
+            first = end
+        return [own[0] if len(own) == 1 else np.concatenate(own, axis=-1) for own in taken]
 
     def save(self, directory: Path) -> None:
         """Copy the files of the tokenizer into a directory such as an export, without byte order marks."""
@@ -283,12 +324,13 @@ def _added_by_post_processor(reference: str, backend: tokenizers.Tokenizer) -> t
     )
 
 
-def _parts(text: str) -> Iterator[str]:
+def _parts(text: str) -> Iterator[tuple[int, str]]:
+    """The parts that are tokenized at once, each after the place of its first character."""
     start = 0
     while len(text) - start > LONGEST_TEXT:
         limit = start + LONGEST_TEXT
         cut = max(text.rfind(" ", start + 1, limit), text.rfind("\n", start + 1, limit))
         end = cut if cut > 0 else limit
-        yield text[start:end]
+        yield start, text[start:end]
         start = end
-    yield text[start:]
+    yield start, text[start:]

@@ -13,6 +13,7 @@ from launcher.exits import STOPPED, run_command
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+    from datapipe.tokenizer import Tokenizer
 
 EXPORTS = {"encoder": "ModernBertForMaskedLM", "decoder": "ModernBertDecoderForCausalLM"}
 """Class of each kind of export."""
@@ -133,6 +134,14 @@ def prepare(
     id_: Annotated[str | None, typer.Option("--id", help="Column with the names of documents. Default: id.")] = None,
     group: Annotated[str | None, typer.Option(help="Column of what belongs together, such as a patient.")] = None,
     where: Annotated[str | None, typer.Option(help="Records to read: 'score >= 3 and lang == \"fr\"'.")] = None,
+    spans: Annotated[
+        str | None,
+        typer.Option(help="Column with identifiers, [[start, end, label], ...]. Default: spans, and .ann beside .txt."),
+    ] = None,
+    identifiers: Annotated[
+        str | None, typer.Option(help="File of regular expressions, one per line, whose matches are identifiers.")
+    ] = None,
+    mask_spans: Annotated[bool, typer.Option("--mask-spans", help="Put [LABEL] in place of identifiers.")] = False,
     split: Annotated[str | None, typer.Option(help="Split to read where splits are named. Default: train.")] = None,
     lines: Annotated[bool, typer.Option("--lines", help="Each line of a .txt file is a document.")] = False,
     encoding: Annotated[str | None, typer.Option(help="Encoding, such as cp1252. Default: detected.")] = None,
@@ -171,6 +180,9 @@ def prepare(
         id=id_,
         group=group,
         where=where,
+        spans=spans,
+        identifiers=identifiers,
+        mask_spans=mask_spans,
         split=split,
         lines=lines,
         encoding=encoding,
@@ -193,23 +205,19 @@ def prepare(
         )
     for directory in (output, output / HELD_OUT):
         if (directory / NAME).exists():
-            _print_prepared(directory)
+            _print_prepared(directory, loaded)
     if (output / HELD_OUT / NAME).exists():
-        groups = f"0 values of {group}" if group else "equal texts only on one side; --group keeps patients apart"
-        near = f"0 at {near_dedup:g}" if near_dedup else "not looked for; --near-dedup 0.8 leaves them out"
-        print(f"  overlap     of held-out and training text: {groups}; near-duplicates {near}")
+        apart = f"0 values of {group} on both sides, because the choice goes by them"
+        print(f"  groups      {apart if group else 'not kept apart; --group COLUMN holds out whole patients'}")
 
 
-def _print_prepared(directory: Path) -> None:
-    from configs.units import format_count
+def _print_prepared(directory: Path, tokenizer: Tokenizer) -> None:
     from datapipe.manifest import read_manifest
-    from datapipe.shard_report import source_lines
+    from datapipe.shard_report import framing_line, overlap_lines, size_line, source_lines
 
     manifest = read_manifest(directory)
-    tokens, size = format_count(manifest.tokens), format_count(sum(shard.bytes for shard in manifest.shards))
-    shards = f"{len(manifest.shards)} shards, {size}B on disk"
-    print(f"{directory}: {manifest.documents:,} documents, {tokens} tokens in {shards}")
-    print("\n".join(source_lines(manifest)))
+    lines = [framing_line(manifest, tokenizer), *source_lines(manifest), *overlap_lines(manifest)]
+    print("\n".join([size_line(directory, manifest), *lines]))
 
 
 @app.command()
