@@ -30,27 +30,15 @@ FILE = "canaries.json"
 FORMAT_VERSION = 1
 PLANTED = "planted canaries"
 """Source of the planted documents in the manifest and in the shards."""
-SENTENCE = "Patient: {given} {family} ({place}). Code: {secret}."
+SENTENCE = "Patient: {given} {family}. Code: {secret}."
 COPIES = (1, 4, 16, 64)
 """Numbers of copies. The canaries take them in turn."""
 DIGITS = 8
 """Digits of a secret, with spaces between them so that every tokenizer sees each."""
-GIVEN = (
-    "Ada Alma Amir Anton Arne Aylin Bruno Carla Chen Dario Dina Edda Elif Emil Enzo Farid Fiona Gita Goran Hana Hugo "
-    "Ines Ivo Jana Jonas Kaya Kofi Lara Levin Luca Maja Malik Mira Nadia Nils Olga Oskar Paula Pavel Ravi Rosa Samir "
-    "Selma Tariq Tilda Viktor Wanda Yusuf"
-).split()
-FAMILY = (
-    "Abel Adler Bakker Banerjee Baros Bergson Cabral Castell Dahl Danso Ebner Eriksen Falk Ferrand Gallo Gruber Haas "
-    "Horvat Iqbal Jansen Jovic Kaplan Keller Kowal Lindqvist Lorenz Marek Mendes Moreau Nakai Novak Okafor Olsen Pires "
-    "Quist Rahman Ricci Rossi Sandoval Sato Tanaka Thorne Ulrich Varga Vogel Winter Yilmaz Zeller"
-).split()
-PLACES = (
-    "Ashford Birkdale Calden Dornwald Elmstead Farnholt Gresham Hollin Ivybridge Kelso Larkhill Marlow Northam Oakley "
-    "Penrith Quarrington Rowan Selby Tarbert Upwell Verwood Westbury Yarrow Zeldon"
-).split()
-MOST = 10_000
-"""Most canaries, because controls and candidates need names too."""
+SYLLABLES = ("ba", "da", "el", "fi", "ga", "hu", "io", "ka", "le", "mo", "na", "or", "pe", "ri", "sa", "to", "ul", "vi")
+"""Parts of the invented names, two each for the given and the family name."""
+LARGE_SHARE = 0.01
+"""Share of the tokens from which a line says that the canaries are many."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +101,13 @@ def draw(seed: str, count: int) -> list[Canary]:
         seed: Seed of names and secrets.
         count: Number of sentences, at most as many as there are names.
     """
-    names = permutation(len(GIVEN) * len(FAMILY) * len(PLACES), seed, "names")[:count].tolist()
+    names = permutation(len(SYLLABLES) ** 4, seed, "names")[:count].tolist()
     canaries = []
     for index, name in enumerate(names):
-        rest, given = divmod(name, len(GIVEN))
-        place, family = divmod(rest, len(FAMILY))
+        parts = [SYLLABLES[name // len(SYLLABLES) ** place % len(SYLLABLES)] for place in range(4)]
         secret = " ".join(f"{_hash(seed, 'secret', index) % 10**DIGITS:0{DIGITS}d}")
-        text = SENTENCE.format(given=GIVEN[given], family=FAMILY[family], place=PLACES[place], secret=secret)
-        canaries.append(Canary(text, secret, 0))
+        given, family = "".join(parts[:2]).capitalize(), "".join(parts[2:]).capitalize()
+        canaries.append(Canary(SENTENCE.format(given=given, family=family, secret=secret), secret, 0))
     return canaries
 
 
@@ -166,9 +153,11 @@ def write_canaries(directory: Path, canaries: Canaries, manifest: Manifest) -> s
     tree = {"format_version": FORMAT_VERSION, "sentence": SENTENCE, **asdict(canaries), "documents": manifest.documents}
     write_json(directory / FILE, tree)
     copies, tokens = (manifest.sources[PLANTED][key] for key in ("documents", "tokens"))
+    share = tokens / manifest.tokens
+    advice = "; that is much: plant fewer, or use more text" if share > LARGE_SHARE else ""
     return (
-        f"canaries: {len(canaries.planted):,} secrets, planted in {copies:,} documents, are "
-        f"{tokens / manifest.tokens:.2%} of the training tokens; {directory / FILE} lists them"
+        f"canaries: {len(canaries.planted):,} secrets, planted in {copies:,} documents, are {share:.2%} of the "
+        f"training tokens{advice}; {directory / FILE} lists them"
     )
 
 
