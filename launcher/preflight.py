@@ -99,7 +99,7 @@ def _tell_canaries(config: RunConfig, directory: Path, console: Console) -> None
         copies = sum(canary.copies for canary in canaries.canaries)
         console.print(
             f"[yellow]source {name}:[/] {len(canaries.planted):,} canaries (random secrets) are planted in {copies:,} "
-            f"of its {canaries.documents:,} documents; `detour audit {escape(str(directory))}` measures what is memorised",
+            f"of its {canaries.documents:,} documents; `detour audit {escape(str(directory))}` measures leaks",
             highlight=False,
             soft_wrap=True,
         )
