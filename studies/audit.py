@@ -26,6 +26,7 @@ from engine.model_card import has_trained_masks, refresh_card
 from engine.run_inputs import run_canaries, run_tokenizer
 from monitoring.audit import copies_title, exposure_cell
 from monitoring.report import write_report
+from monitoring.run_directory import RunDirectory
 from monitoring.run_files import require_run
 from studies.exposure import Attack, Encoded, chance, encode, exposures, score
 from studies.intervals import mean_interval
@@ -175,7 +176,6 @@ def _merged(by_source: Mapping[str, Canaries]) -> list[Canary]:
 def _checkpoints(directory: Path, config: RunConfig, step: int | None) -> tuple[list[Path], list[str]]:
     """Choose checkpoints, oldest first, and tell which ends of phases are lost."""
     from engine.checkpoint import list_checkpoints, step_of
-    from monitoring.run_directory import RunDirectory
 
     by_step = {step_of(path): path for path in reversed(list_checkpoints(RunDirectory(directory).checkpoints))}
     if step is not None:

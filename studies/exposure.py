@@ -126,7 +126,7 @@ def score(
         )
         with torch.inference_mode():
             states = model.model(batch.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
-            chosen = states[row_numbers.to(model.device), (columns - (attack == "clm")).to(model.device)]
+            chosen = states[row_numbers.to(model.device), (columns - int(attack == "clm")).to(model.device)]
             logits = model.decoder(head(chosen)).double().log_softmax(-1)
             values = logits.gather(1, wanted.to(model.device)[:, None])[:, 0].cpu().numpy()
         np.add.at(scores, np.array(owners[part])[row_numbers.numpy()], values)

@@ -13,7 +13,7 @@ import pytest
 import datapipe.prepare
 from configs.errors import InputError
 from configs.load import validate
-from configs.schema import Data, Reading
+from configs.schema import Data, Reading, RunConfig
 from datapipe.canaries import COPIES, FILE, PLANTED, canaries_of_sources, candidates, draw, parse_canaries
 from datapipe.manifest import read_manifest
 from datapipe.paths import local_path
@@ -143,7 +143,11 @@ def test_refusals(corpus: Path, prepared: Path, tokenizer: Tokenizer, tmp_path: 
         ensure_prepared(Data(sources=({**source, "reading": {"canaries": 50}},)), tokenizer)
     with pytest.raises(InputError) as refusal:
         evaluation = {"shards": "held-out", "reading": {"canaries": 1}}
-        validate(toy_recipe([{"name": "notes", "shards": "shards"}], {"data": {"evaluation": evaluation}}), "recipe")
+        validate(
+            RunConfig,
+            toy_recipe([{"name": "notes", "shards": "shards"}], {"data": {"evaluation": evaluation}}),
+            "recipe",
+        )
     assert refusal.value.key == "data.evaluation.reading"
 
 
