@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import ModernBertDecoderForCausalLM, ModernBertForMaskedLM
+from transformers import ModernBertConfig, ModernBertDecoderForCausalLM, ModernBertForMaskedLM
 
 from configs.errors import InputError
 from configs.files import write_atomically
@@ -31,7 +31,6 @@ from monitoring.run_directory import RunDirectory
 from studies.audit import audit
 from studies.exposure import chance, encode, exposures, score
 from tests.datapipe.conftest import refused
-from tests.studies.conftest import save_model
 from tests.toy_recipe import toy_recipe
 from tests.toy_tokenizers import byte_level, sentencepiece_like
 
@@ -98,12 +97,13 @@ def known(shards: Path, tokenizer: Tokenizer) -> Canaries:
 
 @pytest.fixture(scope="module")
 def untrained(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = save_model(tmp_path_factory.mktemp("model") / "untrained", hidden_size=64, num_hidden_layers=2)
-    small = ModernBertForMaskedLM.from_pretrained(model)
-    small.resize_token_embeddings(tokenizer.vocab_size)
-    small.save_pretrained(model)
-    tokenizer.save(model)
-    return model
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "cls", "sep", "bos", "eos")}
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "untrained"
+    ModernBertForMaskedLM(ModernBertConfig(vocab_size=tokenizer.vocab_size, **ids, **shape)).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
