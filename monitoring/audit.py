@@ -55,8 +55,10 @@ def copies_title(copies: int) -> str:
 
 
 def exposure_cell(group: Mapping[str, Any]) -> str:
-    """Exposure of a group of canaries with its interval, for people."""
+    """Exposure of a group of canaries with its interval, for people; a lower bound if all of them are ranked first."""
     text = f"{group['mean']:.2f}"
+    if group.get("first") == group["canaries"]:
+        return f"{text} or more"
     return text if group["low"] is None else f"{text} ({group['low']:.2f} to {group['high']:.2f})"
 
 

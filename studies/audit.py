@@ -78,12 +78,11 @@ def print_audit(result: Mapping[str, Any], console: Console) -> None:
         copies = [group["copies"] for group in run["rows"][0]["groups"]]
         table = Table("after", "attack", *map(copies_title, copies), title=f"{run['run']}: exposure in bits")
         for row in run["rows"]:
-            cells = (
-                f"{exposure_cell(group)}, {group['first']} of {group['canaries']} first" for group in row["groups"]
-            )
-            table.add_row(f"step {row['step']:,} ({row['phase']}), {_passes(row)}", row["objective"].upper(), *cells)
+            cells = (f"{exposure_cell(group)}, {group['first']}/{group['canaries']} first" for group in row["groups"])
+            table.add_row(f"step {row['step']:,} ({row['phase']})", row["objective"].upper(), *cells)
         console.print(table)
-        _say(console, [_meaning(run), *run["notes"]])
+        read = dict.fromkeys(f"step {row['step']:,}: {_passes(row)}" for row in run["rows"])
+        _say(console, [*read, _meaning(run), *run["notes"]])
     for difference in result["differences"]:
         copies = [group["copies"] for group in difference["groups"]]
         table = Table(
