@@ -218,6 +218,8 @@ class Reading(Section):
     """Whether a record that cannot be read ends the preparation, or is counted and left out."""
     strict: bool = False
     """Whether a file that is not read is an error."""
+    canaries: int = Field(default=0, ge=0, le=10_000)
+    """Random secrets that are planted among the training documents, by which `detour audit` measures memorisation."""
 
 
 class Source(Section):
@@ -261,6 +263,13 @@ class Evaluation(Section):
     """Share of the maskable tokens that MLM predicts."""
 
     _text_is_prepared_here = field_validator("text")(_prepared_here)
+
+    @field_validator("reading")
+    @classmethod
+    def _without_canaries(cls, value: Reading) -> Reading:
+        if value.canaries:
+            raise ValueError("canaries are planted in training text only; set reading.canaries of a source")
+        return value
 
     @field_validator("every")
     @classmethod

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datapipe.canaries import PLANTED
 from datapipe.disk import disk_errors_as_input_errors
 from datapipe.identifiers import Patterns, find_identifiers, merge_overlapping
 from datapipe.manifest import Shard, add_counts
@@ -80,9 +81,10 @@ class ShardEncoder:
         encoded = self.tokenizer.encode_marked(contents, identifiers, self._count)
         for (source, text), found, (ids, marked) in zip(texts, identifiers, encoded, strict=True):
             counts = sources.setdefault(source, {})
-            if len(ids) < max(selection.min_tokens, 1):
+            bounded = source != PLANTED
+            if len(ids) < (max(selection.min_tokens, 1) if bounded else 1):
                 add_counts(counts, {"too short" if len(ids) else "empty": 1})
-            elif selection.max_tokens is not None and len(ids) > selection.max_tokens:
+            elif bounded and selection.max_tokens is not None and len(ids) > selection.max_tokens:
                 add_counts(counts, {"too long": 1})
             else:
                 writer.add(ids, {"source": source, "id": text.id}, marked)

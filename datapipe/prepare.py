@@ -21,6 +21,7 @@ import psutil
 from configs.errors import InputError, RunFailedError
 from configs.schema import Data, Reading
 from configs.units import format_count
+from datapipe.canaries import PLANTED, plan, require_planted, write_canaries
 from datapipe.disk import disk_errors_as_input_errors, exclusive
 from datapipe.encode import ShardEncoder, WrittenShard, start_process, write_in_process
 from datapipe.executor import InProcessExecutor
@@ -115,7 +116,7 @@ def _prepare(
     total = sum(file.size for file in files)
     asked = policy(reading)
     patterns = load_patterns(reading.identifiers) if reading.identifiers else ()
-    journal = _Journal(output, _identity(tokenizer, selection, asked))
+    journal = _Journal(output, _identity(tokenizer, selection, reading, asked))
     if not intake.skips:
         look_at(files, reading)
     memory = psutil.virtual_memory().available // PROCESS_MEMORY
@@ -127,6 +128,11 @@ def _prepare(
     if selection.held_out:
         chosen = blocks(files, SHARD_TEXT, selection, reading, Intake("skip"), Notes(), near)
         held_out = held_out_documents(chosen, selection, total, progress)
+    canaries = None
+    if reading.canaries:
+        own_intake = Intake(reading.on_error)  # because the faults are counted once, when the documents are written
+        counted = blocks(files, _shard_text(total), selection, reading, own_intake, Notes(), near)
+        canaries = plan(reading.canaries, counted, total, progress)
     written: list[tuple[str, WrittenShard]] = []
     running: deque[tuple[Block, Future[WrittenShard] | WrittenShard]] = deque()
     spawn = multiprocessing.get_context("spawn")  # not fork, which would copy the locks of the caller's threads
@@ -149,7 +155,8 @@ def _prepare(
         pool, write = ProcessPoolExecutor(processes, spawn, start_process, initial), write_in_process
     with pool:
         try:
-            for block in blocks(files, _shard_text(total), selection, reading, intake, notes, near):
+            chosen = blocks(files, _shard_text(total), selection, reading, intake, notes, near)
+            for block in chosen if canaries is None else canaries.planted_in(chosen):
                 size = sum(len(text.text) for _, text in block.texts)
                 meter.read(block.position, size)
                 finished = journal.finished(block)
@@ -181,7 +188,7 @@ def _prepare(
         report("no identifier was found: check spans and patterns")
     if reading.strict:
         notes.require_all_read()
-    if not any(result.shard.tokens for _, result in written):
+    if not any(_has_text(result) for _, result in written):
         raise InputError(
             f"{', '.join(inputs)}: {_reason_for_nothing(written, intake)}, so there is nothing to prepare",
             code="nothing-to-prepare",
@@ -193,6 +200,10 @@ def _prepare(
         journal.remove_others(name for name, _ in written)
         if held_out_shards:
             write_manifest(output / HELD_OUT, _manifest(identity, held_out_shards, Intake(), asked))
+        if canaries is not None:
+            line = write_canaries(output, canaries, manifest)
+            if report is not None:
+                report(line)
         write_manifest(output, manifest)
     journal.remove()
     return manifest
@@ -201,6 +212,11 @@ def _prepare(
 def _shard_text(total: int) -> int:
     """Bytes of text per shard, for a total of input bytes; a power of two, so that it rarely changes with the total."""
     return min(SHARD_TEXT, max(2 ** (total // 16).bit_length() // 2, 2**20))
+
+
+def _has_text(result: WrittenShard) -> bool:
+    """Whether a shard has tokens beside those of canaries."""
+    return any(counts.get("tokens") for source, counts in result.sources.items() if source != PLANTED)
 
 
 def _report_faults(intake: Intake, report: Report | None) -> None:
@@ -236,6 +252,8 @@ def ensure_prepared(
     evaluation = [] if data.evaluation is None else [data.evaluation.source]
     for source in (*data.sources, *evaluation):
         output = local_path(source.shards)
+        if source.text and source.reading.canaries and (output / NAME).exists():
+            require_planted(output, source.reading.canaries)
         if source.text and not (output / NAME).exists():
             show, say = (None if send is None else _prefixed(send, source.name) for send in (progress, report))
             with exclusive(output):
@@ -273,9 +291,9 @@ def _manifest(
     return Manifest(identity, shards, {name: sources[name] for name in sorted(sources)}, faults, identifiers)
 
 
-def _identity(tokenizer: Tokenizer, selection: Selection, identifiers: dict[str, str | bool]) -> str:
+def _identity(tokenizer: Tokenizer, selection: Selection, reading: Reading, identifiers: dict[str, str | bool]) -> str:
     """Identity of the settings that decide the bytes of a shard of given documents."""
-    settings = [FORMAT_VERSION, tokenizer.sha256, asdict(selection), *([identifiers] if identifiers else [])]
+    settings = [FORMAT_VERSION, tokenizer.sha256, asdict(selection), reading.canaries, identifiers]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

@@ -74,11 +74,16 @@ class RemoteStore:
 
     def manifest(self) -> Manifest | None:
         """Fetch manifest.json, if there is one."""
+        content = self.read(NAME)
+        return None if content is None else parse_manifest(content, f"{self.name}/{NAME}")
+
+    def read(self, name: str) -> bytes | None:
+        """Fetch a small file, if there is one."""
         try:
-            content = self._patiently(lambda: self._system.cat_file(f"{self._root}/{NAME}"))
+            content: bytes = self._patiently(lambda: self._system.cat_file(f"{self._root}/{name}"))
         except FileNotFoundError:
             return None
-        return parse_manifest(content, f"{self.name}/{NAME}")
+        return content
 
     def tars(self) -> list[str]:
         """Raise InputError, because a remote directory needs a manifest."""

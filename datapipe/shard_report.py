@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from configs.units import format_count
+from datapipe.canaries import PLANTED
 from datapipe.manifest import KEPT, Manifest, read_manifest, verify
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.order import permutation
@@ -111,7 +112,8 @@ def overlap_lines(manifest: Manifest) -> list[str]:
 def source_lines(manifest: Manifest) -> list[str]:
     """Lines about the sources for people, the largest first: what is kept, and what is left out, by reason."""
     lines = []
-    by_size = sorted(manifest.sources.items(), key=lambda item: -item[1].get("tokens", 0))
+    of_text = [item for item in manifest.sources.items() if item[0] != PLANTED]
+    by_size = sorted(of_text, key=lambda item: -item[1].get("tokens", 0))
     for name, counts in by_size[:SOURCES_SHOWN]:
         left_out = ", ".join(f"{count:,} {why}" for why, count in counts.items() if why not in KEPT)
         tokens = counts.get("tokens", 0)
@@ -128,6 +130,10 @@ def source_lines(manifest: Manifest) -> list[str]:
     if len(by_size) > SOURCES_SHOWN:
         rest = sum(counts.get("tokens", 0) for _, counts in by_size[SOURCES_SHOWN:])
         lines.append(f"  source      {len(by_size) - SOURCES_SHOWN:,} more: {format_count(rest)} tokens")
+    if planted := manifest.sources.get(PLANTED):
+        share = planted["tokens"] / max(1, manifest.tokens)
+        copies = f"{planted['documents']:,} planted documents with random secrets, {share:.2%} of the tokens"
+        lines.append(f"  canaries    {copies}; `detour audit RUN` measures what a model memorised")
     return lines + [
         f"  skipped     {count:,} faulty records; the first: {first}" for count, first in manifest.faults.values()
     ]

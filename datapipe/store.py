@@ -31,6 +31,14 @@ class Store(Protocol):
         """
         ...
 
+    def read(self, name: str) -> bytes | None:
+        """Read a small file beside the manifest; None if it is not there.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        ...
+
     def tars(self) -> list[str]:
         """Names of the tars, in order.
 
@@ -101,6 +109,16 @@ class LocalStore:
     def manifest(self) -> Manifest | None:
         """Read manifest.json, if there is one."""
         return read_manifest(self._directory) if (self._directory / NAME).is_file() else None
+
+    def read(self, name: str) -> bytes | None:
+        """Read a file of the directory."""
+        path = self._directory / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}", code="not-readable") from None
 
     def tars(self) -> list[str]:
         """List the directory."""

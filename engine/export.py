@@ -14,7 +14,7 @@ from configs.files import write_atomically, write_json
 from datapipe.tokenizer import Tokenizer
 from engine import checkpoint as checkpoints
 from engine.checkpoint_meta import CheckpointMeta
-from engine.model_card import ExportKind, model_card
+from engine.model_card import CARD, ExportKind, model_card
 from engine.modernbert.config import build_config, read_config, special_ids
 from engine.modernbert.huggingface import DTYPES, ExportDtype, decoder_config, decoder_weights, encoder_config
 from engine.parallel import single_process
@@ -56,7 +56,8 @@ def export_hf(
         tensor = to_hf(stored[names[ours]], row, architecture).to(DTYPES[dtype]).contiguous()
         weights |= decoder_weights(hf, tensor) if kind == "decoder" else {hf: tensor}
     config = decoder_config if kind == "decoder" else encoder_config
-    write_model(out, config(architecture, DTYPES[dtype]), weights, tokenizer, model_card(meta, tokenizer, kind))
+    card = model_card(meta, tokenizer, kind, checkpoint.absolute().parent.parent)
+    write_model(out, config(architecture, DTYPES[dtype]), weights, tokenizer, card)
 
 
 def write_model(
@@ -67,7 +68,7 @@ def write_model(
     write_json(out / "config.json", config | special_ids(tokenizer))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(out)
-    write_atomically(out / "README.md", card)
+    write_atomically(out / CARD, card)
 
 
 def stored_names(checkpoint: Path, names: list[str]) -> dict[str, str]:

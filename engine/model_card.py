@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
+from configs.files import write_atomically
 from configs.schema import SCRATCH, RunConfig
 from datapipe.tokenizer import Tokenizer
 from engine.checkpoint_meta import CheckpointMeta
+from monitoring.audit import memorisation
 
 ExportKind = Literal["encoder", "decoder"]
 
 
-def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> str:
-    """Write the card of an exported checkpoint, as Markdown with the hub's header."""
+CARD = "README.md"
+_MEMORISATION = re.compile(r"<!-- memorisation -->.*?<!-- /memorisation -->\n", re.DOTALL)
+
+
+def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind, run: Path) -> str:
+    """Write the card of an exported checkpoint, as Markdown with the hub's header.
+
+    Args:
+        meta: Record of the checkpoint.
+        tokenizer: Tokenizer of the model.
+        kind: Kind of the export.
+        run: Directory of the run, which knows of canaries; another folder if there is no run.
+    """
     config = RunConfig.model_validate(meta.config) if meta.config else None
     name = config.name if config else "ModernBERT"
     start = config.model.init if config else meta.source or "unknown"
@@ -34,8 +49,27 @@ def model_card(meta: CheckpointMeta, tokenizer: Tokenizer, kind: ExportKind) -> 
         sources=sources or "none",
         phases="\n".join(trained) or "- nothing yet: these are the weights it started from",
         software=_software(meta.software),
+        memorisation=_memorisation(run),
         use=use.replace("MASK_TOKEN", tokenizer.mask_token),
     )
+
+
+def refresh_card(export: Path, run: Path) -> None:
+    """Renew the section about memorisation in the card of an export; a card without one stays as it is."""
+    path = export / CARD
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        write_atomically(path, _MEMORISATION.sub(lambda _: _memorisation(run).lstrip("\n"), text))
+
+
+def _memorisation(run: Path) -> str:
+    """The section about the canaries of a run; empty without canaries."""
+    known = memorisation(run)
+    if known is None:
+        return ""
+    table = [known.columns, ("---",) * len(known.columns), *known.rows] if known.columns else []
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"\n<!-- memorisation -->\n## Memorisation\n\n{known.note}\n\n{lines}\n<!-- /memorisation -->\n"
 
 
 def merge_card(origins: Sequence[tuple[str, float]], tokenizer: Tokenizer, knows_masks: bool) -> str:
@@ -96,7 +130,7 @@ A ModernBERT {kind} trained with Detour (the CLM detour, arXiv 2605.12438), take
 Started from: {start}. Tokenizer: {tokenizer}. Training text: {sources}.
 
 {phases}
-{software}
+{software}{memorisation}
 ```python
 {use}```
 """

@@ -1,19 +1,21 @@
-"""Tokenizer and architecture of a run: by its directory once they are there, else by its recipe.
+"""Tokenizer, architecture and canaries of a run: by its directory once they are there, else by its recipe.
 
 A run that has begun therefore continues without the directory or hub repository that it started from.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError
-from configs.files import partial_path
+from configs.files import partial_path, write_json
 from configs.schema import RunConfig
+from datapipe.canaries import FORMAT_VERSION, Canaries, canaries_of_sources, parse_canaries
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from monitoring.run_directory import RunDirectory
 
@@ -42,6 +44,46 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)
     partial.rename(copy)
+
+
+def keep_canaries(config: RunConfig, directory: Path) -> dict[str, Canaries]:
+    """Copy the lists of the sources' canaries into the run directory, and return them by source.
+
+    Raises:
+        InputError: A source with canaries has lost its list.
+    """
+    found = canaries_of_sources(config.data)
+    if found:
+        sources = {name: {"format_version": FORMAT_VERSION, **asdict(canaries)} for name, canaries in found.items()}
+        write_json(RunDirectory(directory).canaries, {"sources": sources})
+    return found
+
+
+def run_canaries(config: RunConfig, directory: Path) -> dict[str, Canaries]:
+    """Return the run's canaries by source, from its own copy of their lists or else from the sources.
+
+    Raises:
+        InputError: The run has no canaries, or their list cannot be read.
+    """
+    copy = RunDirectory(directory).canaries
+    if not copy.is_file():
+        found = keep_canaries(config, directory)
+    else:
+        try:
+            sources = json.loads(copy.read_bytes())["sources"].items()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(
+                f"{copy} is damaged; delete it, and it is made again from the sources", code="canaries-damaged"
+            ) from None
+        found = {name: parse_canaries(json.dumps(content), str(copy)) for name, content in sources}
+    if not found:
+        raise InputError(
+            f"{directory}: no source of this run has canaries, so nothing shows what it memorised; prepare the text "
+            "with `detour prepare --canaries 50`, and train on that",
+            key="data.sources",
+            code="no-canaries",
+        )
+    return found
 
 
 def run_architecture(config: RunConfig, directory: Path, tokenizer: Tokenizer) -> ModernBertConfig:

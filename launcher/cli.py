@@ -163,6 +163,9 @@ def prepare(
     held_out: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the documents, or groups, that goes to OUTPUT/held-out.")
     ] = 0.0,
+    canaries: Annotated[
+        int, typer.Option(min=0, max=10_000, help="Random secrets to plant, by which `detour audit` finds leaks: 50.")
+    ] = 0,
     processes: Annotated[int, typer.Option(min=0, help="0: as many as there are cores and memory for.")] = 0,
 ) -> None:
     """Tokenize text into shards and a manifest. An interrupted preparation continues where it was."""
@@ -189,6 +192,7 @@ def prepare(
         format=format_,
         on_error=on_error,
         strict=strict,
+        canaries=canaries,
     )
     loaded = load_tokenizer(tokenizer)
     console = Console()
@@ -506,6 +510,32 @@ def probe(
         print_retention(retention(models, described, protocol, data or folder, results), Console())
     else:
         print_probes(run(models, evaluated, results, processes=processes), Console())
+
+
+@app.command()
+def audit(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs; the others are compared with the first.")],
+    checkpoint: Annotated[
+        int | None, typer.Option(min=0, metavar="STEP", help="Default: the end of each phase, and the newest.")
+    ] = None,
+    candidates: Annotated[
+        int, typer.Option(min=15, max=20_000, help="Sentences to rank against. More show higher exposures.")
+    ] = 1023,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure what a run memorised of the canaries that were planted in its text: their exposure by rank."""
+    from rich.console import Console
+
+    from launcher.status_line import status_line
+    from studies.audit import audit as run
+    from studies.audit import print_audit
+
+    with status_line(Console(stderr=True), "reading") as show:
+        result = run(runs, checkpoint=checkpoint, count=candidates, progress=show)
+    if json_:
+        print(json.dumps(result, indent=1))
+    else:
+        print_audit(result, Console())
 
 
 @app.command()

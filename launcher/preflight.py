@@ -81,7 +81,27 @@ def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Con
             event = DataDamaged(source=source.name, problems=len(source.problems), first=source.problems[0])
             record(directory, event)
     require_enough(config, sources)
+    _tell_canaries(config, directory, console)
     return Plan(topologies, precision)
+
+
+def _tell_canaries(config: RunConfig, directory: Path, console: Console) -> None:
+    """Keep the lists of planted secrets with the run, and tell that the text holds them."""
+    from engine.run_inputs import keep_canaries
+
+    try:
+        found = keep_canaries(config, directory)
+    except InputError as error:
+        console.print(f"[yellow]canaries:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return
+    for name, canaries in found.items():
+        copies = sum(canary.copies for canary in canaries.canaries)
+        console.print(
+            f"[yellow]source {name}:[/] {len(canaries.planted):,} canaries (random secrets) are planted in {copies:,} "
+            f"of its {canaries.documents:,} documents; `detour audit {escape(str(directory))}` measures leaks",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def check_initial_model(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Console) -> None:

@@ -17,6 +17,7 @@ from configs.files import write_atomically
 from configs.load import dump_config
 from configs.schema import Phase, RunConfig
 from configs.units import format_count
+from monitoring.audit import memorisation
 from monitoring.charts import HALF, WIDE, Band, Line, Mark, Point, line_chart, smoothed
 from monitoring.events import CheckpointSaved, PhaseStarted, kinds_where
 from monitoring.formatting import format_seconds, percent, perplexity, plain, scientific
@@ -61,6 +62,7 @@ def write_report(directory: Path) -> Path:
         lead=_lead(run),
         tiles=_tiles(run),
         figures=_figures(run),
+        memorised=memorisation(directory),
         learned=[_learned(run, index) for index in range(len(run.config.phases))],
         events=[_event(event) for event in events],
         left_out=len(run.events) - len(events),

@@ -66,6 +66,16 @@ class RunDirectory:
         return self.path / "report.html"
 
     @property
+    def canaries(self) -> Path:
+        """The canaries in the run's training text, as JSON."""
+        return self.path / "canaries.json"
+
+    @property
+    def audit(self) -> Path:
+        """The exposure of the canaries, as JSON."""
+        return self.path / "audit.json"
+
+    @property
     def logs(self) -> Path:
         """Folder of the workers' outputs."""
         return self.path / "logs"

@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import InputError
 from configs.load import load_config
-from launcher.preflight import require_sound_schedule
+from launcher.rules import require_sound_schedule
 
 
 @pytest.mark.parametrize(
