@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import detour_train
@@ -26,6 +26,7 @@ from launcher.claim import token_of
 from launcher.cluster import alive_nodes, silent_nodes
 from launcher.failures import WorkerError, root_cause
 from launcher.same_code import check_same_code
+from launcher.spares import Spares
 from launcher.stacks import collect_stacks, culprit
 from launcher.topology import Topology, check_tensor_groups
 from launcher.worker import STOP, RankAssignment, RunResult, WorkerInfo
@@ -60,6 +61,7 @@ class WorkerGroup:
         config: RunConfig,
         directory: Path,
         working_directory: Path,
+        spares: Spares,
         watch: Watch,
         patient: bool = True,
         avoid: Collection[str] = (),
@@ -71,6 +73,7 @@ class WorkerGroup:
             config: Configuration of the run.
             directory: The run directory.
             working_directory: Base of relative paths in the configuration.
+            spares: Processes that become workers on the nodes where they wait.
             watch: Called about twice per second, also while the workers start.
             patient: True waits for nodes to join; False gives up soon, and at once if there are too few nodes.
             avoid: Ids of nodes that get no worker, because they are lost and Ray does not know it yet.
@@ -82,6 +85,8 @@ class WorkerGroup:
         self.topology, self._config, self._directory, self._watch = topology, config, directory, watch
         self.workers: list[WorkerInfo] = []
         """One per rank, in order; empty until all have answered."""
+        self.spares = 0
+        """Workers that were spares."""
         self._actors: list[Any] = []
         self._store: Any = None
         self._start_patience = max(config.cluster.start_timeout, config.cluster.hang_timeout)
@@ -97,21 +102,27 @@ class WorkerGroup:
                 watch()
                 if time.monotonic() > deadline or not (patient or topology.fits_on(alive_nodes())):
                     raise _no_room(topology, timeout)
-            self._start(working_directory)
+            self._start(str(working_directory), spares)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, working_directory: Path) -> None:
+    def _start(self, working_directory: str, spares: Spares) -> None:
         topology, actors = self.topology, []
+        node_of = placement_group_table(self._reservation)["bundles_to_node_id"]
+        taken = spares.take(node_of.values(), topology.per_node, working_directory)
+        self.spares = sum(map(len, taken.values()))
         for bundle in range(topology.nodes):
+            if node_of[bundle] in taken:
+                actors += taken[node_of[bundle]]
+                continue
             strategy = PlacementGroupSchedulingStrategy(self._reservation, bundle)
             actor = ray.remote(num_cpus=1, num_gpus=int(topology.gpu), scheduling_strategy=strategy)(
                 detour_train.Worker
             )
             actors += [actor.remote() for _ in range(topology.per_node)]
         self._actors = actors
-        located: list[WorkerInfo] = self._call("locate", str(working_directory), patience=self._start_patience)
+        located: list[WorkerInfo] = self._call("locate", working_directory, patience=self._start_patience)
         cpus = {node.id: node.cpus for node in alive_nodes()}
         own_node = ray.get_runtime_context().get_node_id()
         # Rank 0 writes the log that this process reads. Therefore it runs on this node if any worker does.

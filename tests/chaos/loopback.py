@@ -127,8 +127,14 @@ class LoopbackCluster:
 
     def workers(self) -> dict[psutil.Process, LoopbackNode]:
         """Map each training process to its node."""
-        family = {process: node for node in self.nodes for process in _children(node.process)}
-        return {process: node for process, node in family.items() if _name(process).startswith("ray::Worker.tra")}
+        return {process: node for process, node in self._family() if _name(process).startswith("ray::Worker.tra")}
+
+    def spares(self) -> list[psutil.Process]:
+        """List the spare workers that are ready."""
+        return [process for process, _ in self._family() if _name(process) == "ray::Worker"]
+
+    def _family(self) -> list[tuple[psutil.Process, LoopbackNode]]:
+        return [(process, node) for node in self.nodes for process in _children(node.process)]
 
     def job(self, command: str, *words: str | Path) -> str:
         """Run `ray job COMMAND` against the job server, and return its output."""
