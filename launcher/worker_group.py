@@ -199,8 +199,10 @@ class WorkerGroup:
 
     def _diagnose(self, calls: Sequence[Any], first_rank: int, first: Exception) -> Exception:
         """Return the failure that caused all others: a fatal error, else the root cause among the workers' failures."""
-        if not isinstance(first, FATAL_ERRORS):
+        lost = self._lost_nodes()  # a lost node explains everything; else the other failures are worth waiting for
+        if not lost and not isinstance(first, FATAL_ERRORS):
             ray.wait(list(calls), num_returns=len(calls), timeout=GATHER_SECONDS)
+            lost = self._lost_nodes()
         errors = {rank: error for rank, call in enumerate(calls) if (error := _error_of(call)) is not None}
         for error in errors.values():
             if isinstance(error, FATAL_ERRORS):  # Ray raises a class that is both the worker's and its own
@@ -209,11 +211,21 @@ class WorkerGroup:
                 return cause
             if failed_import := import_error(error):
                 return failed_import
-        nodes, own_nodes = alive_nodes(), {worker.node for worker in self.workers}
-        alive = {node.id for node in nodes} - silent_nodes([node for node in nodes if node.id in own_nodes])
-        return root_cause([self._explain(rank, error, alive) for rank, error in errors.items()], first_rank)
+        failures = [self._explain(rank, error, lost) for rank, error in errors.items()]
+        failures += [
+            _node_lost(rank, worker.address)
+            for rank, worker in enumerate(self.workers)
+            if worker.node in lost and rank not in errors
+        ]
+        return root_cause(failures, first_rank)
 
-    def _explain(self, rank: int, error: Exception, alive: set[str]) -> WorkerError:
+    def _lost_nodes(self) -> set[str]:
+        """Return the ids of the workers' nodes that have left the cluster or do not answer."""
+        own_nodes = {worker.node for worker in self.workers}
+        nodes = [node for node in alive_nodes(drained=True) if node.id in own_nodes]
+        return own_nodes - {node.id for node in nodes} | silent_nodes(nodes)
+
+    def _explain(self, rank: int, error: Exception, lost: set[str]) -> WorkerError:
         address = self.workers[rank].address if self.workers else address_in(str(error))
         if isinstance(error, ray.exceptions.RayTaskError):
             cause = error.cause
@@ -222,8 +234,8 @@ class WorkerGroup:
         account = rays_account(str(error))
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return WorkerError("out_of_memory", rank, "killed because its node ran out of memory", address, account)
-        if self.workers and self.workers[rank].node not in alive:
-            return WorkerError("node_lost", rank, f"its node {address} is gone", address, account)
+        if self.workers and self.workers[rank].node in lost:
+            return _node_lost(rank, address, account)
         return WorkerError("died", rank, "its process ended (killed, or crashed)", address, account)
 
     def close(self) -> None:
@@ -272,6 +284,10 @@ def wait_for_results(
         if pending and patience and time.monotonic() - began > patience:
             raise WorkerError("hung", None, f"no answer while it started, in {patience:.0f} s")
     return list(ray.get(list(calls)))
+
+
+def _node_lost(rank: int, address: str | None, account: str | None = None) -> WorkerError:
+    return WorkerError("node_lost", rank, f"its node {address} is gone", address, account)
 
 
 def import_error(error: Exception) -> InputError | None:
