@@ -62,6 +62,10 @@ class Worker:
         """See `launcher.worker.Worker.locate`."""
         return self._worker.locate(*arguments)
 
+    def warm_up(self, *arguments: Any) -> None:
+        """See `launcher.worker.Worker.warm_up`."""
+        self._worker.warm_up(*arguments)
+
     def setup(self, *arguments: Any) -> None:
         """See `launcher.worker.Worker.setup`."""
         self._worker.setup(*arguments)

@@ -63,6 +63,7 @@ def main() -> None:
         assert prepared.returncode == 0, prepared.stderr
         rows = cold_start_and_kill(home / "local", shards)
         rows.append(stall_of_a_larger_model(home / "larger", shards))
+        rows += node_of_eight(home / "eight", shards)
         rows += random_faults(home / "nodes", shards, faults=5 if options.quick else 20)
     report(rows, options.json)
 
@@ -115,6 +116,43 @@ def _stall(name: str, directory: Path) -> Row:
     saves = [event for event in lines(RunDirectory(directory).events) if event["event"] == "checkpoint_saved"]
     stall, seconds = (sum(save[key] for save in saves[:-2]) for key in ("stall_seconds", "seconds"))
     return Row.at_most(name, stall, seconds, 0.1, "s of saving")
+
+
+def node_of_eight(home: Path, shards: Path) -> list[Row]:
+    """Measure the time from the loss of one of eight nodes to the first new step, on the nodes that are left.
+
+    All eight nodes share the cores of this machine, so their processes start one after the other. The node is lost
+    when the spare workers are ready, about a minute and a half after the start.
+    """
+    home.mkdir()
+    tree = recipe(
+        shards,
+        cluster={"nodes": [4, 8], "workers_per_node": 1},
+        parallel={"pipeline": 2},
+        data={"streams": 12},
+        batch={"sequences": 12, "micro": 1},
+        checkpoint={"every": f"{INTERVAL} steps"},
+    )
+    tree["phases"][0]["steps"] = 2000
+    with LoopbackCluster(8) as cluster:
+        job = _Job(cluster, write(home / "toy.yaml", tree), home / "run")
+        wait_for(lambda: len(cluster.spares()) == 8, job.process, timeout=900)
+        job.wait_for_step(max(steps(job.directory)) + INTERVAL)
+        reached, killed = max(steps(job.directory)), time.time()
+        cluster.kill_node(job.member(-1)[1])
+        failed = job.wait_for_event("worker_failed", killed)
+        restart = job.wait_for_event("workers_started", killed)
+        job.wait_for_step(reached + 1)
+        new_step = time.time()
+        job.close()
+    assert failed["reason"] == "node_lost", failed
+    assert len(restart["workers"]) == restart["spares"] == 6, restart
+    return [
+        Row.at_most("node of eight lost to the first new step", new_step - killed, 20, 1, "s"),
+        _part("part: noticed", _time(failed) - killed),
+        _part("part: workers placed, ready", _time(restart) - _time(failed)),
+        _part("part: model, checkpoint, recomputed steps", new_step - _time(restart)),
+    ]
 
 
 def random_faults(home: Path, shards: Path, faults: int) -> list[Row]:

@@ -163,9 +163,13 @@ def _initialise(options: dict[str, Any]) -> None:
             return
 
 
-def alive_nodes() -> list[Node]:
-    """List the nodes that may be given work, this process's own first; nodes being drained are left out."""
-    own_id, draining = ray.get_runtime_context().get_node_id(), draining_nodes()
+def alive_nodes(drained: bool = False) -> list[Node]:
+    """List the nodes that may be given work, this process's own first.
+
+    Args:
+        drained: List nodes that are being drained too.
+    """
+    own_id, draining = ray.get_runtime_context().get_node_id(), () if drained else draining_nodes()
     nodes = [
         Node(
             id=entry["NodeID"],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
@@ -38,6 +39,7 @@ from launcher.preflight import (
     require_lasting,
 )
 from launcher.rules import require_sound_schedule, workers_per_node
+from launcher.spares import Spares
 from launcher.status_line import status_line
 from launcher.stop import HEAD_LOST, PREEMPTED, RESIZED, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
@@ -73,6 +75,8 @@ class Run:
     """Base of relative paths in the configuration."""
     topologies: list[Topology]
     """Topologies that the run may take, the largest first."""
+    spares: Spares = field(default_factory=Spares)
+    """Processes that the next attempt finds ready."""
 
 
 Attempt = Callable[[Run, StopRequest, Progress], RunResult]
@@ -184,6 +188,10 @@ def _end_without_head(message: str, directory: Path, stop: StopRequest) -> None:
         os._exit(STOPPED)  # because Ray would wait for the head once more
 
 
+SPARES_AFTER = 60.0
+"""Seconds of an attempt before spare workers start, so that they disturb no start and no short run."""
+
+
 def train_once(run: Run, stop: StopRequest, progress: Progress) -> RunResult:
     """Start workers and train until they finish or are stopped: one attempt.
 
@@ -195,18 +203,24 @@ def train_once(run: Run, stop: StopRequest, progress: Progress) -> RunResult:
     with _open_group(run, stop, progress) as group, stop.relayed_by(group.ask_to_stop):
         seconds = round(time.monotonic() - began, 2)
         addresses = [worker.address for worker in group.workers]
-        record(run.directory, WorkersStarted(workers=addresses, seconds=seconds))
+        record(run.directory, WorkersStarted(workers=addresses, seconds=seconds, spares=group.spares))
         progress.note("loading the model")
         own_nodes = {worker.node for worker in group.workers}
         hang = HangWatch(run.directory, run.config.cluster.hang_timeout)
         larger = [topology for topology in run.topologies if topology.nodes > group.topology.nodes]
         growth = GrowthWatch(run.directory, larger, own_nodes, run.config.cluster.grow_every)
 
+        spares_at = time.monotonic() + SPARES_AFTER if group.topology.nodes > 1 else math.inf
+
         def watch() -> str | None:
+            nonlocal spares_at
             try:
                 hang.check()
             except WorkerError as error:
                 raise group.explain_hang(error) from None
+            if time.monotonic() > spares_at:
+                spares_at = math.inf
+                run.spares.start(group.workers, alive_nodes())
             if own_nodes & draining_nodes().keys():  # save now, and continue on other nodes
                 stop.ask(PREEMPTED)
             elif growth.has_room():
@@ -298,7 +312,14 @@ def _open_group(run: Run, stop: StopRequest, progress: Progress) -> WorkerGroup:
         progress.note(f"starting {topology.workers} worker{'s' * (topology.workers > 1)}")
         try:
             return WorkerGroup(
-                topology, run.config, run.directory, run.working_directory, watch, patient=is_last, avoid=avoid
+                topology,
+                run.config,
+                run.directory,
+                run.working_directory,
+                run.spares,
+                watch,
+                patient=is_last,
+                avoid=avoid,
             )
         except NoRoomError:
             if is_last:

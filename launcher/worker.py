@@ -76,13 +76,27 @@ class Worker:
     def __init__(self, assignment: RankAssignment | None = None) -> None:
         self._assignment = assignment
         self._store: Any = None
+        self._gpus: tuple[str, ...] = ()
+
+    def warm_up(self, gpus: tuple[str, ...]) -> None:
+        """Become a spare: import what training needs, and keep the GPUs that this worker may have to use.
+
+        With GPUs only torch is imported, because other packages may open a GPU when they are imported.
+        """
+        self._gpus = gpus
+        code_files()  # those of the modules that are imported now
+        _ignore_warnings()
+        if gpus:
+            import torch  # noqa: F401
+        else:
+            _import_trainer()
 
     def locate(self, working_directory: str) -> WorkerInfo:
         """Change to `working_directory` if this node has it, and report where this worker runs."""
         if Path(working_directory).is_dir():
             os.chdir(working_directory)
         context = ray.get_runtime_context()
-        gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
+        gpus = self._gpus or tuple(context.get_accelerator_ids().get("GPU", ()))
         address = ray.util.get_node_ip_address()
         return WorkerInfo(context.get_node_id(), address, gpus, code_files(), compared_versions())
 
@@ -122,16 +136,13 @@ class Worker:
         if interface := _interface_of(address):  # Ray reaches the other nodes through it
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # they would hide ours
+        _ignore_warnings()
         import torch
-
-        from engine.megatron import cpu
 
         torch.set_num_threads(assignment.threads)
         if torch.cuda.is_available():
             torch.cuda.set_device(assignment.local_rank)
-        cpu.install()
-        import engine.trainer  # noqa: F401
+        _import_trainer()
 
     def open_store(self, address: str) -> int:
         """Open the store of the process group on rank 0, and return its port."""
@@ -172,6 +183,17 @@ class Worker:
         dist.barrier()  # a rank must not leave while another still waits for it
         dist.destroy_process_group()
         return RunResult(outcome.step, outcome.finished, outcome.reason)
+
+
+def _ignore_warnings() -> None:
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")  # they would hide ours
+
+
+def _import_trainer() -> None:
+    from engine.megatron import cpu
+
+    cpu.install()
+    import engine.trainer  # noqa: F401
 
 
 def _interface_of(address: str) -> str | None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import detour_train
@@ -26,6 +26,7 @@ from launcher.claim import token_of
 from launcher.cluster import alive_nodes, silent_nodes
 from launcher.failures import WorkerError, root_cause
 from launcher.same_code import check_same_code
+from launcher.spares import Spares
 from launcher.stacks import collect_stacks, culprit
 from launcher.topology import Topology, check_tensor_groups
 from launcher.worker import STOP, RankAssignment, RunResult, WorkerInfo
@@ -60,6 +61,7 @@ class WorkerGroup:
         config: RunConfig,
         directory: Path,
         working_directory: Path,
+        spares: Spares,
         watch: Watch,
         patient: bool = True,
         avoid: Collection[str] = (),
@@ -71,6 +73,7 @@ class WorkerGroup:
             config: Configuration of the run.
             directory: The run directory.
             working_directory: Base of relative paths in the configuration.
+            spares: Processes that become workers on the nodes where they wait.
             watch: Called about twice per second, also while the workers start.
             patient: True waits for nodes to join; False gives up soon, and at once if there are too few nodes.
             avoid: Ids of nodes that get no worker, because they are lost and Ray does not know it yet.
@@ -82,6 +85,8 @@ class WorkerGroup:
         self.topology, self._config, self._directory, self._watch = topology, config, directory, watch
         self.workers: list[WorkerInfo] = []
         """One per rank, in order; empty until all have answered."""
+        self.spares = 0
+        """Workers that were spares."""
         self._actors: list[Any] = []
         self._store: Any = None
         self._start_patience = max(config.cluster.start_timeout, config.cluster.hang_timeout)
@@ -97,21 +102,27 @@ class WorkerGroup:
                 watch()
                 if time.monotonic() > deadline or not (patient or topology.fits_on(alive_nodes())):
                     raise _no_room(topology, timeout)
-            self._start(working_directory)
+            self._start(str(working_directory), spares)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, working_directory: Path) -> None:
+    def _start(self, working_directory: str, spares: Spares) -> None:
         topology, actors = self.topology, []
+        node_of = placement_group_table(self._reservation)["bundles_to_node_id"]
+        taken = spares.take(node_of.values(), topology.per_node, working_directory)
+        self.spares = sum(map(len, taken.values()))
         for bundle in range(topology.nodes):
+            if node_of[bundle] in taken:
+                actors += taken[node_of[bundle]]
+                continue
             strategy = PlacementGroupSchedulingStrategy(self._reservation, bundle)
             actor = ray.remote(num_cpus=1, num_gpus=int(topology.gpu), scheduling_strategy=strategy)(
                 detour_train.Worker
             )
             actors += [actor.remote() for _ in range(topology.per_node)]
         self._actors = actors
-        located: list[WorkerInfo] = self._call("locate", str(working_directory), patience=self._start_patience)
+        located: list[WorkerInfo] = self._call("locate", working_directory, patience=self._start_patience)
         cpus = {node.id: node.cpus for node in alive_nodes()}
         own_node = ray.get_runtime_context().get_node_id()
         # Rank 0 writes the log that this process reads. Therefore it runs on this node if any worker does.
@@ -188,8 +199,10 @@ class WorkerGroup:
 
     def _diagnose(self, calls: Sequence[Any], first_rank: int, first: Exception) -> Exception:
         """Return the failure that caused all others: a fatal error, else the root cause among the workers' failures."""
-        if not isinstance(first, FATAL_ERRORS):
+        lost = self._lost_nodes()  # a lost node explains everything; else the other failures are worth waiting for
+        if not lost and not isinstance(first, FATAL_ERRORS):
             ray.wait(list(calls), num_returns=len(calls), timeout=GATHER_SECONDS)
+            lost = self._lost_nodes()
         errors = {rank: error for rank, call in enumerate(calls) if (error := _error_of(call)) is not None}
         for error in errors.values():
             if isinstance(error, FATAL_ERRORS):  # Ray raises a class that is both the worker's and its own
@@ -198,11 +211,21 @@ class WorkerGroup:
                 return cause
             if failed_import := import_error(error):
                 return failed_import
-        nodes, own_nodes = alive_nodes(), {worker.node for worker in self.workers}
-        alive = {node.id for node in nodes} - silent_nodes([node for node in nodes if node.id in own_nodes])
-        return root_cause([self._explain(rank, error, alive) for rank, error in errors.items()], first_rank)
+        failures = [self._explain(rank, error, lost) for rank, error in errors.items()]
+        failures += [
+            _node_lost(rank, worker.address)
+            for rank, worker in enumerate(self.workers)
+            if worker.node in lost and rank not in errors
+        ]
+        return root_cause(failures, first_rank)
 
-    def _explain(self, rank: int, error: Exception, alive: set[str]) -> WorkerError:
+    def _lost_nodes(self) -> set[str]:
+        """Return the ids of the workers' nodes that have left the cluster or do not answer."""
+        own_nodes = {worker.node for worker in self.workers}
+        nodes = [node for node in alive_nodes(drained=True) if node.id in own_nodes]
+        return own_nodes - {node.id for node in nodes} | silent_nodes(nodes)
+
+    def _explain(self, rank: int, error: Exception, lost: set[str]) -> WorkerError:
         address = self.workers[rank].address if self.workers else address_in(str(error))
         if isinstance(error, ray.exceptions.RayTaskError):
             cause = error.cause
@@ -211,8 +234,8 @@ class WorkerGroup:
         account = rays_account(str(error))
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return WorkerError("out_of_memory", rank, "killed because its node ran out of memory", address, account)
-        if self.workers and self.workers[rank].node not in alive:
-            return WorkerError("node_lost", rank, f"its node {address} is gone", address, account)
+        if self.workers and self.workers[rank].node in lost:
+            return _node_lost(rank, address, account)
         return WorkerError("died", rank, "its process ended (killed, or crashed)", address, account)
 
     def close(self) -> None:
@@ -261,6 +284,10 @@ def wait_for_results(
         if pending and patience and time.monotonic() - began > patience:
             raise WorkerError("hung", None, f"no answer while it started, in {patience:.0f} s")
     return list(ray.get(list(calls)))
+
+
+def _node_lost(rank: int, address: str | None, account: str | None = None) -> WorkerError:
+    return WorkerError("node_lost", rank, f"its node {address} is gone", address, account)
 
 
 def import_error(error: Exception) -> InputError | None:

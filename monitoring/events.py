@@ -52,13 +52,14 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersStarted(Event):
-    """The worker processes are ready; `workers` holds the address of each."""
+    """The worker processes are ready; `workers` holds the address of each, `spares` counts those that had waited."""
 
     KIND = "workers_started"
-    TEXT = "{count} started on {nodes}, ready after {seconds:.1f} s"
+    TEXT = "{count} started on {nodes}, ready after {seconds:.1f} s{waited}"
     STATE = "running"
     workers: list[str]
     seconds: float
+    spares: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,6 +341,7 @@ def _parts(line: EventLine) -> dict[str, str]:
         "why": str(line.get("reason")).replace("_", " "),
         "who": ("" if rank is None else f", rank {rank}") + (f" on {address}" if address else ""),
         "because": f" (Ray: {line['cause']})" if line.get("cause") else "",
+        "waited": f"; {_counted(line['spares'], 'spare')} used" if line.get("spares") else "",
         "lost": f", {_counted(lost, 'step')} lost" if lost else "",
     }
 

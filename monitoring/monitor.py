@@ -21,8 +21,7 @@ from configs.errors import InputError
 from monitoring.exporter import STATE_PATH, RunReader
 from monitoring.log import Follower
 from monitoring.monitor_view import View, draw
-from monitoring.run_directory import RunDirectory
-from monitoring.run_files import require_run
+from monitoring.run_directory import RunDirectory, require_run
 from monitoring.run_state import RunState
 
 REFRESH_SECONDS = 1.0

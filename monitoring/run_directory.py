@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.errors import InputError
 from configs.files import RUN_TOKENIZER
 
 
@@ -94,3 +95,15 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         """Folder of TensorBoard's event files, with `monitoring.writers: [tensorboard]`."""
         return self.path / "tensorboard"
+
+
+def require_run(directory: Path) -> RunDirectory:
+    """Return the paths of a run directory.
+
+    Raises:
+        InputError: The directory holds no run.
+    """
+    files = RunDirectory(directory)
+    if not files.config.exists():
+        raise InputError(f"{directory}: not a run directory, it has no {files.config.name}", code="not-a-run")
+    return files

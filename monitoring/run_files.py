@@ -13,13 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError
 from configs.load import load_config
 from configs.schema import RunConfig
 from monitoring.charts import Point
 from monitoring.events import State
 from monitoring.log import count_metrics, iterate_metrics, read_events
-from monitoring.run_directory import RunDirectory
+from monitoring.run_directory import require_run
 from monitoring.run_state import INTERRUPTIONS, state_of
 from monitoring.telemetry import Telemetry
 
@@ -134,18 +133,6 @@ def read_steps(directory: Path, most: int = MOST_ROWS) -> list[Row]:
             phase = row["phase"]
         rows += [part[index] for index in sorted(kept)]
     return rows
-
-
-def require_run(directory: Path) -> RunDirectory:
-    """Return the paths of a run directory.
-
-    Raises:
-        InputError: The directory holds no run.
-    """
-    files = RunDirectory(directory)
-    if not files.config.exists():
-        raise InputError(f"{directory}: not a run directory, it has no {files.config.name}", code="not-a-run")
-    return files
 
 
 def curve(rows: Sequence[Row], key: str, x: str = "step") -> list[Point]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import click
 import psutil
@@ -26,14 +27,19 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 
 
-def check_command(command: str) -> None:
-    """A `detour-train` command names a recipe that resolves with its overrides."""
-    words = shlex.split(command)
-    assert words[0] == "detour-train"
-    load_config(words[1], [word for word in words[2:] if "=" in word])
-    assert words[words.index("--output") + 1].startswith("/"), (
+def check_command(command: str) -> str:
+    """A `detour-train` command names a recipe that resolves with its overrides. Returns the directory it runs in."""
+    env, chdir, *words = shlex.split(command)
+    home = chdir.removeprefix("--chdir=")
+    assert env == "env" and words[0] == "detour-train"
+    config = load_config(words[1], [word for word in words[2:] if "=" in word])
+    assert not any(source.shards.startswith("/") for source in config.data.sources), (
+        "the shards lie under the directory"
+    )
+    assert words[words.index("--output") + 1].startswith(f"{home}/"), (
         "where all nodes see it, and not in Ray's copy of the job"
     )
+    return home
 
 
 def test_ray_cluster_starts_with_a_token_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,14 +70,15 @@ def test_ray_cluster_starts_with_a_token_on_every_node(tmp_path: Path, monkeypat
     command = re.findall(r"ray job submit .* -- ((?:.*\n)*?.*)$", text.replace("\\\n# ", ""), re.MULTILINE)[0].split(
         "#"
     )[0]
-    check_command(command)
+    assert f"-v {check_command(command)}:" in " ".join(config["docker"]["run_options"])
     assert f"cluster.gpus_per_node={gpu['GPU']}" in command
 
 
-def test_rayjob_runs_a_recipe_on_the_nodes_it_asks_for() -> None:
-    job = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    check_command(job["spec"]["entrypoint"])
+def load_job(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a RayJob and its only group of workers, and check what both manifests share."""
+    job = next(one for one in yaml.safe_load_all((DEPLOY / name).read_text()) if one["kind"] == "RayJob")
+    assert job["spec"]["backoffLimit"] == 0, "KubeRay would retry bad input"
+    home = check_command(job["spec"]["entrypoint"])
     words = job["spec"]["entrypoint"].split()
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert group["replicas"] == int(words[words.index("--nodes") + 1])
@@ -80,7 +87,26 @@ def test_rayjob_runs_a_recipe_on_the_nodes_it_asks_for() -> None:
         (container,) = pod["containers"]
         assert f"--uid {pod['securityContext']['fsGroup']} " in (DEPLOY / "Dockerfile").read_text()
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert home in {mount["mountPath"] for mount in container["volumeMounts"]}
     assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    return job, group
+
+
+def test_kind_runs_the_image_and_the_claim_of_its_quick_start() -> None:
+    claim, job = yaml.safe_load_all((DEPLOY / "kind.yaml").read_text())
+    _, group = load_job("kind.yaml")
+    pod = group["template"]["spec"]
+    assert claim["metadata"]["name"] == pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    assert f"kind load docker-image {pod['containers'][0]['image']}\n" in page
+    assert f"rayjob/{job['metadata']['name']} " in page and "/data/runs/demo" in job["spec"]["entrypoint"]
+    build = re.findall(r"docker build (--build-arg (?:.*\\\n)+.*)", page)[0]
+    arguments = set(re.findall(r"--build-arg (\w+)=", build))
+    assert arguments <= set(re.findall(r"^ARG (\w+)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE))
+
+
+def test_rayjob_tells_a_pod_that_it_will_be_deleted() -> None:
+    _, group = load_job("rayjob.yaml")
     pod = group["template"]["spec"]
     notice = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
     deadline, pause = (int(re.findall(pattern, notice)[0]) for pattern in (r"seconds=(\d+)", r"sleep (\d+)"))

@@ -78,13 +78,18 @@ class LoopbackCluster:
     def job_server(self) -> str:
         return f"http://127.0.0.1:{self._dashboard}"
 
-    def add_node(self) -> LoopbackNode:
-        """Start a node and wait for it. `ray start` is repeated, because it may run out of time or lose a port."""
+    def add_node(self, path: Path | None = None) -> LoopbackNode:
+        """Start a node and wait for it. `ray start` is repeated, because it may run out of time or lose a port.
+
+        Args:
+            path: Folder in which Python looks first on this node.
+        """
+        here = {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"} if path else {}
         number = next(_numbers)
         address = f"127.0.0.{number}"
         for _ in range(5):
             command = self._start_command(address, number)  # draws ports anew at each try
-            process = psutil.Popen(command, env=self._environment, stdout=self._log, stderr=self._log)
+            process = psutil.Popen(command, env=self._environment | here, stdout=self._log, stderr=self._log)
             while process.poll() is None:
                 ids = [entry["NodeID"] for entry in self._alive() if entry["NodeManagerAddress"] == address]
                 if ids:
@@ -127,8 +132,14 @@ class LoopbackCluster:
 
     def workers(self) -> dict[psutil.Process, LoopbackNode]:
         """Map each training process to its node."""
-        family = {process: node for node in self.nodes for process in _children(node.process)}
-        return {process: node for process, node in family.items() if _name(process).startswith("ray::Worker.tra")}
+        return {process: node for process, node in self._family() if _name(process).startswith("ray::Worker.tra")}
+
+    def spares(self) -> list[psutil.Process]:
+        """List the spare workers that are ready."""
+        return [process for process, _ in self._family() if _name(process) == "ray::Worker"]
+
+    def _family(self) -> list[tuple[psutil.Process, LoopbackNode]]:
+        return [(process, node) for node in self.nodes for process in _children(node.process)]
 
     def job(self, command: str, *words: str | Path) -> str:
         """Run `ray job COMMAND` against the job server, and return its output."""
@@ -136,6 +147,10 @@ class LoopbackCluster:
         return subprocess.run(
             line, env=self.environment, check=True, capture_output=True, text=True, timeout=300
         ).stdout
+
+    def addresses(self) -> set[str]:
+        """Return the addresses of the nodes that Ray counts as alive."""
+        return {entry["NodeManagerAddress"] for entry in self._alive()}
 
     def close(self) -> None:
         for node in self.nodes:
