@@ -20,6 +20,8 @@ import yaml
 from configs.errors import InputError, RunFailedError
 from configs.load import shipped
 from configs.schema import RunConfig
+from datapipe.prepare import prepare
+from datapipe.tokenizer import load_tokenizer
 from monitoring.log import read_events
 from studies.plan import SHIPPED, expand, load_study
 from studies.study import run_study
@@ -67,12 +69,21 @@ class OneProcess:
         pass
 
 
+def held_out(toy_shards: Path) -> Path:
+    """Return shards of the French sample corpus, which no toy run trains on."""
+    shards = toy_shards.parent / "held-out"
+    if not shards.exists():
+        prepare(["package://corpus/tico19_fr.jsonl.gz"], load_tokenizer("package://tokenizer/modernbert"), shards)
+    return shards
+
+
 def study(write: Write, toy_shards: Path, **changes: Any) -> Path:
     """Write a study of twelve trials of three steps: two arms, three data orders, two learning rates."""
     phases = [{"objective": "clm", "steps": 2}, {"objective": "mlm", "steps": 1}]
     model = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     tree = recipe(toy_shards, phases=phases, model=model, data={"sequence_length": 32, "streams": 2})
     tree |= {"batch": {"sequences": 2, "micro": 2}, "checkpoint": {"every": "2 steps"}}
+    tree["data"]["evaluation"] = {"shards": str(held_out(toy_shards)), "sequences": 4}
     write("toy.yaml", yaml.safe_dump(tree))
     settings = {
         "name": "toy-study",
