@@ -198,7 +198,7 @@ def test_the_slope_of_the_gain_goes_over_initial_models() -> None:
 def test_every_shipped_study_plans_as_a_toy(tmp_path: Path) -> None:
     """The plan reads every file, resolves every trial and states what is decided, without a network."""
     for name in shipped(SHIPPED):
-        loaded, folder = load_study(name)
+        loaded, _ = load_study(name)
         toy, toys = toy_study(loaded, tmp_path)
         assert run_study(toy, toys, tmp_path, OneProcess(), plan=True)
         trials = expand(toy, toys)
