@@ -134,6 +134,8 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
         _set(tasks[int(number)], "protocol", inner.removeprefix("protocol."), value) if inner.startswith(
             "protocol."
         ) else tasks[int(number)].update({inner: value})
+    elif section in ("rule", "held_out") and rest:
+        _set(tree, section, rest, value)
     elif key in Study.model_fields:
         tree[key] = value
     else:

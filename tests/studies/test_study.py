@@ -325,6 +325,10 @@ def test_overrides_of_tasks_and_lengths(write: Write, toy_shards: Path) -> None:
     loaded, folder = load_study(str(path), None, ["evaluate.1.seeds=[3]", "evaluate.0.protocol.epochs=2"])
     assert (loaded.evaluate[1].seeds, loaded.evaluate[0].protocol) == ((3,), {"epochs": 2})
     assert expand(loaded, folder)[0].config.phases[0].steps is None, "tokens replace the recipe's steps"
+    shipped, _ = load_study("twin", None, ["rule.margin=0.02", "held_out.text=mine"])
+    assert shipped.rule is not None and shipped.held_out is not None
+    assert (shipped.rule.margin, shipped.held_out["text"]) == (0.02, "mine")
+    assert load_study("twin", None, ["rule=null"])[0].rule is None
 
 
 def test_an_override_that_changes_nothing_is_refused(write: Write, toy_shards: Path) -> None:
