@@ -14,6 +14,7 @@ from configs.units import parse_count
 if TYPE_CHECKING:
     from transformers import ModernBertConfig
 
+_architectures: dict[tuple[str, str], ModernBertConfig] = {}
 BASE_WIDTH = 768
 """Hidden size of ModernBERT-base, which `lr_of_base` is the learning rate of."""
 
@@ -30,19 +31,23 @@ def load_derived(recipe: str, plain: Sequence[str], settings: dict[str, Any]) ->
         if key not in settings:
             continue
         try:
-            overrides += translate(config, settings[key])
+            more = translate(config, settings[key])
         except (ValueError, TypeError) as error:
             raise InputError(f"{key}: {settings[key]!r} cannot be used: {error}", key=key) from None
-        config = load_config(recipe, overrides)
+        overrides += more
+        config = load_config(recipe, overrides) if more else config
     return config
 
 
 def architecture_of(config: RunConfig) -> ModernBertConfig:
-    """Return the architecture of a run's model."""
-    from datapipe.tokenizer import load_tokenizer
-    from engine.modernbert.config import resolve_architecture
+    """Return the architecture of a run's model. The trials of a study have few different ones, which are kept."""
+    key = config.model.model_dump_json(), config.tokenizer
+    if key not in _architectures:
+        from datapipe.tokenizer import load_tokenizer
+        from engine.modernbert.config import resolve_architecture
 
-    return resolve_architecture(config.model, load_tokenizer(config.tokenizer))
+        _architectures[key] = resolve_architecture(config.model, load_tokenizer(config.tokenizer))
+    return _architectures[key]
 
 
 def _parameters(config: RunConfig, value: Any) -> list[str]:

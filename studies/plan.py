@@ -166,6 +166,8 @@ def expand(study: Study, folder: Path) -> list[Trial]:
             raise InputError(f"study {study.name}: grid.{key}: needs one value or more", key=f"grid.{key}")
     beside = folder / study.recipe
     recipe = str(beside) if beside.is_file() else study.recipe
+    if study.held_out is not None and (read_mapping(recipe, "recipe", RECIPES)[0].get("data") or {}).get("evaluation"):
+        study = study.model_copy(update={"held_out": None})  # the recipe has its own
     trials = []
     for chosen in itertools.product(*study.grid.values()):
         point = dict(zip(study.grid, chosen, strict=True))
@@ -254,9 +256,7 @@ def _trial(study: Study, recipe: str, arm: str | None, point: dict[str, Any]) ->
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-._") or study.name
     settings = {**study.common, **point, **(study.arms[arm] if arm else {})}
     plain = [f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in DERIVED]
-    if study.held_out is not None and not (read_mapping(recipe, "recipe", RECIPES)[0].get("data") or {}).get(
-        "evaluation"
-    ):
+    if study.held_out is not None:
         plain.insert(0, f"data.evaluation={json.dumps(study.held_out)}")
     plain = [*(f"{key}=null" for key in _replaced_lengths(settings)), *plain]
     try:

@@ -364,10 +364,12 @@ def test_derived_keys(write: Write, toy_shards: Path) -> None:
 
 @pytest.mark.parametrize("name", ["twin", "freeze-low", "freeze-mid", "freeze-low-decay", "decay-length", "forgetting"])
 def test_shipped_comparisons_suit_every_recipe_of_two_phases(name: str) -> None:
-    loaded, folder = load_study(name, "demo")
+    lengths = ["decay_ratio=[1, 2]"] if name == "decay-length" else []
+    loaded, folder = load_study(name, "demo", ["data.seed=[42]", *lengths])
     trials = expand(loaded, folder)
     assert len(trials) == len(loaded.arms) * math.prod(map(len, loaded.grid.values()))
     assert all(trial.config.spans[-1].steps >= 80 for trial in trials), "the floor of the decay, in updates"
+    assert len(load_study(name)[0].grid["data.seed"]) == 8
 
 
 def test_two_trials_by_the_command_line(write: Write, toy_shards: Path, tmp_path: Path) -> None:
