@@ -42,7 +42,7 @@ class Decision:
             "orders": str(len(self.pairs)),
             "mean difference": f"{100 * self.students.mean:+.2f} points",
             "95 % interval": f"{low:+.2f} to {high:+.2f} points" if math.isfinite(low) else "-",
-            "p of none, corrected": _p(self.p),
+            "p of 0, corrected": _p(self.p),
             "p of the margin, corrected": _p(self.p_margin),
             "held-out MLM loss": f"{self.loss.mean:+.3f} nats",
             "decision": self.verdict,
@@ -77,6 +77,36 @@ def spread_of(records: Sequence[Record], rule: Rule, baseline: str) -> float:
         if arm != baseline and len(pairs := _pairs(rows, arm, baseline, rule.outcomes[0])) > 1
     ]
     return max(spreads, default=0.0)
+
+
+def loss_rows(records: Sequence[Record], baseline: str, within: float | None) -> list[dict[str, str]]:
+    """List each arm's held-out MLM loss after the decay, for the manipulation check.
+
+    Args:
+        records: The records of the study.
+        baseline: The arm that the others are compared with.
+        within: Nats that the difference may have; None if the study has no rule.
+    """
+    rows = []
+    for at, group in _by_setting(records):
+        for arm in dict.fromkeys(record["arm"] for record in group):
+            own = mean_interval([record["loss"] for record in group if record["arm"] == arm])
+            difference = mean_interval(_pairs(group, arm, baseline, "loss"))
+            row = {
+                "arm": arm,
+                "at": ", ".join(f"{key} {chosen}" for key, chosen in at.items()) or "all",
+                "held-out MLM loss": f"{own.mean:.4f} nats",
+                f"difference to {baseline}": f"{difference.mean:+.4f} nats",
+                "95 % interval": f"{difference.low:+.4f} to {difference.high:+.4f}"
+                if math.isfinite(difference.low)
+                else "-",
+            }
+            if within is not None:
+                row["check"] = (
+                    f"within {within:g}" if abs(difference.mean) <= within else f"beyond {within:g}: not read"
+                )
+            rows.append(row)
+    return rows
 
 
 def _verdict(rule: Rule, mean: float, p: float | None, p_margin: float | None, loss: float) -> str:

@@ -90,7 +90,7 @@ class Measure:
             summary = retention([model], self.task, self.protocol, self.folder_of_data, folder)
             return {str(SEED): summary["models"][0]["accuracy"]}
         if self.by == PROBE:
-            job = Job(model, self.task, self.protocol, self.splits, SEED, folder.absolute(), {})
+            job = Job(str(Path(model).absolute()), self.task, self.protocol, self.splits, SEED, folder.absolute(), {})
             [probed] = parallel(mean_probe, [job])
             return {str(SEED): probed["score"]}
         summary = evaluate(

@@ -17,7 +17,7 @@ from configs.units import format_count
 from monitoring.charts import WIDE, Line, line_chart
 from monitoring.page import Figure, render
 from studies.comparison import cells_of, difference_charts, scale_of, slope_figures, slopes
-from studies.decision import decide
+from studies.decision import decide, loss_rows
 from studies.differences import Record, differences, measures, order, value
 from studies.plan import Study, dump_study
 from studies.provenance import made_rows, score_rows
@@ -62,6 +62,7 @@ def write_report(
     speeds = _speeds(records)
     rows = [_trial_row(record, measures(records)[1:]) for record in records]
     decisions = decide(records, study.rule, baseline) if study.rule and baseline else []
+    losses = loss_rows(records, baseline, study.rule.loss_within if study.rule else None) if baseline else []
     made = made_rows(records)
     write_csv(output / "trials.csv", rows)
     write_csv(output / "speed.csv", speeds)
@@ -73,7 +74,8 @@ def write_report(
     decided = [decision.cells() for decision in decisions]
     gains = slopes(records, baseline) if baseline else []
     shown = [{key: _cell(value) for key, value in row.items()} for row in rows]
-    for name, part in (("decision", decided), ("comparison", table), ("measures", measured), ("made", made)):
+    parts = {"decision": decided, "losses": losses, "comparison": table, "measures": measured, "made": made}
+    for name, part in parts.items():
         write_tables(output / name, part)
     write_tables(output / "trials", shown, csv=False)
     write_json(output / "gains.json", finite(gains))
@@ -86,6 +88,7 @@ def write_report(
         rows=[list(row.values()) for row in shown],
         rule=study.rule.sentences(len({order(record) for record in records})) if study.rule else [],
         decided=decided,
+        losses=losses,
         measured=measured,
         made=made,
         compared=[

@@ -100,6 +100,7 @@ def test_the_page_has_rule_decision_and_origin(tmp_path: Path) -> None:
     for name in ("decision", "comparison", "measures", "made", "trials"):
         for suffix in ("csv", "md", "tex"):
             assert (tmp_path / f"{name}.{suffix}").stat().st_size
+    assert "within 0.1" in (tmp_path / "losses.md").read_text()
     assert (tmp_path / "scores.csv").read_text().count("\n") == 1 + 3 * len(records)
 
 
