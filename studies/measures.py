@@ -60,7 +60,7 @@ class Measure:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What is scored, as a row of the report's table of measures."""
+        """Metric, split, numbers of examples and seeds, as a row of the report."""
         strict = " (strict IOB2)" if self.task.kind == "tokens" else ""
         if self.splits is None:
             on, test, train = "general text", "-", "-"

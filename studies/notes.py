@@ -1,4 +1,4 @@
-"""What a study says about itself beside its numbers: the look at the spread, models before training, and leakage."""
+"""Remarks on a study's page: the look at the spread, the models before their training, and leakage."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ ENOUGH_POWER = 0.8
 
 
 class Rule(Section):
-    """What a study decides, and by which numbers. It is fixed before the first step."""
+    """The outcomes of a study and the numbers that decide them. They are fixed before the first step."""
 
     outcomes: tuple[str, ...] = Field(default=(PROBE, FINE_TUNED), min_length=1)
     """Primary outcome first. `probe` is the mean over the tasks of the linear probe, itself the mean over the layers.
