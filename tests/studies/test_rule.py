@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from configs.errors import InputError
 from configs.load import shipped
@@ -201,9 +203,20 @@ def test_every_shipped_study_plans_as_a_toy(tmp_path: Path) -> None:
     for name in shipped(SHIPPED):
         loaded, _ = load_study(name)
         toy, toys = toy_study(loaded, tmp_path)
-        assert run_study(toy, toys, tmp_path, OneProcess(), plan=True)
-        trials = expand(toy, toys)
-        assert toy.toy and 4 <= len(trials) <= 12
-        assert len(_parts(toy, trials)) == 1
-        assert (toy.rule is None) == (loaded.rule is None), name
+        console = Console(file=StringIO(), width=400)
+        assert run_study(toy, toys, tmp_path, OneProcess(), console, plan=True)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert toy.toy and 4 <= int(said.partition(" trials")[0]) <= 12
+        assert ("Power: 2 orders" in said) == (loaded.rule is not None), name
+        assert "are free" in said
     assert [path.name for path in tmp_path.iterdir()] == ["toy"], "a plan claims no folder"
+
+
+def test_the_first_orders_run_first(write: Write, toy_shards: Path) -> None:
+    loaded, folder = load_study(str(study(write, toy_shards)))
+    trials = expand(loaded, folder)
+    looking = loaded.model_copy(update={"rule": Rule(look_after=2)})
+    first, everything = _parts(looking, trials)
+    assert {trial.config.data.seed for trial in first} == {1, 2}
+    assert everything == trials
+    assert _parts(looking.model_copy(update={"rule": Rule(look_after=3)}), trials) == [trials]
