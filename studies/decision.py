@@ -10,7 +10,7 @@ from typing import Any
 
 from studies.differences import Record, order, setting, value
 from studies.intervals import LEVEL, Interval, holm, mean_interval, paired_p
-from studies.rule import Rule
+from studies.rule import Rule, points_of
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,16 @@ def loss_rows(records: Sequence[Record], baseline: str, within: float | None) ->
     for at, group in _by_setting(records):
         for arm in dict.fromkeys(record["arm"] for record in group):
             own = mean_interval([record["loss"] for record in group if record["arm"] == arm])
-            difference = mean_interval(_pairs(group, arm, baseline, "loss"))
+            pairs = _pairs(group, arm, baseline, "loss")
+            difference = mean_interval(pairs)
+            has_interval = arm != baseline and math.isfinite(difference.low)
             row = {
                 "arm": arm,
                 "at": ", ".join(f"{key} {chosen}" for key, chosen in at.items()) or "all",
+                "orders": str(len(pairs)),
                 "held-out MLM loss": f"{own.mean:.4f} nats",
-                f"difference to {baseline}": f"{difference.mean:+.4f} nats",
-                "95 % interval": f"{difference.low:+.4f} to {difference.high:+.4f}"
-                if math.isfinite(difference.low)
-                else "-",
+                f"difference to {baseline}": f"{difference.mean:+.4f} nats" if arm != baseline else "-",
+                "95 % interval": f"{difference.low:+.4f} to {difference.high:+.4f} nats" if has_interval else "-",
             }
             if within is not None:
                 row["check"] = (
@@ -116,7 +117,7 @@ def _verdict(rule: Rule, mean: float, p: float | None, p_margin: float | None, l
     if p is not None and p < level and mean > 0:
         return "helps here"
     if p_margin is not None and p_margin < level and mean < rule.margin:
-        return f"no gain of {100 * rule.margin:g} point{'s' * (rule.margin != 0.01)} here"
+        return f"no gain of {points_of(rule.margin)} here"
     return "undecided"
 
 

@@ -34,7 +34,7 @@ class Rule(Section):
 
     def sentences(self, orders: int) -> list[str]:
         """State the rule in words, with its power at a number of orders."""
-        points, several = f"{100 * self.margin:g} point{'s' * (self.margin != 0.01)}", len(self.outcomes) > 1
+        points, several = points_of(self.margin), len(self.outcomes) > 1
         corrected = f", corrected for the {len(self.outcomes)} outcomes by Holm's method" if several else ""
         co_primary = f"; co-primary: {', '.join(self.outcomes[1:])}" if several else ""
         lines = [
@@ -47,7 +47,7 @@ class Rule(Section):
         if self.look_after is not None:
             lines.append(
                 f"After {self.look_after} orders only the spread of the primary outcome's differences is looked at: "
-                f"above {100 * self.largest_spread:g} points the study stops and is published as it is."
+                f"above {points_of(self.largest_spread)} the study stops and is published as it is."
             )
         return [*lines, self.power_sentence(orders)]
 
@@ -61,9 +61,14 @@ class Rule(Section):
         )
         remedy = f" Below 80 %: {enough} orders would have it." if found < ENOUGH_POWER and enough else ""
         return (
-            f"Power: {orders} orders find a gain of {100 * self.margin:g} points in {100 * found:.0f} % of such "
-            f"studies, if the paired difference varies by {100 * self.spread:g} points over orders (assumed).{remedy}"
+            f"Power: {orders} orders find a gain of {points_of(self.margin)} in {100 * found:.0f} % of such "
+            f"studies, if the paired difference varies by {points_of(self.spread)} over orders (assumed).{remedy}"
         )
+
+
+def points_of(share: float) -> str:
+    """Write a share as points: 0.01 is one point."""
+    return f"{100 * share:g} point{'s' * (share != 0.01)}"
 
 
 def power(orders: int, spread: float, gain: float, outcomes: int = 1) -> float:
