@@ -38,7 +38,8 @@ def require_room(output: Path, trials: Sequence[Trial], trunks: Mapping[str, Tri
     Raises:
         InputError: The disk is too small.
     """
-    runs = {trunk.address: trunk for trunk in trunks.values()} | {trial.address: trial for trial in trials}
+    used = [trunks[trial.address] for trial in trials if trial.address in trunks]
+    runs = {trial.address: trial for trial in [*used, *trials]}
     shared, kept, running = {trunk.address for trunk in trunks.values()}, 0, []
     for address, trial in runs.items():
         size, config = _parameters(trial.config), trial.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,7 +101,7 @@ def run_study(
     lines = plan_lines(study, trials, measures)
     at_once = min([len(left), *(cluster.room(trial.config) for trial in left)]) if left and not plan else 1
     if left:
-        lines.append(f"Disk: {require_room(output, left, trunks_of(left), at_once)}")
+        lines.append(f"Disk: {require_room(output, left, trunks_of(trials), at_once)}")
     for line in lines:
         say(line)
     if plan:
@@ -109,10 +109,10 @@ def run_study(
     _claim(output, study, lines)
     if left:
         say(f"{study.name}: {len(trials)} trials, {len(trials) - len(left)} finished before, {at_once} at a time")
-    looked: list[str] = []
+    looked, trunks = [], trunks_of(trials)
     for part in _parts(study, trials):
         unfinished = [trial for trial in part if not is_finished(output, trial, measures)]
-        if unfinished and not _run_all(study.name, unfinished, measures, output, cluster, at_once, console):
+        if unfinished and not _run_all(study.name, unfinished, trunks, measures, output, cluster, at_once, console):
             return False
         if len(part) < len(trials):
             stops, sentence = look_at_spread(
@@ -145,6 +145,7 @@ def _parts(study: Study, trials: list[Trial]) -> list[list[Trial]]:
 def _run_all(
     name: str,
     trials: Sequence[Trial],
+    trunks: Mapping[str, Trial],
     measures: Sequence[Measure],
     output: Path,
     cluster: Cluster,
@@ -161,7 +162,6 @@ def _run_all(
         ThreadPoolExecutor(room) as pool,
     ):
         bar = progress.add_task(name, total=total)
-        trunks = trunks_of(trials)
         branches: defaultdict[str, list[Trial]] = defaultdict(list)
         running: dict[Future[bool], Trial] = {}
         for trial in trials:
