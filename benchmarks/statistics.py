@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from studies.decision import decide
 from studies.intervals import paired_bootstrap, paired_p
+from studies.rule import Rule, power
 
 LEVEL = 0.05
 RESAMPLES = 500
@@ -53,6 +55,7 @@ GAINS = [
     Case("entity F1, 5,000 sentences of 4 entities", "entity_f1", 5000, 0.003, 0.25, 0.01),
 ]
 STUDIES = [(5, 0.003), (5, 0.005), (5, 0.0075), (9, 0.0075), (3, 0.003)]
+RULES = [(8, 0.007), (8, 0.005), (8, 0.01), (4, 0.007), (6, 0.007)]
 """Data seeds of a study, and standard deviation of the paired difference over them."""
 
 
@@ -80,6 +83,36 @@ def studies(draws: int) -> list[dict[str, Any]]:
             rates[name] = float(np.mean([value is not None and value < LEVEL for value in p]))
         rows.append({"pairs": pairs, "spread": spread, **rates})
     return rows
+
+
+def rules(draws: int) -> list[dict[str, Any]]:
+    """Count what the decision rule of the shipped studies says of two outcomes with one true gain."""
+    random = np.random.default_rng(3)
+    rows = []
+    for orders, spread in RULES:
+        counted: dict[str, dict[str, float]] = {}
+        for name, gain in (("null", 0.0), ("gain", 0.01)):
+            verdicts = [
+                decide(_records(random.normal(gain, spread, (2, orders))), Rule(), "mlm")[0].verdict
+                for _ in range(draws)
+            ]
+            counted[name] = {verdict: verdicts.count(verdict) / draws for verdict in sorted(set(verdicts))}
+        rows.append({"orders": orders, "spread": spread, **counted, "stated power": power(orders, spread, 0.01, 2)})
+    return rows
+
+
+def _records(gains: Array) -> list[dict[str, Any]]:
+    """Make the records of two arms that differ by the given amounts: `[outcomes, orders]`."""
+    return [
+        {
+            "arm": arm,
+            "point": {"data.seed": order},
+            "loss": 2.0,
+            "scores": {name: [has * float(gain)] for name, gain in zip(Rule().outcomes, gains[:, order], strict=True)},
+        }
+        for order in range(gains.shape[1])
+        for arm, has in (("mlm", 0), ("detour", 1))
+    ]
 
 
 def _simulated(case: Case, random: np.random.Generator) -> tuple[Array, Array]:
@@ -119,6 +152,7 @@ def main() -> None:
         "nulls": [rejections(case, arguments.draws) for case in NULLS],
         "gains": [rejections(case, max(100, arguments.draws // 5)) for case in GAINS],
         "studies": studies(20 * arguments.draws),
+        "rules": rules(5 * arguments.draws),
     }
     text = json.dumps(result, indent=1)
     print(text)

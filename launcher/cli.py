@@ -559,21 +559,30 @@ def study(
         list[str],
         typer.Argument(
             metavar="STUDY [KEY=VALUE]...",
-            help="A study YAML or a shipped study (twin, freeze-low, freeze-mid, decay-length, scaling), and "
-            "overrides: of a grid key, of a study's key (arms.NAME.KEY, evaluate), or of every trial by dotted path.",
+            help="A study YAML or a shipped study (twin, freeze-low, freeze-mid, freeze-low-decay, decay-length, "
+            "gain-by-size, forgetting, scaling), and overrides: of a grid key, of a study's key (arms.NAME.KEY, "
+            "evaluate), or of every trial by dotted path.",
         ),
     ],
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the study's.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory; default runs/NAME. An old one resumes.")] = None,
+    toy: Annotated[bool, typer.Option("--toy", help="Scale it down to minutes on two cores, on sample text.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Check everything, print plan, rule and power, and end.")
+    ] = False,
 ) -> None:
     """Run a grid of trials and report on it. Exit codes: 0 done, 2 bad input, 3 failed, 75 stopped early, all saved."""
     from launcher.trials import open_trials
     from studies.plan import load_study
     from studies.study import run_study
+    from studies.toy import toy_study
 
     loaded, folder = load_study(arguments[0], recipe, arguments[1:])
+    output = output or Path("runs") / (f"{loaded.name}-toy" if toy else loaded.name)
+    if toy:
+        loaded, folder = toy_study(loaded, output)
     with open_trials(at_once=1) as cluster:
-        finished = run_study(loaded, folder, output or Path("runs") / loaded.name, cluster)
+        finished = run_study(loaded, folder, output, cluster, plan=plan)
     if not finished:
         print("stopped, all saved; the same command again continues")
         raise typer.Exit(STOPPED)

@@ -82,7 +82,7 @@ def slopes(records: Sequence[Record], baseline: str) -> list[dict[str, Any]]:
     for arm in dict.fromkeys(record["arm"] for record in records):
         own = [record for record in records if record["arm"] == arm]
         sizes = sorted({record["parameters"] for record in own})
-        others = {str({**setting(record), "parameters": None}) for record in own}
+        others = {str({**setting(record), "parameters": None, "model.init": None}) for record in own}
         if arm == baseline or len(sizes) < FEWEST_SIZES or len(others) > 1:
             continue
         for measure in measures(records):

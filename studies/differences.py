@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from studies.intervals import LEVEL, Interval, holm, mean_interval, paired_p
+from studies.plan import is_seed
 
 Record = dict[str, Any]
 """Results of one trial, as its file in `records` holds them."""
@@ -72,7 +73,12 @@ def differences(records: Sequence[Record], baseline: str) -> list[Difference]:
 
 def setting(record: Record) -> dict[str, Any]:
     """Return the grid point of a trial without its seeds."""
-    return {key: chosen for key, chosen in record["point"].items() if key.rpartition(".")[2] != "seed"}
+    return {key: chosen for key, chosen in record["point"].items() if not is_seed(key)}
+
+
+def order(record: Record) -> str:
+    """Return the seeds of a trial: those with the same seeds are pairs."""
+    return str({key: chosen for key, chosen in record["point"].items() if is_seed(key)})
 
 
 def measures(records: Sequence[Record]) -> list[str]:

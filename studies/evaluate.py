@@ -133,7 +133,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
                 f"{entry['model']}: predicts only {answer!r} with seed {', '.join(map(str, seeds))}; it has not learned"
             )
         if entry["cut"]:
-            said(f"{entry['model']}: `length` cuts {entry['cut']:,} texts or words of {summary['scored_on']}")
+            said(f"{entry['model']}: `length` cuts {entry['cut']:,} pairs or words of {summary['scored_on']}")
+        if entry["windowed"]:
+            said(f"{entry['model']}: {entry['windowed']:,} {summary['scored_on']} examples are read in several windows")
     for pair in summary["pairs"]:
         said(_said_of(pair, len(summary["pairs"])))
     for note in summary["notes"]:
@@ -170,9 +172,9 @@ def _said_of(pair: dict[str, Any], comparisons: int) -> str:
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
     """Flatten a result for a table, without its classes."""
-    nested = ("protocol", "cut", "versions")
+    nested = ("protocol", "cut", "windowed", "versions")
     plain = {key: value for key, value in result.items() if key not in (*nested, "classes")}
-    return plain | {f"{key}.{name}": value for key in nested for name, value in result[key].items()}
+    return plain | {f"{key}.{name}": value for key in nested for name, value in result.get(key, {}).items()}
 
 
 def require_libraries() -> None:
@@ -257,6 +259,7 @@ def _summary(model: str, task: Task, results: Sequence[dict[str, Any]]) -> dict[
         **means,
         "one_answer": one_answer,
         "cut": own[0]["cut"]["test"],
+        "windowed": own[0].get("windowed", {}).get("test", 0),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +38,15 @@ class Encoded:
     rows: Rows
     words: list[list[tuple[int, int] | None]]
     """Row and position of each word's first token, per example; None for a word that was cut off. Token tasks only."""
-    cut: int
-    """Texts, or words of token tasks, that `length` cut."""
+    owners: list[int]
+    """Example of each row. A long example has several rows."""
+    cut: int = 0
+    """Pairs of texts, or words of token tasks, that `length` cut."""
+
+    @property
+    def windowed(self) -> int:
+        """Examples that were read in several windows."""
+        return sum(count > 1 for count in Counter(self.owners).values())
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ def finetune(job: Job) -> dict[str, Any]:
         "threshold": threshold,
         "length": limit,
         "cut": {"train": train.cut, "validation": validation.cut, "test": test.cut},
+        "windowed": {"train": train.windowed, "validation": validation.windowed, "test": test.windowed},
         "precision_of_training": "bf16" if torch.cuda.is_available() else "fp32",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -205,25 +214,41 @@ def _model(job: Job) -> Any:
 def encode(examples: Sequence[Example], job: Job, tokenizer: Any, limit: int) -> Encoded:
     """Encode examples. A label that training lacks has no loss, and counts as a miss when it is scored."""
     index = {label: number for number, label in enumerate(job.splits.labels)}
-    encoded = Encoded([], [], 0)
+    encoded = Encoded([], [], [])
     if job.task.kind == "tokens":
-        for example in examples:
+        for number, example in enumerate(examples):
             encoded.words.append(_encode_words(example, index, tokenizer, limit, job.protocol.stride, encoded.rows))
+            encoded.owners.extend([number] * (len(encoded.rows) - len(encoded.owners)))
         return replace(encoded, cut=sum(place is None for places in encoded.words for place in places))
     mean, spread = _scale(job) if job.task.kind == "regression" else (0.0, 1.0)
     cut = 0
-    for example in examples:
-        row = tokenizer(example.text, example.pair)["input_ids"]
-        if len(row) > limit:
-            row = tokenizer(example.text, example.pair, truncation=True, max_length=limit)["input_ids"]
-            cut += 1
+    for number, example in enumerate(examples):
+        rows = [tokenizer(example.text, example.pair)["input_ids"]]
+        if len(rows[0]) > limit:
+            rows = _windows(example, tokenizer, limit, job.protocol.stride)
+            cut += example.pair is not None
         labels: Any = [float(label in example.labels) for label in index]
         if job.task.kind == "single":
             labels = index.get(example.labels[0], IGNORE)
         elif job.task.kind == "regression":
             labels = (float(example.labels[0]) - mean) / spread
-        encoded.rows.append({"input_ids": row, "labels": labels})
+        encoded.rows.extend({"input_ids": row, "labels": labels} for row in rows)
+        encoded.owners.extend([number] * len(rows))
     return replace(encoded, cut=cut)
+
+
+def _windows(example: Example, tokenizer: Any, limit: int, stride: int) -> list[list[int]]:
+    """Return the windows of a long text, each with the label of the whole. A pair is cut, because it has no windows."""
+    if example.pair is not None:
+        return [tokenizer(example.text, example.pair, truncation=True, max_length=limit)["input_ids"]]
+    windows: list[list[int]] = tokenizer(
+        example.text,
+        truncation=True,
+        max_length=limit,
+        stride=min(stride, limit // 4),
+        return_overflowing_tokens=True,
+    )["input_ids"]
+    return windows
 
 
 def _encode_words(
@@ -299,6 +324,8 @@ def _best_threshold(job: Job, encoded: Encoded, gold: Sequence[Sequence[str]], l
 def _decode(job: Job, encoded: Encoded, logits: Any, threshold: float) -> list[list[str]]:
     """Return the predicted labels of each example; a word that was cut off gets O."""
     labels = job.splits.labels
+    if job.task.kind != "tokens":
+        logits = _whole(logits, encoded.owners, np.maximum if job.task.kind == "multi" else np.add)
     if job.task.kind == "regression":
         mean, spread = _scale(job)
         return [[repr(mean + spread * float(row[0]))] for row in logits]
@@ -309,6 +336,13 @@ def _decode(job: Job, encoded: Encoded, logits: Any, threshold: float) -> list[l
     if job.task.kind == "single":
         return [[labels[index]] for index in best]
     return [[labels[best[place]] if place else "O" for place in places] for places in encoded.words]
+
+
+def _whole(logits: Any, owners: Sequence[int], join: np.ufunc) -> Any:
+    """Join the logits of an example's windows: their mean, or their largest if any window may show a label."""
+    starts = np.flatnonzero(np.diff(owners, prepend=-1))
+    joined = join.reduceat(np.asarray(logits, np.float64), starts, axis=0)
+    return joined / np.bincount(owners)[:, None] if join is np.add else joined
 
 
 def _balanced_loss(job: Job) -> Any:

@@ -8,12 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from configs.errors import InputError
+from datapipe.inputs import find_files
 from studies.evaluate import Parallel, evaluate
 from studies.examples import Splits, load_examples
+from studies.finetune import Job
+from studies.probe import mean_probe
 from studies.retention import retention
+from studies.rule import FINE_TUNED, PROBE
 from studies.tasks import EvaluatedTask, Protocol, Task, load_task
 
 SEED = 0
@@ -25,7 +30,9 @@ class Measure:
     """A task with its settings."""
 
     label: str
-    """Name of the task; with its settings, if the study has the task twice."""
+    """Name of the task, with its settings if the study has the task twice, and `, probe` if it is probed."""
+    by: str
+    """`fine-tuned`, `probe` or `masked`."""
     evaluated: EvaluatedTask
     task: Task
     protocol: Protocol
@@ -36,12 +43,14 @@ class Measure:
     @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of the scores."""
-        return self.evaluated.seeds if self.splits is not None else (SEED,)
+        return self.evaluated.seeds if self.by == FINE_TUNED else (SEED,)
 
     @property
     def address(self) -> str:
         """Digest of the settings without the seeds."""
-        settings = self.evaluated.model_dump(mode="json", exclude={"seeds"})
+        settings = self.evaluated.model_dump(mode="json", exclude={"seeds", "by"})
+        if self.by == PROBE:
+            settings["by"] = PROBE
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
@@ -50,16 +59,25 @@ class Measure:
         return f"{self.task.name}-{self.address}"
 
     @property
-    def description(self) -> str:
-        """One line on what is scored, for the report."""
+    def row(self) -> dict[str, Any]:
+        """Metric, split, numbers of examples and seeds, as a row of the report."""
+        strict = " (strict IOB2)" if self.task.kind == "tokens" else ""
         if self.splits is None:
-            return f"{self.label}: masked accuracy on general text, without fine-tuning"
-        split = "test" if self.task.files.test else "validation"
-        metric = f"{self.task.score}{' (strict IOB2)' if self.task.kind == 'tokens' else ''}"
-        return (
-            f"{self.label}: {metric} on {len(self.splits.test):,} {split} examples, mean of {len(self.seeds)} "
-            f"fine-tuning seeds, {len(self.splits.train[: self.protocol.examples]):,} training examples"
-        )
+            on, test, train = "general text", "-", "-"
+        else:
+            on = "test" if self.task.files.test else "validation"
+            test, train = (f"{len(part):,}" for part in (self.splits.test, self.splits.train[: self.protocol.examples]))
+        ways = {PROBE: "linear probe, mean over layers", FINE_TUNED: "fine-tuned", "masked": "no training"}
+        seeds = ", ".join(map(str, self.seeds)) if self.by == FINE_TUNED else "none drawn"
+        return {
+            "measure": self.label,
+            "metric": f"{self.task.score}{strict}",
+            "how": ways[self.by],
+            "split": on,
+            "examples": test,
+            "training examples": train,
+            "seeds": seeds,
+        }
 
     def is_in(self, record: dict[str, Any]) -> bool:
         """Return whether a record has the scores of all seeds."""
@@ -71,6 +89,10 @@ class Measure:
         if self.splits is None:
             summary = retention([model], self.task, self.protocol, self.folder_of_data, folder)
             return {str(SEED): summary["models"][0]["accuracy"]}
+        if self.by == PROBE:
+            job = Job(str(Path(model).absolute()), self.task, self.protocol, self.splits, SEED, folder.absolute(), {})
+            [probed] = parallel(mean_probe, [job])
+            return {str(SEED): probed["score"]}
         summary = evaluate(
             [model], self.evaluated, folder, parallel=parallel, say=lambda line: None, look_for_leakage=False
         )
@@ -92,9 +114,28 @@ def measures_of(evaluated: Sequence[EvaluatedTask]) -> list[Measure]:
         label = task.name if names[task.name] == 1 else f"{task.name} ({told})"
         splits = None if task.kind == "masked" else load_examples(entry)[2]
         data = Path(entry.data) if entry.data else folder
-        measures.append(Measure(label, entry, task, protocol, data, splits))
+        if splits is None:
+            _require_text(task, data)
+        for by in entry.by if splits is not None else ("masked",):
+            own = f"{label}, probe" if by == PROBE else label
+            measures.append(Measure(own, by, entry, task, protocol, data, splits))
     labels = Counter(measure.label for measure in measures)
     repeated = [label for label, count in labels.items() if count > 1]
     if repeated:
         raise InputError(f"evaluate: the same task twice: {', '.join(repeated)}; give it once", key="evaluate")
     return measures
+
+
+def outcomes_of(measures: Sequence[Measure], scores: dict[str, list[float]], wanted: Sequence[str]) -> dict[str, float]:
+    """Compute the outcomes of a decision rule from a trial's scores: means over the tasks that are measured so."""
+    found = {}
+    for outcome in wanted:
+        own = [m for m in measures if outcome in (m.by, m.task.name, Path(m.evaluated.task).stem)]
+        found[outcome] = fmean(fmean(scores[measure.label]) for measure in own)
+    return found
+
+
+def _require_text(task: Task, data: Path) -> None:
+    """Require the text of a masked task, which is read after the training only."""
+    assert task.files.test is not None
+    find_files(str(data / task.files.test))

@@ -7,30 +7,25 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from pydantic import Field
 
 from configs.errors import InputError
-from configs.load import content_of_run, differences, load_config, read_mapping, validate
+from configs.load import RECIPES, content_of_run, differences, read_mapping, validate
 from configs.schema import RunConfig, Section
-from configs.units import parse_count
+from studies.derived import DERIVED, architecture_of, load_derived
+from studies.rule import FINE_TUNED, PROBE, Rule
 from studies.tasks import EvaluatedTask, parse_overrides
-
-if TYPE_CHECKING:
-    from transformers import ModernBertConfig
 
 SHIPPED = resources.files("studies") / "shipped"
 SHARED = ("data.", "tokenizer", "batch.sequences")
 """Keys that decide the order of the data; all arms have the same values."""
-DERIVED = ("parameters", "decay_share", "frozen_share", "frozen_share_of_decay")
-"""Keys of a study that stand for several keys of the recipe."""
 
 
 class Study(Section):
@@ -43,16 +38,25 @@ class Study(Section):
     common: dict[str, Any] = Field(default_factory=dict)
     """Keys of the recipe that are set in every trial."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Key -> its values; every combination is a grid point. A key is a dotted path of the recipe, or a derived key:
-    `parameters` (size of the model), `decay_share` (the last phase's share of the steps of the last two phases), or
-    `frozen_share` (part of the depth that is frozen in the first phase; [0, 0.36] is layers 0 to 7 of 22), or
-    `frozen_share_of_decay` (the same in the last phase)."""
+    """Key -> its values; every combination is a grid point. A key is a dotted path of the recipe, or a derived key.
+
+    `parameters`: size of a new model. `lr_of_base`: learning rate at width 768; other widths have it times 768 / width.
+    `tokens`: those of the last two phases. `decay_share`: the last phase's share of them. `decay_ratio`: the last
+    phase's steps per step of the phase before. `decay_floor`: fewest updates of the last phase. `frozen_share`: part of
+    the depth that is frozen in the first phase; [0, 0.36] is layers 0 to 7 of 22. `frozen_share_of_decay`: the same in
+    the last phase."""
     arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> the keys that make this arm. At each grid point the arms share data and compute."""
     baseline: str | None = None
     """Arm that the others are compared with; default: the first."""
     evaluate: tuple[EvaluatedTask, ...] = ()
-    """Tasks that every trained model is fine-tuned on."""
+    """Tasks that every trained model is measured by."""
+    held_out: dict[str, Any] | None = None
+    """Held-out text of a recipe that has none: the keys of `data.evaluation`."""
+    rule: Rule | None = None
+    """Decision rule, fixed before the first step. Needs arms."""
+    toy: bool = False
+    """Whether sizes, text and tasks are those of `--toy`, which the page says."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
         _set(tasks[int(number)], "protocol", inner.removeprefix("protocol."), value) if inner.startswith(
             "protocol."
         ) else tasks[int(number)].update({inner: value})
+    elif section in ("rule", "held_out") and rest:
+        _set(tree, section, rest, value)
     elif key in Study.model_fields:
         tree[key] = value
     else:
@@ -153,11 +159,15 @@ def expand(study: Study, folder: Path) -> list[Trial]:
         raise InputError(
             f"study {study.name}: baseline: no arm {study.baseline!r}; arms: {', '.join(study.arms)}", key="baseline"
         )
+    if study.rule is not None:
+        _require_decidable(study)
     for key, values in study.grid.items():
         if not values:
             raise InputError(f"study {study.name}: grid.{key}: needs one value or more", key=f"grid.{key}")
     beside = folder / study.recipe
     recipe = str(beside) if beside.is_file() else study.recipe
+    if study.held_out is not None and (read_mapping(recipe, "recipe", RECIPES)[0].get("data") or {}).get("evaluation"):
+        study = study.model_copy(update={"held_out": None})  # the recipe has its own
     trials = []
     for chosen in itertools.product(*study.grid.values()):
         point = dict(zip(study.grid, chosen, strict=True))
@@ -183,6 +193,39 @@ def expand(study: Study, folder: Path) -> list[Trial]:
                 code="same-trial",
             )
     return trials
+
+
+def is_seed(key: str) -> bool:
+    """Return whether a grid key is a seed, over whose values differences are averaged."""
+    return key.rpartition(".")[2] == "seed"
+
+
+def order_of(trial: Trial) -> str:
+    """Return the seeds of a trial; trials of other seeds are other orders."""
+    return json.dumps({key: value for key, value in trial.point.items() if is_seed(key)})
+
+
+def orders_of(trials: Sequence[Trial]) -> list[str]:
+    """List the orders of the trials, each once."""
+    return list(dict.fromkeys(map(order_of, trials)))
+
+
+def _require_decidable(study: Study) -> None:
+    """Require that the study measures every outcome of its rule."""
+    assert study.rule is not None
+    ways = {way for task in study.evaluate for way in task.by}
+    known = {Path(task.task).stem for task in study.evaluate} | {name for name in (PROBE, FINE_TUNED) if name in ways}
+    missing = [outcome for outcome in study.rule.outcomes if outcome not in known]
+    if len(study.arms) < 2 or missing:
+        reason = (
+            f"nothing measures {', '.join(missing)}" if missing else "it compares arms, and there are fewer than two"
+        )
+        raise InputError(
+            f"study {study.name}: rule.outcomes: {reason}; measured are {', '.join(sorted(known)) or 'no tasks'}; "
+            "add tasks to `evaluate`, or name other outcomes",
+            key="rule.outcomes",
+            code="outcome-not-measured",
+        )
 
 
 def trunks_of(trials: Sequence[Trial]) -> dict[str, Trial]:
@@ -213,11 +256,11 @@ def _trial(study: Study, recipe: str, arm: str | None, point: dict[str, Any]) ->
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-._") or study.name
     settings = {**study.common, **point, **(study.arms[arm] if arm else {})}
     plain = [f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in DERIVED]
+    if study.held_out is not None:
+        plain.insert(0, f"data.evaluation={json.dumps(study.held_out)}")
     plain = [*(f"{key}=null" for key in _replaced_lengths(settings)), *plain]
     try:
-        config = load_config(recipe, plain)
-        derived = _derived(config, {key: settings[key] for key in DERIVED if key in settings})
-        config = load_config(recipe, [*plain, *derived]) if derived else config
+        config = load_derived(recipe, plain, settings)
         _require_buildable(config)
     except InputError as error:
         raise InputError(f"study {study.name}, trial {name}: {error}", key=error.key, code=error.code) from None
@@ -231,60 +274,10 @@ def _replaced_lengths(settings: dict[str, Any]) -> list[str]:
     return [key for match in given if (key := f"{match[1]}.{other[match[2]]}") not in settings]
 
 
-def _derived(config: RunConfig, settings: dict[str, Any]) -> list[str]:
-    """Translate derived keys into overrides of the recipe."""
-    translate: dict[str, Callable[[RunConfig, Any], list[str]]]
-    translate = {"parameters": _parameters, "decay_share": _decay_share, "frozen_share": _frozen_share}
-    translate["frozen_share_of_decay"] = partial(_frozen_share, phase=len(config.phases) - 1)
-    overrides = []
-    for key, value in settings.items():
-        try:
-            overrides += translate[key](config, value)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{key}: {value!r} cannot be used: {error}", key=key) from None
-    return overrides
-
-
-def _parameters(config: RunConfig, value: Any) -> list[str]:
-    from datapipe.tokenizer import load_tokenizer
-    from studies.sizes import model_shape
-
-    shape = model_shape(parse_count(value), load_tokenizer(config.tokenizer).vocab_size)
-    kept = f"tokenizer={config.tokenizer}"  # which the recipe may leave to the model that is no longer the start
-    return ["model.init=scratch", "model.size=null", kept, *(f"model.{key}={number}" for key, number in shape.items())]
-
-
-def _decay_share(config: RunConfig, value: Any) -> list[str]:
-    """Divide the steps of the last two phases anew; their sum stays."""
-    share = float(value)
-    if not 0 < share < 1 or len(config.phases) < 2:
-        raise ValueError("it is a share between 0 and 1 of the last two phases")
-    last = len(config.phases) - 1
-    steps = sum(span.steps for span in config.spans[-2:])
-    decay = max(1, round(share * steps))
-    overrides = []
-    for phase, length in ((last - 1, steps - decay), (last, decay)):
-        overrides += [f"phases.{phase}.tokens=null", f"phases.{phase}.steps={length}"]
-    return overrides
-
-
-def _frozen_share(config: RunConfig, value: Any, phase: int = 0) -> list[str]:
-    start, end = map(float, value)
-    depth = _architecture(config).num_hidden_layers
-    return [f"phases.{phase}.freeze={list(range(round(start * depth), round(end * depth)))}"]
-
-
-def _architecture(config: RunConfig) -> ModernBertConfig:
-    from datapipe.tokenizer import load_tokenizer
-    from engine.modernbert.config import resolve_architecture
-
-    return resolve_architecture(config.model, load_tokenizer(config.tokenizer))
-
-
 def _require_buildable(config: RunConfig) -> None:
     from engine.parallel import plan
 
-    plan(config, _architecture(config), config.parallel.tensor * config.parallel.pipeline)
+    plan(config, architecture_of(config), config.parallel.tensor * config.parallel.pipeline)
 
 
 def _require_comparable(study: Study, one: Trial, other: Trial) -> None:
@@ -295,7 +288,7 @@ def _require_comparable(study: Study, one: Trial, other: Trial) -> None:
         if line.startswith(SHARED) or (line.startswith("model.") and not line.startswith("model.init:"))
     ]
     if one.config.model.init != other.config.model.init:
-        shapes = [_architecture(trial.config).to_dict() for trial in (one, other)]
+        shapes = [architecture_of(trial.config).to_dict() for trial in (one, other)]
         changed += [f"model.{key}" for key in shapes[0] if shapes[0][key] != shapes[1].get(key)]
     steps = [trial.config.total_steps for trial in (one, other)]
     if steps[0] != steps[1]:

@@ -119,6 +119,21 @@ def probe(
     return summary
 
 
+def mean_probe(job: Job) -> dict[str, Any]:
+    """Probe every layer of a model, and write probe.json; a study calls it with one model.
+
+    Returns:
+        `score`, the mean over the layers, and the rows of `layers`.
+    """
+    silence_transformers()
+    own = _probe_model(Path(job.model), job.task, job.protocol, job.splits, job.output, 1)
+    layers = [{"layer": layer, **row} for layer, (row, _) in enumerate(own)]
+    result = {"score": float(np.mean([row["score"] for row in layers])), "layers": layers}
+    job.output.mkdir(parents=True, exist_ok=True)
+    write_json(job.output / "probe.json", result)
+    return result
+
+
 def print_probes(summary: dict[str, Any], console: Console) -> None:
     """Print a row per layer and a column per model."""
     models = list(dict.fromkeys(row["model"] for row in summary["layers"]))
@@ -179,7 +194,8 @@ def _states(model: Any, encoded: Encoded, pad: int, path: Path) -> Array:
             places[found[0]].append((items, found[1]))
             items += 1
     else:
-        places, items = [[(row, -1)] for row in range(len(encoded.rows))], len(encoded.rows)
+        places, items = [[(owner, -1)] for owner in encoded.owners], 1 + encoded.owners[-1]
+    totals = np.bincount(encoded.owners, [len(row["input_ids"]) for row in encoded.rows])
     depth, width = model.config.num_hidden_layers, model.config.hidden_size
     states = np.lib.format.open_memmap(path, "w+", np.float32, (depth, items, width))
     for start in range(0, len(encoded.rows), BATCH_SIZE):
@@ -190,11 +206,14 @@ def _states(model: Any, encoded: Encoded, pad: int, path: Path) -> Array:
         with torch.inference_mode():
             outputs = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
         for layer, output in enumerate(outputs):
-            means = ((output * mask[:, :, None]).sum(1) / lengths).cpu().numpy()
+            sums = (output * mask[:, :, None]).sum(1).cpu().numpy()
             words = output.cpu().numpy()
             for row, wanted in enumerate(places[start : start + BATCH_SIZE]):
                 for item, position in wanted:
-                    states[layer, item] = means[row] if position < 0 else words[row, position]
+                    if position < 0:  # a text is the mean over the tokens of its windows
+                        states[layer, item] += sums[row] / totals[item]
+                    else:
+                        states[layer, item] = words[row, position]
     return states
 
 

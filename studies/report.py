@@ -17,18 +17,29 @@ from configs.units import format_count
 from monitoring.charts import WIDE, Line, line_chart
 from monitoring.page import Figure, render
 from studies.comparison import cells_of, difference_charts, scale_of, slope_figures, slopes
-from studies.differences import Record, differences, measures, value
+from studies.decision import decide, loss_rows
+from studies.differences import Record, differences, measures, order, value
 from studies.plan import Study, dump_study
+from studies.provenance import made_rows, score_rows
 from studies.scaling_law import Optimum, PowerLaw, fit, frontier
-from studies.tables import as_latex, as_markdown, finite, write_csv
+from studies.tables import finite, write_csv, write_tables
 
 REPORT = "report.html"
 CURVE_POINTS = 40
 """Points that a law is drawn with."""
 
 
-def write_report(study: Study, records: Sequence[Record], output: Path, notes: Sequence[str] = ()) -> Path:
-    """Write trials.csv, comparison.json (also .csv, .md and .tex), scaling.json, speed.csv and report.html.
+def write_report(
+    study: Study,
+    records: Sequence[Record],
+    output: Path,
+    notes: Sequence[str] = (),
+    measured: Sequence[dict[str, Any]] = (),
+) -> Path:
+    """Write report.html, and the tables of decision, comparison, trials and measures as CSV, Markdown and LaTeX.
+
+    comparison.json, decision.json, scaling.json and gains.json hold full numbers, scores.csv one row per seed, and
+    speed.csv the speeds.
 
     The configuration and the seeds determine all files but speed.csv, and all of the page but its section on speed.
 
@@ -37,6 +48,7 @@ def write_report(study: Study, records: Sequence[Record], output: Path, notes: S
         records: One record per trial, in the order of the trials.
         output: Existing folder.
         notes: Lines about the tasks and the leakage, for the page.
+        measured: `Measure.row` of each measure.
 
     Returns:
         The path of the page.
@@ -49,25 +61,36 @@ def write_report(study: Study, records: Sequence[Record], output: Path, notes: S
     laws = {arm: _law(group) for arm, group in by_arm.items()}
     speeds = _speeds(records)
     rows = [_trial_row(record, measures(records)[1:]) for record in records]
+    decisions = decide(records, study.rule, baseline) if study.rule and baseline else []
+    losses = loss_rows(records, baseline, study.rule.loss_within if study.rule else None) if baseline else []
+    made = made_rows(records)
     write_csv(output / "trials.csv", rows)
     write_csv(output / "speed.csv", speeds)
+    write_csv(output / "scores.csv", score_rows(records))
     write_json(output / "comparison.json", finite([asdict(difference) for difference in compared]))
     write_json(output / "scaling.json", finite([_law_row(arm, laws[arm], by_arm[arm]) for arm in by_arm]))
+    write_json(output / "decision.json", finite([asdict(decision) for decision in decisions]))
     table = [cells_of(difference) for difference in compared]
+    decided = [decision.cells() for decision in decisions]
     gains = slopes(records, baseline) if baseline else []
-    if table:
-        write_csv(output / "comparison.csv", table)
-        write_atomically(output / "comparison.md", as_markdown(table))
-        write_atomically(output / "comparison.tex", as_latex(table))
-    if gains:
-        write_json(output / "gains.json", finite(gains))
+    shown = [{key: _cell(value) for key, value in row.items()} for row in rows]
+    parts = {"decision": decided, "losses": losses, "comparison": table, "measures": measured, "made": made}
+    for name, part in parts.items():
+        write_tables(output / name, part)
+    write_tables(output / "trials", shown, csv=False)
+    write_json(output / "gains.json", finite(gains))
     page = render(
         "study.html",
         package="studies",
         title=f"{study.name}: study",
         study=study,
         columns=list(rows[0]),
-        rows=[[_cell(value) for value in row.values()] for row in rows],
+        rows=[list(row.values()) for row in shown],
+        rule=study.rule.sentences(len({order(record) for record in records})) if study.rule else [],
+        decided=decided,
+        losses=losses,
+        measured=measured,
+        made=made,
         compared=[
             {"cells": list(row.values()), "pairs": _pairs(difference.measure, difference.pairs)}
             for row, difference in zip(table, compared, strict=True)

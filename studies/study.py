@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,21 +17,21 @@ from configs.errors import InputError, RunFailedError
 from configs.files import write_atomically, write_json
 from configs.load import load_config
 from configs.schema import Origin, RunConfig
-from monitoring.events import WorkersStarted
 from monitoring.run_directory import RunDirectory
-from monitoring.run_files import RunFiles, open_run
+from monitoring.run_files import open_run
 from monitoring.telemetry import Telemetry
-from studies.evaluate import digest_of, require_libraries, said_of_leakage
+from studies.checks import plan_lines, require_held_out, require_text
+from studies.evaluate import require_libraries
 from studies.finetune import Job
-from studies.leakage import Corpora, leakage, name_of, size_of
 from studies.measures import Measure, measures_of
-from studies.plan import Study, Trial, dump_study, expand, trunks_of
+from studies.notes import before_training, leakage_lines, look_at_spread
+from studies.plan import Study, Trial, dump_study, expand, order_of, orders_of, trunks_of
+from studies.records import is_finished, new_record, read_record, record_path, trial_directory
 from studies.report import write_report
+from studies.room import require_room, thin
 
-STUDY = "study.yaml"
+STUDY, PLAN = "study.yaml", "plan.md"
 POLL_SECONDS = 0.5
-FEWEST_LOSSES = 8
-"""Logged losses that a final training loss is averaged over, at least."""
 
 
 class Cluster(Protocol):
@@ -64,7 +63,9 @@ class Cluster(Protocol):
         ...
 
 
-def run_study(study: Study, folder: Path, output: Path, cluster: Cluster, console: Console | None = None) -> bool:
+def run_study(
+    study: Study, folder: Path, output: Path, cluster: Cluster, console: Console | None = None, *, plan: bool = False
+) -> bool:
     """Run the trials that are not finished yet, and write the report.
 
     A finished trial is never repeated. An interrupted trial continues from its checkpoint.
@@ -75,38 +76,76 @@ def run_study(study: Study, folder: Path, output: Path, cluster: Cluster, consol
         output: Folder of the trials, the records and the report.
         cluster: Runs the jobs.
         console: Receives the progress.
+        plan: Only check everything and print the plan.
 
     Returns:
         False if the study was stopped early.
 
     Raises:
-        InputError: The study, a task or the output is wrong; raised before the first trial starts.
+        InputError: The study, a task, a text or the output is wrong; raised before the first trial starts.
         RunFailedError: A trial failed; raised when the others have ended.
     """
     console = console or Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
     trials = expand(study, folder)
-    if study.evaluate:
+    if study.evaluate or study.rule:
         require_libraries()
     measures = measures_of(study.evaluate)
-    _claim(output, study)
-    left = [trial for trial in trials if not _is_finished(output, trial, measures)]
+    require_held_out(study, trials)
+    _require_own_folder(output, study)
+    left = [trial for trial in trials if not is_finished(output, trial, measures)]
+    require_text(left)
+    lines = plan_lines(study, trials, measures)
+    at_once = min([len(left), *(cluster.room(trial.config) for trial in left)]) if left and not plan else 1
     if left:
-        room = min(min(cluster.room(trial.config) for trial in left), len(left))
-        console.print(
-            f"{study.name}: {len(trials)} trials, {len(trials) - len(left)} finished before, {room} at a time",
-            highlight=False,
-        )
-        if not _run_all(study.name, left, measures, output, cluster, room, console):
+        lines.append(f"Disk: {require_room(output, left, trunks_of(trials), at_once)}")
+    for line in lines:
+        say(line)
+    if plan:
+        return True
+    _claim(output, study, lines)
+    if left:
+        say(f"{study.name}: {len(trials)} trials, {len(trials) - len(left)} finished before, {at_once} at a time")
+    looked, trunks = [], trunks_of(trials)
+    for part in _parts(study, trials):
+        unfinished = [trial for trial in part if not is_finished(output, trial, measures)]
+        if unfinished and not _run_all(study.name, unfinished, trunks, measures, output, cluster, at_once, console):
             return False
-    records = [_record(output, trial, measures) for trial in trials]
-    leaked = _leakage(trials, measures, output)
-    console.print(str(write_report(study, records, output, leaked)), highlight=False, soft_wrap=True)
+        if len(part) < len(trials):
+            stops, sentence = look_at_spread(
+                study, [read_record(output, study, trial, measures) for trial in part], output
+            )
+            looked.append(sentence)
+            say(sentence)
+            if stops:
+                trials = part
+                break
+    records = [read_record(output, study, trial, measures) for trial in trials]
+    notes = [
+        *looked,
+        *before_training(trials, measures, output, cluster.fine_tune),
+        *leakage_lines(trials, measures, output),
+    ]
+    say(str(write_report(study, records, output, notes, [measure.row for measure in measures])))
     return True
+
+
+def _parts(study: Study, trials: list[Trial]) -> list[list[Trial]]:
+    """Return the trials before the look at the spread, if the rule has one, and all trials."""
+    first = study.rule.look_after if study.rule else None
+    orders = orders_of(trials)
+    if first is None or first >= len(orders):
+        return [trials]
+    return [[trial for trial in trials if order_of(trial) in orders[:first]], trials]
 
 
 def _run_all(
     name: str,
     trials: Sequence[Trial],
+    trunks: Mapping[str, Trial],
     measures: Sequence[Measure],
     output: Path,
     cluster: Cluster,
@@ -123,7 +162,6 @@ def _run_all(
         ThreadPoolExecutor(room) as pool,
     ):
         bar = progress.add_task(name, total=total)
-        trunks = trunks_of(trials)
         branches: defaultdict[str, list[Trial]] = defaultdict(list)
         running: dict[Future[bool], Trial] = {}
         for trial in trials:
@@ -189,9 +227,13 @@ def _train_trunk(trunk: Trial, output: Path, cluster: Cluster) -> bool:
     from engine.checkpoint import step_directory
 
     directory = trial_directory(output, trunk)
-    if step_directory(RunDirectory(directory).checkpoints, trunk.config.total_steps).exists():
-        return True
-    return cluster.train(trunk.config.model_copy(update={"name": directory.name}), directory)
+    end = trunk.config.total_steps
+    if not step_directory(RunDirectory(directory).checkpoints, end).exists() and not cluster.train(
+        trunk.config.model_copy(update={"name": directory.name}), directory
+    ):
+        return False
+    thin(directory, trunk.config, {end})
+    return True
 
 
 def _run(
@@ -199,7 +241,7 @@ def _run(
 ) -> bool:
     """Train and measure one trial, as far as its record lacks it; return False if it was stopped early."""
     directory = trial_directory(output, trial)
-    path = _record_path(output, trial)
+    path = record_path(output, trial)
     if path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
     else:
@@ -209,7 +251,7 @@ def _run(
         if not cluster.train(trial.config.model_copy(update={"name": directory.name, "origin": origin}), directory):
             return False
         run = open_run(directory)
-        record = {**_outcome(run), "scores": {}, "speed": _speed(run)}
+        record = new_record(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
     for measure in measures:
@@ -219,115 +261,58 @@ def _run(
                 measure.take(str(RunDirectory(directory).export), folder, cluster.fine_tune)
             )
             write_json(path, record)
+    thin(directory, trial.config, {span.last for span in trial.config.spans[:-1]})
     return True
-
-
-def _record(output: Path, trial: Trial, measures: Sequence[Measure]) -> dict[str, Any]:
-    """Return a trial's record as the report reads it: under the names of this study, with this study's measures."""
-    record = json.loads(_record_path(output, trial).read_text(encoding="utf-8"))
-    scores = {m.label: [record["scores"][m.address][str(seed)] for seed in m.seeds] for m in measures}
-    return {"trial": trial.name, "arm": trial.arm, "point": trial.point, **record, "scores": scores}
-
-
-def _is_finished(output: Path, trial: Trial, measures: Sequence[Measure]) -> bool:
-    path = _record_path(output, trial)
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return all(measure.is_in(record) for measure in measures)
-
-
-def trial_directory(output: Path, trial: Trial) -> Path:
-    """Return the directory of a trial: one with its address, whatever it was named, else a new one."""
-    trials = output / "trials"
-    found = [path for path in sorted(trials.glob(f"*-{trial.address}")) if path.is_dir()]
-    return found[0] if found else trials / f"{trial.name}-{trial.address}"
-
-
-def _leakage(trials: Sequence[Trial], measures: Sequence[Measure], output: Path) -> list[str]:
-    """Search the training text of all trials for the test examples of each task, once per text and task."""
-    lines = []
-    corpora = Corpora()
-    for trial in trials:
-        corpora.add_run(trial.name, trial.config)
-    text = [[name_of(file), size_of(file)] for file in corpora.files]
-    for measure in measures:
-        lines.append(measure.description)
-        if measure.splits is None:
-            continue
-        content = json.dumps([text, corpora.unseen, digest_of(measure.splits)])
-        path = output / "leakage" / f"{hashlib.sha256(content.encode()).hexdigest()[:10]}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, leakage(measure.splits.test, corpora))
-        found = json.loads(path.read_text(encoding="utf-8"))
-        lines += [f"{measure.label}: {line}" for line in (*measure.splits.notes, *said_of_leakage(found))]
-    return list(dict.fromkeys(lines))
-
-
-def _outcome(run: RunFiles) -> dict[str, Any]:
-    """Collect the results that the seeds determine: size, length and final loss.
-
-    The final loss is the held-out MLM loss of the last step. Without a held-out set it is the mean training loss over
-    the last tenth of the last phase, in which every arm of one grid point has the same masks.
-    """
-    from datapipe.tokenizer import load_tokenizer
-    from engine.modernbert.config import parameter_count, resolve_architecture
-
-    config = run.config
-    architecture = resolve_architecture(config.model, load_tokenizer(config.tokenizer))
-    held_out = run.evaluations("mlm")
-    losses = [row["loss"] for row in run.phase(len(config.phases) - 1) if row["loss"] is not None]
-    tail = losses[-max(FEWEST_LOSSES, len(losses) // 10) :]
-    if not tail:
-        raise RunFailedError(f"{run.directory} logged no loss in its last phase; lower monitoring.every")
-    objective = config.phases[-1].objective_name.upper()
-    return {
-        "parameters": parameter_count(architecture),
-        "tokens": run.rows[-1]["tokens"],
-        "sequences": config.batch.sequences,
-        "loss": held_out[-1][1] if held_out else sum(tail) / len(tail),
-        "loss_of": "held-out MLM" if held_out else f"training {objective}, {len(tail)} last logged steps",
-    }
-
-
-def _speed(run: RunFiles) -> dict[str, Any]:
-    workers = [len(event["workers"]) for event in run.events if event["event"] == WorkersStarted.KIND]
-    return {
-        "workers": workers[-1] if workers else 1,
-        "tokens_per_second": run.median("tokens_per_second"),
-        "mfu": run.median("mfu"),
-    }
 
 
 def _steps(output: Path, trial: Trial) -> int:
     """Count the completed steps of a trial, for the progress bar."""
-    if _record_path(output, trial).exists():
+    if record_path(output, trial).exists():
         return trial.config.total_steps
     telemetry = Telemetry.read(trial_directory(output, trial))
     return telemetry.step if telemetry else 0
 
 
-def _record_path(output: Path, trial: Trial) -> Path:
-    return output / "records" / f"{trial_directory(output, trial).name}.json"
-
-
-def _claim(output: Path, study: Study) -> None:
-    """Write the study into its output folder. The same study may grow there, because trials are found by content.
+def _require_own_folder(output: Path, study: Study) -> None:
+    """Require that the output holds this study or none, and that its rule is as it was before the first result.
 
     Raises:
-        InputError: The folder holds another study or cannot be written.
+        InputError: The folder holds another study, or results that another rule was written for.
     """
     path = output / STUDY
-    if path.exists() and (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("name") != study.name:
+    if not path.exists():
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if before.get("name") != study.name:
         raise InputError(
             f"--output {output} holds a different study ({path}); choose another directory",
             key="--output",
             code="another-study",
         )
+    rules = [dict(rule or {}) for rule in (before.get("rule"), study.rule and study.rule.model_dump(mode="json"))]
+    for rule in rules:
+        rule.pop("spread", None)  # which decides nothing
+    if json.dumps(rules[0]) != json.dumps({k: v for k, v in rules[1].items() if v is not None}) and any(
+        (output / "records").glob("*.json")
+    ):
+        raise InputError(
+            f"rule: {path} has another rule, and results exist already; a rule is fixed before the first result, so "
+            "take the old rule, or choose another --output",
+            key="rule",
+            code="rule-changed",
+        )
+
+
+def _claim(output: Path, study: Study, plan: Sequence[str]) -> None:
+    """Write the study and its plan into its output folder. The same study may grow there.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, dump_study(study))
+        write_atomically(output / STUDY, dump_study(study))
+        write_atomically(output / PLAN, f"# Plan of {study.name}\n\n" + "".join(f"- {line}\n" for line in plan))
     except OSError as error:
         raise InputError(
             f"--output {output} cannot be written: {error.strerror}; choose another directory", key="--output"

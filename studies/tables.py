@@ -24,6 +24,16 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, text.getvalue())
 
 
+def write_tables(path: Path, rows: Sequence[dict[str, Any]], *, csv: bool = True) -> None:
+    """Write rows as PATH.csv, PATH.md and PATH.tex; nothing without rows."""
+    if not rows:
+        return
+    if csv:
+        write_csv(path.with_suffix(".csv"), rows)
+    write_atomically(path.with_suffix(".md"), as_markdown(rows))
+    write_atomically(path.with_suffix(".tex"), as_latex(rows))
+
+
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Write rows that have the same keys as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]

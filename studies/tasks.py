@@ -32,9 +32,10 @@ class Protocol(Section):
     batch: PositiveInt
     """Examples per step."""
     length: PositiveInt = 512
-    """Longest example in tokens. A longer text is cut, and the result counts it. Words are read in windows."""
+    """Most tokens that are read at once. A longer text is read in windows; a longer pair is cut. Both are counted."""
     stride: int = Field(default=128, ge=0)
-    """Tokens that two windows of a long `tokens` example share, at most a quarter of `length`."""
+    """Tokens that two windows of a long example share, at most a quarter of `length`. Each window has the labels of its
+    text. The text has the mean of the windows' logits, or in a `multi` task the largest of each label."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Probability from which a label of a `multi` example is predicted; default: the best on validation."""
     clip: PositiveFloat = 1.0
@@ -179,6 +180,9 @@ class EvaluatedTask(Section):
     """Seeds of the fine-tunings of each model."""
     protocol: dict[str, Any] = Field(default_factory=dict)
     """Settings that differ from the task's protocol, and `files.*` that differ from its files."""
+    by: tuple[Literal["fine-tuned", "probe"], ...] = Field(default=("fine-tuned",), min_length=1)
+    """Ways that a study measures the task: fine-tuned with each seed, or linear probes on the frozen states of every
+    layer, of which the mean over the layers is taken. A `masked` task has one way of its own."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -287,6 +287,31 @@ def test_words_meet_their_first_token(model: Path, write: Write) -> None:
         assert word.startswith(token.strip()), "the first token of the word, in some row"
 
 
+def test_long_texts_are_read_in_windows(model: Path, write: Write) -> None:
+    from transformers import AutoTokenizer
+
+    from studies.finetune import Job, _whole
+
+    task, protocol, folder = load_task(classification(write, "single", "macro_f1"), {})
+    splits = read_splits(task, folder)
+    job = Job("", task, protocol, splits, 0, folder, {})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    label = splits.labels[0]
+    texts = [Example("", text, None, (), (label,)) for text in ("fever " * 40, "fever", "cough " * 25)]
+    encoded = encode(texts, job, tokenizer, 16)
+    assert encoded.owners == sorted(encoded.owners)
+    assert set(encoded.owners) == {0, 1, 2}
+    assert (encoded.windowed, encoded.cut) == (2, 0)
+    assert max(len(row["input_ids"]) for row in encoded.rows) == 16
+    words = [tokenizer.decode(row["input_ids"]).count("fever") for row in encoded.rows]
+    assert sum(words) >= 41, "no word is lost"
+    pair = Example("", "fever " * 40, "cough", (), (label,))
+    assert encode([pair], job, tokenizer, 16).cut == 1
+    logits = np.array([[1.0, 0.0], [3.0, 2.0], [5.0, -1.0]])
+    assert _whole(logits, [0, 0, 1], np.add).tolist() == [[2.0, 1.0], [5.0, -1.0]]
+    assert _whole(logits, [0, 0, 1], np.maximum).tolist() == [[3.0, 2.0], [5.0, -1.0]]
+
+
 def test_leakage_finds_runs_of_words(write: Write) -> None:
     run = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     text = write("corpus.jsonl", json.dumps({"text": f"Before: {run.title()}, after. A short one here."}))

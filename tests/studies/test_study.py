@@ -18,10 +18,11 @@ import pytest
 import yaml
 
 from configs.errors import InputError, RunFailedError
-from configs.load import shipped
 from configs.schema import RunConfig
+from datapipe.prepare import prepare
+from datapipe.tokenizer import load_tokenizer
 from monitoring.log import read_events
-from studies.plan import SHIPPED, expand, load_study
+from studies.plan import expand, load_study
 from studies.study import run_study
 from tests.launcher.toy import recipe
 
@@ -67,12 +68,21 @@ class OneProcess:
         pass
 
 
+def held_out(toy_shards: Path) -> Path:
+    """Return shards of the French sample corpus, which no toy run trains on."""
+    shards = toy_shards.parent / "held-out"
+    if not shards.exists():
+        prepare(["package://corpus/tico19_fr.jsonl.gz"], load_tokenizer("package://tokenizer/modernbert"), shards)
+    return shards
+
+
 def study(write: Write, toy_shards: Path, **changes: Any) -> Path:
     """Write a study of twelve trials of three steps: two arms, three data orders, two learning rates."""
     phases = [{"objective": "clm", "steps": 2}, {"objective": "mlm", "steps": 1}]
     model = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     tree = recipe(toy_shards, phases=phases, model=model, data={"sequence_length": 32, "streams": 2})
     tree |= {"batch": {"sequences": 2, "micro": 2}, "checkpoint": {"every": "2 steps"}}
+    tree["data"]["evaluation"] = {"shards": str(held_out(toy_shards)), "sequences": 4}
     write("toy.yaml", yaml.safe_dump(tree))
     settings = {
         "name": "toy-study",
@@ -315,6 +325,10 @@ def test_overrides_of_tasks_and_lengths(write: Write, toy_shards: Path) -> None:
     loaded, folder = load_study(str(path), None, ["evaluate.1.seeds=[3]", "evaluate.0.protocol.epochs=2"])
     assert (loaded.evaluate[1].seeds, loaded.evaluate[0].protocol) == ((3,), {"epochs": 2})
     assert expand(loaded, folder)[0].config.phases[0].steps is None, "tokens replace the recipe's steps"
+    shipped, _ = load_study("twin", None, ["rule.margin=0.02", "held_out.text=mine"])
+    assert shipped.rule is not None and shipped.held_out is not None
+    assert (shipped.rule.margin, shipped.held_out["text"]) == (0.02, "mine")
+    assert load_study("twin", None, ["rule=null"])[0].rule is None
 
 
 def test_an_override_that_changes_nothing_is_refused(write: Write, toy_shards: Path) -> None:
@@ -348,12 +362,14 @@ def test_derived_keys(write: Write, toy_shards: Path) -> None:
     assert [phase.steps for phase in low] == [8, 3]
 
 
-@pytest.mark.parametrize("name", ["twin", "freeze-low", "freeze-mid", "freeze-low-decay", "decay-length"])
+@pytest.mark.parametrize("name", ["twin", "freeze-low", "freeze-mid", "freeze-low-decay", "decay-length", "forgetting"])
 def test_shipped_comparisons_suit_every_recipe_of_two_phases(name: str) -> None:
-    loaded, folder = load_study(name)
+    lengths = ["decay_ratio=[1, 2]"] if name == "decay-length" else []
+    loaded, folder = load_study(name, "demo", ["data.seed=[42]", *lengths])
     trials = expand(loaded, folder)
     assert len(trials) == len(loaded.arms) * math.prod(map(len, loaded.grid.values()))
-    assert set(shipped(SHIPPED)) >= {name, "scaling"}
+    assert all(trial.config.spans[-1].steps >= 80 for trial in trials), "the floor of the decay, in updates"
+    assert len(load_study(name)[0].grid["data.seed"]) == 8
 
 
 def test_two_trials_by_the_command_line(write: Write, toy_shards: Path, tmp_path: Path) -> None:
