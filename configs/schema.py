@@ -189,7 +189,8 @@ class Model(Section):
 
 
 class Reading(Section):
-    """Places of the text in its files, and the records to leave out. `detour prepare` has the same as options."""
+    """Places of the text in its files, the records to leave out, and canaries to plant. `detour prepare` has the same
+    as options."""
 
     text: str = "text"
     """Column with the text, in tables and JSON. `a.b` is the key b of the object in column a."""

@@ -25,8 +25,10 @@ from engine.checkpoint import step_directory
 from engine.checkpoint_meta import CheckpointMeta
 from engine.export import export_hf
 from engine.megatron import cpu
+from engine.model_card import refresh_card
 from engine.modernbert.config import build_config, read_config
 from engine.parallel import single_process
+from monitoring.report import write_report
 from monitoring.run_directory import RunDirectory
 from studies.audit import audit
 from studies.exposure import chance, encode, exposures, score
@@ -193,10 +195,15 @@ def test_what_a_model_memorised_is_told_and_nothing_else(
     run = make_run(tmp_path / "run", recipe(shards, tokenizer), memorised, [4, 6, 9])
     twin_phases = {"phases": [{"objective": "mlm", "steps": 9}]}
     twin = make_run(tmp_path / "twin", recipe(shards, tokenizer, twin_phases), untrained, [9])
+    export_hf(step_directory(run / "checkpoints", 9), run / "hf", tokenizer)
     with refused("no-such-checkpoint", "4, 6, 9", key="--checkpoint"):
         audit([run], checkpoint=5, count=255)
+    refresh_card(run / "hf", run)
+    assert "Memorisation" not in (run / "hf" / "README.md").read_text(), "a card of its own stays as it is"
+    shutil.rmtree(run / "hf")
     export_hf(step_directory(run / "checkpoints", 9), run / "hf", tokenizer)
     assert "was not measured" in (run / "hf" / "README.md").read_text()
+    assert "was not measured" in write_report(run).read_text()
 
     result = audit([run, twin], count=255)
     first, other = result["runs"]
@@ -219,6 +226,7 @@ def test_what_a_model_memorised_is_told_and_nothing_else(
     assert "was not measured" not in card
     assert "| step 9 (end of MLM) | MLM | " in card
     assert card.count("## Memorisation") == 1
+    assert "<td>step 9 (end of MLM)</td>" in RunDirectory(run).report.read_text()
 
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     damaged = next(file for file in (run / "checkpoints" / "step-00000009").iterdir() if file.suffix == ".distcp")
