@@ -189,8 +189,7 @@ class Model(Section):
 
 
 class Reading(Section):
-    """Places of the text in its files, the records to leave out, and canaries to plant. `detour prepare` has the same
-    as options."""
+    """Places of the text in its files, records to leave out, canaries to plant; options of `detour prepare` as well."""
 
     text: str = "text"
     """Column with the text, in tables and JSON. `a.b` is the key b of the object in column a."""

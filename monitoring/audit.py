@@ -13,7 +13,7 @@ from monitoring.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Memorisation:
-    """What is known about a run's memory of its canaries."""
+    """Exposure of a run's canaries as text and table."""
 
     note: str
     """Sentences about the measurement, or about its absence."""
