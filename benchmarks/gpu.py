@@ -114,7 +114,8 @@ def training(config: RunConfig) -> Iterator[Callable[[int], int]]:
             pass
 
         def run(count: int) -> int:
-            tokens, unread = 0, None
+            tokens = 0
+            unread: HostCopy | None = None
             for batch in islice(data, count):
                 losses, _ = components.runner.forward_backward(batch.staged)
                 components.runner.optimizer_step(losses)

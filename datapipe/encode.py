@@ -75,8 +75,9 @@ class ShardEncoder:
         selection = self.selection
         contents = [text.text.decode() for _, text in texts]
         identifiers = [
-            merge_overlapping([*text.identifiers, *find_identifiers(self.patterns, content)])
-            for (_, text), content in zip(texts, contents, strict=True)
+            # A secret that is never predicted would make an audit find nothing.
+            () if source == PLANTED else merge_overlapping([*text.identifiers, *find_identifiers(self.patterns, content)])
+            for (source, text), content in zip(texts, contents, strict=True)
         ]
         encoded = self.tokenizer.encode_marked(contents, identifiers, self._count)
         for (source, text), found, (ids, marked) in zip(texts, identifiers, encoded, strict=True):

@@ -101,7 +101,8 @@ class RowExchange:
         work = dist.all_to_all_single(incoming, outgoing, expected, splits, group=self._group, async_op=True)
         self._wait(work, cancelled)
 
-        received, first, content = [], 0, memoryview(incoming.numpy())
+        received: list[PackedSequence] = []
+        first, content = 0, memoryview(incoming.numpy())
         for item in hand:
             received.append(pickle.loads(content[first : first + int(sizes[item])]))
             first += int(sizes[item])

@@ -188,9 +188,8 @@ class _Layer:
         else:
             product = self.scratch.take("product", self.used, scaled.shape[1], scaled)
             torch.mm(exponentials.t(), scaled, out=product)
-            for total, part in zip(
-                grad_kernel[: self.used].split(SUMMED_ROWS), product.split(SUMMED_ROWS), strict=True
-            ):
+            totals = grad_kernel[: self.used].split(SUMMED_ROWS)
+            for total, part in zip(totals, product.split(SUMMED_ROWS), strict=True):
                 total += part.float()  # because a sum of two formats takes several times as long
 
     def softmax_gradients(self, rows: slice, grad: Tensor, grad_hidden: Tensor, grad_kernel: Tensor) -> None:
