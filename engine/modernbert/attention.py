@@ -66,10 +66,8 @@ class Queries:
         positions = np.pad(chosen, (0, -len(chosen) % multiple), mode="edge")
         bounds = np.searchsorted(positions, ends).astype(np.int32)
         rows = np.searchsorted(chosen, label_positions)
-        return cls(
-            *(to_device(torch.from_numpy(array), device) for array in (positions, rows, bounds)),
-            counts=tuple(np.diff(bounds).tolist()),
-        )
+        tensors = [to_device(torch.from_numpy(array), device) for array in (positions, rows, bounds)]
+        return cls(tensors[0], tensors[1], tensors[2], tuple(np.diff(bounds).tolist()))
 
 
 class DocumentGroup(NamedTuple):
@@ -148,7 +146,8 @@ class PackedDocuments(PackedSeqParams):
         """Return the parameters of an attention whose queries are `queries` alone."""
         queries = self.queries
         assert queries is not None and not self.causal, "causal kernels would align the queries with the last keys"
-        return replace(self, cu_seqlens_q=queries.cu_seqlens, max_seqlen_q=max(queries.counts), _masks={})
+        changes: dict[str, Any] = {"cu_seqlens_q": queries.cu_seqlens, "max_seqlen_q": max(queries.counts)}
+        return replace(self, **changes, _masks={})
 
     @property
     def total(self) -> int:
