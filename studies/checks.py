@@ -78,7 +78,7 @@ def plan_lines(study: Study, trials: Sequence[Trial], measures: Sequence[Measure
         f"Held-out MLM loss on {held_out.sequences:,} sequences of {held_out.shards}, at the end of every trial"
         if held_out
         else "",
-        *(f"Measured: {', '.join(f'{key} {cell}' for key, cell in measure.row.items())}" for measure in measures),
+        *(measure.sentence for measure in measures),
     ]
     return [line for line in lines if line] + (study.rule.sentences(orders) if study.rule else [])
 

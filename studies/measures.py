@@ -79,6 +79,15 @@ class Measure:
             "seeds": seeds,
         }
 
+    @property
+    def sentence(self) -> str:
+        """The row as a sentence of the plan."""
+        row = self.row
+        return (
+            f"Measure {self.label}: {row['metric']}, {row['how']}, on {row['examples']} examples of {row['split']}; "
+            f"training examples: {row['training examples']}; fine-tuning seeds: {row['seeds']}"
+        )
+
     def is_in(self, record: dict[str, Any]) -> bool:
         """Return whether a record has the scores of all seeds."""
         scores = record["scores"].get(self.address, {})

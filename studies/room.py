@@ -9,7 +9,6 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.files import partial_path
 from configs.schema import RunConfig
-from configs.units import format_count
 from monitoring.run_directory import RunDirectory
 from studies.derived import architecture_of
 from studies.plan import Trial
@@ -51,7 +50,7 @@ def require_room(output: Path, trials: Sequence[Trial], trunks: Mapping[str, Tri
     needed = kept + sum(sorted(running)[-at_once:])
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
-    told = f"needs about {format_count(needed)}B of disk, {format_count(free)}B are free in {place}"
+    told = f"needs about {needed / 1e9:.2f} GB of disk, {free / 1e9:.1f} GB are free in {place}"
     if needed > free:
         raise InputError(
             f"--output {output}: the study {told}; free some space, choose another --output, or run fewer trials",

@@ -21,6 +21,7 @@ from studies.plan import Study, is_seed
 from studies.rule import FINE_TUNED
 
 ORDERS = 2
+"""Orders of a toy; one where the grid has other keys beside the seeds, because minutes are few."""
 TEXTS, TASK_TEXTS, HELD_OUT_TEXTS = 300, 250, 60
 """Documents to train on, to make tasks from, and to hold out. They are disjoint."""
 VOCABULARY = 2048
@@ -60,10 +61,10 @@ def toy_study(study: Study, output: Path) -> tuple[Study, Path]:
     """
     folder = output.absolute() / "toy"
     _write_files(folder)
-    grid = {}
+    grid, orders = {}, ORDERS if all(map(is_seed, study.grid)) else 1
     for key, values in study.grid.items():
         key = "parameters" if key == "model.init" else key
-        grid[key] = values[:ORDERS] if is_seed(key) else VALUES.get(key, values[:2])
+        grid[key] = values[:orders] if is_seed(key) else VALUES.get(key, values[:2])
     masked = [task for task in study.evaluate if Path(task.task).stem == "retention"]
     ways = list(dict.fromkeys(way for task in study.evaluate if task not in masked for way in task.by)) or [FINE_TUNED]
     tasks: list[dict[str, Any]] = [

@@ -207,7 +207,7 @@ def test_every_shipped_study_plans_as_a_toy(tmp_path: Path) -> None:
         assert run_study(toy, toys, tmp_path, OneProcess(), console, plan=True)
         said = console.file.getvalue()  # type: ignore[attr-defined]
         assert toy.toy and 4 <= int(said.partition(" trials")[0]) <= 12
-        assert ("Power: 2 orders" in said) == (loaded.rule is not None), name
+        assert ("Power: " in said) == (loaded.rule is not None), name
         assert "are free" in said
     assert [path.name for path in tmp_path.iterdir()] == ["toy"], "a plan claims no folder"
 
