@@ -76,7 +76,9 @@ class ShardEncoder:
         contents = [text.text.decode() for _, text in texts]
         identifiers = [
             # A secret that is never predicted would make an audit find nothing.
-            () if source == PLANTED else merge_overlapping([*text.identifiers, *find_identifiers(self.patterns, content)])
+            ()
+            if source == PLANTED
+            else merge_overlapping([*text.identifiers, *find_identifiers(self.patterns, content)])
             for (source, text), content in zip(texts, contents, strict=True)
         ]
         encoded = self.tokenizer.encode_marked(contents, identifiers, self._count)

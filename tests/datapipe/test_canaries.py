@@ -166,3 +166,15 @@ def test_canaries_of_sources(corpus: Path, prepared: Path, tokenizer: Tokenizer,
             canaries_of_sources(lost)
     with refused("no-such-directory", "source notes"):
         canaries_of_sources(Data(sources=({"name": "notes", "shards": str(tmp_path / "gone")},)))
+
+
+def test_patterns_of_identifiers_leave_canaries_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    patterns = tmp_path / "patterns.txt"
+    patterns.write_text(r"\d( ?\d)*" + "\n")
+    notes = lines(tmp_path / "notes.jsonl", [{"text": f"Seen at {hour} o'clock."} for hour in range(20)])
+    reading = Reading(canaries=4, identifiers=str(patterns))
+    prepare([str(notes)], tokenizer, tmp_path / "shards", reading=reading, processes=1)
+    sources = read_manifest(tmp_path / "shards").sources
+    assert [bool(counts.get("marked")) for name, counts in sorted(sources.items())] == [
+        name != PLANTED for name in sorted(sources)
+    ]
