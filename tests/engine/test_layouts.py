@@ -26,8 +26,9 @@ from tests.engine.world import run_world, stored, toy_config, train
 def test_layout_equals_one_process(
     workers: int, parallel: dict[str, Any], shards: Path, alone_run: Path, tmp_path: Path
 ) -> None:
-    batch = {"recompute": parallel.pop("recompute", "none")}
-    run_world(workers, train, toy_config(shards, parallel=parallel, batch=batch), tmp_path)
+    changes = {"parallel": {key: value for key, value in parallel.items() if key != "recompute"}}
+    changes["batch"] = {"recompute": parallel.get("recompute", "none")}
+    run_world(workers, train, toy_config(shards, **changes), tmp_path)
     for found, expected in zip(read_metrics(tmp_path), read_metrics(alone_run), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
