@@ -66,12 +66,12 @@ def toy_study(study: Study, output: Path) -> tuple[Study, Path]:
         key = "parameters" if key == "model.init" else key
         grid[key] = values[:orders] if is_seed(key) else VALUES.get(key, values[:2])
     masked = [task for task in study.evaluate if Path(task.task).stem == "retention"]
-    ways = list(dict.fromkeys(way for task in study.evaluate if task not in masked for way in task.by)) or [FINE_TUNED]
+    ways: list[str] = list(dict.fromkeys(way for task in study.evaluate if task not in masked for way in task.by))
     tasks: list[dict[str, Any]] = [
         {"task": str(folder / "retention.yaml"), "protocol": {"length": 128, "batch": 16}} for _ in masked
     ]
     for name in ("entities", "questions") if len(masked) < len(study.evaluate) else ():
-        tasks.append({"task": str(folder / f"{name}.yaml"), "seeds": [17], "by": ways})
+        tasks.append({"task": str(folder / f"{name}.yaml"), "seeds": [17], "by": ways or [FINE_TUNED]})
     changed = {
         "name": f"{study.name}-toy",
         "recipe": "toy.yaml",
@@ -99,8 +99,8 @@ def _write_files(folder: Path) -> None:
     _write_tokenizer(folder / "tokenizer", train)
     protocol = {"preset": "english", "epochs": 3, "lr": 1e-3, "length": 96}
     entities = [sentence for text in of_tasks for sentence in _entities(text)]
-    for split, part in _split(entities):
-        lines = ("".join(f"{word}\t{tag}\n" for word, tag in sentence) for sentence in part)
+    for split, sentences in _split(entities):
+        lines = ("".join(f"{word}\t{tag}\n" for word, tag in sentence) for sentence in sentences)
         write_atomically(folder / f"entities-{split}.tsv", "\n".join(lines))
     _write_task(folder, "entities", "tsv", kind="tokens", score="entity_f1", protocol=protocol)
     questions = [row for text in of_tasks if (row := _question(text))]
