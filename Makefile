@@ -7,8 +7,9 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 TESTS :=
-# One process runs all tests of a file, because they share what is prepared for them. Two processes: tests mostly wait.
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# One process runs all tests of a file, because they share what is prepared for them. Three processes on two cores,
+# because tests mostly wait.
+PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 # The versions that were tested. Every line applies to one version of Python and is ignored by the others.
 CONSTRAINTS := constraints/cpu.txt
 

@@ -94,8 +94,8 @@ class ShardWriter:
         marks: list[NDArray[np.bool_] | None] = [None] * len(self._ids)
         members: dict[str, Any] = {}
         if any(marked is not None for marked in self._marked):
-            marks = [np.zeros(len(i), bool) if m is None else m for i, m in zip(self._ids, self._marked, strict=True)]
-            members["marked.npy"] = np.packbits(np.concatenate(marks))
+            bits = [np.zeros(len(i), bool) if m is None else m for i, m in zip(self._ids, self._marked, strict=True)]
+            marks, members["marked.npy"] = [*bits], np.packbits(np.concatenate(bits))
         self._tar.write(
             {
                 "__key__": f"{self._path.stem}-{self._samples:06d}",

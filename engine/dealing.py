@@ -102,7 +102,7 @@ class RowExchange:
         self._wait(work, cancelled)
 
         received: list[PackedSequence] = []
-        first, content = 0, memoryview(incoming.numpy())
+        first, content = 0, incoming.numpy().tobytes()
         for item in hand:
             received.append(pickle.loads(content[first : first + int(sizes[item])]))
             first += int(sizes[item])

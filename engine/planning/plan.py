@@ -63,9 +63,9 @@ class Plan:
     stages: tuple[Stage, ...]
     phases: tuple[PhasePlan, ...]
     checkpoint_bytes: int
-    """Of one checkpoint."""
+    """Size of one checkpoint."""
     checkpoints_kept: int
-    """By `checkpoint.keep`."""
+    """Number that `checkpoint.keep` keeps."""
 
     @property
     def hours(self) -> float:

@@ -38,7 +38,7 @@ class Speed:
     efficiency: float
     """Share of the speed that as many single GPUs without anything to send would have."""
     bound: str
-    """What the step mostly waits for: `GPU` or `host`."""
+    """`GPU` or `host`: the one that the step mostly waits for."""
     extrapolated: tuple[str, ...]
     """Differences from what was measured, for people."""
 

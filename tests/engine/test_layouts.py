@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from engine.planning.memory import WIDTH, checkpoint_bytes
 from monitoring.log import read_metrics
 from tests.engine.world import run_world, stored, toy_config, train
 
@@ -39,3 +40,10 @@ def test_layout_equals_one_process(
     assert weights.keys() == expected_weights.keys()
     for name, tensor in weights.items():
         assert (tensor - expected_weights[name]).abs().max() <= 1e-5, name
+
+
+def test_checkpoint_has_the_planned_bytes(alone_run: Path) -> None:
+    elements = sum(tensor.numel() for name, tensor in stored(alone_run, 5).items() if "optimizer." not in name)
+    files = (alone_run / "checkpoints" / "step-00000005").glob("*.distcp")
+    planned = checkpoint_bytes(elements, WIDTH["fp32"])
+    assert sum(file.stat().st_size for file in files) == pytest.approx(planned, rel=0.02)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,13 @@ from engine.megatron.fake_world import fake_world
 from engine.megatron.optimizer import FrozenWeights, build_optimizer
 from engine.modernbert.config import DropoutRates, parameter_count
 from engine.parallel import Layout, initialise, single_process
-from engine.planning.memory import WIDTH, Memory, checkpoint_bytes, step_memory
+from engine.planning.memory import Memory, step_memory
 from engine.planning.plan import Plan, make_plan
 from engine.planning.speed import measured
 from engine.planning.stages import Stage, build_stages
 from engine.planning.traffic import StepShape, transfers
 from engine.step import DeviceBatch, StepRunner, to_device_batch
 from tests.engine.collectives import CollectiveCounter, Counted
-from tests.engine.world import stored
 
 TINY = ModernBertConfig(
     vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, pad_token_id=0
@@ -80,11 +78,9 @@ def counted_step(config: RunConfig, layout: Layout, rank: int, micro_batches: in
 @pytest.mark.parametrize(
     ("workers", "tensor", "pipeline", "sequence", "recompute"),
     [
-        (8, 1, 1, False, "none"),
         (8, 2, 2, False, "full"),
         (64, 2, 1, True, "full"),
         (64, 4, 2, True, "none"),
-        (64, 2, 4, False, "none"),
         (512, 8, 2, False, "none"),
     ],
 )
@@ -208,10 +204,3 @@ def test_a_row_that_does_not_fit_names_recomputation() -> None:
     assert "recompute: full" in str(refusal.value)
     (phase,) = plan_of("3B", 1, batch={"sequences": 1, "recompute": "full"}).phases
     assert phase.micro == 1
-
-
-def test_checkpoint_has_the_planned_bytes(alone_run: Path) -> None:
-    elements = sum(tensor.numel() for name, tensor in stored(alone_run, 5).items() if "optimizer." not in name)
-    files = (alone_run / "checkpoints" / "step-00000005").glob("*.distcp")
-    planned = checkpoint_bytes(elements, WIDTH["fp32"])
-    assert sum(file.stat().st_size for file in files) == pytest.approx(planned, rel=0.02)
