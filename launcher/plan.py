@@ -14,6 +14,7 @@ from configs.schema import SCRATCH, RunConfig
 from configs.units import format_count
 from launcher.rules import require_enough, require_gpus, require_sound_schedule, workers_per_node
 from launcher.topology import check_tensor_groups
+from monitoring.formatting import format_seconds
 
 if TYPE_CHECKING:
     from transformers import ModernBertConfig
@@ -172,18 +173,22 @@ def plan_text(plan: Plan, unchecked: list[str]) -> str:
         ),
         ("  efficiency", [f"{mark}{speed.efficiency:.0%}" for mark, speed in zip(guess, speeds, strict=True)]),
         ("  waits mostly for the", [speed.bound for speed in speeds]),
-        ("  duration", [f"{mark}{phase.hours:.1f} h" for mark, phase in zip(guess, phases, strict=True)]),
+        (
+            "  duration",
+            [f"{mark}{format_seconds(3600 * phase.hours)}" for mark, phase in zip(guess, phases, strict=True)],
+        ),
     ]
     kept = plan.checkpoints_kept
     tail = [
         "",
-        f"duration     {'~' * any(map(bool, guess))}{plan.hours:.1f} h, without starts, checkpoints and evaluations",
+        f"duration     {'~' * any(map(bool, guess))}{format_seconds(3600 * plan.hours)}, "
+        "without starts, checkpoints and evaluations",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each; {kept} are kept: {_size(kept * plan.checkpoint_bytes)}",
     ]
     if notes := sorted({note for speed in speeds for note in speed.extrapolated}):
         tail.append(f"~            extrapolated from one GPU's measured rows; not measured: {'; '.join(notes)}")
     if plan.layout.workers > 1:
-        tail.append("not counted  ranks that wait for one with longer documents, and slow links")
+        tail.append("not counted  ranks that wait for one with costlier rows (a few percent), and slow links")
     if unchecked:
         tail.append(f"not checked  because it is not here: {'; '.join(unchecked)}")
     return "\n".join([*head, *_aligned(rows), *tail])

@@ -13,10 +13,10 @@ from tests.chaos.seed import drawn
 from tests.launcher.toy import assert_same_run, events, lines, recipe, steps, until, write
 
 
-@pytest.mark.timeout(1200)  # a minute and a half on two idle cores
+@pytest.mark.timeout(1800)  # a minute and a half on two idle cores
 def test_submitted_job_loses_a_worker_and_then_a_node(toy_shards: Path, tmp_path: Path) -> None:
     tree = recipe(toy_shards, cluster={"nodes": 2, "workers_per_node": 1}, checkpoint={"every": "5 steps"})
-    tree["phases"][0]["steps"] = 60
+    tree["phases"][0]["steps"] = 50
     path = write(tmp_path / "toy.yaml", tree)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     draw = drawn()

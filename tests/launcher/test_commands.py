@@ -110,6 +110,19 @@ def test_merge(undisturbed: Path, tmp_path: Path) -> None:
     assert again.returncode == BAD_INPUT and "--output" in again.stderr
 
 
+def test_plan(tmp_path: Path) -> None:
+    result = run(*DETOUR, "plan", "one-gpu-evening", "cluster.gpus_per_node=8", "--nodes", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "8 GPUs" in result.stdout and " GB" in result.stdout and "tokens/s" in result.stdout
+
+
+def test_audit(undisturbed: Path, tmp_path: Path) -> None:
+    """Of a run without canaries: what it measures is in tests/studies/test_audit.py."""
+    result = run(*DETOUR, "audit", undisturbed, cwd=tmp_path)
+    assert result.returncode == BAD_INPUT
+    assert "--canaries" in result.stderr
+
+
 def test_drift(start: Start, undisturbed: Path, tmp_path: Path) -> None:
     output = start("drift", undisturbed, undisturbed, "--output", "out", "--count", "4").output
     assert "cka" in output

@@ -78,5 +78,5 @@ def test_the_command_plans_a_pipeline_without_ray() -> None:
 def test_the_text_has_a_unit_in_every_number() -> None:
     planned, unchecked = plan_run(_large("batch.recompute=full"))
     text = plan_text(planned, unchecked)
-    for word in ("15,895 steps", "50B tokens", "8,192 tokens", "384 sequences", " GB", " s", "tokens/s", " h", "~"):
+    for word in ("15,895 steps", "50B tokens", "8,192 tokens", "384 sequences", " GB", " s", "tokens/s", " h ", "~"):
         assert word in text, word

@@ -89,7 +89,7 @@ def events(directory: Path) -> list[str]:
     return [line["event"] for line in lines(directory / "events.jsonl")]
 
 
-def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float = 400, pause: float = 0.05) -> Any:
+def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float = 1000, pause: float = 0.05) -> Any:
     """Wait for a true value of `condition`; fail as soon as the process has ended."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -99,7 +99,7 @@ def wait_for(condition: Callable[[], Any], process: psutil.Popen, timeout: float
     return value
 
 
-def until(condition: Callable[[], object], timeout: float = 400) -> None:
+def until(condition: Callable[[], object], timeout: float = 1000) -> None:
     """Wait for a condition of a run that is not our process."""
     deadline = time.monotonic() + timeout
     while not condition():
