@@ -92,7 +92,8 @@ def test_other_commands_of_the_wheel_work_there(installed: Path, hostile: Path) 
     task = {"name": "ills", "kind": "single", "score": "macro_f1", "columns": {"text": "text", "label": "label"}}
     task["files"] = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
     write(hostile / "task.yaml", {**task, "protocol": {"preset": "english"}})
-    write(hostile / "study.yaml", {"name": "seeds", "recipe": "detour.yaml", "grid": {"data.seed": [1]}})
+    study = {"name": "seeds", "recipe": "detour.yaml", "grid": {"data.seed": [1]}}
+    write(hostile / "study.yaml", {**study, "held_out": {"shards": "held-out", "text": "test.jsonl"}})
 
     with LoopbackCluster(1, cpus=2, path=None, python=installed / "python") as cluster:
         submit = ("submit", "--working-dir", hostile, "--", installed / "detour-train")
