@@ -117,7 +117,7 @@ def test_plan(tmp_path: Path) -> None:
 
 
 def test_audit(undisturbed: Path, tmp_path: Path) -> None:
-    """Of a run without canaries: what it measures is in tests/studies/test_audit.py."""
+    """A run without canaries is refused; tests/studies/test_audit.py has the measurement."""
     result = run(*DETOUR, "audit", undisturbed, cwd=tmp_path)
     assert result.returncode == BAD_INPUT
     assert "--canaries" in result.stderr
