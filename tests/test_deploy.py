@@ -127,6 +127,7 @@ def test_docker_copies_no_more_than_an_image_needs() -> None:
     assert len(extras) == 2 and all("remote" in extra.split(",") for extra in extras)
 
 
+@pytest.mark.chaos
 def test_slurm_script_trains_and_requeues_itself_when_stopped(undisturbed: Path, tmp_path: Path) -> None:
     """The real script with Slurm's commands replaced by ones that act on this machine."""
     commands = tmp_path / "bin"

@@ -372,6 +372,7 @@ def test_shipped_comparisons_suit_every_recipe_of_two_phases(name: str) -> None:
     assert len(load_study(name)[0].grid["data.seed"]) == 8
 
 
+@pytest.mark.chaos
 def test_two_trials_by_the_command_line(write: Write, toy_shards: Path, tmp_path: Path) -> None:
     """Run a study through the launcher and Ray; after a SIGTERM the same command continues it."""
     from tests.launcher.toy import DETOUR, environment
