@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from configs.schema import Optimizer
 from datapipe.batch import IGNORE, MicroBatch, label_bytes
 from engine import device
 from engine.megatron.ddp_timing import ParameterWaits
-from engine.megatron.gradient_norms import gradient_norms
+from engine.megatron.gradient_norms import GradientNorms
 from engine.megatron.optimizer import (
     FrozenWeights,
     prepare_gradients,
@@ -155,8 +156,12 @@ class StepRunner:
             set_learning_rate(self.optimizer, learning_rate, peak or self.settings.lr, self.settings)
         self.frozen.clear_gradients()
         prepare_gradients(self.optimizer, losses)
-        norms = [gradient_norms(self.model, self.optimizer)] if by_part else []
+        norms = [self._gradient_norms.compute()] if by_part else []
         return torch.cat([update(self.optimizer).view(1), *norms])
+
+    @functools.cached_property
+    def _gradient_norms(self) -> GradientNorms:
+        return GradientNorms(self.model, self.optimizer)
 
     def undo_step_count(self) -> None:
         """Take a step that was not finite out of the optimizer's step count; before the next save at the latest."""

@@ -14,8 +14,8 @@ from engine.megatron.names import global_name
 from engine.megatron.optimizer import PARTS, members
 
 
-def gradient_norms(model: Any, optimizer: Any) -> torch.Tensor:
-    """Compute the L2 norm of the gradient, before clipping, of each part of the whole model. Every rank calls it.
+class GradientNorms:
+    """Computes the L2 norm of the gradient, before clipping, of each part of the whole model.
 
     Written for Megatron 0.16.1 and 0.19.2: between `prepare_gradients` and `update`, a rank's range of a parameter has
     its gradient in `grad` of its main parameter. Those that Megatron's own norm counts are counted here.
@@ -23,27 +23,32 @@ def gradient_norms(model: Any, optimizer: Any) -> torch.Tensor:
     Args:
         model: This rank's pipeline stage.
         optimizer: The result of `build_optimizer`.
-
-    Returns:
-        [parts] fp32 on the device, in the order of `parts`. A frozen part has 0. The squares sum up to that of the
-        global norm.
     """
-    order = parts(model.config.num_layers)
-    names = {parameter: global_name(model, name) for name, parameter in model.named_parameters()}
-    gradients, rows = [], []
-    for member in members(optimizer):
-        for parameter, (group, position) in member.model_param_group_index_map.items():
-            main = member.optimizer.param_groups[group]["params"][position]
-            counts = param_is_not_shared(main) and tensor_parallel.param_is_not_tensor_parallel_duplicate(main)
-            if counts and main.grad is not None:
-                gradients.append(main.grad)
-                rows.append(order.index(_part(names[parameter])))
-    squares = torch.zeros(len(order), device=device())
-    if gradients:
-        norms = torch.stack(torch._foreach_norm(gradients)).float()
-        squares.index_add_(0, torch.tensor(rows, device=device()), norms.square())
-    dist.all_reduce(squares)
-    return squares.sqrt()
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        order = parts(model.config.num_layers)
+        names = {parameter: global_name(model, name) for name, parameter in model.named_parameters()}
+        rows = []
+        self._counted: list[Any] = []
+        for member in members(optimizer):
+            for parameter, (group, position) in member.model_param_group_index_map.items():
+                main = member.optimizer.param_groups[group]["params"][position]
+                if param_is_not_shared(main) and tensor_parallel.param_is_not_tensor_parallel_duplicate(main):
+                    self._counted.append(main)
+                    rows.append(order.index(_part(names[parameter])))
+        self._count, self._rows = len(order), torch.tensor(rows, dtype=torch.int64, device=device())
+
+    def compute(self) -> torch.Tensor:
+        """Return the norms, [parts] fp32 on the device, in the order of `parts`; every rank calls it.
+
+        The host does not wait for the device. A frozen part has 0. The squares sum up to that of the global norm.
+        """
+        squares = torch.zeros(self._count, device=device())
+        if self._counted:
+            norms = torch.stack(torch._foreach_norm([main.grad for main in self._counted])).float()
+            squares.index_add_(0, self._rows, norms.square())
+        dist.all_reduce(squares)
+        return squares.sqrt()
 
 
 def parts(num_layers: int) -> list[str]:
