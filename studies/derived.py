@@ -50,6 +50,13 @@ def architecture_of(config: RunConfig) -> ModernBertConfig:
     return _architectures[key]
 
 
+def parameters_of(config: RunConfig) -> int:
+    """Return the number of parameters of a run's model."""
+    from engine.modernbert.config import parameter_count
+
+    return parameter_count(architecture_of(config))
+
+
 def _parameters(config: RunConfig, value: Any) -> list[str]:
     from datapipe.tokenizer import load_tokenizer
     from studies.sizes import model_shape

@@ -13,6 +13,7 @@ from configs.versions import software
 from monitoring.events import WorkersStarted
 from monitoring.run_directory import RunDirectory
 from monitoring.run_files import RunFiles
+from studies.derived import parameters_of
 from studies.measures import Measure, outcomes_of
 from studies.plan import Study, Trial
 
@@ -54,15 +55,12 @@ def read_record(output: Path, study: Study, trial: Trial, measures: Sequence[Mea
 
 def _outcome(run: RunFiles) -> dict[str, Any]:
     """Collect the results that the seeds determine: size, length and held-out MLM loss of the last step."""
-    from datapipe.tokenizer import load_tokenizer
-    from engine.modernbert.config import parameter_count, resolve_architecture
-
     config = run.config
     held_out = run.evaluations("mlm")
     if not held_out or held_out[-1][0] != config.total_steps:
         raise RunFailedError(f"{run.directory} logged no held-out MLM loss of its last step, {config.total_steps:,}")
     return {
-        "parameters": parameter_count(resolve_architecture(config.model, load_tokenizer(config.tokenizer))),
+        "parameters": parameters_of(config),
         "tokens": run.rows[-1]["tokens"],
         "sequences": config.batch.sequences,
         "loss": held_out[-1][1],

@@ -10,11 +10,9 @@ from configs.errors import InputError
 from configs.files import partial_path
 from configs.schema import RunConfig
 from monitoring.run_directory import RunDirectory
-from studies.derived import architecture_of
+from studies.derived import parameters_of
 from studies.plan import Trial
 
-CHECKPOINT_BYTES = 12
-"""Bytes per parameter of a checkpoint: weights and two moments in FP32."""
 EXPORT_BYTES = 4
 """Bytes per parameter of an export."""
 
@@ -37,16 +35,19 @@ def require_room(output: Path, trials: Sequence[Trial], trunks: Mapping[str, Tri
     Raises:
         InputError: The disk is too small.
     """
+    from engine.planning.memory import WIDTH, checkpoint_bytes
+
     used = [trunks[trial.address] for trial in trials if trial.address in trunks]
     runs = {trial.address: trial for trial in [*used, *trials]}
     shared, kept, running = {trunk.address for trunk in trunks.values()}, 0, []
     for address, trial in runs.items():
-        size, config = _parameters(trial.config), trial.config
+        size, config = parameters_of(trial.config), trial.config
+        checkpoint = checkpoint_bytes(size, WIDTH["fp32"])  # the largest precision
         # A branch shares the files of its trunk's checkpoint, and a trunk keeps the one at its end.
         ends = 1 if address in shared else 0 if address in trunks else len(config.phases) - 1
         extra = config.total_steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
-        kept += size * (EXPORT_BYTES + CHECKPOINT_BYTES * (ends + extra))
-        running.append(size * CHECKPOINT_BYTES * (config.checkpoint.keep + 1))
+        kept += size * EXPORT_BYTES + checkpoint * (ends + extra)
+        running.append(checkpoint * (config.checkpoint.keep + 1))
     needed = kept + sum(sorted(running)[-at_once:])
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
@@ -78,9 +79,3 @@ def thin(directory: Path, config: RunConfig, kept: Collection[int]) -> None:
         path.rename(hidden)  # because a half-deleted checkpoint must not look like a checkpoint
         shutil.rmtree(hidden, ignore_errors=True)
     clear_partial(checkpoints)
-
-
-def _parameters(config: RunConfig) -> int:
-    from engine.modernbert.config import parameter_count
-
-    return parameter_count(architecture_of(config))
