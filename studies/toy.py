@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from configs.files import write_atomically, write_json
+from configs.files import write_atomically
 from datapipe.inputs import find_files
+from datapipe.new_tokenizer import train_tokenizer
 from datapipe.text import read_texts
 from studies.plan import Study, is_seed
 from studies.rule import FINE_TUNED
@@ -25,13 +26,6 @@ ORDERS = 2
 TEXTS, TASK_TEXTS, HELD_OUT_TEXTS = 300, 250, 60
 """Documents to train on, to make tasks from, and to hold out. They are disjoint."""
 VOCABULARY = 2048
-SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
 VALUES: dict[str, list[Any]] = {
     "parameters": ["600k", "930k", "1.8M"],
     "tokens": ["16k", "24k", "32k"],
@@ -96,7 +90,8 @@ def _write_files(folder: Path) -> None:
     general = list(_texts("tico19_en"))[:400]
     for name, part in (("train", train), ("held-out", held_out), ("general", general)):
         _write_lines(folder / f"{name}.jsonl", [{"text": text} for text in part])
-    _write_tokenizer(folder / "tokenizer", train)
+    # The shipped vocabulary would be most of a toy model.
+    train_tokenizer(folder / "tokenizer", train, VOCABULARY, show_progress=False)
     protocol = {"preset": "english", "epochs": 3, "lr": 1e-3, "length": 96}
     entities = [sentence for text in of_tasks for sentence in _entities(text)]
     for split, sentences in _split(entities):
@@ -192,27 +187,3 @@ def _write_task(folder: Path, name: str, suffix: str, **settings: Any) -> None:
 
 def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
-    """Train a byte-level BPE tokenizer, because the shipped vocabulary would be most of a toy model."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    tokenizer: Any = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = list(SPECIAL.values())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
-    )
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, **SPECIAL}
-    write_json(folder / "tokenizer_config.json", settings)
