@@ -108,7 +108,7 @@ class Components:
         targets, micro = objective.targets(), self.layout.micro_batch_sizes[span.index]
         exchange = None
         if self.row_exchange:
-            cost = row_cost(self.runner.model.architecture, targets)
+            cost = row_cost(self.architecture, targets)
             exchange = partial(self.row_exchange, cost=cost, micro_batch_size=micro)
         return self.loader.steps(
             targets,

@@ -210,7 +210,7 @@ def _audit_checkpoint(
     from engine.export import export_hf
 
     meta = describe(checkpoint)
-    span = next((span for span in config.spans if meta.step <= span.last), config.spans[-1])
+    span = config.span_at(meta.step)
     begun = {name for one in config.spans if one.first < meta.step for name in one.phase.objectives}
     sensible: dict[Attack, bool] = {"clm": "clm" in begun, "mlm": has_trained_masks(meta)}
     tokenizer = load_tokenizer(str(checkpoint))
