@@ -16,7 +16,7 @@ from tests.launcher.toy import assert_same_run, events, lines, recipe, steps, un
 @pytest.mark.timeout(1800)  # a minute and a half on two idle cores
 def test_submitted_job_loses_a_worker_and_then_a_node(toy_shards: Path, tmp_path: Path) -> None:
     tree = recipe(toy_shards, cluster={"nodes": 2, "workers_per_node": 1}, checkpoint={"every": "5 steps"})
-    tree["phases"][0]["steps"] = 36
+    tree["phases"][0]["steps"] = 24
     path = write(tmp_path / "toy.yaml", tree)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     draw = drawn()
@@ -33,10 +33,10 @@ def test_submitted_job_loses_a_worker_and_then_a_node(toy_shards: Path, tmp_path
         submit(undisturbed)
         until(lambda: "finished" in events(undisturbed))
         submit(disturbed)
-        reach(draw.randint(1, 12))
+        reach(draw.randint(1, 8))
         next(iter(cluster.workers())).kill()
         until(lambda: "worker_failed" in events(disturbed))
-        reach(max(steps(disturbed)) + draw.randint(1, 12))
+        reach(max(steps(disturbed)) + draw.randint(1, 8))
         cluster.kill_node(max(cluster.workers().values(), key=lambda node: node.address))  # never the head
         until(lambda: "finished" in events(disturbed))
         until(lambda: "is complete" in cluster.job("logs", disturbed.name))
