@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 from tests.launcher.toy import TRAIN, recipe, run, write
 from tests.programs import pytest_terminal_summary  # noqa: F401
 from tests.seeds import drawn_seed  # noqa: F401
+from tests.toy_recipe import TOKENIZER
 
 CONTRACTS = Path(__file__).parent / "engine" / "megatron" / "test_contracts.py"
 
@@ -31,7 +32,7 @@ def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from datapipe.tokenizer import load_tokenizer
 
     output = tmp_path_factory.mktemp("shards") / "en"
-    prepare(["package://corpus/tico19_en.jsonl.gz"], load_tokenizer("package://tokenizer/modernbert"), output)
+    prepare(["package://corpus/tico19_en.jsonl.gz"], load_tokenizer(TOKENIZER), output)
     return output
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+TOKENIZER = str(Path(__file__).parent / "tokenizer")
+"""Has 2,048 entries, learned from the TICO-19 sample (CC0). ModernBERT's 50,368 make a toy step four times as long."""
 
 
 def toy_recipe(sources: list[dict[str, Any]], *changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,7 +21,7 @@ def toy_recipe(sources: list[dict[str, Any]], *changes: Mapping[str, Any]) -> di
             "num_attention_heads": 4,
             "local_attention": 32,
         },
-        "tokenizer": "package://tokenizer/modernbert",
+        "tokenizer": TOKENIZER,
         "data": {"sequence_length": 128, "streams": 4, "sources": sources},
         "batch": {"sequences": 8, "micro": 2},
         "phases": [

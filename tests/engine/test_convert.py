@@ -20,6 +20,7 @@ from datapipe.tokenizer import load_tokenizer
 from engine.checkpoint import CheckpointMeta, step_directory
 from engine.export import export_hf
 from tests.engine.world import run_world, stored, toy_config, train
+from tests.toy_recipe import TOKENIZER
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
@@ -29,7 +30,7 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face model whose vocabulary needs padding here, in fp32, old configuration style."""
     folder = tmp_path_factory.mktemp("hf")
     torch.manual_seed(3)
-    model = ModernBertForMaskedLM(ModernBertConfig(vocab_size=50371, **SHAPE))
+    model = ModernBertForMaskedLM(ModernBertConfig(vocab_size=2051, pad_token_id=0, **SHAPE))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -110,13 +111,13 @@ def test_the_export_is_the_trained_model(shards: Path, alone_run: Path, tmp_path
         ({"model_type": "bert"}, "model-type"),
         (None, "config-missing"),
         ([1, 2], "config-invalid"),
-        ({"model_type": "modernbert", **SHAPE, "vocab_size": 50368}, "weights-missing"),
+        ({"model_type": "modernbert", **SHAPE, "vocab_size": 2048}, "weights-missing"),
         ({"model_type": "modernbert", **SHAPE, "num_hidden_layers": "64"}, "config-invalid"),
         ({"model_type": "modernbert", **SHAPE, "hidden_size": None}, "config-invalid"),
         ({"model_type": "modernbert", **SHAPE, "rope_parameters": {"rope_theta": 1e4}}, "config-invalid"),
-        ({"model_type": "modernbert", **SHAPE, "vocab_size": 50368, "norm_bias": True}, "architecture-unsupported"),
+        ({"model_type": "modernbert", **SHAPE, "vocab_size": 2048, "norm_bias": True}, "architecture-unsupported"),
         (
-            {"model_type": "modernbert", **SHAPE, "vocab_size": 50368, "global_rope_theta": -1},
+            {"model_type": "modernbert", **SHAPE, "vocab_size": 2048, "global_rope_theta": -1},
             "architecture-unsupported",
         ),
     ],
@@ -129,7 +130,7 @@ def test_a_directory_that_cannot_be_imported(content: Any, code: str, tmp_path: 
     if content is not None:
         (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(InputError) as refusal:
-        architecture = resolve_architecture(Model(init=str(tmp_path)), load_tokenizer("package://tokenizer/modernbert"))
+        architecture = resolve_architecture(Model(init=str(tmp_path)), load_tokenizer(TOKENIZER))
         huggingface_weights(str(tmp_path), architecture, 0)
     assert refusal.value.code == code
 
@@ -149,7 +150,7 @@ def test_an_override_that_contradicts_the_weights_is_refused(override: str, valu
     from configs.schema import Model
     from engine.modernbert.config import resolve_architecture
 
-    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    tokenizer = load_tokenizer(TOKENIZER)
     with pytest.raises(InputError) as refusal:
         resolve_architecture(Model(init=str(hf_model), **{override: value}), tokenizer)
     assert (refusal.value.key, refusal.value.code) == (f"model.{override}", "override-contradicts")
@@ -164,7 +165,7 @@ def test_a_layer_pattern_is_compared_by_the_layers_it_means(hf_model: Path, tmp_
     content.pop("global_attn_every_n_layers", None)
     content["layer_types"] = ["full_attention", "sliding_attention"] * (SHAPE["num_hidden_layers"] // 2)
     (tmp_path / "config.json").write_text(json.dumps(content))
-    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    tokenizer = load_tokenizer(TOKENIZER)
     model = Model(init=str(tmp_path), global_attn_every_n_layers=2)
     assert resolve_architecture(model, tokenizer).layer_types == content["layer_types"]
     with pytest.raises(InputError) as refusal:
@@ -178,9 +179,7 @@ def test_a_checkpoint_below_the_home_directory_is_one(
     from engine.initial_weights import check_initial_weights
 
     monkeypatch.setenv("HOME", str(step_directory(alone_run / "checkpoints", 5).parent))
-    (note,) = check_initial_weights(
-        "~/step-00000005", ModernBertConfig(), load_tokenizer("package://tokenizer/modernbert")
-    )
+    (note,) = check_initial_weights("~/step-00000005", ModernBertConfig(), load_tokenizer(TOKENIZER))
     assert "optimizer" in note
 
 
@@ -188,7 +187,7 @@ def test_an_override_that_says_what_the_file_says_is_taken(hf_model: Path) -> No
     from configs.schema import Model
     from engine.modernbert.config import resolve_architecture
 
-    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    tokenizer = load_tokenizer(TOKENIZER)
     model = Model(init=str(hf_model), hidden_size=SHAPE["hidden_size"], global_rope_theta=640_000.0)
     assert resolve_architecture(model, tokenizer).rope_parameters["full_attention"]["rope_theta"] == 640_000.0
 
@@ -267,7 +266,7 @@ def test_the_card_of_a_causal_checkpoint_says_what_was_trained(shards: Path, alo
 
 def _tokenizer_folder(folder: Path, changes: dict[str, str], config: dict[str, str] | None = None) -> Path:
     """A copy of the shipped tokenizer in which pieces of tokenizer.json are replaced."""
-    shipped = load_tokenizer("package://tokenizer/modernbert")
+    shipped = load_tokenizer(TOKENIZER)
     shipped.save(folder)
     content = (folder / "tokenizer.json").read_text(encoding="utf-8")
     for old, new in changes.items():
@@ -283,8 +282,8 @@ def _tokenizer_folder(folder: Path, changes: dict[str, str], config: dict[str, s
 def test_another_tokenizer_than_the_models_is_refused(hf_model: Path, tmp_path: Path) -> None:
     from datapipe.vocabulary import first_difference
 
-    trained = load_tokenizer("package://tokenizer/modernbert")
-    swapped = {'"hello"': '"<held>"', '"world"': '"hello"', '"<held>"': '"world"'}
+    trained = load_tokenizer(TOKENIZER)
+    swapped = {'"Ġpatients"': '"<held>"', '"Ġdisease"': '"Ġpatients"', '"<held>"': '"Ġdisease"'}
     other_ids = load_tokenizer(str(_tokenizer_folder(tmp_path / "ids", swapped)))
     other_roles = load_tokenizer(str(_tokenizer_folder(tmp_path / "roles", {}, {"sep_token": "[CLS]"})))
     same = load_tokenizer(str(_tokenizer_folder(tmp_path / "same", {})))
@@ -298,8 +297,8 @@ def test_a_start_checks_tokenizer_and_weights_together(hf_model: Path, tmp_path:
 
     from engine.initial_weights import check_initial_weights
 
-    tokenizer = load_tokenizer("package://tokenizer/modernbert")
-    architecture = ModernBertConfig(vocab_size=50371, **SHAPE)
+    tokenizer = load_tokenizer(TOKENIZER)
+    architecture = ModernBertConfig(vocab_size=2051, pad_token_id=0, **SHAPE)
     (note,) = check_initial_weights(str(hf_model), architecture, tokenizer)
     assert "tokenizer.json" in note
     model = tmp_path / "model"
@@ -316,7 +315,7 @@ def test_a_vocabulary_override_below_the_tokenizer_is_refused(hf_model: Path) ->
     from configs.schema import Model
     from engine.modernbert.config import resolve_architecture
 
-    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    tokenizer = load_tokenizer(TOKENIZER)
     with pytest.raises(InputError) as refusal:
         resolve_architecture(Model(init=str(hf_model), vocab_size=100), tokenizer)
     assert (refusal.value.key, refusal.value.code) == ("model.vocab_size", "tokenizer-too-large")
@@ -329,7 +328,7 @@ def test_a_checkpoint_takes_its_own_tokenizer_alone(shards: Path, alone_run: Pat
     checkpoint = step_directory(alone_run / "checkpoints", 5)
     own = load_tokenizer(str(checkpoint))
     assert own.sha256 == load_tokenizer(toy_config(shards).tokenizer).sha256
-    swapped = {'"hello"': '"<held>"', '"world"': '"hello"', '"<held>"': '"world"'}
+    swapped = {'"Ġpatients"': '"<held>"', '"Ġdisease"': '"Ġpatients"', '"<held>"': '"Ġdisease"'}
     others = {
         "tokenizer-not-the-models": _tokenizer_folder(tmp_path / "ids", swapped),
         "tokenizer-extends-checkpoint": extended(tmp_path / "more", own.directory),

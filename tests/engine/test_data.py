@@ -15,6 +15,7 @@ from monitoring.log import read_events, read_metrics
 from monitoring.telemetry import Telemetry
 from tests.datapipe.conftest import write_shards
 from tests.engine.world import run_world, toy_config, train
+from tests.toy_recipe import TOKENIZER
 
 
 def configured(folder: Path, steps: int, **source: object) -> RunConfig:
@@ -43,7 +44,7 @@ def test_skipped_documents_are_events_once_each(tmp_path: Path) -> None:
     """Shards of format 1 have a sample per document, so damage costs single documents."""
     (tmp_path / "run").mkdir()
     documents = [[number + 10] * (8 + number % 30) for number in range(300)]
-    shards = write_shards(tmp_path / "a", [documents], load_tokenizer("package://tokenizer/modernbert"))
+    shards = write_shards(tmp_path / "a", [documents], load_tokenizer(TOKENIZER))
     data = {"sources": [{"name": "a", "shards": str(shards)}], "on_error": "skip"}
     config = toy_config(tmp_path, data=data, phases=[{"objective": "clm", "steps": 6}])
     path = shards / "000000.tar"

@@ -43,7 +43,8 @@ def test_layout_equals_one_process(
 
 
 def test_checkpoint_has_the_planned_bytes(alone_run: Path) -> None:
-    elements = sum(tensor.numel() for name, tensor in stored(alone_run, 5).items() if "optimizer." not in name)
+    tensors = stored(alone_run, 5)
+    elements = sum(tensor.numel() for name, tensor in tensors.items() if "optimizer." not in name)
     files = (alone_run / "checkpoints" / "step-00000005").glob("*.distcp")
-    planned = checkpoint_bytes(elements, WIDTH["fp32"])
-    assert sum(file.stat().st_size for file in files) == pytest.approx(planned, rel=0.02)
+    beside_tensors = sum(file.stat().st_size for file in files) - checkpoint_bytes(elements, WIDTH["fp32"])
+    assert 0 < beside_tensors < 2048 * len(tensors), "more than a header for each tensor"

@@ -26,6 +26,7 @@ from engine.initial_weights import check_initial_weights
 from engine.merge import MergeWeights, Origin, coefficients, merge, merged_weights
 from engine.modernbert.config import resolve_architecture
 from tests.engine.world import stored, toy_config
+from tests.toy_recipe import TOKENIZER
 
 SHAPE = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 DECAYS: dict[MergeWeights, Callable[[float], float]] = {"mean": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x)}
@@ -47,7 +48,7 @@ def test_the_coefficients_are_those_of_the_decay(count: int, weights: MergeWeigh
 def test_a_planted_quadratic(weights: MergeWeights) -> None:
     """The merge of SGD's iterates is the iterate whose gradients are scaled by the decay, and has less noise."""
     architecture = ModernBertConfig(vocab_size=128, pad_token_id=0, **SHAPE)
-    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    tokenizer = load_tokenizer(TOKENIZER)
     generator = torch.Generator().manual_seed(0)
     rate, count = 0.5, 20
     name = "model.embeddings.tok_embeddings.weight"
@@ -143,7 +144,7 @@ def another_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]
-    vocabulary["Ġdog"], vocabulary["Ġcat"] = vocabulary["Ġcat"], vocabulary["Ġdog"]
+    vocabulary["Ġpatients"], vocabulary["Ġdisease"] = vocabulary["Ġdisease"], vocabulary["Ġpatients"]
     path.write_text(json.dumps(content))
 
 

@@ -8,9 +8,9 @@ import torch
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from datapipe.tokenizer import load_tokenizer
+from tests.toy_recipe import TOKENIZER
 
 torch.set_num_threads(1)  # on a busy machine toy models are then ten times as fast
-TOKENIZER = "package://tokenizer/modernbert"
 
 
 def save_model(directory: Path, seed: int = 0, **shape: int) -> Path:

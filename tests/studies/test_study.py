@@ -25,6 +25,7 @@ from monitoring.log import read_events
 from studies.plan import expand, load_study
 from studies.study import run_study
 from tests.launcher.toy import recipe
+from tests.toy_recipe import TOKENIZER
 
 Write = Callable[[str, str], Path]
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def held_out(toy_shards: Path) -> Path:
     """Return shards of the French sample corpus, which no toy run trains on."""
     shards = toy_shards.parent / "held-out"
     if not shards.exists():
-        prepare(["package://corpus/tico19_fr.jsonl.gz"], load_tokenizer("package://tokenizer/modernbert"), shards)
+        prepare(["package://corpus/tico19_fr.jsonl.gz"], load_tokenizer(TOKENIZER), shards)
     return shards
 
 
