@@ -18,11 +18,17 @@ from tests.seeds import drawn_seed  # noqa: F401
 from tests.toy_recipe import TOKENIZER
 
 CONTRACTS = Path(__file__).parent / "engine" / "megatron" / "test_contracts.py"
+LONGEST = [
+    Path(__file__).parent / name for name in ("test_end_to_end.py", "chaos/test_short.py", "engine/test_resume.py")
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run first what tells that an upgraded Megatron, torch or Transformer Engine has changed."""
-    items.sort(key=lambda item: item.path != CONTRACTS)
+    """Run first what tells that an upgraded Megatron, torch or Transformer Engine has changed, then the longest files.
+
+    One process runs all tests of a file, so that a long file at the end would leave the other processes idle.
+    """
+    items.sort(key=lambda item: (item.path != CONTRACTS, item.path not in LONGEST))
 
 
 @pytest.fixture(scope="session")
