@@ -93,7 +93,7 @@ def simulated(steps: list[list[PackedSequence]]) -> list[Row]:
                     for times in ([seconds(row, target.objective) for row in step],)
                 ]
             )
-            dealt, made = found.mean(axis=0)
+            dealt, made = map(float, found.mean(axis=0))
             name = f"{target.objective.upper()}, {ranks} ranks x {per_rank} rows: efficiency (peer: not dealt)"
             rows.append(Row(name, dealt, made, dealt / made, None, "", None))
             if ranks == 64:
