@@ -41,7 +41,7 @@ def software() -> dict[str, str]:
     return {
         "version": version_of("detour-train"),
         "commit": _commit(),
-        "code": _short_hash(json.dumps(code_files(), sort_keys=True).encode()),
+        "code": _short_hash(json.dumps(own_code(), sort_keys=True).encode()),
         "python": platform.python_version(),
         "torch": version_of("torch"),
         "megatron": version_of("megatron-core"),
@@ -55,8 +55,13 @@ def compared_versions() -> dict[str, str]:
 
 
 @cache
+def own_code() -> dict[str, str]:
+    """`code_files` as this process first found them, because its modules were imported from those."""
+    return code_files()
+
+
 def code_files() -> dict[str, str]:
-    """Map each file of Detour's packages to a short hash of its content. Paths are relative to HOME."""
+    """Map each file of Detour's packages to a short hash of its content now. Paths are relative to HOME."""
     files = [path for package in PACKAGES for path in (HOME / package).rglob("*") if path.suffix in SUFFIXES]
     return {
         path.relative_to(HOME).as_posix(): _short_hash(path.read_bytes())

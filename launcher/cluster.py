@@ -8,10 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -19,8 +17,6 @@ import ray
 
 from configs.errors import InputError, RunFailedError
 
-REACH_SECONDS = 2.0
-"""Seconds after which a node that does not answer counts as lost."""
 ANSWER_SECONDS = 4.0
 """Seconds that RAY_ADDRESS may take to accept a connection, and again to answer as Ray does."""
 CHECK_SECONDS = 60.0
@@ -32,18 +28,6 @@ OBJECT_STORE_BYTES = 256 * 2**20
 START_ATTEMPTS = 2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Node:
-    """An alive node of the cluster, with its total resources, in use or not."""
-
-    id: str
-    address: str
-    port: int
-    """Port of the node's raylet."""
-    cpus: int
-    gpus: int
 
 
 def is_joined() -> bool:
@@ -161,91 +145,3 @@ def _initialise(options: dict[str, Any]) -> None:
             logger.warning("Ray could not be started (%s); trying once more", error)
         else:
             return
-
-
-def alive_nodes(drained: bool = False) -> list[Node]:
-    """List the nodes that may be given work, this process's own first.
-
-    Args:
-        drained: List nodes that are being drained too.
-    """
-    own_id, draining = ray.get_runtime_context().get_node_id(), () if drained else draining_nodes()
-    nodes = [
-        Node(
-            id=entry["NodeID"],
-            address=entry["NodeManagerAddress"],
-            port=entry["NodeManagerPort"],
-            cpus=int(entry["Resources"].get("CPU", 0)),
-            gpus=int(entry["Resources"].get("GPU", 0)),
-        )
-        for entry in ray.nodes()
-        if entry["Alive"] and entry["NodeID"] not in draining
-    ]
-    return sorted(nodes, key=lambda node: (node.id != own_id, node.address, node.id))
-
-
-def silent_nodes(nodes: Collection[Node]) -> set[str]:
-    """Return the ids of the nodes whose raylet does not answer, because Ray lists a lost node for many seconds."""
-    if not nodes:
-        return set()
-    with ThreadPoolExecutor(min(len(nodes), 64)) as pool:  # because each lost node takes REACH_SECONDS
-        answers = pool.map(lambda node: accepts_connections(node.address, node.port), nodes)
-        return {node.id for node, answered in zip(nodes, answers, strict=True) if not answered}
-
-
-def accepts_connections(host: str, port: int) -> bool:
-    """Return whether something listens at an address, within REACH_SECONDS."""
-    try:
-        with socket.create_connection((host, port), timeout=REACH_SECONDS):
-            return True
-    except OSError:
-        return False
-
-
-def free_nodes(nodes: Collection[Node]) -> list[Node]:
-    """Return the nodes with the CPUs and GPUs that no job holds now.
-
-    Where Ray's call for it fails, every node counts as free: a run that asks for one in use then waits in vain, once
-    per `cluster.grow_every`.
-    """
-    try:
-        free = dict(_ask_ray_for_free_resources())
-    except Exception as error:  # another version of Ray may fail in any way
-        logger.warning("Ray %s does not tell which nodes are free (%r)", ray.__version__, error)
-        return list(nodes)
-    return [
-        replace(node, cpus=int(free[node.id].get("CPU", 0)), gpus=int(free[node.id].get("GPU", 0)))
-        for node in nodes
-        if node.id in free
-    ]
-
-
-def draining_nodes() -> dict[str, int]:
-    """Map the id of each node about to be taken away to its deadline in milliseconds since the epoch; 0: no deadline.
-
-    Ray has no public call for it outside Ray Train's workers. Where the private call fails, no node counts as draining:
-    a preemption then costs the steps since the newest checkpoint, not the run.
-    """
-    global _has_warned
-    try:
-        return dict(_ask_ray_for_draining_nodes())
-    except Exception as error:  # another version of Ray may fail in any way
-        if not _has_warned:
-            logger.warning("Ray %s gives no notice of nodes that are drained (%r)", ray.__version__, error)
-            _has_warned = True
-        return {}
-
-
-_has_warned = False
-
-
-def _ask_ray_for_free_resources() -> dict[str, dict[str, float]]:
-    """Call the function behind `ray.available_resources`, which gives the sum only; written for Ray 2.60."""
-    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()  # noqa: TID251, SLF001 - no public call exists
-    return free
-
-
-def _ask_ray_for_draining_nodes() -> dict[str, int]:
-    """Call the function that Ray Train and Ray Serve use; written for Ray 2.60."""
-    draining: dict[str, int] = ray._private.state.state.get_draining_nodes()  # noqa: TID251, SLF001 - no public call exists
-    return draining

@@ -125,7 +125,8 @@ def _memory() -> list[Finding]:
 def _ray() -> list[Finding]:
     import ray
 
-    from launcher.cluster import alive_nodes, connect, is_joined
+    from launcher.cluster import connect, is_joined
+    from launcher.nodes import alive_nodes
 
     cluster = f"cluster at {os.environ['RAY_ADDRESS']}" if is_joined() else "local"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -125,4 +126,8 @@ class HangWatch:
             raise WorkerError("hung", None, f"no step completed in {self._timeout:.0f} s (cluster.hang_timeout)")
 
     def _written_at(self) -> int:
-        return self._path.stat().st_mtime_ns if self._path.exists() else 0
+        try:
+            with self._path.open("rb") as file:  # because NFS answers a plain stat from a cache, for up to a minute
+                return os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return 0

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from launcher.cluster import alive_nodes, free_nodes, silent_nodes
+from launcher.nodes import alive_nodes, free_nodes, silent_nodes
 from launcher.topology import Topology
 from monitoring.events import Resized
 from monitoring.log import read_events
@@ -30,7 +30,7 @@ class GrowthWatch:
         self._larger, self._own_nodes = larger, own_nodes
         resized = [event["time"] for event in read_events(directory) if event["event"] == Resized.KIND]
         since = time.time() - datetime.fromisoformat(resized[-1]).timestamp() if resized else every
-        self._next = time.monotonic() + max(0.0, every - since)
+        self._next = time.monotonic() + min(every, max(0.0, every - since))  # another machine's clock may be ahead
 
     def has_room(self) -> bool:
         """Return whether the run can grow now."""

@@ -8,7 +8,7 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
-from launcher.cluster import accepts_connections
+from launcher.nodes import refusal
 
 PROBE_SECONDS = 2.0
 """Seconds between two connections to the head."""
@@ -46,7 +46,7 @@ class HeadWatch:
         host, _, port = self._address.rpartition(":")
         answered = time.monotonic()
         while not self._closed.wait(min(PROBE_SECONDS, self._patience / 4)):
-            if accepts_connections(host.strip("[]"), int(port)):
+            if refusal(host.strip("[]"), int(port)) is None:
                 answered = time.monotonic()
             elif time.monotonic() - answered >= self._patience and not self._closed.is_set():
                 self._lost(f"the Ray head at {self._address} has not answered for {self._patience:.0f} s")

@@ -13,7 +13,8 @@ from configs.schema import SCRATCH, RunConfig
 from datapipe.loader import check_sources
 from datapipe.tokenizer import Tokenizer
 from datapipe.words import word_starts
-from launcher.cluster import alive_nodes, is_joined
+from launcher.cluster import is_joined
+from launcher.nodes import alive_nodes
 from launcher.rules import require_enough, require_gpus, workers_per_node
 from launcher.topology import Topology
 from monitoring.events import DataDamaged, InitialModel, record

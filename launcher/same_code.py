@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from configs.errors import InputError
-from configs.versions import code_files
+from configs.versions import own_code
 from launcher.worker import WorkerInfo
 
 MOST_NAMED = 5
@@ -22,7 +22,7 @@ def check_same_code(workers: Sequence[WorkerInfo]) -> None:
     """
     first = workers[0]
     for worker in workers:
-        if changed := differences(code_files(), worker.files):
+        if changed := differences(own_code(), worker.files):
             raise _other("files of Detour", worker.address, "here", changed)
         if changed := differences(first.packages, worker.packages):
             raise _other("packages", worker.address, f"on {first.address}", changed)

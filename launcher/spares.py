@@ -5,7 +5,6 @@ The import takes most of a restart. It happens while the run trains, so that a f
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import detour_train
-from launcher.cluster import Node
+from launcher.nodes import Node
+from launcher.topology import threads_per_worker
 from launcher.worker import WorkerInfo
 
 ANSWER_SECONDS = 3.0
@@ -37,18 +37,22 @@ class Spares:
             nodes: The nodes of the cluster.
         """
         self.close()
-        gpus = {node.id: node.gpus for node in nodes}
-        used: defaultdict[str, int] = defaultdict(int)
-        for worker in workers:
-            used[worker.node] += len(worker.gpus)
-        for worker in workers:
-            if worker.node in gpus and used[worker.node] in (0, gpus[worker.node]):
-                strategy = NodeAffinitySchedulingStrategy(worker.node, soft=False)
+        for node in nodes:
+            present = [worker for worker in workers if worker.node == node.id]
+            if sum(len(worker.gpus) for worker in present) not in (0, node.gpus):
+                continue
+            pids = tuple(worker.pid for worker in present)
+            strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            for worker in present:
+                threads = threads_per_worker(node.cpus, len(present))
                 actor = ray.remote(num_cpus=0, scheduling_strategy=strategy)(detour_train.Worker).remote()
-                self._by_node.setdefault(worker.node, []).append((actor, actor.warm_up.remote(worker.gpus)))
+                warm_up = actor.warm_up.remote(worker.gpus, threads, pids)
+                self._by_node.setdefault(node.id, []).append((actor, warm_up))
 
     def take(self, nodes: Collection[str], per_node: int, working_directory: str) -> dict[str, list[Any]]:
         """Hand over the spares of each node that has `per_node` that answer, and end all others.
+
+        A spare does not answer if it has died, or if code of its node has changed since it was started.
 
         Args:
             nodes: Ray's ids of the nodes.
@@ -60,7 +64,7 @@ class Spares:
             actor: actor.locate.remote(working_directory)
             for node in nodes
             for actor, warm_up in waiting.get(node, ())
-            if ray.wait([warm_up], timeout=0)[0]
+            if _has_succeeded(warm_up)
         }
         if calls:
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=ANSWER_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import sys
@@ -20,8 +21,12 @@ from monitoring.run_directory import RunDirectory
 REQUEST = "detour-stacks"
 """Key in the store of the process group: its presence asks every rank for its stack."""
 POLL_SECONDS = 3.0
+STDERR = 2
+"""File descriptor that leads to the rank's log."""
 ANSWER_SECONDS = 10.0
 """Seconds that the ranks have to write their stacks. A rank that does not is suspended, or holds Python's lock."""
+STUCK_SECONDS = 30.0
+"""Seconds without Python's lock after which a rank's stacks are written by a thread that needs no lock."""
 COLLECTIVES = "distributed_c10d.py"
 """File of torch's collectives."""
 
@@ -40,6 +45,8 @@ class Stack:
 def answer_requests(store: Any, rank: int, directory: Path) -> None:
     """Write the calling thread's stack into the run directory when the launcher asks for it, from another thread.
 
+    Native code that holds Python's lock blocks that thread. Then faulthandler writes all stacks into the rank's log.
+
     Args:
         store: A connection to the store of the process group, used by nobody else.
         rank: The rank of this process.
@@ -50,10 +57,13 @@ def answer_requests(store: Any, rank: int, directory: Path) -> None:
     def wait() -> None:
         try:
             while not store.check([REQUEST]):
+                faulthandler.dump_traceback_later(STUCK_SECONDS, file=STDERR)  # unless this loop comes here again
                 time.sleep(POLL_SECONDS)
             write_stack(sys._current_frames()[trained_by], rank, directory)  # noqa: SLF001 - documented by Python
         except Exception as error:  # the store has gone with rank 0, or training has ended
             logging.getLogger(__name__).debug("no stack of rank %d: %s", rank, error)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     Thread(target=wait, name="stacks", daemon=True).start()
 
@@ -111,7 +121,11 @@ def culprit(stacks: Sequence[Stack], ranks: int) -> tuple[int | None, str | None
     if silent:
         named = ", ".join(map(str, silent[:8]))
         plural = "s" * (len(silent) > 1)
-        return silent[0], collective, f"no answer from rank{plural} {named}, suspended or stuck in native code{others}"
+        sentence = (
+            f"no answer from rank{plural} {named}, suspended or stuck in native code (then logs/worker-"
+            f"{silent[0]}.log has the stacks){others}"
+        )
+        return silent[0], collective, sentence
     if waiting and elsewhere:
         return elsewhere[0].rank, collective, f"it is at {elsewhere[0].position}{others}"
     return None, collective, others.replace("; the others are", "all ranks are")

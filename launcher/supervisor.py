@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -27,11 +27,12 @@ from datapipe.tokenizer import Tokenizer
 from engine.run_inputs import keep_tokenizer, run_tokenizer
 from launcher.branch import begin_branch, check_branch
 from launcher.claim import claim
-from launcher.cluster import alive_nodes, connect, draining_nodes, require_cluster, silent_nodes
+from launcher.cluster import connect, require_cluster
 from launcher.exits import STOPPED
 from launcher.failures import FailureBudget, HangWatch, WorkerError
 from launcher.growth import GrowthWatch
 from launcher.head import HeadWatch
+from launcher.nodes import alive_nodes, draining_nodes, silent_nodes
 from launcher.preflight import (
     check,
     check_initial_model,
@@ -126,7 +127,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         run = Run(config, directory, working_directory, plan.topologies)
         with Progress(directory, console) as progress, failures_recorded(directory), StopRequest() as stop:
             head = ray.get_runtime_context().gcs_address
-            with HeadWatch(head, lambda message: _end_without_head(message, directory, stop)):
+            with HeadWatch(head, lambda message: _end_without_head(message, directory, stop)), closing(run.spares):
                 result = supervise(run, stop, progress)
             if not result.finished:
                 record(directory, Stopped(step=result.step, reason=result.reason))
@@ -149,12 +150,23 @@ def _importing(module: str) -> Iterator[None]:
 
 @contextmanager
 def failures_recorded(directory: Path) -> Iterator[None]:
-    """Record an error of the body as the end of the run, and write its report. The error goes on to the caller."""
+    """Record an error of the body as the end of the run, and write its report. The error goes on to the caller.
+
+    Raises:
+        RunFailedError: The body raised OSError, because the run directory has gone or can no longer be written.
+    """
     try:
         yield
     except (RunFailedError, InputError) as failure:
         _record_failure(directory, failure)
         raise
+    except OSError as error:
+        failure = RunFailedError(
+            f"--output {directory} can no longer be used: {error.filename or directory}: {error.strerror or error}; "
+            "once it is there again and writable, the same command continues"
+        )
+        _record_failure(directory, failure)
+        raise failure from error
 
 
 def _record_failure(directory: Path, failure: Exception) -> None:

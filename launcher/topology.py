@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from configs.errors import InputError
 
 if TYPE_CHECKING:
-    from launcher.cluster import Node
+    from launcher.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Topology:
         device = "GPU" if self.gpu else "CPU"
         plural = "s" * (self.per_node > 1)
         return f"{self.nodes} node{'s' * (self.nodes > 1)} with {self.per_node} {device}{plural} each"
+
+
+def threads_per_worker(cpus: int, workers: int) -> int:
+    """Return the threads of each of the workers on a node with so many CPUs."""
+    return max(1, cpus // workers)
 
 
 def check_tensor_groups(nodes: Sequence[str], tensor: int) -> None:

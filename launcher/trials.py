@@ -19,8 +19,9 @@ from configs.errors import InputError, RunFailedError
 from configs.files import exclusive_lock
 from configs.load import dump_config
 from configs.schema import RunConfig
-from launcher.cluster import alive_nodes, connect
+from launcher.cluster import connect
 from launcher.exits import BAD_INPUT, DONE, STOPPED
+from launcher.nodes import alive_nodes
 from launcher.preflight import possible_topologies
 from monitoring.run_directory import RunDirectory
 

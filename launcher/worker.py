@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +31,9 @@ GRACE_SECONDS = 60
 
 The launcher notices first, because it can name the rank.
 """
+
+END_SECONDS = 60.0
+"""Most seconds that a spare waits for the end of the workers it replaces."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class WorkerInfo:
     """`code_files` of the node."""
     packages: dict[str, str] = field(default_factory=dict)
     """`compared_versions` of the node."""
+    pid: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,14 +83,25 @@ class Worker:
         self._assignment = assignment
         self._store: Any = None
         self._gpus: tuple[str, ...] = ()
+        self._code_before: tuple[dict[str, str], dict[str, str]] | None = None
+        """Files and packages when this worker became a spare."""
+        self._predecessors: list[psutil.Process] = []
 
-    def warm_up(self, gpus: tuple[str, ...]) -> None:
+    def warm_up(self, gpus: tuple[str, ...], threads: int, predecessors: tuple[int, ...]) -> None:
         """Become a spare: import what training needs, and keep the GPUs that this worker may have to use.
 
         With GPUs only torch is imported, because other packages may open a GPU when they are imported.
+
+        Args:
+            gpus: Devices of the node's present workers.
+            threads: Threads of a worker, which libraries read when they are imported.
+            predecessors: Process ids of the node's present workers.
         """
         self._gpus = gpus
-        code_files()  # those of the modules that are imported now
+        self._code_before = code_files(), compared_versions()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._predecessors = [psutil.Process(pid) for pid in predecessors]
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         _ignore_warnings()
         if gpus:
             import torch  # noqa: F401
@@ -92,13 +109,20 @@ class Worker:
             _import_trainer()
 
     def locate(self, working_directory: str) -> WorkerInfo:
-        """Change to `working_directory` if this node has it, and report where this worker runs."""
+        """Change to `working_directory` if this node has it, and report where this worker runs.
+
+        Raises:
+            RuntimeError: Code of this node has changed since this worker became a spare, so it may be of two versions.
+        """
+        files, packages = code_files(), compared_versions()
+        if self._code_before not in (None, (files, packages)):
+            raise RuntimeError("code of this node has changed since the spare was started")
         if Path(working_directory).is_dir():
             os.chdir(working_directory)
         context = ray.get_runtime_context()
         gpus = self._gpus or tuple(context.get_accelerator_ids().get("GPU", ()))
         address = ray.util.get_node_ip_address()
-        return WorkerInfo(context.get_node_id(), address, gpus, code_files(), compared_versions())
+        return WorkerInfo(context.get_node_id(), address, gpus, files, packages, os.getpid())
 
     def setup(self, assignment: RankAssignment, directory: Path, token: str) -> None:
         """Take a rank: redirect output to the rank's log, set threads and devices, and import the trainer.
@@ -122,6 +146,7 @@ class Worker:
         logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
         logging.getLogger("engine").setLevel(logging.INFO)
         self._assignment = assignment
+        _await_end(self._predecessors)
         os.environ.update(
             RANK=str(assignment.rank),
             WORLD_SIZE=str(assignment.size),
@@ -183,6 +208,24 @@ class Worker:
         dist.barrier()  # a rank must not leave while another still waits for it
         dist.destroy_process_group()
         return RunResult(outcome.step, outcome.finished, outcome.reason)
+
+
+def _await_end(processes: Sequence[psutil.Process]) -> None:
+    """Wait until the workers that a spare replaces have ended, because they may still write or hold GPU memory.
+
+    A new process comes seconds later, after its imports.
+    """
+    _, alive = psutil.wait_procs([one for one in processes if not _is_zombie(one)], timeout=END_SECONDS)
+    if alive := [one for one in alive if not _is_zombie(one)]:
+        pids = ", ".join(str(one.pid) for one in alive)
+        logging.getLogger(__name__).warning("earlier workers still run after %.0f s: %s", END_SECONDS, pids)
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _ignore_warnings() -> None:

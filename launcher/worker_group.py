@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,12 @@ import detour_train
 from configs.errors import InputError, RunFailedError
 from configs.schema import RunConfig
 from launcher.claim import token_of
-from launcher.cluster import alive_nodes, silent_nodes
 from launcher.failures import WorkerError, root_cause
+from launcher.nodes import alive_nodes, lost_nodes
 from launcher.same_code import check_same_code
 from launcher.spares import Spares
 from launcher.stacks import collect_stacks, culprit
-from launcher.topology import Topology, check_tensor_groups
+from launcher.topology import Topology, check_tensor_groups, threads_per_worker
 from launcher.worker import STOP, RankAssignment, RunResult, WorkerInfo
 
 POLL_SECONDS = 0.5
@@ -139,7 +139,7 @@ class WorkerGroup:
                     local_rank=rank % topology.per_node,
                     local_size=topology.per_node,
                     gpus=tuple(gpu for other in self.workers if other.node == worker.node for gpu in other.gpus),
-                    threads=max(1, cpus.get(worker.node, topology.per_node) // topology.per_node),
+                    threads=threads_per_worker(cpus.get(worker.node, 1), topology.per_node),
                 ),
                 self._directory,
                 token,
@@ -199,10 +199,11 @@ class WorkerGroup:
 
     def _diagnose(self, calls: Sequence[Any], first_rank: int, first: Exception) -> Exception:
         """Return the failure that caused all others: a fatal error, else the root cause among the workers' failures."""
-        lost = self._lost_nodes()  # a lost node explains everything; else the other failures are worth waiting for
+        own_nodes = {worker.node for worker in self.workers}
+        lost = lost_nodes(own_nodes)  # a lost node explains everything; else the other failures are worth waiting for
         if not lost and not isinstance(first, FATAL_ERRORS):
             ray.wait(list(calls), num_returns=len(calls), timeout=GATHER_SECONDS)
-            lost = self._lost_nodes()
+            lost = lost_nodes(own_nodes)
         errors = {rank: error for rank, call in enumerate(calls) if (error := _error_of(call)) is not None}
         for error in errors.values():
             if isinstance(error, FATAL_ERRORS):  # Ray raises a class that is both the worker's and its own
@@ -213,19 +214,13 @@ class WorkerGroup:
                 return failed_import
         failures = [self._explain(rank, error, lost) for rank, error in errors.items()]
         failures += [
-            _node_lost(rank, worker.address)
+            _node_lost(rank, worker.address, lost[worker.node])
             for rank, worker in enumerate(self.workers)
             if worker.node in lost and rank not in errors
         ]
         return root_cause(failures, first_rank)
 
-    def _lost_nodes(self) -> set[str]:
-        """Return the ids of the workers' nodes that have left the cluster or do not answer."""
-        own_nodes = {worker.node for worker in self.workers}
-        nodes = [node for node in alive_nodes(drained=True) if node.id in own_nodes]
-        return own_nodes - {node.id for node in nodes} | silent_nodes(nodes)
-
-    def _explain(self, rank: int, error: Exception, lost: set[str]) -> WorkerError:
+    def _explain(self, rank: int, error: Exception, lost: Mapping[str, str | None]) -> WorkerError:
         address = self.workers[rank].address if self.workers else address_in(str(error))
         if isinstance(error, ray.exceptions.RayTaskError):
             cause = error.cause
@@ -234,8 +229,8 @@ class WorkerGroup:
         account = rays_account(str(error))
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return WorkerError("out_of_memory", rank, "killed because its node ran out of memory", address, account)
-        if self.workers and self.workers[rank].node in lost:
-            return _node_lost(rank, address, account)
+        if self.workers and (node := self.workers[rank].node) in lost:
+            return _node_lost(rank, address, lost[node] or account)
         return WorkerError("died", rank, "its process ended (killed, or crashed)", address, account)
 
     def close(self) -> None:
@@ -286,7 +281,7 @@ def wait_for_results(
     return list(ray.get(list(calls)))
 
 
-def _node_lost(rank: int, address: str | None, account: str | None = None) -> WorkerError:
+def _node_lost(rank: int, address: str | None, account: str | None) -> WorkerError:
     return WorkerError("node_lost", rank, f"its node {address} is gone", address, account)
 
 

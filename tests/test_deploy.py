@@ -106,7 +106,8 @@ def test_kind_runs_the_image_and_the_claim_of_its_quick_start() -> None:
 
 
 def test_rayjob_tells_a_pod_that_it_will_be_deleted() -> None:
-    _, group = load_job("rayjob.yaml")
+    job, group = load_job("rayjob.yaml")
+    assert job["spec"]["submissionMode"] == "K8sJobMode" and job["spec"]["submitterConfig"]["backoffLimit"] > 0
     pod = group["template"]["spec"]
     notice = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
     deadline, pause = (int(re.findall(pattern, notice)[0]) for pattern in (r"seconds=(\d+)", r"sleep (\d+)"))

@@ -174,6 +174,7 @@ def test_head_is_killed_and_the_same_command_resumes(toy_shards: Path, tmp_path:
     assert "resumed" in events(directory) and steps(directory) == list(range(1, 64))
 
 
+@pytest.mark.timeout(1800)  # the default of 600 s does not suffice on a busy machine
 def test_node_without_the_package_and_node_with_another_version(toy_shards: Path, tmp_path: Path) -> None:
     """Each ends the run with exit code 2, and the message names the node and what is wrong with it."""
     absent, other = tmp_path / "absent", tmp_path / "other"

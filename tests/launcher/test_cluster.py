@@ -19,7 +19,7 @@ import pytest
 import ray
 
 from configs.errors import InputError, RunFailedError
-from launcher import cluster, growth
+from launcher import cluster, growth, nodes
 from launcher.growth import GrowthWatch
 from launcher.head import HeadWatch
 from launcher.topology import Topology
@@ -139,17 +139,17 @@ def test_a_head_that_stops_answering_is_told_once() -> None:
     assert len(told) == 1 and address in told[0]
 
 
-def node(number: int, port: int, cpus: int = 2) -> cluster.Node:
-    return cluster.Node(str(number), "127.0.0.1", port, cpus, 0)
+def node(number: int, port: int, cpus: int = 2) -> nodes.Node:
+    return nodes.Node(str(number), "127.0.0.1", port, cpus, 0)
 
 
 def test_a_run_grows_only_onto_nodes_that_are_free_and_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with listening(b"") as address:
         port = int(address.rpartition(":")[2])
-        nodes = [node(0, port), node(1, port), node(2, port)]
+        present = [node(0, port), node(1, port), node(2, port)]
         free = {"1": {"CPU": 2.0}, "2": {"CPU": 1.0}}
-        monkeypatch.setattr(growth, "alive_nodes", lambda: nodes)
-        monkeypatch.setattr(cluster, "_ask_ray_for_free_resources", lambda: free)
+        monkeypatch.setattr(growth, "alive_nodes", lambda: present)
+        monkeypatch.setattr(nodes, "_ask_ray_for_free_resources", lambda: free)
 
         def has_room(target: int, every: float = 0) -> bool:
             return GrowthWatch(tmp_path, [Topology(target, 2, gpu=False)], {"0"}, every).has_room()
@@ -157,14 +157,14 @@ def test_a_run_grows_only_onto_nodes_that_are_free_and_answer(tmp_path: Path, mo
         assert has_room(2) and not has_room(3), "node 2 is in use"
         free["2"]["CPU"] = 2.0
         assert has_room(3)
-        nodes[2] = node(2, port=1)
+        present[2] = node(2, port=1)
         assert not has_room(3), "node 2 does not answer"
         record(tmp_path, Resized(step=3))
         assert has_room(2) and not has_room(2, every=300), "it has grown a moment ago"
 
 
 def test_ray_still_tells_what_is_free() -> None:
-    """The contract of `launcher.cluster.free_nodes`."""
+    """The contract of `launcher.nodes.free_nodes`."""
     assert not inspect.signature(ray._private.state.available_resources_per_node).parameters
 
 
@@ -176,13 +176,51 @@ def test_a_changed_ray_costs_the_drain_notice_and_one_warning(
         def get_draining_nodes(self) -> dict[str, int]:
             raise error("Ray has changed")
 
-    monkeypatch.setattr(cluster, "_has_warned", False)
+    monkeypatch.setattr(nodes, "_has_warned", False)
     monkeypatch.setattr("ray._private.state.state", Changed())
-    assert cluster.draining_nodes() == cluster.draining_nodes() == {}
-    assert len([record for record in caplog.records if record.name == "launcher.cluster"]) == 1
+    assert nodes.draining_nodes() == nodes.draining_nodes() == {}
+    assert len([record for record in caplog.records if record.name == "launcher.nodes"]) == 1
 
 
 def test_ray_still_has_get_draining_nodes() -> None:
-    """The contract of `launcher.cluster.draining_nodes`; a failure names what an upgrade of Ray has changed."""
+    """The contract of `launcher.nodes.draining_nodes`; a failure names what an upgrade of Ray has changed."""
     signature = inspect.signature(type(ray._private.state.state).get_draining_nodes)
     assert list(signature.parameters) == ["self"]
+
+
+def test_a_loss_is_told_in_rays_words_or_by_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's fields were read from a real cluster: a raylet that was killed, and one that was drained."""
+
+    def entry(id: str, alive: bool, port: int, reason: int = 0, message: str = "") -> dict[str, Any]:
+        death = {"DeathReason": reason, "DeathReasonMessage": message}
+        place = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+        return {"NodeID": id, "Alive": alive, "Resources": {}, **place, **death}
+
+    with listening(b"") as address:
+        listed = [
+            entry("here", True, int(address.rpartition(":")[2])),
+            entry("silent", True, 1),
+            entry("killed", False, 1, 2, "health check failed due to missing too many heartbeats"),
+            entry("preempted", False, 1, 3, "spot instance reclaimed"),
+            entry("untold", False, 1),
+        ]
+        monkeypatch.setattr("ray.nodes", lambda: listed)
+        monkeypatch.setattr(nodes, "_ask_ray_for_draining_nodes", dict)
+        lost = nodes.lost_nodes(["here", "silent", "killed", "preempted", "untold", "forgotten"])
+    assert lost["killed"] == "the node ended without notice: health check failed due to missing too many heartbeats"
+    assert lost["preempted"] == "the node was preempted: spot instance reclaimed"
+    assert "127.0.0.1:1 does not answer: Connection refused" in str(lost["silent"])
+    assert lost["untold"] is lost["forgotten"] is None and "here" not in lost
+
+
+def test_ray_still_tells_why_a_node_died() -> None:
+    """The contract of `launcher.nodes.DEATHS`."""
+    from ray.core.generated.common_pb2 import DESCRIPTOR
+
+    reasons = DESCRIPTOR.message_types_by_name["NodeDeathInfo"].enum_types_by_name["Reason"].values_by_number
+    assert {number: reasons[number].name for number in nodes.DEATHS} == {
+        1: "EXPECTED_TERMINATION",
+        2: "UNEXPECTED_TERMINATION",
+        3: "AUTOSCALER_DRAIN_PREEMPTED",
+        4: "AUTOSCALER_DRAIN_IDLE",
+    }

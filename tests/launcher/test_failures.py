@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,14 @@ from configs.errors import InputError, RunFailedError
 from configs.load import load_config
 from launcher.claim import claim, token_of
 from launcher.failures import FailureBudget, HangWatch, WorkerError, root_cause
+from launcher.growth import GrowthWatch
 from launcher.preflight import WORKING_COPIES
 from launcher.stop import PREEMPTED, SIGNAL, StopRequest
-from launcher.supervisor import Run, run_job, supervise
+from launcher.supervisor import Run, failures_recorded, run_job, supervise
 from launcher.topology import check_tensor_groups
 from launcher.worker import RankAssignment, RunResult, Worker
 from launcher.worker_group import address_in, import_error, rays_account, wait_for_results
+from monitoring.events import Resized, record
 from monitoring.log import append_event, held_events, read_events
 from monitoring.progress import Progress
 from monitoring.telemetry import Telemetry
@@ -225,3 +229,23 @@ def test_tensor_group_across_nodes_is_refused() -> None:
         check_tensor_groups(nodes, tensor=2)
     assert refusal.value.key == "parallel.tensor"
     assert all(name in str(refusal.value) for name in ("2 to 3", "10.0.0.1", "10.0.0.2"))
+
+
+def test_a_run_directory_that_has_gone_is_named(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+
+    def attempt(*_: object) -> RunResult:
+        directory.rmdir()
+        raise WorkerError("exception", 0, "FileNotFoundError: telemetry.json")
+
+    run = Run(load_config("demo"), directory, directory, [])
+    with pytest.raises(RunFailedError, match=re.escape(str(directory))), failures_recorded(directory):
+        supervise(run, StopRequest(), Progress(directory, Console(quiet=True)), attempt)
+
+
+def test_another_clock_delays_no_growth_for_longer_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path, Resized(step=3))
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    watch = GrowthWatch(tmp_path, [], (), every=300)
+    assert watch._next <= time.monotonic() + 300

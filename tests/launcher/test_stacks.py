@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 from launcher import stacks
 from launcher.stacks import Stack, answer_requests, collect_stacks, culprit, stack_file
+from tests.launcher.toy import ROOT
 
 
 class Store(dict[str, str]):
@@ -58,3 +60,21 @@ def test_the_rank_that_the_others_wait_for_is_accused() -> None:
     assert culprit(waits, 4)[:2] == (3, "all_reduce"), "suspended"
     assert culprit(waits, 3)[:2] == (None, "all_reduce")
     assert culprit([], 2)[:2] == (0, None)
+
+
+def test_a_rank_that_holds_pythons_lock_in_native_code_leaves_its_stacks_in_its_log(tmp_path: Path) -> None:
+    program = f"""
+import ctypes, pathlib, time
+from launcher import stacks
+stacks.STUCK_SECONDS, stacks.POLL_SECONDS = 1.0, 0.1
+class Store:
+    def check(self, keys):
+        return False
+stacks.answer_requests(Store(), 0, pathlib.Path({str(tmp_path)!r}))
+def stuck_kernel():
+    ctypes.PyDLL(None).sleep(3)  # PyDLL keeps the lock
+time.sleep(0.3)
+stuck_kernel()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert "stuck_kernel" in done.stderr, done.stderr
