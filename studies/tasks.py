@@ -166,6 +166,8 @@ class Task(Section):
             raise ValueError(f"scored belongs to {', '.join(suited['multi'])}")
         if self.types and self.kind != "tokens":
             raise ValueError("types belongs to tokens")
+        if self.kind != "tokens" and len(set(self.names)) < len(self.names):
+            raise ValueError(f"names: the same name twice: {', '.join(self.names)}")
         return self
 
 
