@@ -56,7 +56,7 @@ GAINS = [
 ]
 STUDIES = [(5, 0.003), (5, 0.005), (5, 0.0075), (9, 0.0075), (3, 0.003)]
 RULES = [(8, 1, 1, 0.007), (8, 1, 1, 0.005), (8, 1, 1, 0.01), (6, 1, 1, 0.007), (9, 2, 1, 0.007), (11, 1, 6, 0.007)]
-"""Data seeds of a study, arms beside the baseline, sizes, and standard deviation of the paired difference over seeds."""
+"""Data seeds of a study, arms beside the baseline, sizes, and spread of the paired difference over seeds."""
 
 
 def rejections(case: Case, draws: int) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def rules(draws: int) -> list[dict[str, Any]]:
 
 
 def _records(gains: Array) -> list[dict[str, Any]]:
-    """Make the records of arms that differ from the baseline by the given amounts: `[sizes, arms, outcomes, orders]`."""
+    """Make the records of arms that differ from the baseline by given amounts: `[sizes, arms, outcomes, orders]`."""
     sizes, arms, outcomes, orders = gains.shape
     return [
         {
