@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from configs.schema import Section
 from studies.intervals import LEVEL
@@ -27,7 +27,7 @@ class Rule(Section):
     """Manipulation check: nats that an arm's held-out MLM loss may lie from the baseline's. Beyond, it is not read."""
     spread: PositiveFloat = 0.007
     """Assumed standard deviation of a paired difference over orders, as a share, for the power that the plan prints."""
-    look_after: PositiveInt | None = None
+    look_after: int | None = Field(default=None, ge=2)
     """Orders after which the spread of the primary outcome's differences is looked at, and not their sign."""
     largest_spread: PositiveFloat = 0.01
     """Spread at that look, as a share, above which the study stops and is published as it is."""
