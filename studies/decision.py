@@ -129,9 +129,8 @@ def loss_rows(records: Sequence[Record], baseline: str, within: float | None) ->
                 "95 % interval": f"{difference.low:+.4f} to {difference.high:+.4f} nats" if has_interval else "-",
             }
             if within is not None:
-                row["check"] = (
-                    f"within {within:g}" if abs(difference.mean) <= within else f"beyond {within:g}: not read"
-                )
+                passed = f"within {within:g}" if abs(difference.mean) <= within else f"beyond {within:g}: not read"
+                row["check"] = passed if arm != baseline else "-"
             rows.append(row)
     return rows
 
