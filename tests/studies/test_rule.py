@@ -18,12 +18,14 @@ from configs.load import shipped
 from studies.checks import require_text
 from studies.comparison import slopes
 from studies.decision import decide, spread_of
+from studies.measures import measures_of
 from studies.notes import look_at_spread
 from studies.plan import SHIPPED, Study, expand, is_seed, load_study, trunks_of
 from studies.report import write_report
 from studies.room import require_room, thin
 from studies.rule import Rule, power
 from studies.study import _parts, run_study
+from studies.tasks import EvaluatedTask
 from studies.toy import toy_study
 from tests.studies.test_report import record
 from tests.studies.test_study import OneProcess, study
@@ -252,6 +254,24 @@ def test_the_slope_of_the_gain_goes_over_initial_models() -> None:
                 records.append(record(f"{arm}{size}{seed}", 2.0, arm=arm, point=point, scores=scores, parameters=size))
     [found] = [row for row in slopes(records, "mlm") if row["measure"] == "probe"]
     assert found["slope"] == pytest.approx(0.01)
+
+
+def test_a_measure_is_found_by_the_content_of_task_and_data(write: Write) -> None:
+    """Changed files are measured again; moved ones are not."""
+
+    def address(folder: str, test: str, **protocol: Any) -> str:
+        for name, text in (("train", "a\tB-X\n\nb\tO\n"), ("dev", "c\tB-X\n"), ("test", test)):
+            write(f"{folder}/{name}.tsv", text)
+        files = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+        task = {"name": "t", "kind": "tokens", "score": "entity_f1", "files": files, "protocol": {"preset": "english"}}
+        path = write(f"{folder}/t.yaml", yaml.safe_dump(task))
+        [measure] = measures_of([EvaluatedTask(task=str(path), protocol=protocol)])
+        return measure.address
+
+    first = address("one", "d\tB-X\n")
+    assert address("two", "d\tB-X\n") == first
+    assert address("one", "e\tB-X\n") != first
+    assert address("one", "d\tB-X\n", epochs=3) != first
 
 
 def test_every_shipped_study_plans_as_a_toy(tmp_path: Path) -> None:
