@@ -55,8 +55,8 @@ GAINS = [
     Case("entity F1, 5,000 sentences of 4 entities", "entity_f1", 5000, 0.003, 0.25, 0.01),
 ]
 STUDIES = [(5, 0.003), (5, 0.005), (5, 0.0075), (9, 0.0075), (3, 0.003)]
-RULES = [(8, 0.007), (8, 0.005), (8, 0.01), (4, 0.007), (6, 0.007)]
-"""Data seeds of a study, and standard deviation of the paired difference over them."""
+RULES = [(8, 1, 1, 0.007), (8, 1, 1, 0.005), (8, 1, 1, 0.01), (6, 1, 1, 0.007), (9, 2, 1, 0.007), (11, 1, 6, 0.007)]
+"""Data seeds of a study, arms beside the baseline, sizes, and spread of the paired difference over seeds."""
 
 
 def rejections(case: Case, draws: int) -> dict[str, Any]:
@@ -86,32 +86,43 @@ def studies(draws: int) -> list[dict[str, Any]]:
 
 
 def rules(draws: int) -> list[dict[str, Any]]:
-    """Count what the decision rule of the shipped studies says of two outcomes with one true gain."""
+    """Count what the decision rule says of studies whose arms, sizes and outcomes all have one true gain.
+
+    Returns:
+        Per study: the shares of the verdicts on one test, and of studies in which any test says that an arm helps.
+    """
     random = np.random.default_rng(3)
     rows = []
-    for orders, spread in RULES:
+    for orders, arms, sizes, spread in RULES:
         counted: dict[str, dict[str, float]] = {}
         for name, gain in (("null", 0.0), ("gain", 0.01)):
-            verdicts = [
-                decide(_records(random.normal(gain, spread, (2, orders))), Rule(), "mlm")[0].verdict
-                for _ in range(draws)
-            ]
-            counted[name] = {verdict: verdicts.count(verdict) / draws for verdict in sorted(set(verdicts))}
-        rows.append({"orders": orders, "spread": spread, **counted, "stated power": power(orders, spread, 0.01, 2)})
+            shape = (sizes, arms, 2, orders)
+            decided = [decide(_records(random.normal(gain, spread, shape)), Rule(), "mlm") for _ in range(draws)]
+            first = [decisions[0].verdict for decisions in decided]
+            any_helps = [any(decision.verdict == "helps here" for decision in decisions) for decisions in decided]
+            counted[name] = {verdict: first.count(verdict) / draws for verdict in sorted(set(first))}
+            counted[name]["any test says helps"] = sum(any_helps) / draws
+        stated = power(orders, spread, 0.01, 2 * arms * sizes)
+        rows.append({"orders": orders, "arms": arms, "sizes": sizes, "spread": spread, **counted, "stated": stated})
     return rows
 
 
 def _records(gains: Array) -> list[dict[str, Any]]:
-    """Make the records of two arms that differ by the given amounts: `[outcomes, orders]`."""
+    """Make the records of arms that differ from the baseline by given amounts: `[sizes, arms, outcomes, orders]`."""
+    sizes, arms, outcomes, orders = gains.shape
     return [
         {
-            "arm": arm,
-            "point": {"data.seed": order},
+            "arm": f"arm {arm}" if arm else "mlm",
+            "point": {"data.seed": order, "parameters": size},
             "loss": 2.0,
-            "scores": {name: [has * float(gain)] for name, gain in zip(Rule().outcomes, gains[:, order], strict=True)},
+            "scores": {
+                name: [float(gains[size, arm - 1, number, order]) if arm else 0.0]
+                for number, name in enumerate(Rule().outcomes[:outcomes])
+            },
         }
-        for order in range(gains.shape[1])
-        for arm, has in (("mlm", 0), ("detour", 1))
+        for order in range(orders)
+        for size in range(sizes)
+        for arm in range(arms + 1)
     ]
 
 
@@ -152,7 +163,7 @@ def main() -> None:
         "nulls": [rejections(case, arguments.draws) for case in NULLS],
         "gains": [rejections(case, max(100, arguments.draws // 5)) for case in GAINS],
         "studies": studies(20 * arguments.draws),
-        "rules": rules(5 * arguments.draws),
+        "rules": rules(arguments.draws),
     }
     text = json.dumps(result, indent=1)
     print(text)

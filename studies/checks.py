@@ -10,7 +10,7 @@ from configs.units import format_count
 from datapipe.inputs import find_inputs
 from datapipe.notes import Notes
 from studies.measures import Measure
-from studies.plan import Study, Trial, orders_of
+from studies.plan import Study, Trial, decay_of, orders_of, settings_read
 
 
 def require_held_out(study: Study, trials: Sequence[Trial]) -> None:
@@ -80,7 +80,9 @@ def plan_lines(study: Study, trials: Sequence[Trial], measures: Sequence[Measure
         else "",
         *(measure.sentence for measure in measures),
     ]
-    return [line for line in lines if line] + (study.rule.sentences(orders) if study.rule else [])
+    settings = settings_read((trial.point, decay_of(trial)) for trial in trials)
+    rule = study.rule.sentences(orders, arms - 1, settings) if study.rule else []
+    return [line for line in lines if line] + rule
 
 
 def _exists(shards: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -25,11 +25,13 @@ class Decision:
     """arm - baseline per order, as shares."""
     students: Interval
     p: float | None
-    """Two-sided, of no difference, corrected for the outcomes by Holm's method."""
+    """Two-sided, of no difference, corrected by Holm's method for all tests that are read."""
     p_margin: float | None
     """Two-sided, of a difference of the margin, corrected in the same way."""
     loss: Interval
     """Difference of the held-out MLM loss, in nats."""
+    read: bool
+    """Whether the rule reads this setting. Else it is described, and its p-values are None."""
     verdict: str
 
     def cells(self) -> dict[str, str]:
@@ -45,38 +47,62 @@ class Decision:
             "p of 0, corrected": _p(self.p),
             "p of the margin, corrected": _p(self.p_margin),
             "held-out MLM loss": f"{self.loss.mean:+.3f} nats",
+            "read": "yes" if self.read else "no",
             "decision": self.verdict,
         }
 
 
 def decide(records: Sequence[Record], rule: Rule, baseline: str) -> list[Decision]:
-    """Apply a rule to every arm at every setting; p-values are corrected for the outcomes of an arm at a setting."""
-    decisions = []
+    """Apply a rule to every arm at every setting.
+
+    An arm is read where its held-out MLM loss passes the manipulation check. Of several decays only the first in the
+    grid that passes is read. Holm's method corrects the p-values for all tests that are read.
+    """
+    decisions: list[Decision] = []
+    taken: dict[str, dict[str, Any]] = {}  # arm and setting without its decay -> the setting that is read
     for at, rows in _by_setting(records):
-        for arm in dict.fromkeys(record["arm"] for record in rows):
-            if arm == baseline:
-                continue
+        decay = rows[0].get("decay", {})
+        for arm in dict.fromkeys(record["arm"] for record in rows if record["arm"] != baseline):
             loss = mean_interval(_pairs(rows, arm, baseline, "loss"))
-            several = [_pairs(rows, arm, baseline, outcome) for outcome in rule.outcomes]
-            p = holm([paired_p(pairs) for pairs in several])
-            p_margin = holm([paired_p([pair - rule.margin for pair in pairs]) for pairs in several])
-            for outcome, pairs, zero, margin in zip(rule.outcomes, several, p, p_margin, strict=True):
-                verdict = _verdict(rule, fmean(pairs), zero, margin, loss.mean)
-                decisions.append(
-                    Decision(arm, baseline, outcome, at, pairs, mean_interval(pairs), zero, margin, loss, verdict)
+            if abs(loss.mean) <= rule.loss_within:
+                apart = str((arm, {key: chosen for key, chosen in at.items() if key not in decay}))
+                first = taken.setdefault(apart, at)
+                is_read = first is at
+                verdict = f"described only: {', '.join(f'{key} {first[key]}' for key in decay)} is read"
+            else:
+                is_read = False
+                verdict = (
+                    f"not read: the held-out MLM loss differs by {loss.mean:+.2f} nats, more than {rule.loss_within:g}"
                 )
-    return decisions
+            for outcome in rule.outcomes:
+                pairs = _pairs(rows, arm, baseline, outcome)
+                p, p_margin = (
+                    paired_p([pair - shift for pair in pairs]) if is_read else None for shift in (0.0, rule.margin)
+                )
+                decisions.append(
+                    Decision(
+                        arm, baseline, outcome, at, pairs, mean_interval(pairs), p, p_margin, loss, is_read, verdict
+                    )
+                )
+    corrected = zip(
+        decisions, holm([entry.p for entry in decisions]), holm([entry.p_margin for entry in decisions]), strict=True
+    )
+    return [
+        replace(entry, p=p, p_margin=p_margin, verdict=_verdict(rule, fmean(entry.pairs), p, p_margin))
+        if entry.read
+        else entry
+        for entry, p, p_margin in corrected
+    ]
 
 
 def spread_of(records: Sequence[Record], rule: Rule, baseline: str) -> float:
-    """Return the largest spread of the primary outcome's paired differences over orders, without their sign."""
-    spreads = [
-        stdev(pairs)
-        for _, rows in _by_setting(records)
-        for arm in dict.fromkeys(record["arm"] for record in rows)
-        if arm != baseline and len(pairs := _pairs(rows, arm, baseline, rule.outcomes[0])) > 1
-    ]
-    return max(spreads, default=0.0)
+    """Return the largest spread of the primary outcome's paired differences over orders, without their sign.
+
+    It is taken over the settings that are read, or over all if none is.
+    """
+    primary = [entry for entry in decide(records, rule, baseline) if entry.outcome == rule.outcomes[0]]
+    several = [entry for entry in primary if len(entry.pairs) > 1]
+    return max((stdev(entry.pairs) for entry in [entry for entry in several if entry.read] or several), default=0.0)
 
 
 def loss_rows(records: Sequence[Record], baseline: str, within: float | None) -> list[dict[str, str]]:
@@ -103,17 +129,14 @@ def loss_rows(records: Sequence[Record], baseline: str, within: float | None) ->
                 "95 % interval": f"{difference.low:+.4f} to {difference.high:+.4f} nats" if has_interval else "-",
             }
             if within is not None:
-                row["check"] = (
-                    f"within {within:g}" if abs(difference.mean) <= within else f"beyond {within:g}: not read"
-                )
+                passed = f"within {within:g}" if abs(difference.mean) <= within else f"beyond {within:g}: not read"
+                row["check"] = passed if arm != baseline else "-"
             rows.append(row)
     return rows
 
 
-def _verdict(rule: Rule, mean: float, p: float | None, p_margin: float | None, loss: float) -> str:
+def _verdict(rule: Rule, mean: float, p: float | None, p_margin: float | None) -> str:
     level = 1 - LEVEL
-    if abs(loss) > rule.loss_within:
-        return f"not read: the held-out MLM loss differs by {loss:+.2f} nats, more than {rule.loss_within:g}"
     if p is not None and p < level and mean > 0:
         return "helps here"
     if p_margin is not None and p_margin < level and mean < rule.margin:

@@ -60,7 +60,10 @@ def read_splits(task: Task, data: Path) -> Splits:
     def read(name: str) -> tuple[Example, ...]:
         found = Notes()
         examples = read_file(task, data, name, found)
-        notes.extend(f"{name}: {count:,} {what}" for what, count in found.items())
+        notes.extend(f"{name}: {count:,} {what}" for what, count in found.items() if count)
+        empty = sum(not (example.text.strip() and (example.pair or "-").strip()) for example in examples)
+        if empty:
+            notes.append(f"{name}: {empty:,} examples have an empty text")
         return examples
 
     train = read(task.files.train)
@@ -77,6 +80,8 @@ def read_splits(task: Task, data: Path) -> Splits:
     test = read(task.files.test) if task.files.test is not None else validation
     notes += _repeated(task, train, validation, test)
     labels = _labels(task, train)
+    _require_a_choice(task, data, train, test, labels)
+    notes += _doubtful(task, train, labels)
     occurring = {label for example in test for label in example.labels} if task.kind != "regression" else set()
     notes += _unseen(task, labels, {"validation": validation, "test": test} if task.files.test else {"test": test})
     scored = task.scored or tuple(sorted(occurring.union(labels)))
@@ -100,6 +105,51 @@ def _labels(task: Task, train: Sequence[Example]) -> tuple[str, ...]:
         types = {label[1:] for label in labels if label != "O"}
         labels = {"O"} | {tag + type_ for type_ in types for tag in "BI"}
     return tuple(sorted(labels))
+
+
+def _require_a_choice(
+    task: Task, data: Path, train: Sequence[Example], test: Sequence[Example], labels: Sequence[str]
+) -> None:
+    """Require labels that differ in training, and test labels that a model can hit.
+
+    Raises:
+        InputError: Training has one label, or the test labels are hidden.
+    """
+    wanted = "an entity" if task.kind == "tokens" else "two different labels"
+    numbers = {example.labels for example in train} if task.kind == "regression" else set(labels)
+    if len(numbers) < (1 if task.kind == "multi" else 2):
+        types = f" of the types {', '.join(task.types)}" if task.types else ""
+        raise InputError(
+            f"{data / str(task.files.train)}: no model can learn from it, because it lacks {wanted}{types}",
+            key="files.train",
+            code="nothing-to-learn",
+        )
+    tested = {label for example in test for label in example.labels}
+    if task.kind == "tokens":
+        tested -= {"O"}
+    reason = ""
+    if task.kind == "regression":
+        reason = "all its numbers are equal, so no correlation is defined" if len(tested) < 2 else ""
+    elif not tested & set(labels):
+        reason = f"none of its labels occurs in training ({', '.join(sorted(tested)[:8]) or 'it has none'})"
+    if reason:
+        raise InputError(
+            f"{data / str(task.files.test or task.files.validation or task.files.train)}: {reason}; if its labels are "
+            "hidden, set files.test=null to be scored on validation",
+            key="files.test",
+            code="test-without-labels",
+        )
+
+
+def _doubtful(task: Task, train: Sequence[Example], labels: Sequence[str]) -> list[str]:
+    """Tell of labels that may be written in two ways, or not be separated."""
+    spelled: dict[str, list[str]] = {}
+    for label in (label for label in labels if task.kind != "tokens" or not label.startswith("I")):
+        spelled.setdefault(label.casefold(), []).append(label)
+    lines = [f"labels that differ in case only: {', '.join(names)}" for names in spelled.values() if len(names) > 1]
+    if task.kind == "multi" and all(len(example.labels) < 2 for example in train):
+        lines.append(f"no training example has two labels; they are separated by {task.separator!r}")
+    return lines
 
 
 def _unseen(task: Task, labels: Sequence[str], parts: dict[str, Sequence[Example]]) -> list[str]:

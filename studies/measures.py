@@ -7,13 +7,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from configs.errors import InputError
+from configs.files import file_sha256
 from datapipe.inputs import find_files
-from studies.evaluate import Parallel, evaluate
+from studies.evaluate import Parallel, digest_of, evaluate
 from studies.examples import Splits, load_examples
 from studies.finetune import Job
 from studies.probe import mean_probe
@@ -45,13 +47,22 @@ class Measure:
         """Seeds of the scores."""
         return self.evaluated.seeds if self.by == FINE_TUNED else (SEED,)
 
-    @property
+    @cached_property
     def address(self) -> str:
-        """Digest of the settings without the seeds."""
-        settings = self.evaluated.model_dump(mode="json", exclude={"seeds", "by"})
-        if self.by == PROBE:
-            settings["by"] = PROBE
+        """Digest of the task, its examples and its protocol, wherever they lie, without the seeds."""
+        settings = {
+            "by": self.by,
+            "task": self.task.model_dump(mode="json", exclude={"about", "source", "licence", "files", "protocol"}),
+            "protocol": self.protocol.model_dump(mode="json"),
+            "data": digest_of(self.splits) if self.splits else self._text(),
+        }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+    def _text(self) -> list[str]:
+        """Return the digests of the text of a `masked` task, or the names of files that are not here."""
+        assert self.task.files.test is not None
+        files = find_files(str(self.folder_of_data / self.task.files.test))
+        return [file_sha256(file.path) if file.path is not None else file.name for file in files]
 
     @property
     def folder(self) -> str:

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -198,6 +198,18 @@ def expand(study: Study, folder: Path) -> list[Trial]:
 def is_seed(key: str) -> bool:
     """Return whether a grid key is a seed, over whose values differences are averaged."""
     return key.rpartition(".")[2] == "seed"
+
+
+def decay_of(trial: Trial) -> dict[str, Any]:
+    """Return the part of a grid point that sets the length of the last phase."""
+    last = len(trial.config.phases) - 1
+    keys = {"decay_ratio", "decay_share", "decay_floor", f"phases.{last}.steps", f"phases.{last}.tokens"}
+    return {key: chosen for key, chosen in trial.point.items() if last > 0 and key in keys}
+
+
+def settings_read(points: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> int:
+    """Count the settings that a rule reads, from grid points and the part of each that sets the decay."""
+    return len({str({k: v for k, v in point.items() if not is_seed(k) and k not in decay}) for point, decay in points})
 
 
 def order_of(trial: Trial) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ PENALTIES = (0.01, 1.0, 100.0)
 """Inverse strengths of the L2 penalty; the best on validation is taken."""
 ITERATIONS = 1000
 """Most steps of a probe's solver."""
+ALONE = 20_000
+"""Training items below which one process fits the probes of all layers faster than it starts others."""
 BATCH_SIZE = 16
 """Rows per forward pass."""
 Array = NDArray[Any]
@@ -58,7 +61,7 @@ def probe(
     evaluated: EvaluatedTask,
     output: Path,
     *,
-    processes: int = 1,
+    processes: int | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Fit a linear classifier on the states of each layer, and write probe.json, probe.csv and probe.svg.
@@ -70,7 +73,7 @@ def probe(
         models: Runs, checkpoints, Hugging Face directories or hub ids. The others are compared with the first.
         evaluated: The task, its data and the protocol, of which `length`, `stride` and `examples` matter.
         output: Folder of the results.
-        processes: Probes that are fitted at once.
+        processes: Probes that are fitted at once; default: one for a small task, else one per core.
         say: Receives a line of progress per model.
 
     Returns:
@@ -126,7 +129,7 @@ def mean_probe(job: Job) -> dict[str, Any]:
         `score`, the mean over the layers, and the rows of `layers`.
     """
     silence_transformers()
-    own = _probe_model(Path(job.model), job.task, job.protocol, job.splits, job.output, 1)
+    own = _probe_model(Path(job.model), job.task, job.protocol, job.splits, job.output, None)
     layers = [{"layer": layer, **row} for layer, (row, _) in enumerate(own)]
     result = {"score": float(np.mean([row["score"] for row in layers])), "layers": layers}
     job.output.mkdir(parents=True, exist_ok=True)
@@ -158,7 +161,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _probe_model(
-    folder: Path, task: Task, protocol: Protocol, splits: Splits, output: Path, processes: int
+    folder: Path, task: Task, protocol: Protocol, splits: Splits, output: Path, processes: int | None
 ) -> list[tuple[dict[str, Any], Array]]:
     """Probe each layer: its row, and the counts of its test predictions, `[1, examples, classes, ...]`."""
     from joblib import Parallel, delayed
@@ -179,6 +182,8 @@ def _probe_model(
             known = [[place is not None for place in places] for places in encoded.words] or [[True]] * len(examples)
             parts[name] = _Part(states, [example.labels for example in examples], known)
         layers = range(len(parts["test"].states))
+        if processes is None:
+            processes = 1 if parts["train"].states.shape[1] < ALONE else min(len(layers), os.cpu_count() or 1)
         fitted: list[tuple[dict[str, Any], Array]] = Parallel(n_jobs=processes)(
             delayed(_probe_layer)(task, splits, parts, layer) for layer in layers
         )

@@ -15,7 +15,7 @@ from monitoring.run_directory import RunDirectory
 from monitoring.run_files import RunFiles
 from studies.derived import parameters_of
 from studies.measures import Measure, outcomes_of
-from studies.plan import Study, Trial
+from studies.plan import Study, Trial, decay_of
 
 
 def record_path(output: Path, trial: Trial) -> Path:
@@ -50,7 +50,14 @@ def read_record(output: Path, study: Study, trial: Trial, measures: Sequence[Mea
     scores = {m.label: [record["scores"][m.address][str(seed)] for seed in m.seeds] for m in measures}
     wanted = study.rule.outcomes if study.rule else ()
     means = {name: [mean] for name, mean in outcomes_of(measures, scores, wanted).items()}
-    return {"trial": trial.name, "arm": trial.arm, "point": trial.point, **record, "scores": {**means, **scores}}
+    return {
+        "trial": trial.name,
+        "arm": trial.arm,
+        "point": trial.point,
+        "decay": decay_of(trial),
+        **record,
+        "scores": {**means, **scores},
+    }
 
 
 def _outcome(run: RunFiles) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from monitoring.page import Figure, render
 from studies.comparison import cells_of, difference_charts, scale_of, slope_figures, slopes
 from studies.decision import decide, loss_rows
 from studies.differences import Record, differences, measures, order, value
-from studies.plan import Study, dump_study
+from studies.plan import Study, dump_study, settings_read
 from studies.provenance import made_rows, score_rows
 from studies.scaling_law import Optimum, PowerLaw, fit, frontier
 from studies.tables import finite, write_csv, write_tables
@@ -64,6 +64,7 @@ def write_report(
     decisions = decide(records, study.rule, baseline) if study.rule and baseline else []
     losses = loss_rows(records, baseline, study.rule.loss_within if study.rule else None) if baseline else []
     made = made_rows(records)
+    settings = settings_read((record["point"], record.get("decay", {})) for record in records)
     write_csv(output / "trials.csv", rows)
     write_csv(output / "speed.csv", speeds)
     write_csv(output / "scores.csv", score_rows(records))
@@ -86,7 +87,10 @@ def write_report(
         study=study,
         columns=list(rows[0]),
         rows=[list(row.values()) for row in shown],
-        rule=study.rule.sentences(len({order(record) for record in records})) if study.rule else [],
+        rule=study.rule.sentences(len({order(record) for record in records}), max(1, len(by_arm) - 1), settings)
+        if study.rule
+        else [],
+        tests=sum(decision.read for decision in decisions),
         decided=decided,
         losses=losses,
         measured=measured,

@@ -41,7 +41,8 @@ def retention(
         protocol: Its `length` and `batch`.
         data: Folder of the task's text.
         output: Folder of the result.
-        count: Most documents that are read.
+        count: Most documents that are read, and most windows of `length` tokens. Few long documents, such as books, are
+            read in several windows each.
 
     Returns:
         The content of retention.json: per model `accuracy` and `perplexity`, and for the others the `difference` of the
@@ -59,7 +60,7 @@ def retention(
     with ExitStack() as stack:
         folders = [stack.enter_context(huggingface_directory(model)) for model in models]
         require_one_tokenizer(folders)
-        tables = [_counts(folder, texts, protocol) for folder in folders]
+        tables = [_counts(folder, texts, protocol, max(1, count // len(texts))) for folder in folders]
     summary = {
         "task": task.name,
         "documents": len(texts),
@@ -90,8 +91,8 @@ def print_retention(summary: dict[str, Any], console: Console) -> None:
     console.print(f"{summary['masked_tokens']:,} masked tokens of {summary['documents']:,} documents")
 
 
-def _counts(folder: Path, texts: Sequence[str], protocol: Protocol) -> Array:
-    """Count per document: correct tokens, masked tokens, and the sum of their losses in nats."""
+def _counts(folder: Path, texts: Sequence[str], protocol: Protocol, windows: int) -> Array:
+    """Count per document: correct tokens, masked tokens and the sum of their losses, in its first `windows`."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -100,16 +101,21 @@ def _counts(folder: Path, texts: Sequence[str], protocol: Protocol) -> Array:
     limit = min(protocol.length, model.config.max_position_embeddings)
     random = np.random.default_rng(0)
     table = np.zeros((len(texts), 3))
-    for start in range(0, len(texts), protocol.batch):
-        part = list(texts[start : start + protocol.batch])
-        batch = tokenizer(
-            part,
+    rows: list[dict[str, list[int]]] = []
+    owners: list[int] = []
+    for number, text in enumerate(texts):
+        own = tokenizer(
+            text,
             truncation=True,
             max_length=limit,
-            padding=True,
-            return_tensors="pt",
+            return_overflowing_tokens=True,
             return_special_tokens_mask=True,
         )
+        read = list(zip(own["input_ids"], own["special_tokens_mask"], strict=True))[:windows]
+        rows += [{"input_ids": ids, "special_tokens_mask": mask} for ids, mask in read]
+        owners += [number] * len(read)
+    for start in range(0, len(rows), protocol.batch):
+        batch = tokenizer.pad(rows[start : start + protocol.batch], return_tensors="pt")
         is_special = batch.pop("special_tokens_mask").numpy().astype(bool)
         drawn = [random.random(int(length)) < MASK_RATE for length in batch["attention_mask"].sum(1)]
         chosen = np.zeros_like(is_special)
@@ -122,9 +128,9 @@ def _counts(folder: Path, texts: Sequence[str], protocol: Protocol) -> Array:
         wanted = batch["input_ids"][masked].to(device)
         losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double().cpu().numpy()
         correct = (logits.argmax(-1) == wanted).cpu().numpy()
-        owners = start + np.nonzero(masked.numpy())[0]
+        documents = np.array(owners)[start + np.nonzero(masked.numpy())[0]]
         for column, values in enumerate((correct, np.ones_like(losses), losses)):
-            np.add.at(table[:, column], owners, values)
+            np.add.at(table[:, column], documents, values)
     return table
 
 

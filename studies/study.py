@@ -109,6 +109,9 @@ def run_study(
     _claim(output, study, lines)
     if left:
         say(f"{study.name}: {len(trials)} trials, {len(trials) - len(left)} finished before, {at_once} at a time")
+    leaks = leakage_lines(trials, measures, output)
+    for line in leaks:
+        say(line)
     looked, trunks = [], trunks_of(trials)
     for part in _parts(study, trials):
         unfinished = [trial for trial in part if not is_finished(output, trial, measures)]
@@ -127,7 +130,7 @@ def run_study(
     notes = [
         *looked,
         *before_training(trials, measures, output, cluster.fine_tune),
-        *leakage_lines(trials, measures, output),
+        *leaks,
     ]
     say(str(write_report(study, records, output, notes, [measure.row for measure in measures])))
     return True

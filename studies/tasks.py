@@ -31,7 +31,7 @@ class Protocol(Section):
     """Warmup as a share of the steps. The rate then falls linearly to zero."""
     batch: PositiveInt
     """Examples per step."""
-    length: PositiveInt = 512
+    length: int = Field(default=512, ge=8)
     """Most tokens that are read at once. A longer text is read in windows; a longer pair is cut. Both are counted."""
     stride: int = Field(default=128, ge=0)
     """Tokens that two windows of a long example share, at most a quarter of `length`. Each window has the labels of its
@@ -166,6 +166,8 @@ class Task(Section):
             raise ValueError(f"scored belongs to {', '.join(suited['multi'])}")
         if self.types and self.kind != "tokens":
             raise ValueError("types belongs to tokens")
+        if self.kind != "tokens" and len(set(self.names)) < len(self.names):
+            raise ValueError(f"names: the same name twice: {', '.join(self.names)}")
         return self
 
 

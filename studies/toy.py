@@ -37,9 +37,7 @@ COMMON: dict[str, Any] = {"decay_floor": 4, "lr_of_base": 5e-4}
 SENTENCES = {"train": 160, "dev": 40, "test": 80}
 """Most examples per split of a toy task."""
 _QUESTION = re.compile(r"^(What (?:is|are)|How|Is|Who|Do|When|Where)\b(.*)\?")
-_SUBJECT = re.compile(
-    r"(?:What is \(are\)|(?:symptoms|treatments|causes|genetic changes|complications) (?:of|for|related to)) (.+?) \?"
-)
+_DISEASE = re.compile(r"\w+(itis|osis|emia|oma|pathy)|(syndrome|disease|disorder|cancer|anemia)s?", re.IGNORECASE)
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -145,20 +143,11 @@ def _texts(corpus: str) -> Iterator[str]:
 
 
 def _entities(text: str) -> Iterator[list[tuple[str, str]]]:
-    """Yield the sentences of an answer that name the subject of its question, as words and tags."""
-    asked, _, answer = text.partition("\n")
-    subject = _SUBJECT.search(asked)
-    if subject is None:
-        return
-    name = [word.lower() for word in _WORD.findall(subject[1])]
-    for sentence in re.split(r"(?<=\.) ", answer)[:4]:
+    """Yield sentences of an answer with words such as `arthritis` and `syndrome` as entities, which toys can learn."""
+    for sentence in re.split(r"(?<=\.) ", text.partition("\n")[2])[:4]:
         words = _WORD.findall(sentence)[:60]
-        tags = ["O"] * len(words)
-        for start in range(len(words) - len(name) + 1):
-            if [word.lower() for word in words[start : start + len(name)]] == name:
-                tags[start : start + len(name)] = ["B-Subject", *["I-Subject"] * (len(name) - 1)]
         if len(words) > 3:
-            yield list(zip(words, tags, strict=True))
+            yield [(word, "B-Disease" if _DISEASE.fullmatch(word) else "O") for word in words]
 
 
 def _question(text: str) -> dict[str, str] | None:

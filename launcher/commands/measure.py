@@ -100,7 +100,9 @@ def probe(
     task: Annotated[str, typer.Option(help="A task YAML or a described task; `retention` measures forgetting.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the task's files; default: the YAML's own.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory of the results; default probes/TASK.")] = None,
-    processes: Annotated[int, typer.Option(help="Probes fitted at once; -1: one per core.")] = -1,
+    processes: Annotated[
+        int | None, typer.Option(help="Probes fitted at once; default: one for a small task, else one per core.")
+    ] = None,
 ) -> None:
     """Measure frozen models: linear probes on every layer, or masked accuracy on general text (task retention)."""
     from rich.console import Console

@@ -13,6 +13,8 @@ from studies.formats.tags import Span, example_of_spans, is_tag, to_bio
 from studies.tasks import Task
 
 _HEADER = re.compile(r"(ner|bio|iob)?[-_ ]?(labels?|tags?)|ner|bio|iob", re.IGNORECASE)
+_SPACE = re.compile(r"[ \t]+")
+"""Separator of columns. Other white space, such as a no-break space, is part of a word."""
 
 
 def read_conll(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
@@ -21,30 +23,48 @@ def read_conll(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
     Columns are separated by tabs or spaces. Lines of comments (`# ...`), `-DOCSTART-` and a header are skipped.
 
     Raises:
-        InputError: A line has no tag.
+        InputError: A line has no tag, or the words are numbers of words.
     """
     words: list[str] = []
     tags: list[str] = []
     first_line = 1
-    for number, line in enumerate([*read_text(path).split("\n"), ""], 1):
-        line = line.rstrip("\r")
-        columns = [column.strip() for column in line.rstrip().split("\t")] if "\t" in line.rstrip() else line.split()
-        if not line.strip() or columns[0] == "-DOCSTART-":
+    lines = [_columns(line) for line in read_text(path).split("\n")]
+    width = max((len(columns) for columns in lines if columns and not columns[0].startswith("#")), default=2)
+    for number, columns in enumerate([*lines, []], 1):
+        if not columns or columns[0] == "-DOCSTART-":
             if words:
+                if width > 2 and len(words) > 1 and words == [str(place) for place in range(1, len(words) + 1)]:
+                    raise InputError(
+                        f"{path}, line {first_line}: the first column numbers the words, as in CoNLL-U; write the word "
+                        "into the first column and its tag into the last",
+                        code="words-are-numbers",
+                    )
                 bio = to_bio(tags, task.types, f"{path}, line {first_line}", notes)
                 yield Example(f"{path}, line {first_line}", " ".join(words), None, tuple(words), bio)
             words, tags, first_line = [], [], number + 1
             continue
         is_known = is_tag(columns[-1]) or columns[-1] in task.types
-        if not is_known and (line.startswith("#") or (number == 1 and _HEADER.fullmatch(columns[-1]))):
+        is_comment = columns[0].startswith("#") and (not is_known or len(columns) != width)
+        if is_comment or (not is_known and number == 1 and _HEADER.fullmatch(columns[-1])):
             first_line += not words
             continue
         if len(columns) < 2 or not columns[0]:
-            raise InputError(f"{path}, line {number}: expected a word and its tag, got {line!r}", code="bad-token-line")
+            got = " ".join(columns)
+            raise InputError(f"{path}, line {number}: expected a word and its tag, got {got!r}", code="bad-token-line")
         if not is_known:
             to_bio(columns[-1:], task.types, f"{path}, line {number}", notes)
+        if any("-" in column and is_tag(column) for column in columns[1:-1]):
+            notes["lines with another column of tags, of which the last is read"] += 1
         words.append(columns[0])
         tags.append(columns[-1])
+
+
+def _columns(line: str) -> list[str]:
+    """Split a line at tabs, or at spaces if it has no tab; empty for a blank line."""
+    line = line.rstrip(" \t\r")
+    if not line.strip(" \t"):
+        return []
+    return [column.strip(" ") for column in line.split("\t")] if "\t" in line else _SPACE.split(line.lstrip(" "))
 
 
 def read_brat(folder: Path, task: Task, notes: Notes) -> Iterator[Example]:
@@ -55,6 +75,8 @@ def read_brat(folder: Path, task: Task, notes: Notes) -> Iterator[Example]:
     Raises:
         InputError: An annotation is wrong or its text is missing.
     """
+    for path in folder.rglob("*.txt"):
+        notes["texts without an .ann file beside them, left out"] += not path.with_suffix(".ann").is_file()
     for path in sorted(folder.rglob("*.ann")):
         source = path.with_suffix(".txt")
         if not source.is_file():
@@ -100,6 +122,7 @@ def require_same_text(found: str, said: str, location: str) -> None:
     """
     if found.split() != said.split():
         raise InputError(
-            f"{location}: the entity's text is {said!r}, but its offsets give {found!r}; offsets count characters",
+            f"{location}: the entity's text is {said!r}, but its offsets give {found!r}; offsets count "
+            "characters and not bytes, from 0, and the line end CR LF as two",
             code="bad-span",
         )

@@ -29,7 +29,8 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
+        return text if "\n" in text else text.replace("\r", "\n")  # lines of an old Macintosh; offsets stay
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text ({error}); convert it, for instance with `iconv -f latin1 -t utf-8`",
@@ -117,7 +118,7 @@ def _table(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[tuple[st
         lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = [(number, [_unquoted(field) for field in line.split("\t")]) for number, line in lines]
         if len({len(fields) for _, fields in rows}) <= 1:
-            yield from _named(rows, path)
+            yield from _named(rows, path, columns)
             return
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
@@ -129,14 +130,21 @@ def _table(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[tuple[st
         raise InputError(
             f"{path}, line {reader.line_num}: {error}; write a quote inside a quoted field twice", code="bad-csv"
         ) from None
-    yield from _named(rows, path)
+    yield from _named(rows, path, columns)
 
 
-def _named(rows: Sequence[tuple[int, list[str]]], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _named(
+    rows: Sequence[tuple[int, list[str]]], path: Path, columns: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield rows as records by the names of the first row."""
     if not rows:
         return
     names = [name.strip() for name in rows[0][1]]
+    repeated = [name for name in columns if names.count(name) > 1]
+    if repeated:
+        raise InputError(
+            f"{path}, line 1: several columns are named {repeated[0]}; rename all but one", code="column-twice"
+        )
     for number, fields in rows[1:]:
         if len(fields) != len(names):
             raise InputError(
@@ -199,4 +207,6 @@ def _names(feature: Any) -> list[str] | None:
 def _by_name(value: Any, names: Sequence[str]) -> Any:
     if isinstance(value, list):
         return [_by_name(part, names) for part in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+    if isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None  # -1 marks an example without a label
+    return value

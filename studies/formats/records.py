@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from datapipe.where import NoFieldError, field
 from studies.formats.conll import require_same_text
 from studies.formats.example import Example, Notes
 from studies.formats.files import read_records
@@ -19,6 +21,8 @@ WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "ner", "labels", "label")
 SPANS = ("spans", "entities", "labels", "label")
 """Names of the columns of `tokens` tasks, in the order in which they are looked for. `columns` names others."""
+_UNLABELLED = "; if the examples have no labels, leave them out, or set files.test=null"
+_WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
 def read_texts(path: Path, task: Task) -> Iterator[Example]:
@@ -31,10 +35,10 @@ def read_texts(path: Path, task: Task) -> Iterator[Example]:
     assert columns is not None
     for location, record in read_records(path, [*columns.text, *columns.pair, columns.label]):
         text, pair = (
-            " ".join(_text(value_at(record, key, location), key, location) for key in keys) if keys else None
+            " ".join(_text(_value(record, key, location), key, location) for key in keys) if keys else None
             for keys in (columns.text, columns.pair)
         )
-        label = value_at(record, columns.label, location)
+        label = _value(record, columns.label, location)
         yield Example(location, text or "", pair, (), _labels(label, task, location))
 
 
@@ -49,7 +53,7 @@ def read_tokens(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
             notes["records that were not accepted, left out"] += 1
             continue
         if "annotations" in record and isinstance(record.get("data"), dict):
-            found = _label_studio(record, location)
+            found = _label_studio(record, location, notes)
             if found is None:
                 notes["records without an annotation, left out"] += 1
                 continue
@@ -57,6 +61,9 @@ def read_tokens(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
             continue
         words = _first(record, task.columns.text if task.columns else WORDS)
         tags = _first(record, (task.columns.label,) if task.columns else TAGS)
+        if words == [] and not tags and "text" not in record:
+            notes["records without words, left out"] += 1
+            continue
         if _is_list_of(words, str) and isinstance(tags, list) and len(words) == len(tags) and not _are_spans(tags):
             named = [_name(tag, task, location) for tag in tags]
             bio = to_bio(named, task.types, location, notes)
@@ -64,6 +71,8 @@ def read_tokens(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
             continue
         text = _first(record, ("text",))
         spans = _first(record, (task.columns.label,) if task.columns else SPANS)
+        if spans is None and "answer" in record:
+            spans = []  # Prodigy leaves the key out of an accepted text without entities
         if not isinstance(text, str) or not isinstance(spans, list):
             raise InputError(
                 f"{location}: expected words and as many tags ({', '.join(WORDS)}; {', '.join(TAGS)}), or a text and "
@@ -75,25 +84,16 @@ def read_tokens(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
         yield example_of_spans(text, read, task.types, location, notes, places)
 
 
-def value_at(record: Any, key: str, location: str) -> Any:
-    """Return the value of a column; dots lead into nested objects.
-
-    Raises:
-        InputError: There is no such column.
-    """
-    if isinstance(record, dict) and key in record:
-        return record[key]
-    value = record
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            present = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise InputError(f"{location}: no {key!r} here; it has {present}", code="missing-field")
-        value = value[part]
-    return value
+def _value(record: dict[str, Any], key: str, location: str) -> Any:
+    try:
+        return field(record, key)
+    except NoFieldError as error:
+        raise InputError(f"{location}: {error}", key=f"columns.{key}", code="missing-field") from None
 
 
 def _text(value: Any, key: str, location: str) -> str:
-    if not isinstance(value, str | int | float) or isinstance(value, bool):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, str) and not is_number:
         raise InputError(f"{location}: {key} is no text but {value!r}", key=f"columns.{key}", code="no-text")
     return str(value)
 
@@ -102,11 +102,11 @@ def _labels(value: Any, task: Task, location: str) -> tuple[str, ...]:
     """Read the classes or the number of one example."""
     if task.kind == "regression":
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise InputError(f"{location}: the label {value!r} is no number", code="bad-label")
+            raise InputError(f"{location}: the label {value!r} is no number{_UNLABELLED}", code="bad-label")
         return (repr(number),)
     if task.kind == "multi" and isinstance(value, str):
         if value.strip().startswith("["):
@@ -126,7 +126,22 @@ def _labels(value: Any, task: Task, location: str) -> tuple[str, ...]:
         raise InputError(
             f"{location}: {len(value)} labels where kind single has one; set kind: multi", code="bad-label"
         )
-    return tuple(_name(label, task, location) for label in value)
+    if task.kind == "multi" and _is_indicator(value):
+        if len(value) != len(task.names):
+            raise InputError(
+                f"{location}: {value} states 0 or 1 for each of {len(value)} classes; give these classes in the "
+                "task's `names`",
+                key="names",
+                code="indicators-without-names",
+            )
+        return tuple(name for name, is_there in zip(task.names, value, strict=True) if is_there)
+    return tuple(dict.fromkeys(_name(label, task, location) for label in value))
+
+
+def _is_indicator(value: list[Any]) -> bool:
+    """Return whether a list states 0 or 1 per class. Ids of classes differ from each other and are no floats."""
+    are_bits = all(isinstance(part, int | float) and part in (0, 1) for part in value)
+    return are_bits and bool(value) and (len(set(value)) < len(value) or not all(type(part) is int for part in value))
 
 
 def _name(label: Any, task: Task, location: str) -> str:
@@ -144,13 +159,16 @@ def _name(label: Any, task: Task, location: str) -> str:
                 key="names",
                 code="tags-without-names",
             )
-    if not isinstance(label, str | int) or not str(label).strip():
-        hint = "; set kind: regression for numbers" if isinstance(label, float) else ""
-        raise InputError(f"{location}: {label!r} is no label{hint}", code="bad-label")
     name = str(label).strip()
+    if not isinstance(label, str | int) or not name or name.lower() == "nan":
+        hint = (
+            "; set kind: regression for numbers" if isinstance(label, float) and math.isfinite(label) else _UNLABELLED
+        )
+        raise InputError(f"{location}: {label!r} is no label{hint}", code="bad-label")
     if task.kind == "single" and _is_fraction(name):
         raise InputError(f"{location}: the label {name} is a number; set kind: regression", code="bad-label")
-    return name
+    whole = _WHOLE.fullmatch(name) if task.kind == "single" else None
+    return whole[1] if whole else name  # 0.0 is the class 0, which a table with gaps writes as a float
 
 
 def _is_fraction(text: str) -> bool:
@@ -191,14 +209,21 @@ def _span(span: Any, text: str, location: str) -> Span:
     return Span(span[0], span[1], span[2].strip())
 
 
-def _label_studio(record: dict[str, Any], location: str) -> tuple[str, list[Span]] | None:
+def _label_studio(record: dict[str, Any], location: str, notes: Notes) -> tuple[str, list[Span]] | None:
     """Read the first annotation of a Label Studio export that was not cancelled; None without one."""
-    annotation = next((a for a in record["annotations"] if not a.get("was_cancelled")), None)
-    if annotation is None:
+    annotations = [annotation for annotation in record["annotations"] if not annotation.get("was_cancelled")]
+    if not annotations:
         return None
+    notes["further annotations of a text, of which the first is read"] += len(annotations) - 1
     texts = [value for value in record["data"].values() if isinstance(value, str)]
     text = record["data"].get("text", texts[0] if texts else None)
     if not isinstance(text, str):
         raise InputError(f"{location}: no text in `data`", code="missing-field")
-    values = [result["value"] for result in annotation["result"] if result.get("type") == "labels"]
-    return text, [_span(value, text, location) for value in values]
+    spans = []
+    for result in annotations[0]["result"]:
+        if result.get("type") == "labels":
+            notes["further labels of a span, of which the first is read"] += len(result["value"]["labels"]) - 1
+            spans.append(_span(result["value"], text, location))
+        else:
+            notes[f"results of the type {result.get('type')}, left out"] += 1
+    return text, spans

@@ -10,6 +10,7 @@ from configs.errors import InputError
 from studies.formats.example import Example, Notes
 
 _TAG = re.compile(r"([BIESLU])(?:[-_](\S.*))?")
+_SEVERAL = re.compile(r"[BIESLU]-[^,|;+]+[,|;+][BIESLUO](-.*)?")
 _WORD = re.compile(r"\w+|[^\w\s]")
 _OPENS = "BSU"
 """Prefixes that begin an entity in every scheme."""
@@ -119,6 +120,11 @@ def _parts(tag: str, types: Sequence[str], location: str) -> tuple[str, str]:
     """Split a tag into prefix and type."""
     if tag in types:
         return "I", tag
+    if _SEVERAL.fullmatch(tag):
+        raise InputError(
+            f"{location}: {tag!r} is several tags; a word has one, so keep the tag of the longest entity",
+            code="bad-tag",
+        )
     match = _TAG.fullmatch(tag)
     if match is None:
         raise InputError(

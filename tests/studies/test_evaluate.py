@@ -384,8 +384,8 @@ def test_bad_token_files(
 @pytest.mark.parametrize(
     ("name", "content", "code", "location"),
     [
-        ("train.jsonl", '{"text": 1}\n', "missing-field", r"train.jsonl, line 1: .*'text.a'.* int"),
-        ("train.jsonl", "{}\n", "missing-field", r"train.jsonl, line 1: .*'text.a'"),
+        ("train.jsonl", '{"text": 1}\n', "missing-field", r"train.jsonl, line 1: .*`text.a`"),
+        ("train.jsonl", "{}\n", "missing-field", r"train.jsonl, line 1: .*`text.a`"),
         ("test.jsonl", "\n{\n", "bad-json", r"test.jsonl, line 2: "),
     ],
 )

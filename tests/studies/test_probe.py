@@ -82,6 +82,17 @@ def test_retention_is_measured_on_the_same_tokens(model: Path, write: Write, tmp
     assert error.value.code == "masked-task"
 
 
+def test_few_long_documents_are_read_in_windows(model: Path, write: Write, tmp_path: Path) -> None:
+    """Two books would else be two first pages."""
+    reference = retention_task(write)
+    write("general.jsonl", "\n".join(json.dumps({"text": f"The patient {n} has fever. " * 60}) for n in range(2)))
+    masked = []
+    for count in (2, 8):
+        task, protocol, folder = load_task(reference, {"length": 32})
+        masked.append(retention([str(model)], task, protocol, folder, tmp_path, count)["masked_tokens"])
+    assert 3 * masked[0] < masked[1] < 5 * masked[0], "a window each, then four"
+
+
 def test_transplanted_layers_are_the_others(model: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", seed=1)
     assert transplant(str(model), str(other), parse_layers("0,2"), tmp_path / "both") == 11

@@ -1,0 +1,205 @@
+"""Task files as people write them: each is read right, or refused with a message that names the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+
+from configs.errors import InputError
+from studies.examples import Splits, read_splits
+from studies.tasks import load_task
+
+Write = Callable[[str, str], Path]
+COLUMNS = {"text": "text", "label": "label"}
+
+
+def read(write: Write, kind: str, train: str, test: str, suffix: str, **task: Any) -> Splits:
+    score = {"tokens": "entity_f1", "single": "accuracy", "multi": "micro_f1", "regression": "pearson"}[kind]
+    write(f"train{suffix}", train)
+    write(f"dev{suffix}", train)
+    write(f"test{suffix}", test.replace("\nt", "\nq"))  # other texts than those of training
+    files = {"train": f"train{suffix}", "validation": f"dev{suffix}", "test": f"test{suffix}"}
+    settings = {"name": "t", "kind": kind, "score": score, "files": files, "protocol": {"preset": "english"}, **task}
+    if kind != "tokens":
+        settings.setdefault("columns", COLUMNS)
+    path = write("t.yaml", yaml.safe_dump(settings))
+    loaded, _, folder = load_task(str(path), {})
+    return read_splits(loaded, folder)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "tags"),
+    [
+        ("# vitamin O\nAspirin\tB-X\nhelps\tO\n", "Aspirin helps", "B-X O"),
+        ("# hepatitis B\nAspirin B-X\nhelps O\n", "Aspirin helps", "B-X O"),
+        ("#\tO\nAspirin\tB-X\n", "# Aspirin", "O B-X"),
+        ("Aspirin\tB-X\t\nhelps\tO \n", "Aspirin helps", "B-X O"),
+        ("-DOCSTART- -X- -X- O\r\n\r\nAspirin NN B-NP B-X\r\nhelps V B-VP O\r\n", "Aspirin helps", "B-X O"),
+        ("a\tB-X\rb\tO\r\rc\tB-X\r", "a b", "B-X O"),
+        ("foo\u00a0bar B-X\nhelps O\n", "foo\u00a0bar helps", "B-X O"),
+        ("\u00a0\tO\nAspirin\tB-X\n", "\u00a0 Aspirin", "O B-X"),
+        ("a\tE-X\nb\tI-X\nc\tS-X\nd\tI-Y\n", "a b c d", "B-X B-X B-X B-Y"),
+    ],
+)
+def test_columns_as_people_write_them(write: Write, lines: str, words: str, tags: str) -> None:
+    splits = read(write, "tokens", lines, "d\tB-X\n", ".tsv")
+    assert " ".join(splits.train[0].words) == words
+    assert " ".join(splits.train[0].labels) == tags
+
+
+def test_another_column_of_tags_is_told(write: Write) -> None:
+    splits = read(write, "tokens", "Aspirin NN B-NP B-X\nhelps V B-VP O\n", "d\tB-X\n", ".tsv")
+    assert any("another column of tags" in note for note in splits.notes)
+
+
+def refused(write: Write, *arguments: Any, **task: Any) -> tuple[str | None, str]:
+    with pytest.raises(InputError) as error:
+        read(write, *arguments, **task)
+    return error.value.code, str(error.value)
+
+
+CONLLU = "1\tAspirin\tNOUN\tB-X\n2\thelps\tVERB\tO\n"
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "code", "file"),
+    [
+        (CONLLU, "d\tB-X\n", "words-are-numbers", "train.tsv"),
+        ("a\tB-X|B-Y\nb\tO\n", "d\tB-X\n", "bad-tag", "train.tsv"),
+        ("a\tO\nb\tO\n", "d\tB-X\n", "nothing-to-learn", "train.tsv"),
+        ("a\tB-X\nb\tO\n", "c\tO\nd\tO\n", "test-without-labels", "test.tsv"),
+        ("a\tB-X\nb\tO\n", "c\tB-Z\nd\tO\n", "test-without-labels", "test.tsv"),
+        ("a\tB-X\nb\tO\n", "c\nd\n", "bad-token-line", "test.tsv"),
+    ],
+)
+def test_columns_that_say_nothing_are_refused(write: Write, train: str, test: str, code: str, file: str) -> None:
+    found, message = refused(write, "tokens", train, test, ".tsv")
+    assert found == code
+    assert file in message
+
+
+def table(*rows: str) -> str:
+    return "text,label\n" + "".join(f"t{number},{row}\n" for number, row in enumerate(rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels"),
+    [(("0.0", "1.0", "0"), ("0", "1")), (("yes ", "no", " yes"), ("no", "yes")), (("01", "1"), ("01", "1"))],
+)
+def test_labels_that_mean_the_same(write: Write, rows: tuple[str, ...], labels: tuple[str, ...]) -> None:
+    assert read(write, "single", table(*rows), table(*labels), ".csv").labels == labels
+
+
+def test_labels_that_differ_in_case_are_told(write: Write) -> None:
+    assert any("case only" in note for note in read(write, "single", table("Yes", "yes"), table("yes"), ".csv").notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "test", "code", "file"),
+    [
+        ("single", table("yes", "nan"), table("yes"), "bad-label", "train.csv"),
+        ("multi", table("yes", "nan"), table("yes"), "bad-label", "train.csv"),
+        ("single", table("yes", "yes"), table("yes", "no"), "nothing-to-learn", "train.csv"),
+        ("single", table("0", "1"), table("-1", "-1"), "test-without-labels", "test.csv"),
+        ("single", table("yes", "no"), table("", ""), "bad-label", "test.csv"),
+        ("regression", table("1.5", "high"), table("1", "2"), "bad-label", "train.csv"),
+        ("regression", table("1.5", "2.5"), table("-1", "-1"), "test-without-labels", "test.csv"),
+        ("single", "text,label,label\na,x,y\n", table("x"), "column-twice", "train.csv"),
+    ],
+)
+def test_labels_that_are_none_are_refused(write: Write, kind: str, train: str, test: str, code: str, file: str) -> None:
+    found, message = refused(write, kind, train, test, ".csv")
+    assert found == code
+    assert file in message
+
+
+def lines(*labels: Any) -> str:
+    return "".join(json.dumps({"text": f"t{number}", "label": label}) + "\n" for number, label in enumerate(labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "expected"),
+    [
+        (("x|y", " y | z "), {}, [("x", "y"), ("y", "z")]),
+        ((["x", "x"], "y|y"), {}, [("x",), ("y",)]),
+        (([0, 1, 1], [1, 0, 0]), {"names": ["x", "y", "z"]}, [("y", "z"), ("x",)]),
+        (([0, 2], [1]), {"names": ["x", "y", "z"]}, [("x", "z"), ("y",)]),
+    ],
+)
+def test_several_labels(write: Write, labels: Any, task: dict[str, Any], expected: list[Any]) -> None:
+    splits = read(write, "multi", lines(*labels), lines(labels[0]), ".jsonl", **task)
+    assert [example.labels for example in splits.train] == expected
+
+
+def test_indicators_need_names_and_a_wrong_separator_is_told(write: Write) -> None:
+    assert refused(write, "multi", lines([0, 1, 1]), lines([1, 0, 0]), ".jsonl")[0] == "indicators-without-names"
+    splits = read(write, "multi", lines("x;y", "y;z"), lines("x;y"), ".jsonl")
+    assert any("separated by '|'" in note for note in splits.notes)
+
+
+def test_an_empty_or_missing_second_text(write: Write) -> None:
+    columns = {"text": "text", "pair": "b", "label": "label"}
+    rows = [{"text": "a", "b": "x", "label": "y"}, {"text": "c", "b": " ", "label": "n"}]
+    good = "".join(json.dumps(row) + "\n" for row in rows)
+    splits = read(write, "single", good, json.dumps(rows[0]) + "\n", ".jsonl", columns=columns)
+    assert "train.jsonl: 1 examples have an empty text" in splits.notes
+    absent = good + json.dumps({"text": "d", "b": None, "label": "n"})
+    assert refused(write, "single", absent, good, ".jsonl", columns=columns)[0] == "no-text"
+
+
+def test_unlabelled_examples_of_a_hugging_face_dataset_are_refused(write: Write) -> None:
+    feature = {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": feature}})}
+    path = write("t.yaml", "")
+    for name, labels in (("train", [0, 1]), ("dev", [1, 0]), ("test", [-1, -1])):
+        made = pa.table({"text": [f"{name}{label}" for label in labels], "label": labels})
+        parquet.write_table(made.replace_schema_metadata(metadata), path.with_name(f"{name}.parquet"))
+    files = {name: f"{file}.parquet" for name, file in (("train", "train"), ("validation", "dev"), ("test", "test"))}
+    task = {"name": "t", "kind": "single", "score": "accuracy", "files": files, "columns": COLUMNS}
+    write("t.yaml", yaml.safe_dump({**task, "protocol": {"preset": "english"}}))
+    loaded, _, folder = load_task(str(path), {})
+    with pytest.raises(InputError, match=r"test\.parquet.*files\.test=null"):
+        read_splits(loaded, folder)
+    loaded, _, _ = load_task(str(path), {"files.test": None})
+    assert read_splits(loaded, folder).labels == ("neg", "pos")
+
+
+def test_brat_tells_what_it_leaves_out_and_why_offsets_are_wrong(write: Write) -> None:
+    for name in ("train", "dev", "test"):
+        write(f"{name}/a.txt", f"Pain {name}.\r\nÉté: Aspirin.\r\n")
+        write(f"{name}/plain.txt", "No drug.")
+        write(f"{name}/a.ann", f"T1\tDrug {13 + len(name)} {20 + len(name)}\tAspirin\nA1\tNegated T1\n")
+    files = {"train": "train", "validation": "dev", "test": "test"}
+    task = {"name": "t", "kind": "tokens", "score": "entity_f1", "files": files, "protocol": {"preset": "english"}}
+    path = write("t.yaml", yaml.safe_dump(task))
+    loaded, _, folder = load_task(str(path), {})
+    splits = read_splits(loaded, folder)
+    assert [example.labels for example in splits.train][1] == ("O", "O", "B-Drug", "O")
+    assert "train: 1 texts without an .ann file beside them, left out" in splits.notes
+    write("test/a.ann", "T1\tDrug 15 22\tAspirin\n")
+    with pytest.raises(InputError, match="CR LF as two"):
+        read_splits(loaded, folder)
+
+
+def test_annotation_tools_tell_what_they_leave_out(write: Write) -> None:
+    label = {"value": {"start": 0, "end": 7, "labels": ["Drug", "Chemical"]}, "type": "labels"}
+    hidden = {"value": {"hypertextlabels": ["Drug"]}, "type": "hypertextlabels"}
+    annotations = [{"result": [label, hidden, {"type": "relation"}]}, {"result": []}]
+    rows = [
+        {"annotations": annotations, "data": {"text": "Aspirin helps"}},
+        {"text": "No drug", "tokens": [], "answer": "accept"},
+        {"tokens": [], "ner_tags": []},
+    ]
+    test = json.dumps({"text": "Ibuprofen", "label": [[0, 9, "Drug"]]})
+    splits = read(write, "tokens", "".join(json.dumps(row) + "\n" for row in rows), test, ".jsonl")
+    assert [example.labels for example in splits.train] == [("B-Drug", "O"), ("O", "O")]
+    told = "; ".join(splits.notes)
+    for what in ("further labels of a span", "further annotations", "hypertextlabels", "relation", "without words"):
+        assert what in told
