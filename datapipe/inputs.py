@@ -45,6 +45,7 @@ MANY = 10
 """Files named one by one of the same folder from which the folder is their source."""
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test)(?=[-_.]|$)", re.IGNORECASE)
 _SPLITS = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
+_URL = re.compile(r"(\b[a-z][a-z0-9]*://)(?:[^/\s'\"@]*@)?([^\s?'\"]*)(\?[^\s'\")]*)?")
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"{": "json", b"[": "json", b"PK\x03\x04": "zip"}
 
 
@@ -95,6 +96,11 @@ class InputFile:
 def printable(path: str | Path) -> str:
     """A file name as text; bytes that are no UTF-8 are written in hexadecimal."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def without_secrets(text: str) -> str:
+    """A text with its URLs cut to what may stand in a log: no password, and no query, which may be a signature."""
+    return _URL.sub(lambda url: f"{url[1]}{url[2]}{'?...' if url[3] else ''}", text)
 
 
 def format_of(name: str) -> str | None:
@@ -319,8 +325,13 @@ class _Finder:
     def _find_remote(self, url: str) -> None:
         import fsspec
 
+        shown = without_secrets(url)
+        if url.startswith(("http:", "https:")) and has_magic(
+            url.partition("?")[0].partition("://")[2].partition("/")[2]
+        ):
+            raise InputError(f"{shown}: a web server lists no files; name each of them", code="no-listing")
         if url.startswith(("pipe:", "gopen", "file+")) or "::" in url:
-            raise InputError(f"{url}: Detour reads text from files, s3://, gs:// and https://", code="unknown-scheme")
+            raise InputError(f"{shown}: Detour reads text from files, s3://, gs:// and https://", code="unknown-scheme")
         try:
             system, root = fsspec.core.url_to_fs(url)
             scheme = url.partition("://")[0]
@@ -332,22 +343,24 @@ class _Finder:
                 paths = [root]
             sizes = [system.info(path)["size"] or 0 for path in paths]
         except (ImportError, ValueError) as error:
-            raise InputError(f"{url}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
+            raise InputError(f"{shown}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
         except FileNotFoundError:
-            raise InputError(f"{url}: no such file", code="no-such-file") from None
+            raise InputError(f"{shown}: no such file", code="no-such-file") from None
         except Exception as error:  # every store's client has its own family of errors
-            raise InputError(f"{url} cannot be read: {type(error).__name__}: {error}", code="not-readable") from None
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
         if not paths:
-            raise InputError(f"{url}: no file matches", code="no-such-file")
+            raise InputError(f"{shown}: no file matches", code="no-such-file")
         entries = [PurePosixPath(path) for path in paths]
         left_out = self._other_splits(entries) if len(entries) > 1 else set()
         for entry, path, size in zip(entries, paths, sizes, strict=True):
-            name = system.unstrip_protocol(path)
+            place = system.unstrip_protocol(path)
+            name = without_secrets(place)
             if entry in left_out:
                 self._notes.unread(f"split {_split(entry.name)}", "another split is read", name)
             elif (kind := self._format(PurePosixPath(path.partition("?")[0]))) is None:
                 self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
-            elif self._is_first(name, name):
+            elif self._is_first(place, name):
                 self._met += 1
                 self.files.append(InputFile(self._sources[url], name, kind, size, system=system, url=path))
 

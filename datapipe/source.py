@@ -304,6 +304,14 @@ def _locate(
             key="tokenizer",
             code="tokenizer-mismatch",
         )
+    counts = [] if manifest is None else list(manifest.sources.values())
+    if 0 < sum(count.get("tokens", 0) for count in counts) == sum(count.get("marked", 0) for count in counts):
+        raise InputError(
+            f"{label}: every token is marked as an identifier, so nothing would be learned; "
+            "mend the spans or the patterns, and prepare the text again",
+            key=KEY,
+            code="no-label",
+        )
     return store, shards, manifest is None
 
 

@@ -7,9 +7,12 @@ import csv
 import io
 import itertools
 import json
+import lzma
+import re
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +41,7 @@ from datapipe.identifiers import (
     parse_spans,
     with_placeholders,
 )
-from datapipe.inputs import InputFile, format_of, printable
+from datapipe.inputs import InputFile, format_of, printable, without_secrets
 from datapipe.notes import Notes
 from datapipe.where import NoFieldError, columns_of, describe_missing, field, parse_where
 
@@ -49,6 +52,15 @@ LONGEST_CELL = 2**28
 _ONE_OBJECT = 2**26
 """Characters of a JSON file that may be a single object over several lines."""
 _DELIMITERS = ",;\t|"
+_NO_TEXT = {
+    b"PK\x03\x04": "a zip archive or an Office document",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"%PDF-": "a PDF",
+    b"PAR1": "a parquet file",
+    b"ARROW1": "an Arrow file",
+}
+"""What files are that begin with these bytes, and are no text."""
+_WHOLE = re.compile(r"-?\d{1,15}\.0+")
 _IN_MEMORY = 2**24
 
 
@@ -102,15 +114,22 @@ def read_records(file: InputFile, reading: Reading, notes: Notes) -> Iterator[Re
     try:
         with file.open() as raw:
             content = _Content(file.name, raw.tell, reading, notes, file.annotations)
-            yield from content.read(file.format, raw)
+            records = content.read(file.format, raw)
+            first = next(records, None)
+            if first is None:
+                notes.add("no record in it", file.name)
+            else:
+                yield first
+            yield from records
     except DAMAGE as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        yield InputError(f"{file.name} cannot be read: {reason}", code="not-readable")
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        yield InputError(f"{file.name} cannot be read: {without_secrets(reason)}", code="not-readable")
     except Exception as error:
         if file.system is None:
             raise
         # every store's client has its own family of errors
-        yield InputError(f"{file.name} cannot be read: {type(error).__name__}: {error}", code="not-readable")
+        reason = without_secrets(f"{type(error).__name__}: {error}")
+        yield InputError(f"{file.name} cannot be read: {reason}", code="not-readable")
 
 
 @dataclass(frozen=True)
@@ -138,6 +157,9 @@ class _Content:
 
     def _lines(self, kind: str, raw: IO[bytes]) -> Iterator[Record]:
         stream, head = decompress(raw, self.name)
+        if other := next((name for magic, name in _NO_TEXT.items() if head.startswith(magic)), None):
+            yield self._fault(f"it is {other}, whatever its name; rename or convert it", "not-text")
+            return
         encoding = self.reading.encoding and require_codec(self.reading.encoding)
         if encoding is None:
             encoding = detect_encoding(head)
@@ -241,6 +263,9 @@ class _Content:
         csv.field_size_limit(LONGEST_CELL)
         lines = self._characters(stream, encoding, "")
         first = lines.readline().removeprefix("\ufeff")
+        before = 0
+        if (hint := first.rstrip("\r\n")).lower().startswith("sep=") and len(hint) == 5:  # Excel writes it
+            delimiter, first, before = hint[4], lines.readline(), 1
         # The delimiter by which the header has the columns, and then the most columns.
         named = {name for name in (self.reading.text, self.reading.id, self.reading.group) if name is not None}
         delimiter = delimiter or max(
@@ -250,7 +275,7 @@ class _Content:
         record = self._records("line")
         header: list[str] | None = None
         while True:
-            line = reader.line_num + 1
+            line = reader.line_num + 1 + before
             place = f"line {line}"
             try:
                 cells = next(reader, None)
@@ -333,7 +358,10 @@ class _Content:
                     try:
                         yield from self._member(info.filename, lambda info=info: archive.open(info))  # type: ignore[misc]
                     except (RuntimeError, NotImplementedError) as error:  # a password, or an unknown compression
-                        yield self._fault(f"cannot be read: {error}", "not-readable", info.filename)
+                        reason = "it needs a password; unpack the archive" if info.flag_bits & 1 else error
+                        yield self._fault(f"cannot be read: {reason}", "not-readable", printable(info.filename))
+                    except (zlib.error, lzma.LZMAError, EOFError) as error:
+                        yield self._fault(f"damaged ({error})", "not-readable", printable(info.filename))
         except zipfile.BadZipFile as error:
             yield self._fault(f"no readable zip file ({error})", "not-readable")
 
@@ -431,11 +459,15 @@ class _Content:
             if text is not None and not isinstance(text, str):
                 fault = f"`{reading.text}` is {type(text).__name__}, not a string"
                 return self._fault(fault, "text-not-a-string", place)
+            if isinstance(group, list | dict):
+                return self._fault(
+                    f"`{reading.group}` is {type(group).__name__}, not one value", "group-invalid", place
+                )
             try:
-                given = parse_spans(spans, len(text or ""))
+                given = parse_spans(spans, text or "")
             except (ValueError, RecursionError) as error:
                 return self._fault(f"`{spans_field}`: {error}", "spans-invalid", place)
-            return self._text(text or "", str(number if identity is None else identity), place, group, given)
+            return self._text(text or "", _key(identity) or str(number), place, _key(group), given)
 
         return make
 
@@ -445,7 +477,9 @@ class _Content:
         reading = self.reading
         return load_patterns(reading.identifiers) if reading.identifiers and reading.mask_spans else ()
 
-    def _text(self, text: str, identity: str, place: str, group: Any = None, given: Sequence[Identifier] = ()) -> Text:
+    def _text(
+        self, text: str, identity: str, place: str, group: str | None = None, given: Sequence[Identifier] = ()
+    ) -> Text:
         identifiers = merge_overlapping([*given, *find_identifiers(self._patterns, text)])
         if self.reading.mask_spans:
             text, identifiers = with_placeholders(text, identifiers)
@@ -458,10 +492,21 @@ class _Content:
         if has_control_characters(content):
             nul = "NUL characters" if b"\0" in content else "control characters"
             self.notes.add(f"{nul} in the text, kept", at, "documents")
-        return Text(identity, content, self.position(), None if group is None else str(group), identifiers)
+        return Text(identity, content, self.position(), group, identifiers)
 
     def _fault(self, fault: str, code: str = "not-utf8", place: str = "") -> InputError:
         return InputError(f"{self.name}{', ' if place else ''}{place}: {fault}", code=code)
+
+
+def _key(value: Any) -> str | None:
+    """An id or group as text: equal for 1, 1.0, "1" and "1.0", because a column with nulls is written as floats.
+
+    None where there is none: null, NaN, or an empty cell.
+    """
+    if value is None or value != value:
+        return None
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    return (text.partition(".")[0] if _WHOLE.fullmatch(text) else text) or None
 
 
 def _column_names(schema: Any) -> list[str]:
