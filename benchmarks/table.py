@@ -55,9 +55,8 @@ def arguments(description: str | None, **flags: str) -> argparse.Namespace:
 def report(rows: Sequence[Row], file: Path | None) -> None:
     """Print the table, and write the rows to `file` if it is given."""
     width = max(len(row.name) for row in rows)
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[1]:.1f}"
-    )
+    machine, python = platform.processor() or platform.machine(), platform.python_version()
+    print(f"{machine}, {os.cpu_count()} cores, Python {python}, load {os.getloadavg()[1]:.1f}")
     print(f"{'':<{width}}  {'ours':>12}  {'peer':>12}  {'ratio':>8}  {'bar':>6}")
     for row in rows:
         bar = "" if row.bar is None else f"{row.bar:g}"

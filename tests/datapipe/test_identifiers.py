@@ -505,7 +505,7 @@ def test_offsets_of_another_unit_are_told(tokenizer: Tokenizer, tmp_path: Path) 
     text = "Zo\u00e9 \U0001f600 called Kim today"
     rows = [{"text": text, "spans": [{"start": 13, "end": 16, "label": "N", "text": "Kim"}]}]
     assert text[13:16] == "Kim"
-    assert list(read_texts(write_jsonl(tmp_path / "a.jsonl", rows)))[0].identifiers
+    assert next(read_texts(write_jsonl(tmp_path / "a.jsonl", rows))).identifiers
     rows[0]["spans"][0].update(start=14, end=17)
     with refused("spans-invalid", "line 1"):
         list(read_texts(write_jsonl(tmp_path / "b.jsonl", rows)))
