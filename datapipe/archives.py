@@ -14,7 +14,7 @@ from typing import IO, Any
 from configs.errors import InputError
 from datapipe.decoding import decompress
 from datapipe.identifiers import NO_SPANS
-from datapipe.inputs import format_of, printable
+from datapipe.input_file import format_of, printable
 from datapipe.records import Content, Record
 
 Reader = Callable[[Content, str, IO[bytes]], Iterator[Record]]

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from glob import has_magic, iglob
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -19,25 +18,11 @@ from configs.errors import InputError
 from configs.schema import Reading
 from datapipe.decoding import COMPRESSED, DAMAGE, decompress
 from datapipe.disk import disk_errors_as_input_errors
+from datapipe.input_file import InputFile, annotations_of, format_of, formats, printable, without_secrets
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.notes import Notes
 from datapipe.paths import PREFIX, local_path
 
-FORMATS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".txt": "txt",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".zip": "zip",
-    ".tar": "tar",
-    ".tgz": "tar",
-}
-"""Formats by suffix. Any text format may be compressed: .gz, .bz2, .xz, .zst."""
 JOURNAL = ".prepare.jsonl"
 """File in an unfinished output of `detour prepare`."""
 STDIN = "-"
@@ -45,81 +30,7 @@ MANY = 10
 """Files named one by one of the same folder from which the folder is their source."""
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test)(?=[-_.]|$)", re.IGNORECASE)
 _SPLITS = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
-_URL = re.compile(r"(\b[a-z][a-z0-9]*://)(?:[^/\s'\"@]*@)?([^\s?'\"]*)(\?[^\s'\")]*)?")
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"{": "json", b"[": "json", b"PK\x03\x04": "zip"}
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of text."""
-
-    source: str
-    """Name of the file or folder that was named, for the counts."""
-    name: str
-    """Path or URL, for messages; it can be printed anywhere."""
-    format: str
-    """A value of FORMATS."""
-    size: int
-    """Bytes."""
-    path: Path | None = None
-    """Local path."""
-    system: Any = field(default=None, compare=False, repr=False)
-    """fsspec's file system of a URL."""
-    url: str = ""
-    spool: Any = field(default=None, compare=False, repr=False)
-    """Temporary file with the content of a pipe."""
-
-    def open(self) -> IO[bytes]:
-        """Open it for reading at its start."""
-        if self.spool is not None:
-            return Path(self.spool.name).open("rb", buffering=0)
-        if self.path is not None:
-            return self.path.open("rb", buffering=0)
-        return self.system.open(self.url, "rb")
-
-    def annotations(self) -> bytes | None:
-        """The content of the brat .ann file beside a .txt file; None if there is none.
-
-        Raises:
-            OSError: It cannot be read.
-        """
-        if self.spool is not None or "?" in self.url:  # a signed URL is of one file
-            return None
-        if self.path is not None:
-            beside = self.path.with_name(annotations_of(self.path.name))
-            return beside.read_bytes() if beside.is_file() else None
-        folder, _, name = self.url.rpartition("/")
-        url = f"{folder}/{annotations_of(name)}"
-        return self.system.cat_file(url) if self.system.exists(url) else None
-
-
-def printable(path: str | Path) -> str:
-    """A file name as text; bytes that are no UTF-8 are written in hexadecimal."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def without_secrets(text: str) -> str:
-    """A text with its URLs cut to what may stand in a log: no password, and no query, which may be a signature."""
-    return _URL.sub(lambda url: f"{url[1]}{url[2]}{'?...' if url[3] else ''}", text)
-
-
-def format_of(name: str) -> str | None:
-    """The format that the suffix of a file name tells, whatever its case."""
-    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    return FORMATS.get(suffixes[-1]) if suffixes else None
-
-
-def annotations_of(name: str) -> str:
-    """Name of the brat file beside a text file: `a.ann` beside `a.txt` and `a.txt.gz`."""
-    path = PurePosixPath(name)
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).with_suffix(".ann").name
-
-
-def formats() -> str:
-    """The formats that are read, for messages."""
-    return f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSED)}"
 
 
 def find_inputs(

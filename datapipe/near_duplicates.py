@@ -29,7 +29,7 @@ from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
 from datapipe.executor import InProcessExecutor
 from datapipe.identifiers import policy
-from datapipe.inputs import InputFile
+from datapipe.input_file import InputFile
 from datapipe.notes import Notes
 from datapipe.selection import Intake
 from datapipe.text import Text, read_records

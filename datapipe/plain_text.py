@@ -14,7 +14,7 @@ from typing import IO, Any
 from configs.errors import InputError
 from datapipe.decoding import decompress, detect_encoding, likely_codec, require_codec
 from datapipe.identifiers import NO_SPANS, Identifier, parse_brat
-from datapipe.inputs import printable
+from datapipe.input_file import printable
 from datapipe.records import Content, Record
 
 MANY_LINES = 1000

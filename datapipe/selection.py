@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
-from datapipe.inputs import InputFile
+from datapipe.input_file import InputFile
 from datapipe.notes import Notes
 from datapipe.text import Filtered, Text, read_records
 

@@ -19,8 +19,9 @@ from configs.schema import Data
 from configs.schema import Source as SourceConfig
 from datapipe.identifiers import with_marks
 from datapipe.manifest import NAME, Shard, TokenizerIdentity
-from datapipe.shards import REMEDY, DamagedError, ShardReader
+from datapipe.shards import REMEDY, ShardReader
 from datapipe.store import LocalStore, Store, open_store
+from datapipe.tar_members import DamagedError
 from datapipe.tokenizer import Tokenizer
 
 KEY = "data.sources"

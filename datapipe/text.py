@@ -10,7 +10,7 @@ from configs.errors import InputError
 from configs.schema import Reading
 from datapipe.archives import read_tar, read_zip
 from datapipe.decoding import DAMAGE
-from datapipe.inputs import InputFile, format_of, printable, without_secrets
+from datapipe.input_file import InputFile, format_of, printable, without_secrets
 from datapipe.notes import Notes
 from datapipe.plain_text import read_lines
 from datapipe.records import Content, Filtered, Record, Text

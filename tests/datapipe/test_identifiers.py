@@ -37,7 +37,8 @@ from datapipe.prepare import ensure_prepared, prepare
 from datapipe.selection import HELD_OUT, Block, Selection
 from datapipe.shard_report import inspect_shards
 from datapipe.shard_writer import ShardWriter
-from datapipe.shards import DamagedError, ShardReader
+from datapipe.shards import ShardReader
+from datapipe.tar_members import DamagedError
 from datapipe.targets import Masked, Mixed, NextToken, Targets
 from datapipe.text import Text, read_texts
 from datapipe.tokenizer import Tokenizer, load_tokenizer

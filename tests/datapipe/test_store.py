@@ -22,7 +22,8 @@ from moto.server import ThreadedMotoServer
 from configs.errors import InputError, RunFailedError
 from configs.files import partial_path
 from configs.schema import Data, Reading
-from datapipe.inputs import find_inputs, without_secrets
+from datapipe.input_file import without_secrets
+from datapipe.inputs import find_inputs
 from datapipe.loader import Loader, check_sources
 from datapipe.manifest import Shard, read_manifest
 from datapipe.notes import Notes
