@@ -30,11 +30,11 @@ import datapipe.prepare
 from configs.errors import InputError
 from configs.schema import Data, Reading
 from datapipe.decoding import detect_encoding, likely_codec
-from datapipe.inputs import find_inputs
+from datapipe.inputs import JOURNAL, find_inputs
 from datapipe.manifest import NAME, read_manifest
 from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes
-from datapipe.prepare import JOURNAL, ensure_prepared, prepare
+from datapipe.prepare import ensure_prepared, prepare
 from datapipe.selection import HELD_OUT, Intake, Selection, blocks
 from datapipe.text import Filtered, read_records, read_texts
 from datapipe.tokenizer import Tokenizer
