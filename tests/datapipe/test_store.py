@@ -375,6 +375,8 @@ def s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     client.create_bucket(Bucket="bucket")
     for path in shards.iterdir():
         client.upload_file(str(path), "bucket", f"corpus/{path.name}")
+    for name in ("a.jsonl", "b.jsonl"):
+        client.put_object(Bucket="bucket", Key=f"text/{name}", Body=f'{{"text": "{name}"}}'.encode())
     proxy = Server(upstream=f"{host}:{port}")
     proxy.faults = [unavailable, dropped, slow]
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -399,11 +401,11 @@ def test_text_of_a_web_server(shards: Path, server: Server, ranges: bool) -> Non
     server.ranges = ranges
     lines = [f'{{"text": "{number}"}}' for number in range(2000)]
     (shards / "notes.jsonl").write_text("\n".join(lines))
-    assert len(texts(f"{server.url}/notes.jsonl?signature=SECRET")) == 2000
+    assert len(texts(f"{server.url}/{shards.name}/notes.jsonl?signature=SECRET")) == 2000
     host = server.url.removeprefix("http://")
     for code, url in (
-        ("no-such-file", f"http://user:SECRET@{host}/none.jsonl?signature=SECRET"),
-        ("no-listing", f"{server.url}/*.jsonl?signature=SECRET"),
+        ("no-such-file", f"http://user:SECRET@{host}/{shards.name}/none.jsonl?signature=SECRET"),
+        ("no-listing", f"{server.url}/{shards.name}/*.jsonl?signature=SECRET"),
         ("not-readable", "http://127.0.0.1:1/notes.jsonl?signature=SECRET"),
     ):
         with pytest.raises(InputError, match=re.escape(without_secrets(url))) as caught:
@@ -419,14 +421,11 @@ def test_text_whose_connection_is_dropped(shards: Path, server: Server) -> None:
         info.size = 300_000
         archive.addfile(info, io.BytesIO(b"a" * info.size))
     server.faults = [dropped] * 50
-    with refused("not-readable", f"{server.url}/notes.tar"):
-        texts(f"{server.url}/notes.tar?signature=1")
+    with refused("not-readable", f"{server.url}/{shards.name}/notes.tar"):
+        texts(f"{server.url}/{shards.name}/notes.tar?signature=1")
 
 
-def test_text_in_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = boto3.client("s3")
-    for name in ("a.jsonl", "b.jsonl"):
-        client.put_object(Bucket="bucket", Key=f"text/{name}", Body=f'{{"text": "{name}"}}'.encode())
+def test_text_in_s3(s3: str) -> None:
     assert texts("s3://bucket/text") == texts("s3://bucket/text/*.jsonl") == [b"a.jsonl", b"b.jsonl"]
     with refused("no-such-file", "s3://bucket/text/none.jsonl"):
         texts("s3://bucket/text/none.jsonl")
