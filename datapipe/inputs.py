@@ -255,8 +255,12 @@ class _Finder:
             sizes = [system.info(path)["size"] or 0 for path in paths]
         except (ImportError, ValueError) as error:
             raise InputError(f"{shown}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
-        except FileNotFoundError:
-            raise InputError(f"{shown}: no such file", code="no-such-file") from None
+        except FileNotFoundError as error:
+            cause = error.__cause__  # fsspec says so too of a server that cannot be reached or refuses the user
+            if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
+                raise InputError(f"{shown}: no such file", code="no-such-file") from None
+            reason = without_secrets(f"{type(cause).__name__}: {cause}")
+            raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
         except Exception as error:  # every store's client has its own family of errors
             reason = without_secrets(f"{type(error).__name__}: {error}")
             raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
