@@ -3,7 +3,7 @@
 Both sides of a line read the same shards or texts, by turns. The fastest turn counts, because other programs of the
 machine slow the others down. Lines of one process are in processor time, which a busy machine distorts less.
 
-    python -m benchmarks.data [--quick] [--json FILE]
+    python -m benchmarks.data [--quick | --million] [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from configs.schema import Data, Reading, Source
 from datapipe.inputs import find_files
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest, TokenizerIdentity, read_manifest, write_manifest
-from datapipe.near_duplicates import near_duplicates as find_near_duplicates
+from datapipe.near_duplicates import signatures, similar_to_earlier
 from datapipe.packing import packing_ratio
 from datapipe.paths import local_path
 from datapipe.prepare import prepare
@@ -48,7 +49,12 @@ H100 = 300_000
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments(__doc__, million="only short documents and near-duplicates, 1 million of each")
+    if options.million:
+        with tempfile.TemporaryDirectory() as name:
+            rows = [*near_duplicates(Path(name), 1_000_000), *short_documents(Path(name), 1_000_000)]
+        report(rows, options.json)
+        return
     rounds = 3 if options.quick else 7
     tokenizer = load_tokenizer("package://tokenizer/modernbert")
     with tempfile.TemporaryDirectory() as name:
@@ -60,8 +66,8 @@ def main() -> None:
             *reading(folder / "medquad", tokenizer, rounds),
             *preparing(folder, tokenizer, copies=2 if options.quick else 8, rounds=1 if options.quick else 3),
             *formats(folder, tokenizer, copies=2 if options.quick else 4),
-            *short_documents(folder, count=100_000 if options.quick else 1_000_000),
-            *near_duplicates(folder, count=20_000 if options.quick else 200_000),
+            *short_documents(folder, count=50_000 if options.quick else 300_000),
+            *near_duplicates(folder, count=10_000 if options.quick else 100_000),
             memory(folder, megabytes=20 if options.quick else 100),
             restoring(folder / "large", tokenizer),
             waiting(folder / "demo", steps=40 if options.quick else 140),
@@ -250,33 +256,44 @@ def short_documents(folder: Path, count: int) -> list[Row]:
 
 
 def near_duplicates(folder: Path, count: int) -> list[Row]:
-    """Notes of 150 words, a tenth of them copies with a tenth of the words replaced: found, time, memory."""
-    rng = np.random.default_rng(0)
-    words = np.array([f"w{number:x}" for number in range(20_000)])
-    path = folder / "notes.jsonl"
-    copies = count // 10
-    kept: list[np.ndarray] = []
-    with path.open("w") as file:
-        for number in range(count):
-            if number < count - copies:
-                note = words[rng.zipf(1.2, 150) % len(words)]
-                if number < copies:
-                    kept.append(note)
-            else:
-                note = kept[number - count + copies].copy()
-                note[rng.choice(150, 15, replace=False)] = words[rng.integers(0, len(words), 15)]
-            file.write(json.dumps({"id": number, "text": " ".join(note)}) + "\n")
-    used = sum(os.times()[:4])
-    found = find_near_duplicates(find_files(str(path)), Reading(), 0.8, folder, len(os.sched_getaffinity(0)))
-    minutes = (sum(os.times()[:4]) - used) / 2 / 60 * 1e6 / count
-    process = psutil.Process().memory_info().rss
-    label = f"near-duplicates, {count:,} notes"
+    """Notes of 30 to 2,000 words, a tenth of them copies with a tenth of the words replaced: found, time, memory."""
+    path, copies = folder / "notes.jsonl", count // 10
+    write_notes(path, count, copies)
+    files, cores = find_files(str(path)), len(os.sched_getaffinity(0))
+    with PeakMemory(psutil.Process()) as peak:
+        started, used = time.perf_counter(), sum(os.times()[:4])
+        signed = signatures(files, Reading(), cores)
+        signing, compared = sum(os.times()[:4]) - used, sum(os.times()[:4])
+        found = similar_to_earlier(signed, 0.8)
+        comparing, wall = sum(os.times()[:4]) - compared, time.perf_counter() - started
+    label, per_million = f"near-duplicates, {count:,} notes, {path.stat().st_size / 1e6:,.0f} MB", 1e6 / count
+    minutes = (signing / 2 + comparing) / 60 * per_million  # signatures keep two cores busy, comparisons one
+    path.unlink()
     return [
         Row.at_least(f"{label}: copies found", float(found[-copies:].mean()), 1.0, 0.95, "of the copies"),
         Row.at_most(f"{label}: others taken for one", float(found[:-copies].mean()), 0.01, 1, "of the notes"),
-        Row.at_most(f"{label}: time of two cores for 1 M", minutes, 15, 1, "minutes"),
-        Row.at_most(f"{label}: memory of this process", process / 1e9, 4, 1, "GB"),
+        Row.at_most(f"{label}: two free cores, for 1 M", minutes, 15, 1, "minutes"),
+        Row.at_most(f"{label}: wall time here, for 1 M", wall / 60 * per_million, 15, None, "minutes"),
+        Row.at_least(f"{label}: CPU time, signatures vs comparison", signing, comparing, None, "CPU s"),
+        Row.at_most(f"{label}: peak memory of all processes", peak.bytes / 1e9, 4, 1, "GB"),
     ]
+
+
+def write_notes(path: Path, count: int, copies: int) -> None:
+    """Write notes of 150 words at the median; the last are copies of the first, a tenth of their words replaced."""
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{number:x}" for number in range(20_000)])
+    lengths = np.clip(rng.lognormal(np.log(150), 0.8, count), 30, 2000).astype(int)
+    with path.open("w") as file, path.open() as written:
+        for number in range(count):
+            if number < count - copies:
+                note = words[rng.zipf(1.2, lengths[number]) % len(words)]
+            else:
+                file.flush()
+                note = np.array(json.loads(written.readline())["text"].split())
+                replaced = rng.choice(len(note), len(note) // 10, replace=False)
+                note[replaced] = words[rng.integers(0, len(words), len(replaced))]
+            file.write(json.dumps({"id": number, "text": " ".join(note)}) + "\n")
 
 
 def memory(folder: Path, megabytes: int) -> Row:
@@ -299,14 +316,34 @@ def peak_memory(arguments: list[str]) -> int:
     detour = str(Path(sys.executable).with_name("detour"))
     command = [detour, *arguments, "--tokenizer", "package://tokenizer/modernbert"]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # a process ended meanwhile
-            family = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(member.memory_full_info().pss for member in family))
-        time.sleep(0.2)
+    with PeakMemory(process) as peak:
+        process.wait()
     assert process.returncode == 0
-    return peak
+    return peak.bytes
+
+
+class PeakMemory:
+    """The most bytes that a process and its children use, their shared pages counted once."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self.bytes = 0
+        self._process = process
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._over.wait(0.2):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a process ended meanwhile
+                family = [self._process, *self._process.children(recursive=True)]
+                self.bytes = max(self.bytes, sum(member.memory_full_info().pss for member in family))
 
 
 def restoring(directory: Path, tokenizer: Tokenizer) -> Row:

@@ -42,18 +42,21 @@ class Row:
         return cls(name, ours, peer, ratio, bar, unit, None if bar is None else ratio <= bar)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """Parse the options `quick` and `json` of the command line."""
+def arguments(description: str | None, **flags: str) -> argparse.Namespace:
+    """Parse the options `quick` and `json` of the command line, and flags of the benchmark with their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: within 10 minutes on 2 cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    for name, explanation in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=explanation)
     return parser.parse_args()
 
 
 def report(rows: Sequence[Row], file: Path | None) -> None:
     """Print the table, and write the rows to `file` if it is given."""
     width = max(len(row.name) for row in rows)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    machine, python = platform.processor() or platform.machine(), platform.python_version()
+    print(f"{machine}, {os.cpu_count()} cores, Python {python}, load {os.getloadavg()[1]:.1f}")
     print(f"{'':<{width}}  {'ours':>12}  {'peer':>12}  {'ratio':>8}  {'bar':>6}")
     for row in rows:
         bar = "" if row.bar is None else f"{row.bar:g}"

@@ -44,15 +44,15 @@ Patterns = Sequence[tuple[str, re.Pattern[str]]]
 """(label, regular expression) each."""
 
 
-def parse_spans(value: Any, length: int) -> list[Identifier]:
+def parse_spans(value: Any, text: str) -> list[Identifier]:
     """Check the spans of a text.
 
     Args:
         value: `[[start, end, label], ...]`, objects with these keys, the JSON of either, or None.
-        length: Characters of the text.
+        text: The text. A span that has its own `text` must stand there, because some tools count UTF-16 units or bytes.
 
     Raises:
-        ValueError: It is no such list, or a span does not lie within the text.
+        ValueError: It is no such list, or a span does not lie within the text, or other words stand there.
     """
     if isinstance(value, str):
         value = json.loads(value) if value.strip() else None
@@ -72,7 +72,14 @@ def parse_spans(value: Any, length: int) -> list[Identifier]:
         start, end, label = parts
         if label is not None and not isinstance(label, str):
             raise ValueError(f"span {number}: its label is a {type(label).__name__} and not a string")
-        identifiers.append(_checked(f"span {number}", start, end, label, length))
+        found = _checked(f"span {number}", start, end, label, len(text))
+        words = span.get("text") if isinstance(span, dict) else None
+        if isinstance(words, str) and words.split() != text[start:end].split():
+            raise ValueError(
+                f"span {number}: its words do not stand at [{start}, {end}]; count characters (Unicode code points), "
+                "not bytes or UTF-16 units"
+            )
+        identifiers.append(found)
     return identifiers
 
 

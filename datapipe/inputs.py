@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from glob import has_magic, iglob
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -19,25 +18,11 @@ from configs.errors import InputError
 from configs.schema import Reading
 from datapipe.decoding import COMPRESSED, DAMAGE, decompress
 from datapipe.disk import disk_errors_as_input_errors
+from datapipe.input_file import InputFile, annotations_of, format_of, formats, printable, without_secrets
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.notes import Notes
 from datapipe.paths import PREFIX, local_path
 
-FORMATS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".txt": "txt",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".zip": "zip",
-    ".tar": "tar",
-    ".tgz": "tar",
-}
-"""Formats by suffix. Any text format may be compressed: .gz, .bz2, .xz, .zst."""
 JOURNAL = ".prepare.jsonl"
 """File in an unfinished output of `detour prepare`."""
 STDIN = "-"
@@ -46,74 +31,6 @@ MANY = 10
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test)(?=[-_.]|$)", re.IGNORECASE)
 _SPLITS = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"{": "json", b"[": "json", b"PK\x03\x04": "zip"}
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of text."""
-
-    source: str
-    """Name of the file or folder that was named, for the counts."""
-    name: str
-    """Path or URL, for messages; it can be printed anywhere."""
-    format: str
-    """A value of FORMATS."""
-    size: int
-    """Bytes."""
-    path: Path | None = None
-    """Local path."""
-    system: Any = field(default=None, compare=False, repr=False)
-    """fsspec's file system of a URL."""
-    url: str = ""
-    spool: Any = field(default=None, compare=False, repr=False)
-    """Temporary file with the content of a pipe."""
-
-    def open(self) -> IO[bytes]:
-        """Open it for reading at its start."""
-        if self.spool is not None:
-            return Path(self.spool.name).open("rb", buffering=0)
-        if self.path is not None:
-            return self.path.open("rb", buffering=0)
-        return self.system.open(self.url, "rb")
-
-    def annotations(self) -> bytes | None:
-        """The content of the brat .ann file beside a .txt file; None if there is none.
-
-        Raises:
-            OSError: It cannot be read.
-        """
-        if self.spool is not None or "?" in self.url:  # a signed URL is of one file
-            return None
-        if self.path is not None:
-            beside = self.path.with_name(annotations_of(self.path.name))
-            return beside.read_bytes() if beside.is_file() else None
-        folder, _, name = self.url.rpartition("/")
-        url = f"{folder}/{annotations_of(name)}"
-        return self.system.cat_file(url) if self.system.exists(url) else None
-
-
-def printable(path: str | Path) -> str:
-    """A file name as text; bytes that are no UTF-8 are written in hexadecimal."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def format_of(name: str) -> str | None:
-    """The format that the suffix of a file name tells, whatever its case."""
-    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    return FORMATS.get(suffixes[-1]) if suffixes else None
-
-
-def annotations_of(name: str) -> str:
-    """Name of the brat file beside a text file: `a.ann` beside `a.txt` and `a.txt.gz`."""
-    path = PurePosixPath(name)
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).with_suffix(".ann").name
-
-
-def formats() -> str:
-    """The formats that are read, for messages."""
-    return f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSED)}"
 
 
 def find_inputs(
@@ -319,8 +236,13 @@ class _Finder:
     def _find_remote(self, url: str) -> None:
         import fsspec
 
+        shown = without_secrets(url)
+        if url.startswith(("http:", "https:")) and has_magic(
+            url.partition("?")[0].partition("://")[2].partition("/")[2]
+        ):
+            raise InputError(f"{shown}: a web server lists no files; name each of them", code="no-listing")
         if url.startswith(("pipe:", "gopen", "file+")) or "::" in url:
-            raise InputError(f"{url}: Detour reads text from files, s3://, gs:// and https://", code="unknown-scheme")
+            raise InputError(f"{shown}: Detour reads text from files, s3://, gs:// and https://", code="unknown-scheme")
         try:
             system, root = fsspec.core.url_to_fs(url)
             scheme = url.partition("://")[0]
@@ -332,22 +254,28 @@ class _Finder:
                 paths = [root]
             sizes = [system.info(path)["size"] or 0 for path in paths]
         except (ImportError, ValueError) as error:
-            raise InputError(f"{url}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
-        except FileNotFoundError:
-            raise InputError(f"{url}: no such file", code="no-such-file") from None
+            raise InputError(f"{shown}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
+        except FileNotFoundError as error:
+            cause = error.__cause__  # fsspec says so too of a server that cannot be reached or refuses the user
+            if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
+                raise InputError(f"{shown}: no such file", code="no-such-file") from None
+            reason = without_secrets(f"{type(cause).__name__}: {cause}")
+            raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
         except Exception as error:  # every store's client has its own family of errors
-            raise InputError(f"{url} cannot be read: {type(error).__name__}: {error}", code="not-readable") from None
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
         if not paths:
-            raise InputError(f"{url}: no file matches", code="no-such-file")
+            raise InputError(f"{shown}: no file matches", code="no-such-file")
         entries = [PurePosixPath(path) for path in paths]
         left_out = self._other_splits(entries) if len(entries) > 1 else set()
         for entry, path, size in zip(entries, paths, sizes, strict=True):
-            name = system.unstrip_protocol(path)
+            place = system.unstrip_protocol(path)
+            name = without_secrets(place)
             if entry in left_out:
                 self._notes.unread(f"split {_split(entry.name)}", "another split is read", name)
             elif (kind := self._format(PurePosixPath(path.partition("?")[0]))) is None:
                 self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
-            elif self._is_first(name, name):
+            elif self._is_first(place, name):
                 self._met += 1
                 self.files.append(InputFile(self._sources[url], name, kind, size, system=system, url=path))
 

@@ -42,7 +42,7 @@ import numpy as np
 
 from configs.errors import InputError
 from configs.schema import Data
-from datapipe.batch import Drawn, MicroBatch, Origin, PackedSequence, StepData
+from datapipe.batch import IGNORE, Drawn, MicroBatch, Origin, PackedSequence, StepData
 from datapipe.mixture import MEMORY
 from datapipe.order import FORMAT
 from datapipe.packing import BUFFER
@@ -333,9 +333,17 @@ def evaluation_batches(
     padding = np.full(data.sequence_length, tokenizer.pad_id, np.int32)
     while len(rows) % (micro_batch_size * size):
         rows.append(PackedSequence(padding, (), 0, len(rows)))
+    make = NumpyBatches(targets)
+    if not any((make([[row]])[0].labels != IGNORE).any() for row in rows):  # of all ranks, so that all of them tell it
+        raise InputError(
+            f"data.evaluation: none of its tokens is a label of {targets.objective}, because all are marked as "
+            "identifiers or are alone in their documents; hold out other documents, or leave data.evaluation out",
+            key="data.evaluation",
+            code="no-label",
+        )
     own_rows = rows[rank::size]
     starts = range(0, len(own_rows), micro_batch_size)
-    return NumpyBatches(targets)([own_rows[i : i + micro_batch_size] for i in starts])
+    return make([own_rows[i : i + micro_batch_size] for i in starts])
 
 
 def _streams_error(fault: str) -> InputError:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from datapipe.order import Segment, permutation, segments
-from datapipe.shards import DamagedError
 from datapipe.source import Source
+from datapipe.tar_members import DamagedError
 
 ENCODE_AHEAD = 64
 """Documents of raw text tokenized at once."""

@@ -29,7 +29,7 @@ from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
 from datapipe.executor import InProcessExecutor
 from datapipe.identifiers import policy
-from datapipe.inputs import InputFile
+from datapipe.input_file import InputFile
 from datapipe.notes import Notes
 from datapipe.selection import Intake
 from datapipe.text import Text, read_records
@@ -82,7 +82,7 @@ def near_duplicates(
     path = output / f"{NAME}{_identity(files, reading, threshold)}.npy"
     if path.exists():
         return np.load(path, allow_pickle=False)
-    found = _similar_to_earlier(signatures(files, reading, processes, progress), threshold)
+    found = similar_to_earlier(signatures(files, reading, processes, progress), threshold)
     with disk_errors_as_input_errors(path):
         with partial_path(path).open("wb") as file:
             np.save(file, found)
@@ -174,7 +174,7 @@ def bands(threshold: float) -> tuple[int, int]:
     return HASHES // max(rows, default=1), max(rows, default=1)
 
 
-def _similar_to_earlier(signatures: NDArray[np.uint16], threshold: float) -> NDArray[np.bool_]:
+def similar_to_earlier(signatures: NDArray[np.uint16], threshold: float) -> NDArray[np.bool_]:
     """Compare each document with two of those that share a band with it.
 
     They are the first one, and the one beside it by the next band, because sharing both is likely similarity.

@@ -6,43 +6,40 @@ import hashlib
 import json
 import multiprocessing
 import os
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from configs.errors import InputError, RunFailedError
 from configs.schema import Data, Reading
-from configs.units import format_count
 from datapipe.canaries import PLANTED, plan, require_planted, write_canaries
 from datapipe.disk import disk_errors_as_input_errors, exclusive
 from datapipe.encode import ShardEncoder, WrittenShard, start_process, write_in_process
 from datapipe.executor import InProcessExecutor
 from datapipe.identifiers import NO_SPANS, load_patterns, policy
-from datapipe.inputs import JOURNAL, find_inputs
+from datapipe.inputs import find_inputs
+from datapipe.journal import Journal
 from datapipe.manifest import (
     FORMAT_VERSION,
     KEPT,
     NAME,
     Manifest,
-    Shard,
     TokenizerIdentity,
     add_counts,
     read_manifest,
     write_manifest,
 )
-from datapipe.near_duplicates import NAME as NEAR_DUPLICATES
 from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes, Report
 from datapipe.overlap import held_out_documents
 from datapipe.paths import local_path
+from datapipe.progress_meter import Progress, ProgressMeter
 from datapipe.selection import HELD_OUT, KEEP_ALL, Block, Intake, Selection, blocks, look_at
 from datapipe.tokenizer import Tokenizer
 
@@ -56,9 +53,6 @@ FAULTY_FILES = 20
 """Files whose first fault is reported and kept in the manifest."""
 READ_ALL = Reading()
 """The default columns, encodings and handling of faults."""
-
-Progress = Callable[[str], None]
-"""Receives a line about the progress, about once per second."""
 
 
 def prepare(
@@ -116,7 +110,7 @@ def _prepare(
     total = sum(file.size for file in files)
     asked = policy(reading)
     patterns = load_patterns(reading.identifiers) if reading.identifiers else ()
-    journal = _Journal(output, _identity(tokenizer, selection, reading, asked))
+    journal = Journal(output, _identity(tokenizer, selection, reading, asked))
     if not intake.skips:
         look_at(files, reading)
     memory = psutil.virtual_memory().available // PROCESS_MEMORY
@@ -137,7 +131,7 @@ def _prepare(
     running: deque[tuple[Block, Future[WrittenShard] | WrittenShard]] = deque()
     spawn = multiprocessing.get_context("spawn")  # not fork, which would copy the locks of the caller's threads
     encoded = spawn.Value("q", 0)
-    meter = _ProgressMeter(progress, total, encoded)
+    meter = ProgressMeter(progress, total, encoded)
 
     def finish_oldest() -> None:
         block, result = running.popleft()
@@ -295,91 +289,3 @@ def _identity(tokenizer: Tokenizer, selection: Selection, reading: Reading, iden
     """Identity of the settings that decide the bytes of a shard of given documents."""
     settings = [FORMAT_VERSION, tokenizer.sha256, asdict(selection), reading.canaries, identifiers]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-
-
-class _Journal:
-    """The record of the finished shards of an output directory, each known by its documents."""
-
-    def __init__(self, output: Path, identity: str) -> None:
-        if (output / NAME).exists():
-            raise InputError(
-                f"{output} already holds prepared shards; give another directory, or delete it first",
-                key="--output",
-                code="already-prepared",
-            )
-        self._path = output / JOURNAL
-        self._finished: dict[str, tuple[str, WrittenShard]] = {}
-        """Digest of the documents and finished shard, by name."""
-        with disk_errors_as_input_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            if not lines:
-                self._path.write_text(identity + "\n", encoding="utf-8")
-        if lines and lines[0] != identity:
-            raise InputError(
-                f"{output} holds an unfinished preparation with other settings; "
-                "give another directory, or delete it first",
-                key="--output",
-                code="other-preparation",
-            )
-        for line in lines[1:]:
-            try:
-                name, digest, shard, sources = json.loads(line)
-            except ValueError:  # the process was killed while it wrote this line
-                continue
-            path = output / name
-            if path.is_file() and path.stat().st_size == shard["bytes"]:
-                self._finished[name] = digest, WrittenShard(Shard(**shard), sources)
-
-    def finished(self, block: Block) -> WrittenShard | None:
-        """The shard of exactly these documents, if it was finished before."""
-        digest, written = self._finished.get(block.name, ("", None))
-        return written if digest == block.digest else None
-
-    def add(self, block: Block, written: WrittenShard) -> None:
-        with disk_errors_as_input_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([block.name, block.digest, asdict(written.shard), written.sources]) + "\n")
-
-    def remove_others(self, names: Iterable[str]) -> None:
-        """Delete shards that were finished before the text was changed, and are no longer needed."""
-        for name in self._finished.keys() - set(names):
-            for path in (self._path.parent / name, (self._path.parent / name).with_suffix(".idx")):
-                path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        self._path.unlink()
-        for path in self._path.parent.glob(f"{NEAR_DUPLICATES}*"):
-            path.unlink()
-
-
-class _ProgressMeter:
-    """Sends a progress line per second, by the text that the processes have tokenized."""
-
-    def __init__(self, progress: Progress | None, total: int, encoded: Any) -> None:
-        self._progress, self._total, self._encoded = progress, total, encoded
-        self._position = self._text = self._skipped = 0
-        self._start = self._shown = time.monotonic()
-
-    def read(self, position: int, text: int) -> None:
-        self._position = position
-        self._text += text
-
-    def skip(self, text: int) -> None:
-        self._skipped += text
-
-    def wait(self, future: Future[WrittenShard]) -> WrittenShard:
-        while not future.done() and not wait([future], timeout=1).done:
-            self.show()
-        return future.result()
-
-    def show(self, last: bool = False) -> None:
-        now = time.monotonic()
-        if self._progress is None or (now < self._shown + 1 and not last):
-            return
-        self._shown = now
-        # Estimated, because the text of compressed input is known only as far as the input has been read.
-        total_text = self._text * self._total / max(self._position, 1)
-        share = min((self._encoded.value + self._skipped) / total_text, 1.0)
-        speed = self._encoded.value / (now - self._start)
-        left = f", {total_text * (1 - share) / speed:,.0f} s left" if speed else ""
-        self._progress(f"prepared {share:.0%} of {total_text / 1e6:,.1f} MB of text, {format_count(speed)}B/s{left}")

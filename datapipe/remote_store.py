@@ -26,7 +26,8 @@ from configs.files import exclusive_lock, partial_path
 from configs.schema import Data
 from datapipe.disk import disk_errors_as_input_errors
 from datapipe.manifest import NAME, Manifest, Shard, parse_manifest
-from datapipe.shards import REMEDY, DamagedError
+from datapipe.shards import REMEDY
+from datapipe.tar_members import DamagedError
 
 CHUNK = 8 * 2**20
 """Bytes per request to a remote store: the most that a dropped connection costs."""

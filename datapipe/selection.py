@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
-from datapipe.inputs import InputFile
+from datapipe.input_file import InputFile
 from datapipe.notes import Notes
 from datapipe.text import Filtered, Text, read_records
 
@@ -204,6 +204,8 @@ def blocks(
                 if selection.dedup and record.text and not seen.add(digest):
                     intake.leave_out(file.source, "duplicates")
                     continue
+                if near_duplicates is not None and number > len(near_duplicates):
+                    raise _changed(file.name)
                 if near_duplicates is not None and near_duplicates[number - 1]:
                     intake.leave_out(file.source, "near-duplicates")
                     continue
@@ -215,6 +217,8 @@ def blocks(
                 sizes[folder] += len(record.text)
                 if sizes[folder] >= size:
                     yield block(folder)
+            if not intake.stopping and not _is_whole(file):
+                raise _changed(file.name)
             position = before = before + file.size
             if intake.stopping and position > stopped_at + LOOK_AHEAD:
                 break
@@ -222,6 +226,21 @@ def blocks(
     for folder, rest in list(texts.items()):
         if rest:
             yield block(folder)
+
+
+def _is_whole(file: InputFile) -> bool:
+    """Whether a local file has the size that it had when it was found."""
+    try:
+        return file.path is None or file.path.stat().st_size == file.size
+    except OSError:
+        return False
+
+
+def _changed(name: str) -> InputError:
+    return InputError(
+        f"{name} was changed while it was read; run the same command again when it is whole: it continues",
+        code="text-changed",
+    )
 
 
 class DigestSet:

@@ -20,7 +20,8 @@ from datapipe.manifest import NAME as MANIFEST
 from datapipe.order import permutation
 from datapipe.packing import packing_ratio
 from datapipe.selection import HELD_OUT
-from datapipe.shards import DamagedError, ShardReader, read_index, webdataset_samples
+from datapipe.shards import ShardReader, read_index, webdataset_samples
+from datapipe.tar_members import DamagedError
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 PACKED = 20_000

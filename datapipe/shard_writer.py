@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from configs.files import file_sha256, partial_path
 from datapipe.manifest import Shard
-from datapipe.shards import BLOCK, checksum
+from datapipe.shards import checksum
+from datapipe.tar_members import BLOCK
 
 END_BLOCKS = 2
 """Blocks of zeros that end a tar."""

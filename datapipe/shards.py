@@ -19,12 +19,11 @@ import io
 import json
 import os
 import re
-import tarfile
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,25 +31,15 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from datapipe.decoding import COMPRESSED, DAMAGE, decompress
 from datapipe.manifest import Shard
+from datapipe.packed_index import CHECKSUMS, LENGTHS, NPY, PackedIndex, any_npy, packed_index
+from datapipe.tar_members import DamagedError, Member, pread, tar_members
 
-BLOCK = 512
-"""Bytes of a tar header; members start at multiples of it."""
-IDS, LENGTHS, CHECKSUMS, MARKED = b".ids.npy", b".lengths.npy", b".crc32.npy", b".marked.npy"
-"""Extensions of the members of a sample of format 2."""
 PICKLED = (b".pkl", b".pickle", b".pyd", b".pt", b".pth")
 """Extensions that WebDataset unpickles. Unpickling runs code of the file, so such shards are refused."""
-# The header that numpy writes for a 1-D uint16 or uint32 array; numpy's own reader takes, or refuses, anything else.
-_NPY = re.compile(
-    rb"\x93NUMPY\x01\x00(..)\{'descr': '<u([24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.S
-)
-_NPY_BITS = re.compile(
-    rb"\x93NUMPY\x01\x00(..)\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.S
-)
 REMEDY = "copy it again, or run `detour prepare` into a new directory"
 """End of the message about a shard that is not what its manifest says."""
 PREPARE_SPANS = "`detour prepare` marks them, and raw text is trained on as it is"
 """Remedy for raw text that names its identifiers."""
-_OCTAL = re.compile(rb"[0-7]{11}[ \0]")
 _COMPRESSED = {suffix.encode() for suffix in COMPRESSED}
 _CRC = re.compile(rb'"crc32": (\d+)')
 Span = tuple[int, int, int]
@@ -58,42 +47,6 @@ Span = tuple[int, int, int]
 text JSON_TEXT and COMPRESSED_TEXT."""
 JSON_TEXT, COMPRESSED_TEXT = 1, 2
 """Bits of a span of raw text."""
-
-
-class DamagedError(InputError):
-    """A shard, or a document in it, that cannot be used; `on_error: skip` leaves it out."""
-
-    def __init__(self, message: str, *, code: str | None = "shard-damaged") -> None:
-        super().__init__(message, code=code)
-
-    def copy(self) -> DamagedError:
-        """The same error without a traceback, to raise again a fault that is remembered."""
-        return DamagedError(str(self), code=self.code)
-
-
-class PackedIndex(NamedTuple):
-    """Places of the documents of a shard of format 2, `[documents]` each."""
-
-    offsets: NDArray[np.int64]
-    """Byte at which the ids begin."""
-    sizes: NDArray[np.uint32]
-    """Bytes of the ids."""
-    checksums: NDArray[np.uint32]
-    """`checksum` of each document."""
-    dtype: np.dtype[Any]
-    """dtype of the ids."""
-    bits: NDArray[np.int64] | None = None
-    """Bit of the file at which the marks begin, -1 for a sample without marks; None if no sample has any."""
-
-
-class Member(NamedTuple):
-    """A regular file of a tar."""
-
-    name: bytes
-    offset: int
-    """Byte at which its content begins."""
-    size: int
-    """Bytes of its content."""
 
 
 class ShardReader:
@@ -126,10 +79,10 @@ class ShardReader:
         """`[documents, 3] int64`, one `Span` per document; empty in format 2."""
 
     def _walk(self) -> NDArray[np.int64]:
-        members, self.problem = _members(self._file, self.name)
+        members, self.problem = tar_members(self._file, self.name)
         _require_no_pickles(members, self.name)
         if any(member.name.endswith((LENGTHS, CHECKSUMS)) for member in members):
-            self._packed, problem = _packed_index(self._file, members, self.name)
+            self._packed, problem = packed_index(self._file, members, self.name)
             self.problem = problem or self.problem
             return np.empty((0, 3), np.int64)
         spans, texts, self._names = _documents(members)
@@ -159,9 +112,9 @@ class ShardReader:
             return self._packed_document(self._packed, document)
         content, size = self._read(document)
         label = f"shard {self.name}, document {document}"
-        header = _NPY.match(content)
+        header = NPY.match(content)
         if header is None or header.end() + int(header[3]) * int(header[2]) != size:
-            array = _any_npy(content[:size], label)
+            array = any_npy(content[:size], label)
         else:
             array = np.frombuffer(content, f"<u{int(header[2])}", int(header[3]), header.end())
         checksum = _CRC.search(content, size) if len(content) > size else None
@@ -172,14 +125,14 @@ class ShardReader:
     def _packed_document(self, index: PackedIndex, document: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         self._require_document(document)
         size = int(index.sizes[document])
-        content = _pread(self._file, size, int(index.offsets[document]), self.name) if size else b""
+        content = pread(self._file, size, int(index.offsets[document]), self.name) if size else b""
         label = f"shard {self.name}, document {document}"
         if len(content) < size:
             raise DamagedError(f"{label}: the file ends inside it", code="shard-truncated")
         ids, marked = np.frombuffer(content, index.dtype), None
         if index.bits is not None and index.bits[document] >= 0:
             first, skipped = divmod(int(index.bits[document]), 8)
-            bits = _pread(self._file, (skipped + len(ids) + 7) // 8, first, self.name)
+            bits = pread(self._file, (skipped + len(ids) + 7) // 8, first, self.name)
             marked = np.unpackbits(np.frombuffer(bits, np.uint8))[skipped : skipped + len(ids)].astype(bool)
         if checksum(ids, marked) != index.checksums[document]:
             raise DamagedError(f"{label}: the ids do not match their checksum", code="checksum-mismatch")
@@ -232,7 +185,7 @@ class ShardReader:
         if size < 0:
             raise DamagedError(f"{label}: its key appears twice", code="duplicate-key")
         inside = offset + max(size, span) <= self.bytes
-        content = _pread(self._file, max(size, span), offset, self.name) if inside else b""
+        content = pread(self._file, max(size, span), offset, self.name) if inside else b""
         if not inside or len(content) < max(size, span):
             raise DamagedError(f"{label}: the file ends inside it", code="shard-truncated")
         return content, size
@@ -244,13 +197,6 @@ def checksum(ids: NDArray[Any], marked: NDArray[np.bool_] | None) -> int:
     return of_ids if marked is None else zlib.crc32(np.packbits(marked).tobytes(), of_ids)
 
 
-def _pread(file: IO[bytes], size: int, offset: int, name: str) -> bytes:
-    try:
-        return os.pread(file.fileno(), size, offset)
-    except OSError as error:  # a fault of the machine, not of the shard, so that no document is skipped for it
-        raise InputError(f"shard {name} cannot be read: {error.strerror}", code="not-readable") from None
-
-
 def _require_no_pickles(members: list[Member], name: str) -> None:
     for member in members:
         if member.name.endswith(PICKLED):
@@ -259,66 +205,6 @@ def _require_no_pickles(members: list[Member], name: str) -> None:
                 "reading it could run code, so it is refused; take it out of the shard",
                 code="pickled-member",
             )
-
-
-def _packed_index(file: IO[bytes], members: list[Member], name: str) -> tuple[PackedIndex | None, DamagedError | None]:
-    """Places of the documents of format 2, and the fault of the first damaged sample, where the walk ends."""
-    samples: dict[bytes, dict[bytes, Member]] = {}
-    for member in members:
-        for extension in (IDS, LENGTHS, CHECKSUMS, MARKED):
-            if member.name.endswith(extension):
-                sample = samples.setdefault(member.name.removesuffix(extension), {})
-                # A member that comes twice is one to some readers and another to others.
-                sample[b"" if extension in sample else extension] = member
-    offsets, sizes, checksums, bits, dtypes = [], [], [], [], set()
-    problem = None
-    for key, sample in samples.items():
-        try:
-            if sample.keys() - {MARKED} != {IDS, LENGTHS, CHECKSUMS}:
-                raise ValueError("its members are not one .ids.npy, one .lengths.npy and one .crc32.npy")
-            lengths, sums = (_integers(file, sample[extension], name) for extension in (LENGTHS, CHECKSUMS))
-            ids = sample[IDS]
-            header = _NPY.match(_pread(file, min(ids.size, BLOCK), ids.offset, name))
-            if header is None or len(lengths) != len(sums) or int(lengths.sum(dtype=np.uint64)) != int(header[3]):
-                raise ValueError("lengths, checksums and ids do not belong together")
-            width = int(header[2])
-            if header.end() + int(header[3]) * width != ids.size:
-                raise ValueError("the ids are cut off")
-            first_bit = _first_bit(file, sample[MARKED], int(header[3]), name) if MARKED in sample else None
-        except (ValueError, DamagedError) as error:
-            label = key.decode(errors="replace")
-            problem = DamagedError(f"shard {name}, sample {label}: {str(error).splitlines()[0]}")
-            break
-        bytes_each = lengths.astype(np.int64) * width
-        before = np.cumsum(bytes_each) - bytes_each
-        offsets.append(ids.offset + header.end() + before)
-        bits.append(np.full(len(lengths), -1) if first_bit is None else first_bit + before // width)
-        sizes.append(bytes_each.astype(np.uint32))
-        checksums.append(sums.astype(np.uint32))
-        dtypes.add(f"<u{width}")
-    if len(dtypes) > 1:
-        return None, DamagedError(f"shard {name} mixes {' and '.join(sorted(dtypes))}", code="wrong-dtype")
-    if not offsets:
-        none = np.empty(0, np.uint32)
-        return PackedIndex(none.astype(np.int64), none, none, np.dtype("<u2")), problem
-    arrays = np.concatenate(offsets), np.concatenate(sizes), np.concatenate(checksums)
-    marks = np.concatenate(bits)
-    return PackedIndex(*arrays, np.dtype(dtypes.pop()), marks if (marks >= 0).any() else None), problem
-
-
-def _first_bit(file: IO[bytes], member: Member, tokens: int, name: str) -> int:
-    """Bit of the file at which the marks of a sample begin."""
-    header = _NPY_BITS.match(_pread(file, min(member.size, BLOCK), member.offset, name))
-    if header is None or not -(-tokens // 8) == int(header[2]) == member.size - header.end():
-        raise ValueError("marks and ids do not belong together")
-    return 8 * (member.offset + header.end())
-
-
-def _integers(file: IO[bytes], member: Member, name: str) -> NDArray[Any]:
-    content = _pread(file, member.size, member.offset, name)
-    if len(content) < member.size:
-        raise ValueError("the file ends inside it")
-    return _any_npy(content, f"shard {name}")
 
 
 def _documents(members: list[Member]) -> tuple[list[Span], list[Span], list[bytes]]:
@@ -357,67 +243,6 @@ def _documents(members: list[Member]) -> tuple[list[Span], list[Span], list[byte
             texts.append((member.offset, member.size if number == len(texts) else -1, kind))
             names.append(member.name)
     return spans, texts, names
-
-
-def _any_npy(content: bytes, label: str) -> NDArray[Any]:
-    try:
-        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # numpy raises ValueError, SyntaxError, TokenError and more on bytes that are no array
-        reason = str(error).splitlines()[0]
-        raise DamagedError(f"{label}: not a readable .npy array ({reason})", code="not-an-array") from None
-    if array.ndim != 1 or array.dtype.kind != "u" or array.dtype.itemsize not in (2, 4):
-        raise DamagedError(
-            f"{label}: ids are {array.dtype} {list(array.shape)}, not uint16 or uint32 [tokens]", code="wrong-dtype"
-        )
-    return array.astype(array.dtype.newbyteorder("="))
-
-
-def _members(file: IO[bytes], name: str) -> tuple[list[Member], DamagedError | None]:
-    """Regular files of a tar in order, and the fault that stopped the walk early, if there is one.
-
-    Plain ustar headers are read here, because tarfile takes far longer per member. At any other header, such as a pax
-    or GNU one or a damaged one, tarfile reads the whole tar instead.
-    """
-    size = os.fstat(file.fileno()).st_size
-    if size == 0:
-        return [], DamagedError(f"shard {name} is empty", code="shard-empty")
-    members: list[Member] = []
-    window, start, position = b"", 0, 0
-    while position + BLOCK <= size:
-        at = position - start
-        if at + BLOCK > len(window):
-            window, start, at = _pread(file, 1 << 18, position, name), position, 0
-        header = window[at : at + BLOCK]
-        if not any(header):
-            return members, None
-        if header[257:263] != b"ustar\0" or header[156:157] not in (b"0", b"\0") or header[345:346] != b"\0":
-            return _members_by_tarfile(file, name)
-        if not _OCTAL.fullmatch(header, 124, 136):  # `int` would take a sign as well, and the walk would never end
-            return _members_by_tarfile(file, name)
-        length = int(header[124:135], 8)
-        members.append(Member(header[: header.index(b"\0")], position + BLOCK, length))
-        position += BLOCK + -(-length // BLOCK) * BLOCK
-    return members, DamagedError(
-        f"shard {name} is truncated: {size:,} bytes end before the tar's end mark", code="shard-truncated"
-    )
-
-
-def _members_by_tarfile(file: IO[bytes], name: str) -> tuple[list[Member], DamagedError | None]:
-    members = []
-    last = -1
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if info.size < 0 or info.offset <= last:  # tarfile would read the same member for ever
-                    raise tarfile.ReadError(f"file {info.name!r} has a size of {info.size}")
-                last = info.offset
-                if info.isfile():
-                    members.append(Member(info.name.encode(errors="surrogateescape"), info.offset_data, info.size))
-    except OSError as error:
-        raise InputError(f"shard {name} cannot be read: {error.strerror}", code="not-readable") from None
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        return members, DamagedError(f"shard {name} is damaged after {len(members)} files: {error}")
-    return members, None
 
 
 def read_index(path: Path, shard: Shard) -> NDArray[np.int64] | None:

@@ -19,8 +19,9 @@ from configs.schema import Data
 from configs.schema import Source as SourceConfig
 from datapipe.identifiers import with_marks
 from datapipe.manifest import NAME, Shard, TokenizerIdentity
-from datapipe.shards import REMEDY, DamagedError, ShardReader
+from datapipe.shards import REMEDY, ShardReader
 from datapipe.store import LocalStore, Store, open_store
+from datapipe.tar_members import DamagedError
 from datapipe.tokenizer import Tokenizer
 
 KEY = "data.sources"
@@ -303,6 +304,14 @@ def _locate(
             "or prepare them again",
             key="tokenizer",
             code="tokenizer-mismatch",
+        )
+    counts = [] if manifest is None else list(manifest.sources.values())
+    if 0 < sum(count.get("tokens", 0) for count in counts) == sum(count.get("marked", 0) for count in counts):
+        raise InputError(
+            f"{label}: every token is marked as an identifier, so nothing would be learned; "
+            "mend the spans or the patterns, and prepare the text again",
+            key=KEY,
+            code="no-label",
         )
     return store, shards, manifest is None
 

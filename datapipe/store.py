@@ -14,7 +14,8 @@ from configs.schema import Data
 from datapipe.manifest import NAME, Manifest, Shard, read_manifest
 from datapipe.paths import local_path
 from datapipe.remote_store import SCHEMES, RemoteStore
-from datapipe.shards import REMEDY, DamagedError, read_index
+from datapipe.shards import REMEDY, read_index
+from datapipe.tar_members import DamagedError
 
 
 class Store(Protocol):

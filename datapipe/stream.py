@@ -11,8 +11,8 @@ from datapipe.batch import PackedSequence
 from datapipe.identifiers import split_marks
 from datapipe.mixture import CursorState, Document, Mixture
 from datapipe.packing import BUFFER, Buffer, Piece, Reference
-from datapipe.shards import DamagedError
 from datapipe.source import Source
+from datapipe.tar_members import DamagedError
 
 
 class IdleSource(NamedTuple):

@@ -31,7 +31,7 @@ class NoFieldError(Exception):
 
 
 def field(record: Any, path: str) -> Any:
-    """The value of a column, where `a.b` is the key b of the object in column a.
+    """The value of a column, where `a.b` is the key b of the object in column a; None where `a` is null.
 
     Raises:
         NoFieldError: There is no such column.
@@ -40,6 +40,8 @@ def field(record: Any, path: str) -> Any:
         return record[path]
     value = record
     for key in path.split("."):
+        if value is None:
+            return None
         if not isinstance(value, dict) or key not in value:
             raise NoFieldError(describe_missing(path, field_names(record)))
         value = value[key]

@@ -14,7 +14,8 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.schema import SCRATCH, RunConfig
-from datapipe.inputs import InputFile, find_files
+from datapipe.input_file import InputFile
+from datapipe.inputs import find_files
 from datapipe.manifest import NAME, read_manifest
 from datapipe.shards import ShardReader
 from datapipe.text import read_texts

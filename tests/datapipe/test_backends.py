@@ -18,7 +18,7 @@ from datapipe.dali import DaliBatches
 from datapipe.loader import Loader, check_sources, evaluation_batches
 from datapipe.paths import local_path
 from datapipe.prepare import ensure_prepared
-from datapipe.shards import DamagedError
+from datapipe.tar_members import DamagedError
 from datapipe.targets import Masked, Mixed, NextToken, NumpyBatches, Targets
 from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer

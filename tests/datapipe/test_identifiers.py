@@ -29,7 +29,7 @@ from configs.schema import Data, Reading, Source
 from datapipe.batch import IGNORE, PackedSequence, label_bytes
 from datapipe.identifiers import Identifier, find_identifiers, load_patterns, merge_overlapping, with_placeholders
 from datapipe.inputs import find_inputs
-from datapipe.loader import Loader, evaluation_batches
+from datapipe.loader import Loader, check_sources, evaluation_batches
 from datapipe.manifest import read_manifest
 from datapipe.notes import Notes
 from datapipe.paths import local_path
@@ -37,13 +37,14 @@ from datapipe.prepare import ensure_prepared, prepare
 from datapipe.selection import HELD_OUT, Block, Selection
 from datapipe.shard_report import inspect_shards
 from datapipe.shard_writer import ShardWriter
-from datapipe.shards import DamagedError, ShardReader
+from datapipe.shards import ShardReader
+from datapipe.tar_members import DamagedError
 from datapipe.targets import Masked, Mixed, NextToken, Targets
 from datapipe.text import Text, read_texts
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from datapipe.words import word_starts
 from launcher.cli import app
-from tests.datapipe.conftest import refused
+from tests.datapipe.conftest import refused, write_shards
 from tests.datapipe.tars import TAR_END, tar_member
 from tests.toy_tokenizers import byte_level, sentencepiece_like
 
@@ -498,3 +499,29 @@ def test_the_command_counts_identifiers(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).output
     assert "1 identifiers, 1 marked tokens" in shown and "Anna" not in shown
     assert local_path(str(tmp_path / "out")).is_dir()
+
+
+def test_offsets_of_another_unit_are_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """JavaScript counts the emoji as two, and the span would miss the name by one character."""
+    text = "Zo\u00e9 \U0001f600 called Kim today"
+    rows = [{"text": text, "spans": [{"start": 13, "end": 16, "label": "N", "text": "Kim"}]}]
+    assert text[13:16] == "Kim"
+    assert next(read_texts(write_jsonl(tmp_path / "a.jsonl", rows))).identifiers
+    rows[0]["spans"][0].update(start=14, end=17)
+    with refused("spans-invalid", "line 1"):
+        list(read_texts(write_jsonl(tmp_path / "b.jsonl", rows)))
+
+
+def test_data_without_any_label_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": f"Kim Lee {number}", "spans": [[0, len(f"Kim Lee {number}"), "N"]]} for number in range(9)]
+    prepare([str(write_jsonl(tmp_path / "a.jsonl", rows))], tokenizer, tmp_path / "a", processes=1)
+    with refused("no-label", "every token is marked"):
+        check_sources(data_of(tmp_path / "a"), tokenizer, tokenizer.vocab_size)
+
+
+def test_an_evaluation_set_without_any_label_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_shards(tmp_path / "a", [[[5], [6]]], tokenizer)
+    data = data_of(tmp_path / "a", evaluation={"shards": str(tmp_path / "a"), "sequences": 4})
+    masked = Masked(1e-9, (0.8, 0.1, 0.1), 0, tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids)
+    with refused("no-label", "mlm", key="data.evaluation"):
+        evaluation_batches(data, masked, 1, tokenizer, 0, 1)

@@ -30,12 +30,12 @@ import datapipe.prepare
 from configs.errors import InputError
 from configs.schema import Data, Reading
 from datapipe.decoding import detect_encoding, likely_codec
-from datapipe.inputs import find_inputs
+from datapipe.inputs import JOURNAL, find_inputs
 from datapipe.manifest import NAME, read_manifest
 from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes
-from datapipe.prepare import JOURNAL, ensure_prepared, prepare
-from datapipe.selection import HELD_OUT, Selection
+from datapipe.prepare import ensure_prepared, prepare
+from datapipe.selection import HELD_OUT, Intake, Selection, blocks
 from datapipe.text import Filtered, read_records, read_texts
 from datapipe.tokenizer import Tokenizer
 from datapipe.where import parse_where
@@ -511,3 +511,67 @@ def test_near_duplicates_are_looked_for_once(tmp_path: Path, monkeypatch: pytest
     assert near_duplicates(files, Reading(), 0.8, tmp_path, 1).tolist() == first.tolist()
     with pytest.raises(TypeError):
         near_duplicates(files, Reading(), 0.7, tmp_path, 1)
+
+
+def test_a_group_is_the_same_however_it_is_written(tmp_path: Path) -> None:
+    """A patient's number is a float in tables with nulls, and must not fall on both sides for that."""
+    rows = [{"text": "a", "g": value} for value in (1, 1.0, "1", " 1 ", "1.0", None, "", float("nan"), "01", [1])]
+    path = tmp_path / "a.jsonl"
+    path.write_text(jsonl(rows))
+    *same, other, fault = read(path, group="g")
+    assert [text.group for text in same] == ["1"] * 5 + [None] * 3
+    assert other.group == "01"
+    assert fault.code == "group-invalid"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.csv", b"sep=;\r\ntext;id\r\na;1\r\n", ["a"]),
+        ("a.csv", b'text,id\r\na,1\nb,2\rc,3\r\n"d\r\ne",4\n', ["a", "b", "c", "d\r\ne"]),
+        ("a.jsonl", b'\xef\xbb\xbf{"text":"a"}\n', ["a"]),
+        ("a.csv", b"PK\x03\x04 and so on", "not-text"),
+        ("a.csv", b"PAR1 and so on", "not-text"),
+        ("a.txt", b"%PDF-1.4 and so on", "not-text"),
+    ],
+)
+def test_what_programs_write(name: str, content: bytes, found: list[str] | str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    records = read(tmp_path / name)
+    assert (records[0].code if isinstance(found, str) else texts(records)) == found
+
+
+def test_files_without_a_record_are_told(tmp_path: Path) -> None:
+    notes = Notes()
+    for name, content in (("a.csv", "text,id\n"), ("a.json", "[]"), ("a.jsonl", "")):
+        (tmp_path / name).write_text(content)
+        assert not read(tmp_path / name, notes)
+    assert any("no record" in line and "3 " in line for line in notes.lines())
+
+
+def test_null_objects_have_null_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(jsonl([{"doc": None}, {"doc": {"text": "a"}}]))
+    assert texts(read(tmp_path / "a.jsonl", text="doc.text")) == ["", "a"]
+
+
+def test_a_file_that_grows_while_it_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(jsonl([{"text": "a"}]))
+    files = find_inputs([str(path)], Reading(), Notes())
+    path.write_text(jsonl([{"text": "a"}, {"text": "b"}]))
+    with refused("text-changed", "a.jsonl"):
+        list(blocks(files, 2**20, Selection(), Reading(), Intake(), Notes()))
+
+
+def test_a_member_that_is_encrypted_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "a")
+    content = bytearray(path.read_bytes())
+    content[6] |= 1
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    (fault,) = read(path)
+    assert fault.code == "not-readable"
+    assert "a.txt" in str(fault)
+    assert "password" in str(fault)

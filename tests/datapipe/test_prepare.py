@@ -29,9 +29,10 @@ import launcher.status_line
 from configs.errors import InputError
 from configs.files import partial_path
 from configs.schema import Data
+from datapipe.inputs import JOURNAL
 from datapipe.manifest import NAME, read_manifest, verify
 from datapipe.paths import local_path
-from datapipe.prepare import JOURNAL, ensure_prepared, prepare
+from datapipe.prepare import ensure_prepared, prepare
 from datapipe.selection import HELD_OUT, DigestSet, Selection
 from datapipe.shard_report import inspect_shards
 from datapipe.shards import ShardReader

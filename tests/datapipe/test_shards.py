@@ -34,10 +34,11 @@ from datapipe.manifest import NAME, Manifest, Shard, TokenizerIdentity, read_man
 from datapipe.prepare import prepare
 from datapipe.shard_report import inspect_shards
 from datapipe.shard_writer import ShardWriter
-from datapipe.shards import DamagedError, ShardReader, read_index
+from datapipe.shards import ShardReader, read_index
 from datapipe.source import Source
 from datapipe.store import LocalStore
 from datapipe.stream import Stream
+from datapipe.tar_members import DamagedError
 from datapipe.targets import Masked, NextToken
 from datapipe.tokenizer import Tokenizer
 from tests.datapipe.conftest import refused, write_shards

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import io
 import re
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -17,13 +19,17 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from configs.errors import RunFailedError
+from configs.errors import InputError, RunFailedError
 from configs.files import partial_path
-from configs.schema import Data
+from configs.schema import Data, Reading
+from datapipe.input_file import without_secrets
+from datapipe.inputs import find_inputs
 from datapipe.loader import Loader, check_sources
 from datapipe.manifest import Shard, read_manifest
+from datapipe.notes import Notes
 from datapipe.remote_store import RemoteStore
 from datapipe.targets import NextToken
+from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer
 from tests.datapipe.conftest import refused, write_shards
 
@@ -62,18 +68,22 @@ class Server:
                 self.wfile.write(content)
 
             def from_disk(self, root: Path) -> tuple[int, dict[str, str], bytes]:
-                path = root / self.path.lstrip("/")
+                path = root / self.path.lstrip("/").partition("?")[0]
                 if not path.is_file():
                     return 404, {}, b""
                 wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
                 if wanted and outer.ranges:
-                    return 206, {}, path.read_bytes()[int(wanted[1]) : int(wanted[2]) + 1]
-                return 200, {}, path.read_bytes()
+                    return (
+                        206,
+                        {"Content-Range": f"bytes {wanted[1]}-{wanted[2]}/{path.stat().st_size}"},
+                        path.read_bytes()[int(wanted[1]) : int(wanted[2]) + 1],
+                    )
+                return 200, {"Accept-Ranges": "bytes"} if outer.ranges else {}, path.read_bytes()
 
             def do_HEAD(self) -> None:
-                status, headers, _ = self.relayed()
+                status, headers, content = self.relayed() if root is None else self.from_disk(root)
                 self.send_response(status)
-                for key, value in headers.items():
+                for key, value in {"Content-Length": str(len(content)), **headers}.items():
                     self.send_header(key, value)
                 self.end_headers()
 
@@ -365,6 +375,8 @@ def s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     client.create_bucket(Bucket="bucket")
     for path in shards.iterdir():
         client.upload_file(str(path), "bucket", f"corpus/{path.name}")
+    for name in ("a.jsonl", "b.jsonl"):
+        client.put_object(Bucket="bucket", Key=f"text/{name}", Body=f'{{"text": "{name}"}}'.encode())
     proxy = Server(upstream=f"{host}:{port}")
     proxy.faults = [unavailable, dropped, slow]
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -378,3 +390,44 @@ def test_s3(s3: str, shards: Path, tokenizer: Tokenizer, tmp_path: Path) -> None
     np.testing.assert_array_equal(batches(remote, tokenizer), batches(configured(str(shards), tmp_path), tokenizer))
     with refused("manifest-missing", "s3://bucket/nowhere"):
         batches(configured("s3://bucket/nowhere", tmp_path / "cache"), tokenizer)
+
+
+def texts(*urls: str) -> list[bytes]:
+    return [text.text for file in find_inputs(urls, Reading(), Notes()) for text in read_texts(file)]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_text_of_a_web_server(shards: Path, server: Server, ranges: bool) -> None:
+    server.ranges = ranges
+    lines = [f'{{"text": "{number}"}}' for number in range(2000)]
+    (shards / "notes.jsonl").write_text("\n".join(lines))
+    assert len(texts(f"{server.url}/{shards.name}/notes.jsonl?signature=SECRET")) == 2000
+    host = server.url.removeprefix("http://")
+    for code, url in (
+        ("no-such-file", f"http://user:SECRET@{host}/{shards.name}/none.jsonl?signature=SECRET"),
+        ("no-listing", f"{server.url}/{shards.name}/*.jsonl?signature=SECRET"),
+        ("not-readable", "http://127.0.0.1:1/notes.jsonl?signature=SECRET"),
+    ):
+        with pytest.raises(InputError, match=re.escape(without_secrets(url))) as caught:
+            texts(url)
+        assert caught.value.code == code
+        assert "SECRET" not in str(caught.value)
+
+
+def test_text_whose_connection_is_dropped(shards: Path, server: Server) -> None:
+    """The faults of this server meet files named .tar."""
+    with tarfile.open(shards / "notes.tar", "w") as archive:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 300_000
+        archive.addfile(info, io.BytesIO(b"a" * info.size))
+    server.faults = [dropped] * 50
+    with refused("not-readable", f"{server.url}/{shards.name}/notes.tar"):
+        texts(f"{server.url}/{shards.name}/notes.tar")
+
+
+def test_text_in_s3(s3: str) -> None:
+    assert texts("s3://bucket/text") == texts("s3://bucket/text/*.jsonl") == [b"a.jsonl", b"b.jsonl"]
+    with refused("no-such-file", "s3://bucket/text/none.jsonl"):
+        texts("s3://bucket/text/none.jsonl")
+    with refused("no-such-file", "s3://bucket/text/*.csv"):
+        texts("s3://bucket/text/*.csv")
