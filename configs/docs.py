@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Generated from configs/schema.py by `make docs`. Do not edit. -->
+<!-- Generated from configs/schema by `make docs`. Do not edit. -->
 
 A recipe describes a run. It is a YAML file or the name of a shipped recipe. The command line sets keys by dotted path,
 list indices included: `detour-train demo phases.0.steps=20 batch.sequences=16`.

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs.errors import InputError
 from configs.schema import RunConfig
+from configs.schema.run import BETWEEN_SECTIONS
 
 RECIPES = resources.files("configs") / "recipes"
 S = TypeVar("S", bound=BaseModel)
@@ -141,7 +142,7 @@ def validate(schema: type[S], tree: Any, origin: str) -> S:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        faults = [(_key(item), _explain(schema, item)) for item in error.errors()]
+        faults = [fault for item in error.errors() for fault in _faults(schema, item)]
         lines = [f"\n  {key or '(whole file)'}: {reason}" for key, reason in faults]
         message = f"{origin}: {len(lines)} error{'s' * (len(lines) > 1)}" + "".join(lines)
         raise InputError(message, key=faults[0][0], code="invalid-config") from None
@@ -183,9 +184,11 @@ def content_of_run(config: RunConfig, varied: Collection[str] = ()) -> str:
     return json.dumps(kept)
 
 
-def _key(item: Any) -> str | None:
-    """Return the dotted key of a pydantic error. A rule between sections names its key itself."""
-    return item.get("ctx", {}).get("key") or ".".join(str(part) for part in item["loc"]) or None
+def _faults(schema: type[BaseModel], item: Any) -> list[tuple[str | None, str]]:
+    """Return the wrong keys of a pydantic error, each with its reason and remedy."""
+    if item["type"] == BETWEEN_SECTIONS:
+        return list(item["ctx"]["faults"])
+    return [(".".join(str(part) for part in item["loc"]) or None, _explain(schema, item))]
 
 
 def _explain(schema: type[BaseModel], item: Any) -> str:
