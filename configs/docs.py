@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -13,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from configs.files import write_atomically
 from configs.load import RECIPES, shipped
 from configs.schema import RunConfig, Section
-from configs.units import Duration
+from configs.type_words import is_section, type_words
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -28,8 +27,8 @@ list indices included: `detour-train demo phases.0.steps=20 batch.sequences=16`.
 - Durations read `500 steps`, `100M tokens` or `10 minutes`. A bare count is in tokens. Suffixes are k, M, B and T.
 - `RUN/config.yaml` holds the resolved configuration. `detour schema` prints the JSON schema.
 - A run resumes with the same configuration. Keys that do not decide what is computed may change: `cluster.*`,
-  `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro`, `batch.recompute`, `shards` and `text` of a source, and
-  of `data` the keys `on_error`, `backend`, `prefetch`, `cache`, `cache_gb`, `patience`.
+  `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro` of the run and of a phase, `batch.recompute`, `shards` and
+  `text` of a source, and of `data` the keys `on_error`, `backend`, `prefetch`, `cache`, `cache_gb`, `patience`.
 
 ## Shipped recipes
 
@@ -55,10 +54,10 @@ def _tables(section: type[Section], prefix: str) -> Iterator[str]:
     yield f"\n## {title}\n\n{_cell(section.__doc__)}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
     subsections = []
     for key, field in section.model_fields.items():
-        subsection = next((kind for kind in _parts(field.annotation) if _is_section(kind)), None)
+        subsection = next((kind for kind in _parts(field.annotation) if is_section(kind)), None)
         if subsection is not None:
             subsections.append((subsection, f"{prefix}{key}."))
-        yield f"| `{prefix}{key}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description)} |\n"
+        yield f"| `{prefix}{key}` | {type_words(field.annotation)} | {_default(field)} | {_cell(field.description)} |\n"
     for subsection, path in subsections:
         yield from _tables(subsection, path)
 
@@ -67,29 +66,6 @@ def _parts(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
-
-
-def _type(annotation: Any) -> str:
-    """Return the words for a type of the schema."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type(part) for part in arguments if part is not type(None))
-    if origin is tuple:
-        many = arguments[-1] is Ellipsis
-        return f"list of {_type(arguments[0])}" if many else f"[{', '.join(_type(part) for part in arguments)}]"
-    if hasattr(annotation, "__metadata__"):  # Annotated
-        return _type(arguments[0])
-    if _is_section(annotation):
-        return "section"
-    if origin is dict:
-        return "mapping"
-    return {str: "text", int: "integer", float: "number", bool: "`true`, `false`", Duration: "duration"}[annotation]
 
 
 def _default(field: FieldInfo) -> str:

@@ -139,7 +139,7 @@ class Evaluation(Section):
 class Data(Section):
     """Training data. A step's batch depends on this section, the contents of the sources and the step alone."""
 
-    sequence_length: PositiveInt = 1024
+    sequence_length: int = Field(default=1024, ge=2)
     """Tokens per packed sequence."""
     seed: int = Field(default=42, ge=0)
     """Seed of the data order and the masks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.schema.section import Section
 
@@ -72,19 +72,19 @@ class Model(Section):
     """Rotary embeddings per kind of attention, as transformers 5 writes them. Only the default type is supported."""
     tie_word_embeddings: bool | None = None
     """One matrix for input embeddings and output vocabulary. Only `true` is supported."""
-    pad_token_id: int | None = None
+    pad_token_id: NonNegativeInt | None = None
     """Padding token of the exported configuration."""
-    bos_token_id: int | None = None
+    bos_token_id: NonNegativeInt | None = None
     """First token of a text, in the exported configuration."""
-    eos_token_id: int | None = None
+    eos_token_id: NonNegativeInt | None = None
     """Last token of a text, in the exported configuration."""
-    cls_token_id: int | None = None
+    cls_token_id: NonNegativeInt | None = None
     """Classification token of the exported configuration."""
-    sep_token_id: int | None = None
+    sep_token_id: NonNegativeInt | None = None
     """Separator token of the exported configuration."""
     classifier_pooling: Literal["cls", "mean"] | None = None
     """Pooling of a fine-tuned classifier, in the exported configuration."""
-    classifier_dropout: float | None = None
+    classifier_dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout of a fine-tuned classifier, in the exported configuration."""
     classifier_bias: bool | None = None
     """Bias of the dense layer before the output vocabulary."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from configs.schema.section import Section
 from configs.units import Count, Duration
 
 
-def _part(value: int | str) -> int | str:
-    if value in ("embeddings", "head") or (isinstance(value, int) and value >= 0):
+def _part(value: Any) -> Any:
+    if value in ("embeddings", "head") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
-    raise ValueError(f"{value!r} is no part of the model; give numbers of layers from 0, embeddings or head")
+    raise ValueError(f"give numbers of layers from 0, embeddings or head, got {value!r}")
 
 
-Part = Annotated[int | str, AfterValidator(_part)]
+Part = Annotated[int | str, BeforeValidator(_part)]
 """A part of the model: the number of a layer, `embeddings` or `head`."""
 
 
@@ -87,7 +87,7 @@ class Phase(Section):
     sources: dict[str, PositiveFloat] | None = None
     """Weights of the sources that the phase draws from, by name. A source left out keeps its position in its text and
     continues from there in a later phase. Without a value: all of `data.sources`, by their own weights."""
-    sequence_length: PositiveInt | None = None
+    sequence_length: int | None = Field(default=None, ge=2)
     """Tokens per packed sequence. Without a value: `data.sequence_length`. The evaluation set keeps that one."""
     global_rope_theta: PositiveFloat | None = None
     """Base of the rotary embeddings in layers with global attention, from the phase's first step on. Without a value it
@@ -117,7 +117,11 @@ class Phase(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.tokens is None) == (self.steps is None):
-            raise ValueError("give the phase one length: tokens or steps")
+            raise ValueError(
+                "has both tokens and steps: remove one, on the command line by KEY=null"
+                if self.steps
+                else "has no length: give tokens or steps"
+            )
         if self.tokens == 0:
             raise ValueError("tokens must be greater than 0")
         if min(self.mask_split) < 0 or abs(sum(self.mask_split) - 1) > 1e-9:

@@ -77,7 +77,7 @@ def resolve_architecture(
     Raises:
         InputError: The shape cannot be built, the overrides contradict the weights, or the tokenizer does not fit.
     """
-    overrides = model.model_dump(exclude={"init", "size", *TRAINING_ONLY}, exclude_none=True)
+    overrides = model.model_dump(mode="json", exclude={"init", "size", *TRAINING_ONLY}, exclude_none=True)
     if model.init == SCRATCH:
         own = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer)} if tokenizer else published
         fields: dict[str, Any] = {**(own or {}), **(SIZES[model.size] if model.size else {})}
@@ -291,7 +291,7 @@ def _require_no_contradiction(overrides: Mapping[str, Any], fields: Mapping[str,
         if key not in overrides:
             continue
         asked, trained = overrides[key], stored_pattern.get(key, getattr(stored, key, None))
-        if asked != (tuple(trained) if isinstance(trained, list) else trained):
+        if asked != trained:
             raise InputError(
                 f"model.{key}: {init} was trained with {trained!r}, and {asked!r} would change what its weights "
                 "compute; remove the override, or train from scratch with model.size",
