@@ -132,34 +132,43 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
         recipe = "detour.yaml" if Path("detour.yaml").exists() else "demo"
     tree = OmegaConf.create(read_mapping(recipe, "recipe", RECIPES)[0])
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            message = f"{override!r} is not an override; write key=value, for example batch.sequences=8"
-            raise InputError(message, key=key or None, code="override-malformed")
-        if _NEGATIVE_INDEX.search(key):
-            message = f"{override!r}: entries of a list are numbered from 0 and not from the end"
-            raise InputError(message, key=key, code="override-malformed")
-        try:
-            _require_decimal(override[len(key) + 1 :], repr(override))
-            OmegaConf.update(tree, key, OmegaConf.from_dotlist(["value" + override[len(key) :]]).value, force_add=True)
-        except IndexError:
-            name = re.split(r"\.\d+", key)[0]
-            message = (
-                f"{override!r} is past the end of {name}, whose entries in {recipe} are numbered from 0; add the entry "
-                "in a recipe file of your own"
-            )
-            raise InputError(message, key=key, code="override-past-the-end") from None
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-            reason = _first_line(error)
-            if "Cannot merge" in reason:
-                reason = "a list cannot take the place of a mapping, nor a mapping that of a list"
-            message = f"{override!r} cannot be applied to {recipe}: {reason}"
-            raise InputError(message, key=key, code="override-malformed") from None
+        _apply(tree, override, recipe)
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise InputError(f"{recipe}: {_first_line(error)}", code="invalid-yaml") from None
     return validate(RunConfig, plain, recipe)
+
+
+def _apply(tree: Any, override: str, recipe: str) -> None:
+    """Set the key of an override in an OmegaConf tree.
+
+    Raises:
+        InputError: The override is malformed, or has no place in the recipe.
+    """
+    key, equals, _ = override.partition("=")
+    if not equals or not key:
+        message = f"{override!r} is not an override; write key=value, for example batch.sequences=8"
+        raise InputError(message, key=key or None, code="override-malformed")
+    if _NEGATIVE_INDEX.search(key):
+        message = f"{override!r}: entries of a list are numbered from 0 and not from the end"
+        raise InputError(message, key=key, code="override-malformed")
+    try:
+        _require_decimal(override[len(key) + 1 :], repr(override))
+        OmegaConf.update(tree, key, OmegaConf.from_dotlist(["value" + override[len(key) :]]).value, force_add=True)
+    except IndexError:
+        name = re.split(r"\.\d+", key)[0]
+        message = (
+            f"{override!r} is past the end of {name}, whose entries in {recipe} are numbered from 0; add the entry "
+            "in a recipe file of your own"
+        )
+        raise InputError(message, key=key, code="override-past-the-end") from None
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        reason = _first_line(error)
+        if "Cannot merge" in reason:
+            reason = "a list cannot take the place of a mapping, nor a mapping that of a list"
+        message = f"{override!r} cannot be applied to {recipe}: {reason}"
+        raise InputError(message, key=key, code="override-malformed") from None
 
 
 def validate(schema: type[S], tree: Any, origin: str) -> S:

@@ -14,7 +14,7 @@ class Checkpoint(Section):
     every: Duration = Duration(500, "steps")
     """Interval in steps, tokens or minutes. The end of a phase and of the run always write a checkpoint."""
     keep: PositiveInt = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept. Those at the end of a phase are always kept."""
     keep_every: PositiveInt | None = None
     """Steps. Checkpoints at multiples of this number are kept besides the newest."""
     mirror: str | None = None

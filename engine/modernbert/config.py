@@ -93,8 +93,15 @@ def resolve_architecture(
             fields["rope_parameters"] = {**fields["rope_parameters"], kind: {"rope_theta": overrides.pop(old)}}
     architecture = build_config({**fields, **overrides}, "the recipe" if model.init == SCRATCH else model.init)
     _require_no_weight_dropout(model, architecture)
-    if tokenizer is None:
-        return architecture
+    if tokenizer is not None:
+        _take_vocabulary(architecture, model, overrides, tokenizer)
+    return architecture
+
+
+def _take_vocabulary(
+    architecture: ModernBertConfig, model: Model, overrides: Mapping[str, Any], tokenizer: Tokenizer
+) -> None:
+    """Give the model as many entries as the tokenizer has, if the recipe leaves the number open."""
     if model.init != SCRATCH and "vocab_size" not in overrides:  # the weights' new rows are made when they are read
         architecture.vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     if architecture.vocab_size < tokenizer.vocab_size:
@@ -104,7 +111,6 @@ def resolve_architecture(
             key="model.vocab_size",
             code="tokenizer-too-large",
         )
-    return architecture
 
 
 def phase_architecture(architecture: ModernBertConfig, config: RunConfig, phase: int) -> ModernBertConfig:
