@@ -19,7 +19,7 @@ from engine.rank_stats import Decisions, StepNumbers, StepTotals
 from engine.step_log import StepLog, StepTimes
 
 StopReason = Callable[[], str | None]
-"""Returns why training must stop now; None: it goes on."""
+"""Returns why training must stop now, or None."""
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class RunConfig(Section):
     seed: int = Field(default=17, ge=0)
     """Seed of the initial weights."""
     origin: Origin | None = None
-    """Run and step that this run branches off at: its optimizer, data position and counters go on. `--from` sets it.
-    Without a value the run starts at step 0."""
+    """Run and step that this run branches off at. It continues with that run's optimizer, data position and counters.
+    `--from` sets it. Without a value the run starts at step 0."""
     model: Model
     """Initial weights and architecture."""
     tokenizer: str

@@ -161,7 +161,7 @@ class FrozenWeights:
 
 @torch.no_grad()
 def replace_weights(optimizer: Any, values: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-    """Give parameters new values on every rank, and zero Adam's moments of them. The step count goes on.
+    """Give parameters new values on every rank, and zero Adam's moments of them. The step count is kept.
 
     Written for Megatron 0.16.1 and 0.19.2: `gbuf_ranges` and `_get_main_param_and_optimizer_states` as in
     `optimizer_shards`. A rank's range of a parameter has its fp32 main weights and moments there.

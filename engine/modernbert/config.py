@@ -136,7 +136,7 @@ def resolve_dropout(config: RunConfig, architecture: ModernBertConfig) -> Dropou
 
 
 def _require_no_weight_dropout(model: Model, architecture: ModernBertConfig) -> None:
-    """Refuse dropout on attention weights, and rates of the file that are none."""
+    """Refuse dropout on attention weights, and rates outside [0, 1) in the file."""
     rate = architecture.attention_dropout if model.attention_dropout is None else model.attention_dropout
     if rate:
         raise InputError(
@@ -267,7 +267,7 @@ def _downloaded(hub_id: str) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is a Detour checkpoint."""
+    """Return whether a directory is a Detour checkpoint."""
     return (path / CONFIG_FILE).is_file()
 
 
