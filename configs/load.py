@@ -148,7 +148,7 @@ def _apply(tree: Any, override: str, recipe: str) -> None:
     """
     key, equals, _ = override.partition("=")
     if not equals or not key:
-        message = f"{override!r} is not an override; write key=value, for example batch.sequences=8"
+        message = f"{override!r} is not an override; write key=value, for example batch.sequences=8, after the recipe"
         raise InputError(message, key=key or None, code="override-malformed")
     if _NEGATIVE_INDEX.search(key):
         message = f"{override!r}: entries of a list are numbered from 0 and not from the end"
@@ -163,7 +163,7 @@ def _apply(tree: Any, override: str, recipe: str) -> None:
             "in a recipe file of your own"
         )
         raise InputError(message, key=key, code="override-past-the-end") from None
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = _first_line(error)
         if "Cannot merge" in reason:
             reason = "a list cannot take the place of a mapping, nor a mapping that of a list"
