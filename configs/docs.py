@@ -25,6 +25,8 @@ list indices included: `detour-train demo phases.0.steps=20 batch.sequences=16`.
 
 - A misspelt key is answered with the nearest right key. All errors of a file are reported together, before training.
 - Durations read `500 steps`, `100M tokens` or `10 minutes`. A bare count is in tokens. Suffixes are k, M, B and T.
+- Numbers are decimal, such as `2e-4`, `1_000` or `2M`. What YAML would read otherwise, such as `010`, is refused.
+- `phases.0.steps=null` removes the value of an optional key. `${oc.env:NAME}` stands for an environment variable.
 - `RUN/config.yaml` holds the resolved configuration. `detour schema` prints the JSON schema.
 - A run resumes with the same configuration. Keys that do not decide what is computed may change: `cluster.*`,
   `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro` of the run and of a phase, `batch.recompute`, `shards` and
