@@ -87,7 +87,7 @@ def _read_text(path: Path, kind: str, ours: Collection[str]) -> str:
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8"
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = "a directory; name the file in it" if path.is_dir() else error.strerror or str(error)
         if not path.exists() and path.stem in ours:
             reason += f"; the shipped {kind} is called {path.stem}, without a suffix"
     raise InputError(f"{kind} {path}: {reason}", code="file-unreadable")
