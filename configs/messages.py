@@ -140,6 +140,10 @@ def _keys_at(schema: type[BaseModel], key: Location) -> list[str]:
 
 
 def _value_at(tree: Any, key: Location) -> Any:
+    """Return the value of a key in a mapping; None if the schema has derived it from others."""
     for part in key:
-        tree = tree[part]
+        try:
+            tree = tree[part]
+        except (LookupError, TypeError):
+            return None
     return tree

@@ -92,7 +92,9 @@ class RunConfig(Section):
             return tree
         rest = {key: value for key, value in tree.items() if key != "tokenizer"}
         init = tree["model"].get("init", SCRATCH)
-        return rest if init == SCRATCH else {"tokenizer": init, **rest}
+        if init == SCRATCH:
+            return rest
+        return {"tokenizer": init if isinstance(init, str) else "unknown", **rest}  # another type is a fault of `init`
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

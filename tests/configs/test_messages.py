@@ -60,6 +60,13 @@ def test_values_that_no_run_can_have(override: str, key: str) -> None:
     assert refusal(override).key == key
 
 
+@pytest.mark.parametrize("init", ["5", "[a]", "null", "true"])
+def test_a_wrong_model_is_no_fault_of_the_tokenizer_that_follows_from_it(init: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config("one-gpu-evening", [f"model.init={init}"])
+    assert error.value.key == "model.init" and ": 1 error\n" in str(error.value)
+
+
 @pytest.mark.parametrize("override", ["seed=010", "seed=12:30", "phases.0.steps=0100", "data.sources.0.weight=-012"])
 def test_numbers_that_yaml_does_not_read_as_decimal_are_refused(override: str) -> None:
     assert refusal(override).code == "number-not-decimal"
