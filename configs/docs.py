@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -13,23 +12,25 @@ from pydantic_core import PydanticUndefined
 from configs.files import write_atomically
 from configs.load import RECIPES, shipped
 from configs.schema import RunConfig, Section
-from configs.units import Duration
+from configs.type_words import is_section, type_words
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Generated from configs/schema.py by `make docs`. Do not edit. -->
+<!-- Generated from configs/schema by `make docs`. Do not edit. -->
 
 A recipe describes a run. It is a YAML file or the name of a shipped recipe. The command line sets keys by dotted path,
 list indices included: `detour-train demo phases.0.steps=20 batch.sequences=16`.
 
 - A misspelt key is answered with the nearest right key. All errors of a file are reported together, before training.
 - Durations read `500 steps`, `100M tokens` or `10 minutes`. A bare count is in tokens. Suffixes are k, M, B and T.
+- Numbers are decimal, such as `2e-4`, `1_000` or `2M`. What YAML would read otherwise, such as `010`, is refused.
+- `phases.0.steps=null` removes the value of an optional key. `${oc.env:NAME}` stands for an environment variable.
 - `RUN/config.yaml` holds the resolved configuration. `detour schema` prints the JSON schema.
 - A run resumes with the same configuration. Keys that do not decide what is computed may change: `cluster.*`,
-  `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro`, `batch.recompute`, `shards` and `text` of a source, and
-  of `data` the keys `on_error`, `backend`, `prefetch`, `cache`, `cache_gb`, `patience`.
+  `parallel.*`, `checkpoint.*`, `monitoring.*`, `batch.micro` of the run and of a phase, `batch.recompute`, `shards` and
+  `text` of a source, and of `data` the keys `on_error`, `backend`, `prefetch`, `cache`, `cache_gb`, `patience`.
 
 ## Shipped recipes
 
@@ -55,10 +56,10 @@ def _tables(section: type[Section], prefix: str) -> Iterator[str]:
     yield f"\n## {title}\n\n{_cell(section.__doc__)}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
     subsections = []
     for key, field in section.model_fields.items():
-        subsection = next((kind for kind in _parts(field.annotation) if _is_section(kind)), None)
+        subsection = next((kind for kind in _parts(field.annotation) if is_section(kind)), None)
         if subsection is not None:
             subsections.append((subsection, f"{prefix}{key}."))
-        yield f"| `{prefix}{key}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description)} |\n"
+        yield f"| `{prefix}{key}` | {type_words(field.annotation)} | {_default(field)} | {_cell(field.description)} |\n"
     for subsection, path in subsections:
         yield from _tables(subsection, path)
 
@@ -67,29 +68,6 @@ def _parts(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
-
-
-def _type(annotation: Any) -> str:
-    """Return the words for a type of the schema."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type(part) for part in arguments if part is not type(None))
-    if origin is tuple:
-        many = arguments[-1] is Ellipsis
-        return f"list of {_type(arguments[0])}" if many else f"[{', '.join(_type(part) for part in arguments)}]"
-    if hasattr(annotation, "__metadata__"):  # Annotated
-        return _type(arguments[0])
-    if _is_section(annotation):
-        return "section"
-    if origin is dict:
-        return "mapping"
-    return {str: "text", int: "integer", float: "number", bool: "`true`, `false`", Duration: "duration"}[annotation]
 
 
 def _default(field: FieldInfo) -> str:

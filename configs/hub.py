@@ -9,7 +9,7 @@ from configs.errors import InputError
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether `reference` has the form `organisation/name` or `organisation/name@revision`, and not that of a path."""
+    """Return whether `reference` is `organisation/name` or `organisation/name@revision`, and not a path."""
     return reference.count("/") == 1 and not reference.startswith((".", "/", "~"))
 
 

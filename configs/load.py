@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -17,13 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import InputError
+from configs.messages import faults
 from configs.schema import RunConfig
 
 RECIPES = resources.files("configs") / "recipes"
 S = TypeVar("S", bound=BaseModel)
 _SHARDS = r"data\.(sources\.\d+|evaluation)\.(shards|text)"
 MAY_CHANGE = re.compile(
-    r"(cluster|parallel|checkpoint|monitoring)\.|batch\.(micro|recompute)|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
+    r"(cluster|parallel|checkpoint|monitoring)\.|batch\.(micro|recompute)|phases\.\d+\.batch\.micro"
+    r"|data\.(on_error|backend|prefetch|cache|cache_gb|patience):"
     rf"|{_SHARDS}"
 )
 """Matches keys that decide where and how a run is executed. All other keys decide what it computes.
@@ -31,6 +33,8 @@ MAY_CHANGE = re.compile(
 Shards may move, because a checkpoint identifies its data by content.
 """
 
+_NOT_DECIMAL = re.compile(r"[-+]?0[0-7_]+|[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_NEGATIVE_INDEX = re.compile(r"\.-\d+(\.|$)|\[-\d+\]")
 _IS_DATA = re.compile(_SHARDS)
 
 
@@ -59,11 +63,7 @@ def read_mapping(reference: str, kind: str, folder: Traversable) -> tuple[dict[s
     """
     path, ours = Path(reference), shipped(folder)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        try:
-            text, home = path.read_text(encoding="utf-8"), path.parent
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{kind} {reference}: {reason}", code="file-unreadable") from None
+        text, home = _read_text(path, kind, ours), path.parent
     elif reference in ours:
         text, home = ours[reference], Path()
     else:
@@ -81,13 +81,41 @@ def read_mapping(reference: str, kind: str, folder: Traversable) -> tuple[dict[s
     return tree, home
 
 
+def _read_text(path: Path, kind: str, ours: Collection[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors of Windows put a byte order mark first
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8"
+    except OSError as error:
+        reason = "a directory; name the file in it" if path.is_dir() else error.strerror or str(error)
+        if not path.exists() and path.stem in ours:
+            reason += f"; the shipped {kind} is called {path.stem}, without a suffix"
+    raise InputError(f"{kind} {path}: {reason}", code="file-unreadable")
+
+
 def read_yaml(text: str, origin: str) -> Any:
     """Read YAML as OmegaConf does: 2e-4 is a number, which it is not in YAML 1.1, and duplicate keys are refused."""
     try:
+        _require_decimal(text, origin)
         tree = OmegaConf.from_dotlist([f"value={text}"])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{origin} is not valid YAML: {error}", code="invalid-yaml") from None
+    except RecursionError:
+        raise InputError(
+            f"{origin}: its values are nested too deeply, or an anchor contains itself", code="invalid-yaml"
+        ) from None
     return OmegaConf.to_container(tree)["value"]  # type: ignore[index, call-overload]
+
+
+def _require_decimal(text: str, origin: str) -> None:
+    """Raise InputError for numbers that YAML 1.1 reads otherwise than a person: 010 as octal, 12:30 to the base 60."""
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.ScalarToken) and token.plain and _NOT_DECIMAL.fullmatch(token.value):
+            raise InputError(
+                f"{origin}, line {token.start_mark.line + 1}: YAML reads {token.value} as "
+                f"{yaml.safe_load(token.value)}; write a decimal number, or quote it if it is a text",
+                code="number-not-decimal",
+            )
 
 
 def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -104,27 +132,43 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> RunConfig:
         recipe = "detour.yaml" if Path("detour.yaml").exists() else "demo"
     tree = OmegaConf.create(read_mapping(recipe, "recipe", RECIPES)[0])
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            message = f"{override!r} is not an override; write key=value, for example batch.sequences=8"
-            raise InputError(message, key=key or None, code="override-malformed")
-        try:
-            OmegaConf.update(tree, key, OmegaConf.from_dotlist(["value" + override[len(key) :]]).value, force_add=True)
-        except IndexError:
-            name = re.split(r"\.\d+", key)[0]
-            message = (
-                f"{override!r} is past the end of {name}, whose entries in {recipe} are numbered from 0; add the entry "
-                "in a recipe file of your own"
-            )
-            raise InputError(message, key=key, code="override-past-the-end") from None
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-            message = f"{override!r} cannot be applied to {recipe}: {_first_line(error)}"
-            raise InputError(message, key=key, code="override-malformed") from None
+        _apply(tree, override, recipe)
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise InputError(f"{recipe}: {_first_line(error)}", code="invalid-yaml") from None
     return validate(RunConfig, plain, recipe)
+
+
+def _apply(tree: Any, override: str, recipe: str) -> None:
+    """Set the key of an override in an OmegaConf tree.
+
+    Raises:
+        InputError: The override is malformed, or has no place in the recipe.
+    """
+    key, equals, _ = override.partition("=")
+    if not equals or not key:
+        message = f"{override!r} is not an override; write key=value, for example batch.sequences=8, after the recipe"
+        raise InputError(message, key=key or None, code="override-malformed")
+    if _NEGATIVE_INDEX.search(key):
+        message = f"{override!r}: entries of a list are numbered from 0 and not from the end"
+        raise InputError(message, key=key, code="override-malformed")
+    try:
+        _require_decimal(override[len(key) + 1 :], repr(override))
+        OmegaConf.update(tree, key, OmegaConf.from_dotlist(["value" + override[len(key) :]]).value, force_add=True)
+    except IndexError:
+        name = re.split(r"\.\d+", key)[0]
+        message = (
+            f"{override!r} is past the end of {name}, whose entries in {recipe} are numbered from 0; add the entry "
+            "in a recipe file of your own"
+        )
+        raise InputError(message, key=key, code="override-past-the-end") from None
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = _first_line(error)
+        if "Cannot merge" in reason:
+            reason = "a list cannot take the place of a mapping, nor a mapping that of a list"
+        message = f"{override!r} cannot be applied to {recipe}: {reason}"
+        raise InputError(message, key=key, code="override-malformed") from None
 
 
 def validate(schema: type[S], tree: Any, origin: str) -> S:
@@ -141,10 +185,10 @@ def validate(schema: type[S], tree: Any, origin: str) -> S:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        faults = [(_key(item), _explain(schema, item)) for item in error.errors()]
-        lines = [f"\n  {key or '(whole file)'}: {reason}" for key, reason in faults]
+        found = faults(schema, tree, error)
+        lines = [f"\n  {key or '(whole file)'}: {reason}" for key, reason in found]
         message = f"{origin}: {len(lines)} error{'s' * (len(lines) > 1)}" + "".join(lines)
-        raise InputError(message, key=faults[0][0], code="invalid-config") from None
+        raise InputError(message, key=found[0][0], code="invalid-config") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -181,37 +225,6 @@ def content_of_run(config: RunConfig, varied: Collection[str] = ()) -> str:
         if key in varied or _IS_DATA.match(key) or not MAY_CHANGE.match(f"{key}:")
     }
     return json.dumps(kept)
-
-
-def _key(item: Any) -> str | None:
-    """Return the dotted key of a pydantic error. A rule between sections names its key itself."""
-    return item.get("ctx", {}).get("key") or ".".join(str(part) for part in item["loc"]) or None
-
-
-def _explain(schema: type[BaseModel], item: Any) -> str:
-    """Return the reason and remedy of a pydantic error."""
-    location = item["loc"]
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _fields(schema, location[:-1]), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_fields(schema, location[:-1]))}"
-        return f"no such key; {hint}"
-    if item["type"] == "missing":
-        return "missing; this key is required"
-    message = item["msg"].removeprefix("Value error, ")
-    given = item.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and repr(given) not in message else ""
-    return f"{message}{shown}"
-
-
-def _fields(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Return the names of the keys that the schema allows at a location."""
-    model = schema
-    for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            inner = [annotation, *get_args(annotation)]
-            model = next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), model)
-    return list(model.model_fields)
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -57,9 +57,13 @@ class Duration:
         words = str(value).split()
         unit = words[-1].lower() if len(words) > 1 else "tokens"
         unit = unit if unit.endswith("s") else unit + "s"
-        if len(words) > 2 or unit not in ("tokens", "steps", "minutes"):
-            raise ValueError(f"expected tokens, steps or minutes such as '100M tokens' or '500 steps', got {value!r}")
-        return cls(parse_count(words[0] if words else value), unit)  # type: ignore[arg-type]
+        try:
+            if isinstance(value, bool) or len(words) > 2 or unit not in ("tokens", "steps", "minutes"):
+                raise ValueError
+            return cls(parse_count(words[0]), unit)  # type: ignore[arg-type]
+        except (ValueError, IndexError):
+            message = f"expected a duration such as '500 steps', '100M tokens' or '10 minutes', got {value!r}"
+            raise ValueError(message) from None
 
     def steps(self, tokens_per_step: int) -> int:
         """Return the nearest number of optimizer steps. Raises ValueError for minutes."""

@@ -84,7 +84,7 @@ class Components:
     """None without data parallelism."""
 
     def evaluation_due(self, span: PhaseSpan) -> bool:
-        """Whether the held-out set is evaluated after the current step: at its interval, and at the end of the run."""
+        """Return whether the current step is followed by an evaluation: at its interval, and at the end of the run."""
         held_out, step = self.config.data.evaluation, self.state.step
         return held_out is not None and (span.is_due(held_out.every, step) or step == self.schedule.total)
 
@@ -151,8 +151,8 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     architecture = run_architecture(config, directory, tokenizer)
     precision = resolve_precision(config, parameter_count(architecture))
     layout = plan(config, architecture, dist.get_world_size())
-    patience = config.cluster.hang_timeout + 60  # longer, so that the launcher sees a hang first
-    initialise(layout, config.seed, patience)
+    patience = timedelta(seconds=config.cluster.hang_timeout + 60)  # longer, so that the launcher sees a hang first
+    initialise(layout, config.seed, patience.total_seconds())
     _log_groups()
     model, ddp_model = build_model(architecture, layout, precision, config)
     optimizer = build_optimizer([ddp_model], config.optimizer, DTYPE[precision])
@@ -197,25 +197,28 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
         replicas=ReplicaGuard(weight_buffers(ddp_model)),
         recorder=recorder,
         state=state,
-        hosts=dist.new_group(backend="gloo", timeout=timedelta(seconds=patience)),
-        row_exchange=RowExchange(parallel_state.get_data_parallel_group(), timedelta(seconds=patience))
-        if layout.data > 1
-        else None,
+        hosts=dist.new_group(backend="gloo", timeout=patience),
+        row_exchange=RowExchange(parallel_state.get_data_parallel_group(), patience) if layout.data > 1 else None,
     )
     try:
         if fit is None and device.device().type == "cuda":
             fit = _fit_by_measurement(config, architecture, tokenizer)
         if fit is not None:
-            sizes = list(layout.micro_batch_sizes)
-            for span in schedule.remaining(state.step):
-                if micro_setting(config, span)[1] == "auto":
-                    sizes[span.index] = fit(runner, layout, span, state.micro_batches)
-            components.layout = replace(layout, micro_batch_sizes=tuple(sizes))
+            components.layout = _fitted_layout(components, fit)
         components.held_out = _held_out(config, tokenizer, components.layout)
     except BaseException:
         components.close()
         raise
     return components
+
+
+def _fitted_layout(run: Components, fit: FitMicroBatch) -> Layout:
+    """Return the layout with a fitted micro-batch in each remaining phase that asks for `auto`."""
+    sizes = list(run.layout.micro_batch_sizes)
+    for span in run.schedule.remaining(run.state.step):
+        if micro_setting(run.config, span)[1] == "auto":
+            sizes[span.index] = fit(run.runner, run.layout, span, run.state.micro_batches)
+    return replace(run.layout, micro_batch_sizes=tuple(sizes))
 
 
 def _fit_by_measurement(config: RunConfig, architecture: ModernBertConfig, tokenizer: Tokenizer) -> FitMicroBatch:

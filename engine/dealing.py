@@ -11,6 +11,7 @@ import pickle
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -82,32 +83,43 @@ class RowExchange:
         """
         # Pickles come from ranks of this run alone, as in torch's collectives of objects.
         packed = [pickle.dumps(row, protocol=5) for row in rows]
-        own = torch.tensor(
-            [[cost(row), len(data)] for row, data in zip(rows, packed, strict=True)], dtype=torch.float64
-        )
-        gathered = [torch.empty_like(own) for _ in range(self._size)]
-        self._wait(dist.all_gather(gathered, own, group=self._group, async_op=True), cancelled)
-        costs, sizes = torch.cat(gathered).T.tolist()
+        costs, sizes = self._gather([(cost(row), len(data)) for row, data in zip(rows, packed, strict=True)], cancelled)
         hands = deal(costs, self._size)
-
-        offset = self._rank * len(rows)
-        sent = [[packed[item - offset] for item in hand if 0 <= item - offset < len(rows)] for hand in hands]
-        hand = hands[self._rank]
-        starts = range(0, len(costs), len(rows))
-        expected = [int(sum(sizes[item] for item in hand if start <= item < start + len(rows))) for start in starts]
-        outgoing = torch.frombuffer(bytearray(b"".join(data for part in sent for data in part)), dtype=torch.uint8)
-        incoming = torch.empty(sum(expected), dtype=torch.uint8)
-        splits = [sum(map(len, part)) for part in sent]
-        work = dist.all_to_all_single(incoming, outgoing, expected, splits, group=self._group, async_op=True)
-        self._wait(work, cancelled)
-
-        received: list[PackedSequence] = []
-        first, content = 0, incoming.numpy().tobytes()
-        for item in hand:
-            received.append(pickle.loads(content[first : first + int(sizes[item])]))
-            first += int(sizes[item])
-        micro_batches = deal([costs[item] for item in hand], len(hand) // micro_batch_size)
+        received = self._exchange(packed, hands, sizes, cancelled)
+        own_costs = [costs[item] for item in hands[self._rank]]
+        micro_batches = deal(own_costs, len(own_costs) // micro_batch_size)
         return [received[place] for micro_batch in micro_batches for place in micro_batch]
+
+    def _gather(self, own: Sequence[tuple[float, int]], cancelled: threading.Event) -> tuple[list[float], list[int]]:
+        """Return the costs, and the sizes in bytes, of the rows of all ranks: rank 0's rows first."""
+        table = torch.tensor(own, dtype=torch.float64)  # [rows of a rank, 2]
+        gathered = [torch.empty_like(table) for _ in range(self._size)]
+        self._wait(dist.all_gather(gathered, table, group=self._group, async_op=True), cancelled)
+        costs, sizes = torch.cat(gathered).T.tolist()
+        return costs, [int(size) for size in sizes]
+
+    def _exchange(
+        self, packed: Sequence[bytes], hands: Sequence[Sequence[int]], sizes: Sequence[int], cancelled: threading.Event
+    ) -> list[PackedSequence]:
+        """Send each rank the rows of its hand, and return the rows of this rank's hand in the hand's order.
+
+        Args:
+            packed: The rows that this rank has, as bytes.
+            hands: Rows that each rank is dealt, as ascending positions among the rows of all ranks.
+            sizes: Bytes of the rows of all ranks.
+            cancelled: Ends the exchange when set.
+        """
+        count, hand = len(packed), hands[self._rank]
+        first_own = self._rank * count
+        outgoing = [[packed[i - first_own] for i in other if 0 <= i - first_own < count] for other in hands]
+        bytes_out = [sum(map(len, rows)) for rows in outgoing]
+        bytes_in = [sum(sizes[i] for i in hand if i // count == sender) for sender in range(self._size)]
+        sent = torch.frombuffer(bytearray(b"".join(row for rows in outgoing for row in rows)), dtype=torch.uint8)
+        arrived = torch.empty(sum(bytes_in), dtype=torch.uint8)
+        work = dist.all_to_all_single(arrived, sent, bytes_in, bytes_out, group=self._group, async_op=True)
+        self._wait(work, cancelled)
+        content, ends = arrived.numpy().tobytes(), list(accumulate((sizes[i] for i in hand), initial=0))
+        return [pickle.loads(content[first:end]) for first, end in pairwise(ends)]
 
     def close(self) -> None:
         """Leave the group. A collective that was cancelled fails on the ranks that wait in it."""

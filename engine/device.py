@@ -59,7 +59,7 @@ class HostCopy:
 
 
 def compiles_kernels() -> bool:
-    """Whether the model's Triton kernels can be compiled here: there is a GPU, and nothing is missing."""
+    """Return whether the model's Triton kernels can be compiled here: there is a GPU, and nothing is missing."""
     return torch.cuda.is_available() and kernels_lack() is None
 
 

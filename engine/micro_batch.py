@@ -46,7 +46,7 @@ class Probe(Protocol):
         """Return the bytes in use before any step."""
 
     def peak(self, rows: int) -> float:
-        """Return the peak bytes of a step on micro-batches of so many rows; all ranks call it together."""
+        """Return the peak bytes of a step on micro-batches of `rows` rows; all ranks call it together."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class GpuProbe:
         return float(torch.cuda.memory_allocated())
 
     def peak(self, rows: int) -> float:
-        """Return the peak bytes of a step on micro-batches of so many rows; all ranks call it together."""
+        """Return the peak bytes of a step on micro-batches of `rows` rows; all ranks call it together."""
         ids = np.full(rows * self.sequence_length, self.token_id, np.int64)
         labels = ids.copy()
         labels[self.sequence_length - 1 :: self.sequence_length] = IGNORE

@@ -87,7 +87,7 @@ def merge_card(origins: Sequence[tuple[str, float]], tokenizer: Tokenizer, knows
 
 
 def has_trained_masks(meta: CheckpointMeta) -> bool:
-    """Whether the model of a checkpoint can fill masks; a model that was only imported is believed to."""
+    """Return whether the model of a checkpoint can fill masks; a model that was only imported is believed to."""
     return meta.config is None or _has_trained_masks(RunConfig.model_validate(meta.config), meta.step)
 
 
@@ -112,7 +112,7 @@ def _software(versions: dict[str, str] | None) -> str:
 
 
 def _has_trained_masks(config: RunConfig, step: int) -> bool:
-    """Whether the head can fill masks: the run has trained MLM, or started from a model."""
+    """Return whether the head can fill masks: the run has trained MLM, or started from a model."""
     return config.model.init != SCRATCH or any(
         "mlm" in span.phase.objectives and span.first < step for span in config.spans
     )

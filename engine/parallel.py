@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ import torch
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
-from configs.schema import RunConfig
+from configs.schema import Parallel, Phase, RunConfig
 from configs.spans import PhaseSpan
 
 _AUTO_MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -43,38 +43,13 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
         InputError: Keys of the configuration do not fit; the message names each of them, and what would fit.
     """
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    errors = []
-    heads, layers = architecture.num_attention_heads, architecture.num_hidden_layers
-    if heads % tensor:
-        errors.append(f"parallel.tensor: {tensor} does not divide the model's {heads} attention heads")
-    if architecture.intermediate_size % tensor:
-        errors.append(f"parallel.tensor: {tensor} does not divide intermediate_size {architecture.intermediate_size}")
-    if tensor & (tensor - 1) or tensor > 8:
-        errors.append(f"parallel.tensor: {tensor} is not one of 1, 2, 4, 8")
-    if layers % pipeline:
-        errors.append(f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers")
-    for number, phase in enumerate(config.phases):
-        frozen = {part for part in phase.freeze if isinstance(part, int)}
-        if beyond := sorted(layer for layer in frozen if layer >= layers):
-            errors.append(f"phases.{number}.freeze: no layers {beyond}; the model has {layers}: 0 to {layers - 1}")
-        elif len(frozen) == layers and {"embeddings", "head"} <= set(phase.freeze):
-            errors.append(f"phases.{number}.freeze: names every part of the model; leave out those that are to train")
-    lengths = {"data.sequence_length": config.data.sequence_length}
-    lengths |= {f"phases.{n}.sequence_length": p.sequence_length or 0 for n, p in enumerate(config.phases)}
-    for key, length in lengths.items():
-        if length > architecture.max_position_embeddings:
-            errors.append(
-                f"{key}: {length} is more than the model's max_position_embeddings "
-                f"{architecture.max_position_embeddings}; raise model.max_position_embeddings as well, and for a much "
-                "longer context the phase's global_rope_theta"
-            )
+    problems = _misfits(config, architecture)
     if workers % (tensor * pipeline):
-        errors.append(
+        problems.append(
             f"cluster.workers_per_node: {workers} workers in all are not a multiple of "
             f"parallel.tensor x parallel.pipeline = {tensor * pipeline}"
         )
-    if errors:
-        raise InputError("the configuration does not fit\n  " + "\n  ".join(errors), key=errors[0].partition(":")[0])
+    _raise_misfits(problems)
     data, streams = workers // (tensor * pipeline), config.data.streams
     if streams % data:
         fitting = [size for size in range(1, streams + 1) if streams % size == 0]
@@ -85,6 +60,64 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
         )
     sizes = tuple(_micro_batch_size(config, span, data) for span in config.spans)
     return Layout(tensor, pipeline, data, config.parallel.sequence, sizes)
+
+
+def require_fitting(config: RunConfig, architecture: ModernBertConfig) -> None:
+    """Raise InputError if the recipe does not fit its model on any number of workers."""
+    _raise_misfits(_misfits(config, architecture))
+
+
+def _raise_misfits(problems: list[str]) -> None:
+    if problems:
+        raise InputError(
+            "the configuration does not fit\n  " + "\n  ".join(problems), key=problems[0].partition(":")[0]
+        )
+
+
+def _misfits(config: RunConfig, architecture: ModernBertConfig) -> list[str]:
+    """Return the contradictions between the recipe and its model, each as `key: reason`."""
+    return [
+        *_undivided(config.parallel, architecture),
+        *_wrong_parts(config.phases, architecture.num_hidden_layers),
+        *_too_long(config, architecture.max_position_embeddings),
+    ]
+
+
+def _undivided(parallel: Parallel, architecture: ModernBertConfig) -> Iterator[str]:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    heads, width, layers = (
+        architecture.num_attention_heads,
+        architecture.intermediate_size,
+        architecture.num_hidden_layers,
+    )
+    if heads % tensor:
+        yield f"parallel.tensor: {tensor} does not divide the model's {heads} attention heads"
+    if width % tensor:
+        yield f"parallel.tensor: {tensor} does not divide intermediate_size {width}"
+    if tensor not in (1, 2, 4, 8):
+        yield f"parallel.tensor: {tensor} is not one of 1, 2, 4, 8"
+    if layers % pipeline:
+        yield f"parallel.pipeline: {pipeline} does not divide the model's {layers} layers"
+
+
+def _wrong_parts(phases: Sequence[Phase], layers: int) -> Iterator[str]:
+    for number, phase in enumerate(phases):
+        frozen = {part for part in phase.freeze if isinstance(part, int)}
+        if beyond := sorted(layer for layer in frozen if layer >= layers):
+            yield f"phases.{number}.freeze: no layers {beyond}; the model has {layers}: 0 to {layers - 1}"
+        elif len(frozen) == layers and {"embeddings", "head"} <= set(phase.freeze):
+            yield f"phases.{number}.freeze: names every part of the model; leave out those that are to train"
+
+
+def _too_long(config: RunConfig, positions: int) -> Iterator[str]:
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    lengths |= {f"phases.{n}.sequence_length": p.sequence_length or 0 for n, p in enumerate(config.phases)}
+    for key, length in lengths.items():
+        if length > positions:
+            yield (
+                f"{key}: {length} is more than the model's max_position_embeddings {positions}; raise "
+                "model.max_position_embeddings as well, and for a much longer context the phase's global_rope_theta"
+            )
 
 
 def micro_setting(config: RunConfig, span: PhaseSpan) -> tuple[str, int | Literal["auto"]]:
@@ -129,7 +162,7 @@ def initialise(layout: Layout, seed: int, timeout_seconds: float = 1800.0) -> No
 
     Args:
         layout: Sizes of the groups.
-        seed: Of Megatron's random state.
+        seed: Seed of Megatron's random state.
         timeout_seconds: Time limit of the groups' collectives, rounded up to minutes.
     """
     from megatron.core import parallel_state, tensor_parallel

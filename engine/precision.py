@@ -51,7 +51,7 @@ def resolve_precision(config: RunConfig, parameters: int, planned: Capability | 
 
 
 def _was_measured_in_fp8(config: RunConfig, capability: Capability | None) -> bool:
-    """Whether FP8 was measured on such a GPU, with this recipe, and without tensor parallelism."""
+    """Return whether FP8 was measured on such a GPU, with this recipe, and without tensor parallelism."""
     return capability == HOPPER and config.fp8_recipe != "mxfp8" and config.parallel.tensor == 1
 
 

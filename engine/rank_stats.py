@@ -21,7 +21,7 @@ from engine.flops import training_flops
 
 
 def reports_loss() -> bool:
-    """Whether this rank reports for its data-parallel replica: it has the loss, and no other rank of the replica does.
+    """Return whether this rank reports for its data-parallel replica: it alone has the loss.
 
     It is the first tensor-parallel rank of the last pipeline stage.
     """

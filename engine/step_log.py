@@ -47,7 +47,7 @@ class StepLog:
         self._events = Follower(RunDirectory(directory).events)
 
     def due(self, step: int) -> bool:
-        """Whether `step` completed steps give a line with the ranks' views and the gradient's norms by part."""
+        """Return whether `step` completed steps give a line with the ranks' views and the gradient's norms by part."""
         return due(self._config, step)
 
     def record(

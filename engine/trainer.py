@@ -19,7 +19,7 @@ from engine.rank_stats import Decisions, StepNumbers, StepTotals
 from engine.step_log import StepLog, StepTimes
 
 StopReason = Callable[[], str | None]
-"""Returns why training must stop now; None: it goes on."""
+"""Returns why training must stop now, or None."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,11 @@ class _Launched:
 
 
 def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
-    """Train the remaining steps of a run that was built. Arguments and errors as for `train`."""
-    state, runner = run.state, run.runner
+    """Train the remaining steps of a run that was built. Arguments and errors are those of `train`.
+
+    The numbers of a step are read while the next one runs, unless the step is saved or evaluated.
+    """
+    state = run.state
     log = StepLog(run.config, run.directory, run.schedule, run.recorder)
     unread: _Launched | None = None
     for span in run.schedule.remaining(state.step):
@@ -78,15 +81,7 @@ def train_loop(run: Components, stop: StopReason = lambda: None) -> Outcome:
             run.recorder.phase_started(span.index, objective.name, state.step)
         with closing(run.batches(span, objective, state.step, span.last, state.data)) as batches:
             for batch, watch, waited in _timed(batches):
-                losses, own_work = runner.forward_backward(batch.staged)
-                run.replicas.observe()
-                learning_rate = run.schedule.learning_rate(state.step)
-                peak, by_part = run.schedule.peak(span), log.due(state.step + 1)
-                norms = runner.optimizer_step(losses, learning_rate, peak, by_part)
-                state.step += 1
-                counts = StepTotals.counted(batch.micro_batches, run.architecture, run.tokenizer.byte_lengths)
-                numbers = StepNumbers(batch.micro_batches, counts, losses, norms)
-                launched = _Launched(state.step, span, objective.name, batch, numbers, watch, waited, own_work)
+                launched = _launch(run, span, objective.name, batch, watch, waited, by_part=log.due(state.step + 1))
                 if unread:
                     _finish(run, log, unread)
 
@@ -119,6 +114,30 @@ def _timed(batches: Iterator[StepData]) -> Iterator[tuple[StepData, Stopwatch, f
     for batch in batches:
         yield batch, watch, watch.seconds()
         watch = Stopwatch()
+
+
+def _launch(
+    run: Components, span: PhaseSpan, objective: str, batch: StepData, watch: Stopwatch, waited: float, by_part: bool
+) -> _Launched:
+    """Start a step's work on the device: forward, backward and the optimizer's step. The host reads no number of it.
+
+    Args:
+        run: The run's components.
+        span: The phase of the step.
+        objective: Name of the phase's objective.
+        batch: This rank's batch.
+        watch: Runs since the step asked for the batch.
+        waited: Seconds that it waited.
+        by_part: Whether gradient norms are taken by part of the model too.
+    """
+    losses, own_work = run.runner.forward_backward(batch.staged)
+    run.replicas.observe()
+    learning_rate, peak = run.schedule.learning_rate(run.state.step), run.schedule.peak(span)
+    norms = run.runner.optimizer_step(losses, learning_rate, peak, by_part)
+    run.state.step += 1
+    counts = StepTotals.counted(batch.micro_batches, run.architecture, run.tokenizer.byte_lengths)
+    numbers = StepNumbers(batch.micro_batches, counts, losses, norms)
+    return _Launched(run.state.step, span, objective, batch, numbers, watch, waited, own_work)
 
 
 def _finish(run: Components, log: StepLog, launched: _Launched, evaluating: bool = False) -> None:

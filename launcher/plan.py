@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,19 +137,26 @@ def _check_data(config: RunConfig, architecture: ModernBertConfig, tokenizer: To
 
 def plan_text(plan: Plan, unchecked: list[str]) -> str:
     """Describe a plan for people: a column per phase, a unit in every number, `~` before what is extrapolated."""
-    layout, phases = plan.layout, plan.phases
+    return "\n".join([*_heading(plan), "", *_aligned(_table(plan.phases)), "", *_closing(plan, unchecked)])
+
+
+def _heading(plan: Plan) -> list[str]:
+    layout = plan.layout
     sharing = ", sequence parallel" if layout.sequence else ""
-    head = [
+    return [
         f"{plan.name}: {plan.nodes} node{'s' * (plan.nodes > 1)} with {plan.gpus_per_node} GPU"
         f"{'s' * (plan.gpus_per_node > 1)} each ({plan.gpu}); no GPU was asked",
         f"  model   {format_count(plan.parameters)} parameters, {plan.precision}",
         f"  layout  data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}{sharing}",
-        "",
     ]
+
+
+def _table(phases: Sequence[PhasePlan]) -> list[tuple[str, list[str]]]:
+    """Return the rows of a plan: a name, and a cell per phase. A row without cells is a heading."""
     speeds = [phase.speed for phase in phases]
     guess = ["~" * bool(speed.extrapolated) for speed in speeds]
     kinds = [kind for kind in KINDS if any(kind in phase.bytes_sent for phase in phases)]
-    rows: list[tuple[str, list[str]]] = [
+    return [
         ("", [f"phase {number}" for number in range(1, len(phases) + 1)]),
         ("objective", [phase.objective for phase in phases]),
         ("steps", [f"{phase.steps:,} steps" for phase in phases]),
@@ -178,24 +185,27 @@ def plan_text(plan: Plan, unchecked: list[str]) -> str:
             [f"{mark}{format_seconds(3600 * phase.hours)}" for mark, phase in zip(guess, phases, strict=True)],
         ),
     ]
+
+
+def _closing(plan: Plan, unchecked: list[str]) -> list[str]:
+    """Return the lines below the table: the whole run, and what its numbers do not know."""
+    extrapolated = sorted({note for phase in plan.phases for note in phase.speed.extrapolated})
     kept = plan.checkpoints_kept
-    tail = [
-        "",
-        f"duration     {'~' * any(map(bool, guess))}{format_seconds(3600 * plan.hours)}, "
+    lines = [
+        f"duration     {'~' * bool(extrapolated)}{format_seconds(3600 * plan.hours)}, "
         "without starts, checkpoints and evaluations",
         f"checkpoints  {_size(plan.checkpoint_bytes)} each; {kept} are kept: {_size(kept * plan.checkpoint_bytes)}",
     ]
-    if notes := sorted({note for speed in speeds for note in speed.extrapolated}):
-        tail.append(f"~            extrapolated from one GPU's measured rows; not measured: {'; '.join(notes)}")
+    if extrapolated:
+        lines.append(f"~            extrapolated from one GPU's measured rows; not measured: {'; '.join(extrapolated)}")
     if plan.layout.workers > 1:
-        tail.append("not counted  ranks that wait for one with costlier rows (a few percent), and slow links")
+        lines.append("not counted  ranks that wait for one with costlier rows (a few percent), and slow links")
     if unchecked:
-        tail.append(f"not checked  because it is not here: {'; '.join(unchecked)}")
-    return "\n".join([*head, *_aligned(rows), *tail])
+        lines.append(f"not checked  because it is not here: {'; '.join(unchecked)}")
+    return lines
 
 
-def _memory_rows(phases: Iterable[PhasePlan]) -> list[tuple[str, list[str]]]:
-    phases = tuple(phases)
+def _memory_rows(phases: Sequence[PhasePlan]) -> list[tuple[str, list[str]]]:
     parts: dict[str, Callable[[PhasePlan], float]] = {
         "weights": lambda phase: phase.memory.weights,
         "gradients": lambda phase: phase.memory.gradients,

@@ -108,15 +108,20 @@ def _tell_canaries(config: RunConfig, directory: Path, console: Console) -> None
 def check_initial_model(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Console) -> None:
     """Check and record the model that a new run starts from, and print what its start leaves out or makes anew.
 
+    A model from scratch needs no file. `check` sees whether the recipe fits it.
+
     Raises:
-        InputError: `model.init` cannot be read, or does not hold exactly the model that the recipe asks for.
+        InputError: `model.init` cannot be read, does not hold exactly the model that the recipe asks for, or cannot be
+            divided as the recipe says.
     """
     if config.model.init == SCRATCH:
         return
     from engine.initial_weights import check_initial_weights, initial_sha256
     from engine.modernbert.config import resolve_architecture
+    from engine.parallel import require_fitting
 
     architecture = resolve_architecture(config.model, tokenizer)
+    require_fitting(config, architecture)  # text is prepared next, which may take hours
     for note in check_initial_weights(config.model.init, architecture, tokenizer):
         console.print(f"[yellow]model.init:[/] {escape(note)}", soft_wrap=True, highlight=False)
     record(directory, InitialModel(init=config.model.init, sha256=initial_sha256(config.model.init)))

@@ -35,7 +35,7 @@ def require_sound_schedule(config: RunConfig) -> None:
 
 
 def workers_per_node(config: RunConfig, gpus: int) -> int:
-    """Return the workers on a node with so many GPUs."""
+    """Return the workers on a node with `gpus` GPUs."""
     if config.cluster.workers_per_node == "auto":
         return gpus or config.parallel.tensor * config.parallel.pipeline
     return config.cluster.workers_per_node

@@ -50,7 +50,7 @@ def memorisation(directory: Path) -> Memorisation | None:
 
 
 def copies_title(copies: int) -> str:
-    """Title of the column of the canaries with so many copies."""
+    """Title of the column of the canaries with `copies` copies."""
     return f"{copies} {'copy' if copies == 1 else 'copies'}" if copies else "never planted"
 
 

@@ -64,7 +64,7 @@ def live_targets(targets: Path) -> list[dict[str, Any]]:
 
 
 def _is_dead(name: str) -> bool:
-    """Whether a file HOST-PORT-PROCESS-CREATED names a process of this machine that has ended.
+    """Return whether a file HOST-PORT-PROCESS-CREATED names a process of this machine that has ended.
 
     The creation time is compared too, because process numbers are used again.
     """

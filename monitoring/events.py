@@ -43,7 +43,7 @@ class Event:
     FAULT: ClassVar[bool] = False
     """Something went wrong. The report marks the event in red."""
     WARNING: ClassVar[bool] = False
-    """Training goes on as before, but a person should know. The Health dashboard counts faults and warnings."""
+    """Training continues as before, but a person should know. The Health dashboard counts faults and warnings."""
     LAYER: ClassVar[Layer | None] = None
     """Layer of the dashboards that marks the event. None: the dashboards do not mark it."""
     TEXT: ClassVar[str]
@@ -188,7 +188,7 @@ class Resized(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """Training goes on from the checkpoint of `step`; `steps_lost` later steps are done again."""
+    """Training continues from the checkpoint of `step`; `steps_lost` later steps are done again."""
 
     KIND = "resumed"
     TEXT = "resumed at step {step:,}{lost}, in {precision}"

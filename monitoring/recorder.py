@@ -70,7 +70,7 @@ class StepRecord(StepValues):
 
 
 def due(config: RunConfig, step: int) -> bool:
-    """Whether `step` completed steps give a line of metrics.jsonl."""
+    """Return whether `step` completed steps give a line of metrics.jsonl."""
     return step % config.monitoring.every.value == 0 or step == config.total_steps
 
 
@@ -166,7 +166,7 @@ class Recorder:
         self._writing.result()
 
     def due(self, step: int) -> bool:
-        """Whether `step` gets a line of metrics.jsonl."""
+        """Return whether `step` gets a line of metrics.jsonl."""
         return due(self._config, step)
 
     def phase_started(self, index: int, objective: str, step: int) -> None:

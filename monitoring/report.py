@@ -167,7 +167,7 @@ def _figures(run: RunFiles) -> list[Figure]:
 
 
 def _clipping(run: RunFiles) -> str:
-    """Note of the gradient norm: the share of clipped steps per phase."""
+    """Return the note of the gradient norm: the share of clipped steps per phase."""
     last = {index + 1: rows[-1] for index in range(len(run.config.phases)) if (rows := run.phase(index))}
     told = [
         f"{percent(row['clipped_share'])} of the steps of phase {number}"
@@ -178,7 +178,7 @@ def _clipping(run: RunFiles) -> str:
 
 
 def _gradient_lines(run: RunFiles) -> list[Line]:
-    """Per phase, the median norm of each layer's gradient."""
+    """Return a line per phase: the median norm of each layer's gradient."""
     lines = []
     for index, phase in enumerate(run.config.phases):
         rows = [row["gradient_norms"] for row in run.phase(index) if row.get("gradient_norms")]

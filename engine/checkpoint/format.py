@@ -84,19 +84,22 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> CheckpointMeta:
     # The index comes first, so that part 0 reads it after its sha256; then by size, so that the parts are alike.
     files = sorted(meta.files.items(), key=lambda item: (item[0] != INDEX_FILE, -item[1][0], item[0]))
     for name, (size, sha256) in files[part::parts]:
-        path = checkpoint / name
-        try:
-            actual_size = path.stat().st_size if path.is_file() else None
-            if actual_size != size:
-                present = "nothing" if actual_size is None else f"{actual_size} bytes"
-                raise _damaged(f"{path} is damaged: {size} bytes were written, {present} found")
-            if file_sha256(path) != sha256:
-                raise _damaged(f"{path} is damaged: its sha256 is not the one written")
-        except OSError as error:
-            raise _damaged(f"{path} cannot be read ({error.strerror})") from None
+        _verify_file(checkpoint / name, size, sha256)
     if part == 0:
         verify_index(checkpoint)
     return meta
+
+
+def _verify_file(path: Path, size: int, sha256: str) -> None:
+    try:
+        actual_size = path.stat().st_size if path.is_file() else None
+        if actual_size != size:
+            present = "nothing" if actual_size is None else f"{actual_size} bytes"
+            raise _damaged(f"{path} is damaged: {size} bytes were written, {present} found")
+        if file_sha256(path) != sha256:
+            raise _damaged(f"{path} is damaged: its sha256 is not the one written")
+    except OSError as error:
+        raise _damaged(f"{path} cannot be read ({error.strerror})") from None
 
 
 def load(checkpoint: Path, model: Any, optimizer: Any | None) -> None:

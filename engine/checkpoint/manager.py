@@ -80,7 +80,7 @@ class CheckpointManager:
         return self.writer.writing
 
     def is_due(self, state: TrainState) -> bool:
-        """Whether `checkpoint.every` asks for a checkpoint now, by this rank's clock."""
+        """Return whether `checkpoint.every` asks for a checkpoint now, by this rank's clock."""
         span = self._config.span_at(state.step)
         return span.is_due(self._config.checkpoint.every, state.step, self.clock() - state.saved_at)
 

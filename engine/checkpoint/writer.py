@@ -245,12 +245,7 @@ class Writer:
             self.write_file(hidden / name, content)
         files = {name: entry for rank in ranks for name, entry in rank.files.items()}
         for name, (size, _) in files.items():
-            path = hidden / name
-            if not path.is_file() or path.stat().st_size != size:
-                raise SaveFailedError(
-                    f"{path} is not what its rank has written; the run directory must lie on storage that all nodes "
-                    "share"
-                )
+            _require_size(hidden / name, size)
         files |= {name: _size_and_sha256(hidden / name) for name in shared}
         data = {stream: state for rank in ranks for stream, state in rank.data.items()}
         meta = meta.model_copy(update={"files": dict(sorted(files.items())), "data": data or meta.data})
@@ -262,6 +257,13 @@ class Writer:
             self._on_published()
         except OSError as error:
             logger.warning("old checkpoints beside %s were not deleted: %s", target, error)
+
+
+def _require_size(path: Path, size: int) -> None:
+    if not path.is_file() or path.stat().st_size != size:
+        raise SaveFailedError(
+            f"{path} is not what its rank has written; the run directory must lie on storage that all nodes share"
+        )
 
 
 def save_now(checkpoint: Path, model: Any, optimizer: Any | None, meta: CheckpointMeta) -> None:

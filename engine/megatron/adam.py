@@ -15,7 +15,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     torch's own AdamW keeps the step as a tensor per parameter. Megatron's checkpoint path for it asserts before the
     first step and cannot reshard. Transformer Engine's FusedAdam reads `grad_scale` and `found_inf` only while a CUDA
-    graph is captured, so the host would have to wait for the gradient norm before it could launch the update.
+    graph is captured. The host would therefore have to wait for the gradient norm before it could launch the update.
 
     Written for torch 2.11 to 2.13: `torch._fused_adamw_` takes both tensors on CPUs and GPUs. Megatron fills
     `state[parameter]` with `exp_avg` and `exp_avg_sq`.

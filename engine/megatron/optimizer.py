@@ -65,7 +65,7 @@ def prepare_gradients(optimizer: Any, losses: torch.Tensor | None = None) -> Non
     """Make the gradients of this rank's ranges of the parameters, divided by the label positions, ready for `update`.
 
     Args:
-        optimizer: the result of `build_optimizer`.
+        optimizer: Result of `build_optimizer`.
         losses: fp32, this rank's losses of the step, or None. A loss that is not finite makes a gradient NaN, since the
             gradients of such a loss may be finite.
     """
@@ -161,26 +161,26 @@ class FrozenWeights:
 
 @torch.no_grad()
 def replace_weights(optimizer: Any, values: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-    """Give parameters new values on every rank, and zero Adam's moments of them. The step count goes on.
+    """Give parameters new values on every rank, and zero Adam's moments of them. The step count is kept.
 
     Written for Megatron 0.16.1 and 0.19.2: `gbuf_ranges` and `_get_main_param_and_optimizer_states` as in
     `optimizer_shards`. A rank's range of a parameter has its fp32 main weights and moments there.
 
     Args:
-        optimizer: the result of `build_optimizer`.
+        optimizer: Result of `build_optimizer`.
         values: Whole values of this rank's parameters.
     """
     for parameter, value in values.items():
         parameter.copy_(value)
     for member in members(optimizer):
-        buckets = (bucket for buffer in member.gbuf_ranges for parts in buffer.values() for bucket in parts)
-        for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
-            if parameter in values:
-                states = member._get_main_param_and_optimizer_states(parameter)
-                own = values[parameter].reshape(-1)[ranges["param"].start : ranges["param"].end]
-                states["param"].copy_(own)
-                states["exp_avg"].zero_()
-                states["exp_avg_sq"].zero_()
+        buckets = [bucket for buffer in member.gbuf_ranges for parts in buffer.values() for bucket in parts]
+        for parameter, ranges in [item for bucket in buckets for item in bucket["param_map"].items()]:
+            if parameter not in values:
+                continue
+            states, own = member._get_main_param_and_optimizer_states(parameter), ranges["param"]
+            states["param"].copy_(values[parameter].reshape(-1)[own.start : own.end])
+            states["exp_avg"].zero_()
+            states["exp_avg_sq"].zero_()
 
 
 def members(optimizer: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Release of a model's memory in a process that goes on."""
+"""Release of a model's memory in a process that keeps running."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def resolve_architecture(
     Raises:
         InputError: The shape cannot be built, the overrides contradict the weights, or the tokenizer does not fit.
     """
-    overrides = model.model_dump(exclude={"init", "size", *TRAINING_ONLY}, exclude_none=True)
+    overrides = model.model_dump(mode="json", exclude={"init", "size", *TRAINING_ONLY}, exclude_none=True)
     if model.init == SCRATCH:
         own = {"vocab_size": tokenizer.vocab_size, **special_ids(tokenizer)} if tokenizer else published
         fields: dict[str, Any] = {**(own or {}), **(SIZES[model.size] if model.size else {})}
@@ -93,8 +93,15 @@ def resolve_architecture(
             fields["rope_parameters"] = {**fields["rope_parameters"], kind: {"rope_theta": overrides.pop(old)}}
     architecture = build_config({**fields, **overrides}, "the recipe" if model.init == SCRATCH else model.init)
     _require_no_weight_dropout(model, architecture)
-    if tokenizer is None:
-        return architecture
+    if tokenizer is not None:
+        _take_vocabulary(architecture, model, overrides, tokenizer)
+    return architecture
+
+
+def _take_vocabulary(
+    architecture: ModernBertConfig, model: Model, overrides: Mapping[str, Any], tokenizer: Tokenizer
+) -> None:
+    """Give the model as many entries as the tokenizer has, if the recipe leaves the number open."""
     if model.init != SCRATCH and "vocab_size" not in overrides:  # the weights' new rows are made when they are read
         architecture.vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     if architecture.vocab_size < tokenizer.vocab_size:
@@ -104,7 +111,6 @@ def resolve_architecture(
             key="model.vocab_size",
             code="tokenizer-too-large",
         )
-    return architecture
 
 
 def phase_architecture(architecture: ModernBertConfig, config: RunConfig, phase: int) -> ModernBertConfig:
@@ -130,7 +136,7 @@ def resolve_dropout(config: RunConfig, architecture: ModernBertConfig) -> Dropou
 
 
 def _require_no_weight_dropout(model: Model, architecture: ModernBertConfig) -> None:
-    """Refuse dropout on attention weights, and rates of the file that are none."""
+    """Refuse dropout on attention weights, and rates outside [0, 1) in the file."""
     rate = architecture.attention_dropout if model.attention_dropout is None else model.attention_dropout
     if rate:
         raise InputError(
@@ -261,7 +267,7 @@ def _downloaded(hub_id: str) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is a Detour checkpoint."""
+    """Return whether a directory is a Detour checkpoint."""
     return (path / CONFIG_FILE).is_file()
 
 
@@ -291,7 +297,7 @@ def _require_no_contradiction(overrides: Mapping[str, Any], fields: Mapping[str,
         if key not in overrides:
             continue
         asked, trained = overrides[key], stored_pattern.get(key, getattr(stored, key, None))
-        if asked != (tuple(trained) if isinstance(trained, list) else trained):
+        if asked != trained:
             raise InputError(
                 f"model.{key}: {init} was trained with {trained!r}, and {asked!r} would change what its weights "
                 "compute; remove the override, or train from scratch with model.size",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,22 +187,24 @@ def _join_projections(by_name: dict[str, Stored]) -> dict[str, Stored]:
     """Replace each decoder layer's q_proj, k_proj and v_proj by the Wqkv that an encoder has."""
     joined: dict[str, Stored] = {}
     for name, stored in by_name.items():
-        if not (match := QKV.fullmatch(name)):
+        match = QKV.fullmatch(name)
+        if match is None:
             joined[name] = stored
         elif match[2] == "q":
             parts = [by_name.get(f"{match[1]}{letter}_proj.weight") for letter in "qkv"]
-            if None in parts:
+            present = [part for part in parts if part is not None]
+            if len(present) == len(parts):
+                joined[f"{match[1]}Wqkv.weight"] = _concatenated(present)
+            else:
                 joined[name] = stored  # `require` names what is missing
-                continue
-            three = [part for part in parts if part is not None]
-            shape = (sum(part.shape[0] for part in three), *stored.shape[1:])
-            read = _reader_of_all([part.read for part in three])
-            joined[f"{match[1]}Wqkv.weight"] = Stored(stored.key, shape, stored.is_floating, read)
     return joined
 
 
-def _reader_of_all(reads: list[Read]) -> Read:
-    return lambda: torch.cat([read() for read in reads])
+def _concatenated(parts: Sequence[Stored]) -> Stored:
+    """Return the matrices below each other, [sum of rows, columns], as one that is read on demand."""
+    first = parts[0]
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return Stored(first.key, shape, first.is_floating, lambda: torch.cat([part.read() for part in parts]))
 
 
 def _stored(path: Path) -> Iterator[Stored]:

@@ -58,10 +58,10 @@ def step_memory(
 ) -> Memory:
     """Compute the peak memory of a rank.
 
-    Per token a layer keeps 8 vectors of the hidden size (both residual sums, both norms, q, k, v, the attention's
-    output) and 3 of the MLP's inner size (both halves before the gate, their product). Tensor parallelism divides q, k,
-    v, the output and the inner vectors, sequence parallelism the others too. With recomputation a layer keeps its
-    input, and one layer at a time the rest.
+    A layer keeps 8 vectors of the hidden size per token: both residual sums, both norms, q, k, v and the attention's
+    output. It keeps 3 vectors of the MLP's inner size: both halves before the gate, and their product. Tensor
+    parallelism divides q, k, v, the output and the inner vectors. Sequence parallelism divides the others too. With
+    recomputation each layer keeps its input, and one layer at a time keeps the rest.
 
     Args:
         architecture: The model's configuration.

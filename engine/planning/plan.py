@@ -17,7 +17,7 @@ from engine.parallel import Layout, micro_setting
 from engine.planning.memory import WIDTH, Memory, checkpoint_bytes, step_memory
 from engine.planning.speed import Speed, expected_speed, label_share, measured
 from engine.planning.stages import Stage, build_stages
-from engine.planning.traffic import StepShape, transfers
+from engine.planning.traffic import StepShape, Transfer, transfers
 from engine.schedule import PhaseSchedule
 
 
@@ -150,12 +150,6 @@ def _plan_phase(
     tokens = setting * span.sequence_length
     step = StepShape(rows // setting, tokens, round(labels * tokens))
     sent = [transfers(architecture, layout, stage, step, weight_bytes=width, recompute=recompute) for stage in stages]
-    most: defaultdict[str, float] = defaultdict(float)
-    for of_stage in sent:
-        own: defaultdict[str, float] = defaultdict(float)
-        for transfer in of_stage:
-            own[f"data {transfer.operation}" if transfer.kind == "data" else transfer.kind] += transfer.bytes_sent
-        most.update({kind: max(size, most[kind]) for kind, size in own.items()})
     return PhasePlan(
         objective=span.phase.objective_name,
         steps=span.steps,
@@ -167,6 +161,17 @@ def _plan_phase(
         micro=setting,
         micro_batches=step.micro_batches,
         memory=need,
-        bytes_sent=dict(most),
+        bytes_sent=_most_sent(sent),
         speed=expected_speed(config, architecture, layout, nodes, span, stages, step, sent, precision),
     )
+
+
+def _most_sent(sent: Sequence[Sequence[Transfer]]) -> dict[str, float]:
+    """Return the bytes that a rank sends per step by kind of traffic: the most of any pipeline stage."""
+    most: defaultdict[str, float] = defaultdict(float)
+    for of_stage in sent:
+        own: defaultdict[str, float] = defaultdict(float)
+        for transfer in of_stage:
+            own[f"data {transfer.operation}" if transfer.kind == "data" else transfer.kind] += transfer.bytes_sent
+        most.update({kind: max(size, most[kind]) for kind, size in own.items()})
+    return dict(most)

@@ -85,13 +85,9 @@ def expected_speed(
         rate /= 2  # TF32, by the data sheet
     layer, head = _flops_per_token(architecture, span.phase)
     recompute = 4 / 3 if config.batch.recompute == "full" else 1.0
-    micro_seconds, bound = 0.0, "GPU"
-    for stage in stages:
-        flops = layer * stage.layers * recompute + head * stage.is_last
-        busy = step.tokens * flops / layout.tensor / rate
-        host = facts["host_seconds_per_layer"] * stage.layers * recompute
-        if max(busy, host) > micro_seconds:
-            micro_seconds, bound = max(busy, host), "host" if host > busy else "GPU"
+    seconds_per_flop = step.tokens / layout.tensor / rate
+    by_stage = [_stage_seconds(stage, seconds_per_flop, layer * recompute, head, recompute) for stage in stages]
+    micro_seconds, bound = max(by_stage, key=lambda pair: pair[0])
     network = facts["links"]["network" if nodes > 1 else "node"]
 
     def seconds(kind: str, link: float) -> float:
@@ -103,9 +99,26 @@ def expected_speed(
     tied = max(stage.embedding / stage.elements for stage in stages) * data
     total = slots * in_pipeline + seconds("pipeline", network) + seconds("embedding", network)
     total += max(tied, data - micro_seconds)
-    ideal = step.micro_batches * step.tokens * (layer * architecture.num_hidden_layers + head)
-    ideal /= layout.tensor * layout.pipeline * rate
+    flops = step.micro_batches * step.tokens * (layer * architecture.num_hidden_layers + head)
+    ideal = flops / (layout.tensor * layout.pipeline * rate)  # seconds of as many GPUs with nothing to send
     return Speed(total, span.tokens_per_step / total, ideal / total, bound, tuple(notes))
+
+
+def _stage_seconds(
+    stage: Stage, seconds_per_flop: float, layer: float, head: float, recompute: float
+) -> tuple[float, str]:
+    """Return the seconds of a micro-batch on a pipeline stage, and whether `GPU` or `host` needs them.
+
+    Args:
+        stage: The pipeline stage.
+        seconds_per_flop: Seconds of the GPU, for one FLOP per token of the micro-batch.
+        layer: FLOPs of a layer per token, recomputation included.
+        head: FLOPs of the head per token.
+        recompute: Launches of a layer, relative to a step that computes no layer again.
+    """
+    gpu = seconds_per_flop * (layer * stage.layers + head * stage.is_last)
+    host = measured()["host_seconds_per_layer"] * stage.layers * recompute
+    return (host, "host") if host > gpu else (gpu, "GPU")
 
 
 def _flops_per_token(architecture: ModernBertConfig, phase: Phase) -> tuple[float, float]:

@@ -71,7 +71,7 @@ def test_odds_are_shares_in_one_order(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "again.yaml")) == config
 
 
-@pytest.mark.parametrize("override", ["seed", "=1", "phases.nine.steps=1", "seed={"])
+@pytest.mark.parametrize("override", ["seed", "=1", "phases.nine.steps=1", "seed={", "phases={}", "seed=&a [*a]"])
 def test_malformed_override(override: str) -> None:
     with pytest.raises(InputError) as error:
         load_config("demo", [override])

@@ -107,3 +107,10 @@ def test_recipes_of_the_family_have_their_authors_numbers() -> None:
 def _stage(span: PhaseSpan) -> tuple[int, int, list[str], object, float]:
     billions, sources = round(span.steps * span.tokens_per_step / 1e9), [source.name for source in span.data.sources]
     return billions, span.data.sequence_length, sources, span.phase.mask_rate, span.phase.lr.final
+
+
+@pytest.mark.parametrize("name", sorted(shipped(RECIPES)))
+def test_the_first_line_of_a_recipe_is_a_sentence(name: str) -> None:
+    """`detour recipes` and the configuration page show it alone."""
+    first = shipped(RECIPES)[name].splitlines()[0]
+    assert first.startswith("# ") and first.endswith(".")

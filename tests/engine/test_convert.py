@@ -173,6 +173,17 @@ def test_a_layer_pattern_is_compared_by_the_layers_it_means(hf_model: Path, tmp_
     assert refusal.value.code == "override-contradicts"
 
 
+def test_the_layer_types_of_a_recipe_are_taken(hf_model: Path) -> None:
+    from configs.schema import Model
+    from engine.modernbert.config import resolve_architecture
+
+    tokenizer = load_tokenizer("package://tokenizer/modernbert")
+    types = ("full_attention", "sliding_attention", "sliding_attention", "full_attention")
+    assert resolve_architecture(Model(size="tiny", layer_types=types), tokenizer).layer_types == list(types)
+    trained = resolve_architecture(Model(init=str(hf_model)), tokenizer).layer_types
+    assert resolve_architecture(Model(init=str(hf_model), layer_types=trained), tokenizer).layer_types == trained
+
+
 def test_a_checkpoint_below_the_home_directory_is_one(
     alone_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
