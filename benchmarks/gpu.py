@@ -37,7 +37,8 @@ from transformers import ModernBertConfig
 from benchmarks.cpu_vs_transformers import documents_of, ours, race, theirs
 from benchmarks.table import Row, report, write
 from configs.load import validate
-from configs.schema import Checkpoint, Duration, Monitoring, Phase, RunConfig
+from configs.schema import Checkpoint, Monitoring, Phase, RunConfig
+from configs.units import Duration
 from datapipe.loader import Loader
 from datapipe.prepare import ensure_prepared
 from datapipe.tokenizer import load_tokenizer

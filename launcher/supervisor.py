@@ -161,12 +161,12 @@ def failures_recorded(directory: Path) -> Iterator[None]:
         _record_failure(directory, failure)
         raise
     except OSError as error:
-        failure = RunFailedError(
+        gone = RunFailedError(
             f"--output {directory} can no longer be used: {error.filename or directory}: {error.strerror or error}; "
             "once it is there again and writable, the same command continues"
         )
-        _record_failure(directory, failure)
-        raise failure from error
+        _record_failure(directory, gone)
+        raise gone from error
 
 
 def _record_failure(directory: Path, failure: Exception) -> None:
