@@ -27,16 +27,16 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from engine.modernbert.attention import (
+from engine.modernbert.attention import ModernBertSelfAttention, PackedDocuments
+from engine.modernbert.attention_kernels import (
     BlockedAttention,
     FlashAttention,
-    ModernBertSelfAttention,
-    PackedDocuments,
+    FlashAttention4,
     TransformerEngineAttention,
 )
 from engine.modernbert.ops import add_and_norm, geglu
 
-AttentionKernel = Literal["torch", "transformer_engine"]
+AttentionKernel = Literal["torch", "transformer_engine", "flash_attn_4"]
 Summands = tuple[Tensor, Tensor]
 """Residual states, and what a layer adds to them, [..., h] each: a GPU adds them in the norm that comes next."""
 
@@ -154,7 +154,11 @@ def _layer_spec(
     column, row = _te_linears() if transformer_engine else (ColumnParallelLinear, RowParallelLinear)
     core: type = BlockedAttention
     if transformer_engine and config.params_dtype != torch.float32:
-        core = {"torch": FlashAttention, "transformer_engine": TransformerEngineAttention}[attention]
+        core = {
+            "torch": FlashAttention,
+            "transformer_engine": TransformerEngineAttention,
+            "flash_attn_4": FlashAttention4,
+        }[attention]
     return ModuleSpec(
         module=ModernBertLayer,
         submodules=TransformerLayerSubmodules(

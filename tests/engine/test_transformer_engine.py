@@ -35,7 +35,7 @@ def _with_transformer_engine(function: Callable[..., Any], *args: Any) -> Any:
     te_on_cpu.install(Path(os.environ["TE_PYTHON"]))
     from engine import build, precision
     from engine.modernbert import layers
-    from engine.modernbert.attention import BlockedAttention
+    from engine.modernbert.attention_kernels import BlockedAttention
 
     layers.FlashAttention = layers.TransformerEngineAttention = BlockedAttention  # type: ignore[misc, assignment]
     precision._require_fp8 = lambda recipe: None
