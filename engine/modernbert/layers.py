@@ -34,6 +34,7 @@ from engine.modernbert.attention_kernels import (
     FlashAttention4,
     TransformerEngineAttention,
 )
+from engine.modernbert.linears import PlainColumnLinear, PlainRowLinear, takes_plain_linears
 from engine.modernbert.ops import add_and_norm, geglu
 
 AttentionKernel = Literal["torch", "transformer_engine", "flash_attn_4"]
@@ -151,7 +152,7 @@ def block_spec(
 def _layer_spec(
     is_first: bool, config: TransformerConfig, transformer_engine: bool, attention: AttentionKernel
 ) -> ModuleSpec:
-    column, row = _te_linears() if transformer_engine else (ColumnParallelLinear, RowParallelLinear)
+    column, row = _linears(config, transformer_engine)
     core: type = BlockedAttention
     if transformer_engine and config.params_dtype != torch.float32:
         core = {
@@ -182,7 +183,12 @@ def _layer_spec(
     )
 
 
-def _te_linears() -> tuple[Any, Any]:
+def _linears(config: TransformerConfig, transformer_engine: bool) -> tuple[Any, Any]:
+    """Choose the layers that split a weight by columns and by rows."""
+    if not transformer_engine:
+        return ColumnParallelLinear, RowParallelLinear
+    if takes_plain_linears(config):
+        return PlainColumnLinear, PlainRowLinear
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return TEColumnParallelLinear, TERowParallelLinear
