@@ -302,7 +302,8 @@ def new_model(architecture: ModernBertConfig, layout: Layout, precision: Precisi
         **(fp8 if precision == "fp8" else {}),
         **(recompute if run.batch.recompute == "full" else {}),
     )
-    attention = "torch" if run.deterministic else run.attention
+    replaced = run.deterministic and run.attention == "transformer_engine"
+    attention = "torch" if replaced else run.attention
     model = ModernBert(config, architecture, transformer_engine=on_gpu, attention=attention)
     if model.pre_process:
         # Megatron's mark for a bucket of its own. The tied embedding's gradient is complete last, so others would wait.

@@ -70,12 +70,13 @@ class RunConfig(Section):
     name the choice."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """Scaling of FP8 numbers. `delayed` scales by a history, which checkpoints hold."""
-    attention: Literal["torch", "transformer_engine"] = "transformer_engine"
+    attention: Literal["torch", "transformer_engine", "flash_attn_4"] = "transformer_engine"
     """Kernels of global attention on a GPU in half precision. `torch`: FlashAttention for packed documents.
-    `transformer_engine`: the kernels that Transformer Engine chooses, which are faster."""
+    `transformer_engine`: the kernels that Transformer Engine chooses, which are faster. `flash_attn_4`: those of the
+    package flash-attn-4, on Hopper GPUs or later; they were not measured."""
     deterministic: bool = False
     """Add up a GPU's gradients in a fixed order, so that repeated and resumed runs are equal bit for bit. CPUs always
-    do. It is slower. `attention` is then `torch`, because Transformer Engine has no such kernel for long rows."""
+    do. It is slower. `attention: transformer_engine` is then `torch`, because it has no such kernel for long rows."""
     fp8_bf16_edges: bool = False
     """Keep the first and the last layer in BF16. Not available with `fp8_recipe: delayed`."""
     checkpoint: Checkpoint = Checkpoint()

@@ -27,16 +27,17 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from engine.modernbert.attention import (
+from engine.modernbert.attention import ModernBertSelfAttention, PackedDocuments
+from engine.modernbert.attention_kernels import (
     BlockedAttention,
     FlashAttention,
-    ModernBertSelfAttention,
-    PackedDocuments,
+    FlashAttention4,
     TransformerEngineAttention,
 )
+from engine.modernbert.linears import PlainColumnLinear, PlainRowLinear, takes_plain_linears
 from engine.modernbert.ops import add_and_norm, geglu
 
-AttentionKernel = Literal["torch", "transformer_engine"]
+AttentionKernel = Literal["torch", "transformer_engine", "flash_attn_4"]
 Summands = tuple[Tensor, Tensor]
 """Residual states, and what a layer adds to them, [..., h] each: a GPU adds them in the norm that comes next."""
 
@@ -151,10 +152,14 @@ def block_spec(
 def _layer_spec(
     is_first: bool, config: TransformerConfig, transformer_engine: bool, attention: AttentionKernel
 ) -> ModuleSpec:
-    column, row = _te_linears() if transformer_engine else (ColumnParallelLinear, RowParallelLinear)
+    column, row = _linears(config, transformer_engine)
     core: type = BlockedAttention
     if transformer_engine and config.params_dtype != torch.float32:
-        core = {"torch": FlashAttention, "transformer_engine": TransformerEngineAttention}[attention]
+        core = {
+            "torch": FlashAttention,
+            "transformer_engine": TransformerEngineAttention,
+            "flash_attn_4": FlashAttention4,
+        }[attention]
     return ModuleSpec(
         module=ModernBertLayer,
         submodules=TransformerLayerSubmodules(
@@ -178,7 +183,12 @@ def _layer_spec(
     )
 
 
-def _te_linears() -> tuple[Any, Any]:
+def _linears(config: TransformerConfig, transformer_engine: bool) -> tuple[Any, Any]:
+    """Choose the layers that split a weight by columns and by rows."""
+    if not transformer_engine:
+        return ColumnParallelLinear, RowParallelLinear
+    if takes_plain_linears(config):
+        return PlainColumnLinear, PlainRowLinear
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return TEColumnParallelLinear, TERowParallelLinear

@@ -200,6 +200,15 @@ def _int32(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left [n, t] @ right [t, k] in half precision to total [n, k] fp32 in place, without rounding in between."""
+    if total.is_cuda:
+        # Not one addmm: some versions of torch refuse a summand whose dtype differs from the factors'.
+        total.add_(torch.mm(left, right, out_dtype=torch.float32))
+    else:
+        total.addmm_(left.float(), right.float())
+
+
 def takes_whole_rows(states: Tensor) -> bool:
     """Whether `softmax_minus_label_` can be called: on a GPU. A CPU has no cache for the rows of a tile."""
     return bool(states.is_cuda and _has_kernels())

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from engine.modernbert import linear_cross_entropy as head
 from engine.modernbert import ops
-from engine.modernbert.attention import BlockedAttention, PackedDocuments
+from engine.modernbert.attention import PackedDocuments
+from engine.modernbert.attention_kernels import BlockedAttention
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()

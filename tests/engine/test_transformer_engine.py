@@ -35,7 +35,7 @@ def _with_transformer_engine(function: Callable[..., Any], *args: Any) -> Any:
     te_on_cpu.install(Path(os.environ["TE_PYTHON"]))
     from engine import build, precision
     from engine.modernbert import layers
-    from engine.modernbert.attention import BlockedAttention
+    from engine.modernbert.attention_kernels import BlockedAttention
 
     layers.FlashAttention = layers.TransformerEngineAttention = BlockedAttention  # type: ignore[misc, assignment]
     precision._require_fp8 = lambda recipe: None
@@ -129,8 +129,21 @@ def test_its_layers_train_as_megatrons_own(shards: Path, tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def bf16_losses(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     directory = tmp_path_factory.mktemp("bf16")
-    assert alone(_train, fp8(shards, precision="bf16"), directory).keys() == {"plain product"}
+    assert alone(_train_all_in_its_layers, fp8(shards, precision="bf16"), directory).keys() == {"plain product"}
     return [line["loss"] for line in read_metrics(directory)]
+
+
+def _train_all_in_its_layers(config: RunConfig, directory: Path) -> dict[str, int]:
+    from engine.modernbert import layers
+
+    layers.takes_plain_linears = lambda config: False  # type: ignore[assignment]
+    return _train(config, directory)
+
+
+def test_bf16_without_its_layers_trains_the_same(shards: Path, bf16_losses: list[float], tmp_path: Path) -> None:
+    """Steps with two micro-batches, so that gradients add up."""
+    assert not alone(_train, fp8(shards, precision="bf16"), tmp_path)
+    assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx(bf16_losses, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ LENGTHS = (300, 40, 5, 5, 34)
         (torch.bfloat16, 2e-2, "torch", True),
         (torch.bfloat16, 2e-2, "transformer_engine", False),
         (torch.bfloat16, 2e-2, "transformer_engine", True),
+        (torch.bfloat16, 2e-2, "flash_attn_4", False),
+        (torch.bfloat16, 2e-2, "flash_attn_4", True),
     ],
 )
 def test_logits_equal_hugging_face(dtype: torch.dtype, bar: float, attention: Any, causal: bool) -> None:
@@ -41,6 +43,8 @@ def test_logits_equal_hugging_face(dtype: torch.dtype, bar: float, attention: An
     from engine.modernbert.model import ModernBert, transformer_config
     from tests.engine.test_parity import build, their_logits
 
+    if attention == "flash_attn_4":
+        pytest.importorskip("flash_attn.cute")
     torch.backends.cuda.matmul.allow_tf32 = False
     theirs, _, architecture = build(hidden_size=128)  # heads of 32, as the kernel of local layers takes them
     state = theirs.state_dict()
