@@ -1,4 +1,4 @@
-"""What Detour passes to flash-attn-4, by a stand-in with the signature of its release 4.0.0b36, in torch."""
+"""The call of flash-attn-4, received by a stand-in with the signature of its release 4.0.0b36, in torch."""
 
 from __future__ import annotations
 

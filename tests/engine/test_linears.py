@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("kind", ["column", "row"])
 def test_product_and_gradients(kind: str, summed: bool) -> None:
-    """With Megatron's sum: it grows by each micro-batch's gradient, in fp32, and the mark for its hook is set."""
+    """Check that each micro-batch's gradient is added to Megatron's fp32 sum, if there is one, and its mark is set."""
     config = transformer_config(build()[2], dtype=torch.bfloat16, gradient_accumulation_fusion=True)
     more = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
     layer = (
