@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -22,7 +23,7 @@ def parse_count(value: Any) -> int:
     number = float(value) if match is None and not isinstance(value, str) else None
     if match is not None:
         number = float(match[1]) * _SUFFIX[match[2].lower()]
-    if number is None or number != int(number) or number < 0:
+    if number is None or not math.isfinite(number) or number != int(number) or number < 0:
         raise ValueError(f"expected a count such as 2M or 50B, got {value!r}")
     return int(number)
 

@@ -52,6 +52,8 @@ def test_a_wrong_value_has_one_message(override: str, key: str, message: str) ->
         ("phases.1.mask_split=[.nan,0.1,0.1]", "phases.1.mask_split.0"),
         ("data.sources.0.weight=.inf", "data.sources.0.weight"),
         ("model.pad_token_id=-5", "model.pad_token_id"),
+        ("phases.0.tokens=.inf", "phases.0.tokens"),
+        ("checkpoint.every=.inf", "checkpoint.every"),
         ("data.sequence_length=1", "data.sequence_length"),
         ("phases.1.sources={medquad: .inf}", "phases.1.sources.medquad"),
     ],
