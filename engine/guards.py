@@ -61,7 +61,8 @@ class Guards:
         gathered: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(gathered, suspects)
         named = [f"rank {rank}: {suspect}" for rank, part in enumerate(gathered) for suspect in part]
-        sequences = "; ".join(named) or "no single sequence: the gradient overflowed in backward"
+        unnamed = "the gradient overflowed in backward" if math.isfinite(loss) else "no token of the step has a label"
+        sequences = "; ".join(named) or f"no single sequence: {unnamed}"
         if dist.get_rank() == 0:
             record(self._directory, StepSkipped(step=step, loss=loss, grad_norm=grad_norm, where=sequences))
         if self._skipped >= MAX_SKIPPED:

@@ -84,8 +84,9 @@ class StepTotals(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Mean loss over the label positions."""
-        return (self.clm_loss_sum + self.mlm_loss_sum) / max(1.0, self.clm_label_tokens + self.mlm_label_tokens)
+        """Mean loss over the label positions; NaN without any."""
+        labels = self.clm_label_tokens + self.mlm_label_tokens
+        return (self.clm_loss_sum + self.mlm_loss_sum) / labels if labels else math.nan
 
     @property
     def losses(self) -> dict[str, float]:

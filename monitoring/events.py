@@ -250,7 +250,7 @@ class Finished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StepSkipped(Event):
-    """The loss or the gradient of a step was not finite, so the weights stayed. `where` names the sequences."""
+    """The loss or the gradient was not finite, or no token had a label: the weights stayed. `where` names sequences."""
 
     KIND = "step_skipped"
     TEXT = "step {step:,} skipped: loss {loss}, gradient norm {grad_norm}; {where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
@@ -80,16 +81,18 @@ def prepare_gradients(optimizer: Any, losses: torch.Tensor | None = None) -> Non
 def update(optimizer: Any) -> torch.Tensor:
     """Clip the prepared gradients and change the weights.
 
-    A step whose norm is not finite leaves weights and moments as they are. All ranks agree, because the norm is global.
+    A step whose norm is not finite, or 0, leaves weights and moments as they are. All ranks agree, because the norm is
+    global. A norm is 0 if no token of the step carries a label; weight decay and momentum alone would move the weights.
     The host does not wait for the norm. When it knows of a skipped step, it calls `undo_step_count`.
 
     Written for Megatron 0.16.1 and 0.19.2: `prepare_grads`, `get_grad_norm` and `step_with_ready_grads` are the parts
     of its own `step`, which waits for the norm in their middle.
 
     Returns:
-        [] fp32 on the device, the global gradient norm before clipping.
+        [] fp32 on the device, the global gradient norm before clipping; NaN for 0.
     """
     norm = torch.as_tensor(optimizer.get_grad_norm(), dtype=torch.float32, device=device()).view(())
+    norm = torch.where(norm == 0, math.nan, norm)
     for member in members(optimizer):
         member.optimizer.found_inf = 1.0 - norm.isfinite().float()
         clip = member.config.clip_grad

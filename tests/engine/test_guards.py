@@ -9,19 +9,25 @@ import random
 import re
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from configs.schema import RunConfig
+from datapipe.batch import IGNORE, StepData
+from datapipe.loader import Loader
 from engine.build import build
 from engine.checkpoint import latest_valid, step_of
 from engine.guards import Guards, verdict
-from engine.step import weight_buffers
+from engine.step import to_device_batch, weight_buffers
 from engine.trainer import train_loop
 from monitoring.log import read_events, read_metrics
 from tests.engine.world import run_world, stored, toy_config
@@ -74,6 +80,35 @@ def test_a_step_that_is_not_finite_changes_nothing(parallel: int, gradient: bool
     assert [number for number, _ in named] == ["2", "3"]
     assert [line["loss"] is None for line in read_metrics(tmp_path)] == [False, True, False, False, False]
     before, after, later = (stored(tmp_path, step) for step in (1, 2, 3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in later.items())
+
+
+def train_without_labels(config: RunConfig, directory: Path, unlabelled: int) -> Any:
+    """Train; no token of one step (from 1) has a label."""
+    steps = Loader.steps
+
+    def spoilt(*args: Any, **more: Any) -> Iterator[StepData]:
+        for batch in steps(*args, **more):
+            if batch.step + 1 == unlabelled:
+                bare = [replace(one, labels=np.full_like(one.labels, IGNORE)) for one in batch.micro_batches]
+                batch = replace(batch, micro_batches=tuple(bare), staged=tuple(map(to_device_batch, bare)))
+            yield batch
+
+    with mock.patch.object(Loader, "steps", spoilt), closing(build(config, directory)) as run:
+        return train_loop(run)
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_step_without_labels_changes_nothing(parallel: int, shards: Path, tmp_path: Path) -> None:
+    """Weight decay and momentum alone must not move the weights, and a loss of 0 must not look learned."""
+    layout = {"tensor": parallel, "pipeline": parallel}
+    config = toy_config(shards, checkpoint={"every": "1 steps", "keep": 9}, parallel=layout)
+    run_world(parallel**2, train_without_labels, config, tmp_path, 4)
+    (event,) = events(tmp_path, "step_skipped")
+    assert event["step"] == 4 and "label" in event["where"]
+    assert [line["loss"] is None for line in read_metrics(tmp_path)] == [False, False, False, True, False]
+    before, after, later = (stored(tmp_path, step) for step in (3, 4, 5))
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert not any(torch.equal(tensor, before[name]) for name, tensor in later.items())
 
