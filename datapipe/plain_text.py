@@ -31,7 +31,7 @@ _NO_TEXT = {
     b"PAR1": "a parquet file",
     b"ARROW1": "an Arrow file",
 }
-"""What files are that begin with these bytes, and are no text."""
+"""Kinds of files that are no text, by their first bytes."""
 
 
 def read_lines(content: Content, kind: str, raw: IO[bytes]) -> Iterator[Record]:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.chaos.loopback import LoopbackCluster
 from tests.launcher.toy import environment, events, recipe, run, write
+from tests.toy_recipe import TOKENIZER
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("configs", "datapipe", "engine", "monitoring", "launcher", "studies")
@@ -78,7 +79,7 @@ def test_wheel_trains_among_files_of_our_packages_names(installed: Path, hostile
 def test_other_commands_of_the_wheel_work_there(installed: Path, hostile: Path) -> None:
     """The user's directory comes first in the path: two processes that tokenize, a submitted job, a study, tasks."""
     first_in_path = environment(Path())
-    options = ("--tokenizer", "package://tokenizer/modernbert", "--output", "prepared", "--processes", "2")
+    options = ("--tokenizer", TOKENIZER, "--output", "prepared", "--processes", "2")
     document = {"text": "The patient has had a fever of three days. " * 100}
     (hostile / "text.jsonl").write_text((json.dumps(document) + "\n") * 300)  # enough for processes of their own
     command = (installed / "detour", "prepare", "text.jsonl", *options)
