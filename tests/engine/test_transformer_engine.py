@@ -38,7 +38,7 @@ def _with_transformer_engine(function: Callable[..., Any], *args: Any) -> Any:
     from engine.modernbert.attention_kernels import BlockedAttention
 
     layers.FlashAttention = layers.TransformerEngineAttention = BlockedAttention  # type: ignore[misc, assignment]
-    precision._require_fp8 = lambda recipe: None
+    precision._require_fp8 = lambda recipe, capability: None
     bare = build.ModernBert
     build.ModernBert = lambda *args, **more: bare(*args, **{**more, "transformer_engine": True})  # type: ignore
     config = build.transformer_config
