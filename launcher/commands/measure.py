@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.commands.options import Output
+from launcher.commands.options import Output, TaskData, split_models
 from launcher.exits import STOPPED
 
 
@@ -55,7 +55,7 @@ def evaluate(
         ),
     ],
     task: Annotated[str, typer.Option(help="A task YAML, or the name of a described task.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the task's files; default: the YAML's own.")] = None,
+    data: TaskData = None,
     seeds: Annotated[int, typer.Option(help="Fine-tunings per model.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Directory of the results; default evaluations/TASK.")] = None,
     training_text: Annotated[
@@ -70,7 +70,7 @@ def evaluate(
     from studies.evaluate import print_summary
     from studies.tasks import EvaluatedTask, parse_overrides
 
-    models, overrides = ([w for w in arguments if ("=" in w) == is_override] for is_override in (False, True))
+    models, overrides = split_models(arguments)
     evaluated = EvaluatedTask(
         task=task,
         data=str(data) if data else None,
@@ -98,7 +98,7 @@ def probe(
         ),
     ],
     task: Annotated[str, typer.Option(help="A task YAML or a described task; `retention` measures forgetting.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the task's files; default: the YAML's own.")] = None,
+    data: TaskData = None,
     output: Annotated[Path | None, typer.Option(help="Directory of the results; default probes/TASK.")] = None,
     processes: Annotated[
         int | None, typer.Option(help="Probes fitted at once; default: one for a small task, else one per core.")
@@ -114,7 +114,7 @@ def probe(
     from studies.tasks import EvaluatedTask, load_task, parse_overrides
 
     require_libraries()
-    models, overrides = ([w for w in arguments if ("=" in w) == is_override] for is_override in (False, True))
+    models, overrides = split_models(arguments)
     evaluated = EvaluatedTask(task=task, data=str(data) if data else None, protocol=parse_overrides(overrides))
     described, protocol, folder = load_task(task, evaluated.protocol)
     results = output or Path("probes") / Path(task).stem

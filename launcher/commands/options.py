@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
 
 def _print_version(wanted: bool) -> None:
@@ -16,7 +19,25 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def load_run(arguments: list[str] | None, nodes: int | None) -> RunConfig:
+    """Load the recipe that `[RECIPE] [KEY=VALUE]...` and `--nodes` describe."""
+    from configs.load import load_config
+
+    overrides = list(arguments or ())
+    recipe = overrides.pop(0) if overrides and "=" not in overrides[0] else None
+    config = load_config(recipe, overrides)
+    if nodes is None:
+        return config
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"nodes": nodes})})
+
+
+def split_models(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Divide `MODEL... [KEY=VALUE]...` into the models and the overrides."""
+    return [word for word in arguments if "=" not in word], [word for word in arguments if "=" in word]
+
+
 Output = Annotated[Path, typer.Option(help="Directory to write.")]
+TaskData = Annotated[Path | None, typer.Option(help="Folder of the task's files; default: the YAML's own.")]
 Version = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
 ]

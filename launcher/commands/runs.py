@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from launcher.commands.options import Version
+from launcher.commands.options import Version, load_run
 from launcher.exits import STOPPED
-
-if TYPE_CHECKING:
-    from configs.schema import RunConfig
 
 
 def train(
@@ -40,16 +37,11 @@ def train(
     version: Version = False,
 ) -> None:
     """Train a model, or continue a run. Exit codes: 0 done, 2 bad input, 3 failed, 75 stopped early, all saved."""
-    from configs.load import load_config
     from launcher import stop
 
     if stop_with_parent:
         stop.stop_with_parent()
-    overrides = list(arguments or ())
-    recipe = overrides.pop(0) if overrides and "=" not in overrides[0] else None
-    config = load_config(recipe, overrides)
-    if nodes is not None:
-        config = _with_nodes(config, nodes)
+    config = load_run(arguments, nodes)
     directory = output or Path("runs") / config.name
     if branch_from is not None:
         from launcher.branch import with_origin
@@ -63,10 +55,6 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-def _with_nodes(config: RunConfig, nodes: int) -> RunConfig:
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"nodes": nodes})})
-
-
 def plan(
     arguments: Annotated[
         list[str] | None,
@@ -76,13 +64,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a run for a cluster that is not here: memory, traffic, speed. Needs no GPU, no Ray and no hub."""
-    from configs.load import load_config
-
-    overrides = list(arguments or ())
-    recipe = overrides.pop(0) if overrides and "=" not in overrides[0] else None
-    config = load_config(recipe, overrides)
-    if nodes is not None:
-        config = _with_nodes(config, nodes)
+    config = load_run(arguments, nodes)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # before torch and the hub's client are imported
     from launcher.plan import plan_run, plan_text
 
