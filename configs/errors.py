@@ -1,6 +1,9 @@
-"""The two ways a command ends badly."""
+"""The two ways a command ends badly, and the hint of their messages."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(Exception):
@@ -22,3 +25,10 @@ class InputError(Exception):
 
 class RunFailedError(Exception):
     """The run started and failed for a reason that is not its input; exit code 3."""
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Return a hint for an unknown word: the known word that is most like it, else `otherwise` and all known words."""
+    words = list(known)
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(words)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from configs.errors import InputError
+from configs.errors import InputError, nearest
 from configs.messages import faults
 from configs.schema import RunConfig
 
@@ -67,8 +66,7 @@ def read_mapping(reference: str, kind: str, folder: Traversable) -> tuple[dict[s
     elif reference in ours:
         text, home = ours[reference], Path()
     else:
-        near = difflib.get_close_matches(reference, ours, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ours)}"
+        hint = nearest(reference, ours, "there are")
         raise InputError(
             f"no {kind} {reference!r}: it is neither a YAML file nor a shipped {kind}; {hint}", code="unknown-name"
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from configs.errors import nearest
 from configs.schema.run import BETWEEN_SECTIONS
 from configs.schema.section import TRUTH_VALUE
 from configs.type_words import alternatives, is_section, type_words
@@ -78,7 +78,7 @@ def _types_along(schema: Any, location: Sequence[str | int]) -> Iterator[Any]:
 def _type_below(kind: Any, part: str | int) -> Any | None:
     """Return the type of an entry of a section, list or mapping; None if there is no such entry."""
     arguments = get_args(kind)
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
+    if is_section(kind):
         return kind.model_fields[part].annotation if part in kind.model_fields else None
     if get_origin(kind) is tuple and isinstance(part, int):
         return arguments[0] if arguments[-1] is Ellipsis or part >= len(arguments) else arguments[part]
@@ -91,7 +91,8 @@ def _reason(schema: type[BaseModel], tree: Any, key: Location, item: Any) -> str
     """Return the reason and remedy of a pydantic error."""
     kind = item["type"]
     if kind == "extra_forbidden":
-        return f"no such key; {_near(str(key[-1]), _keys_at(schema, key[:-1]))}"
+        known = [name for section in _sections_at(schema, key[:-1]) for name in section.model_fields]
+        return f"no such key; {nearest(str(key[-1]), known, 'known here:')}"
     if kind == "missing" and key == item["loc"]:
         return "missing; this key is required"
     if kind == "invalid_key":
@@ -113,30 +114,22 @@ def _reason(schema: type[BaseModel], tree: Any, key: Location, item: Any) -> str
 
 def _is_required(schema: type[BaseModel], key: Location) -> bool:
     """Return whether a section must have the key."""
-    *_, above = _types_along(schema, key[:-1])
-    sections = [kind for kind in alternatives(above) if is_section(kind)]
-    return any(section.model_fields[key[-1]].is_required() for section in sections if key[-1] in section.model_fields)
+    fields = [section.model_fields.get(str(key[-1])) for section in _sections_at(schema, key[:-1])]
+    return any(field is not None and field.is_required() for field in fields)
 
 
 def _expected(schema: type[BaseModel], key: Location) -> str:
     """Return the words for what a key takes; the keys of a section."""
+    if sections := _sections_at(schema, key):
+        return f"a mapping of keys such as {', '.join(list(sections[0].model_fields)[:4])}"
     *_, annotation = _types_along(schema, key)
-    section = next((kind for kind in alternatives(annotation) if is_section(kind)), None)
-    if section is not None:
-        names = list(section.model_fields)
-        return f"a mapping of keys such as {', '.join(names[:4])}"
     return ("one of " if get_origin(annotation) is Literal or annotation is bool else "") + type_words(annotation)
 
 
-def _near(word: str, words: list[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(words)}"
-
-
-def _keys_at(schema: type[BaseModel], key: Location) -> list[str]:
+def _sections_at(schema: type[BaseModel], key: Location) -> list[type[BaseModel]]:
+    """Return the sections that a key takes; a union may have several."""
     *_, annotation = _types_along(schema, key)
-    sections = [kind for kind in alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return [name for section in sections for name in section.model_fields]
+    return [kind for kind in alternatives(annotation) if is_section(kind)]
 
 
 def _value_at(tree: Any, key: Location) -> Any:

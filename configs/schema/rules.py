@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from configs.errors import nearest
 from configs.schema.model import SCRATCH
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def _sources_are_known(config: RunConfig) -> Iterator[Fault]:
             yield f"phases.{number}.sources", "name at least one source, or leave out the key for all"
         for name in phase.sources or ():
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"data.sources has {', '.join(known)}"
+                hint = nearest(name, known, "data.sources has")
                 yield f"phases.{number}.sources.{name}", f"no such source; {hint}"
 
 
