@@ -21,9 +21,9 @@ from configs.files import write_json
 from configs.schema import Data
 from datapipe.manifest import Manifest
 from datapipe.order import permutation
+from datapipe.records import Text
 from datapipe.selection import HELD_OUT, Block
 from datapipe.store import open_store
-from datapipe.text import Text
 
 FILE = "canaries.json"
 """File beside the manifest that lists the canaries and the controls."""

@@ -16,9 +16,9 @@ from datapipe.disk import disk_errors_as_input_errors
 from datapipe.identifiers import Patterns, find_identifiers, merge_overlapping
 from datapipe.manifest import Shard, add_counts
 from datapipe.overlap import HeldOutDocuments
+from datapipe.records import Text
 from datapipe.selection import HELD_OUT, Block, Selection
 from datapipe.shard_writer import ShardWriter
-from datapipe.text import Text
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -237,21 +237,19 @@ class _Finder:
         import fsspec
 
         shown = without_secrets(url)
-        if url.startswith(("http:", "https:")) and has_magic(
-            url.partition("?")[0].partition("://")[2].partition("/")[2]
-        ):
+        is_web = url.startswith(("http:", "https:"))
+        if is_web and has_magic(url.partition("?")[0].partition("://")[2].partition("/")[2]):
             raise InputError(f"{shown}: a web server lists no files; name each of them", code="no-listing")
         if url.startswith(("pipe:", "gopen", "file+")) or "::" in url:
             raise InputError(f"{shown}: Detour reads text from files, s3://, gs:// and https://", code="unknown-scheme")
         try:
             system, root = fsspec.core.url_to_fs(url)
-            scheme = url.partition("://")[0]
-            if has_magic(root) and scheme not in ("http", "https"):
-                paths = sorted(system.glob(root))
-            elif scheme not in ("http", "https") and system.isdir(root):
-                paths = sorted(system.find(root))
-            else:
+            if is_web:
                 paths = [root]
+            elif has_magic(root):
+                paths = sorted(system.glob(root))
+            else:
+                paths = sorted(system.find(root)) if system.isdir(root) else [root]
             sizes = [system.info(path)["size"] or 0 for path in paths]
         except (ImportError, ValueError) as error:
             raise InputError(f"{shown}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None

@@ -31,8 +31,9 @@ from datapipe.executor import InProcessExecutor
 from datapipe.identifiers import policy
 from datapipe.input_file import InputFile
 from datapipe.notes import Notes
+from datapipe.records import Text
 from datapipe.selection import Intake
-from datapipe.text import Text, read_records
+from datapipe.text import read_records
 
 NAME = ".near-duplicates-"
 """Beginning of the name of the file, in an unfinished output, that holds the result."""

@@ -55,7 +55,7 @@ def read_lines(content: Content, kind: str, raw: IO[bytes]) -> Iterator[Record]:
         yield content.fault(f"not {encoding} ({error}); name its encoding, such as --encoding cp1252", "not-utf8")
 
 
-def _characters(content: Content, stream: IO[bytes], encoding: str, newline: str) -> io.TextIOWrapper:
+def _characters(stream: IO[bytes], encoding: str, newline: str) -> io.TextIOWrapper:
     """Bytes that do not belong to the encoding become lone surrogates, so that they cost their record only."""
     return io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline=newline)
 
@@ -78,12 +78,12 @@ def _txt(content: Content, stream: IO[bytes], encoding: str, _: str) -> Iterator
         yield content.fault("its .ann file counts from the start of the file; leave out --lines", "spans-invalid")
         return
     if content.reading.lines:
-        for number, line in enumerate(_characters(content, stream, encoding, "\n"), 1):
+        for number, line in enumerate(_characters(stream, encoding, "\n"), 1):
             if line := line.strip("\r\n\ufeff"):
                 place = f"line {number}"
                 yield _not_in_encoding(content, line, encoding, place) or content.text(line, str(number), place)
         return
-    text = _characters(content, stream, encoding, "").read()
+    text = _characters(stream, encoding, "").read()
     if text.count("\n") > MANY_LINES:
         content.notes.add(
             f"one document of more than {MANY_LINES:,} lines; --lines makes each line a document", content.name
@@ -104,7 +104,7 @@ def _json(content: Content, stream: IO[bytes], encoding: str, _: str) -> Iterato
     start = stream.peek(1)[:64].decode(encoding, "ignore")  # type: ignore[attr-defined]
     if start.lstrip("\ufeff \t\r\n").startswith("["):
         return _json_array(content, stream, encoding)
-    return _json_lines(content, _characters(content, stream, encoding, "\n"), encoding)
+    return _json_lines(content, _characters(stream, encoding, "\n"), encoding)
 
 
 def _json_lines(content: Content, stream: io.TextIOWrapper, encoding: str) -> Iterator[Record]:
@@ -148,7 +148,7 @@ def _json_array(content: Content, stream: IO[bytes], encoding: str) -> Iterator[
 
 def _csv(content: Content, stream: IO[bytes], encoding: str, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(LONGEST_CELL)
-    lines = _characters(content, stream, encoding, "")
+    lines = _characters(stream, encoding, "")
     first = lines.readline().removeprefix("\ufeff")
     before = 0
     if (hint := first.rstrip("\r\n")).lower().startswith("sep=") and len(hint) == 5:  # Excel writes it

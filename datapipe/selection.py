@@ -20,7 +20,8 @@ from configs.schema import Reading
 from datapipe.disk import disk_errors_as_input_errors
 from datapipe.input_file import InputFile
 from datapipe.notes import Notes
-from datapipe.text import Filtered, Text, read_records
+from datapipe.records import Filtered, Text
+from datapipe.text import read_records
 
 HELD_OUT = "held-out"
 """Folder inside the output for documents kept from training."""

@@ -13,10 +13,8 @@ from datapipe.decoding import DAMAGE
 from datapipe.input_file import InputFile, format_of, printable, without_secrets
 from datapipe.notes import Notes
 from datapipe.plain_text import read_lines
-from datapipe.records import Content, Filtered, Record, Text
+from datapipe.records import Content, Record, Text
 from datapipe.tables import read_table
-
-__all__ = ["Filtered", "Record", "Text", "read_records", "read_texts"]
 
 
 def read_texts(file: InputFile | Path, reading: Reading | None = None) -> Iterator[Text]:

@@ -34,13 +34,14 @@ from datapipe.manifest import read_manifest
 from datapipe.notes import Notes
 from datapipe.paths import local_path
 from datapipe.prepare import ensure_prepared, prepare
+from datapipe.records import Text
 from datapipe.selection import HELD_OUT, Block, Selection
 from datapipe.shard_report import inspect_shards
 from datapipe.shard_writer import ShardWriter
 from datapipe.shards import ShardReader
 from datapipe.tar_members import DamagedError
 from datapipe.targets import Masked, Mixed, NextToken, Targets
-from datapipe.text import Text, read_texts
+from datapipe.text import read_texts
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from datapipe.words import word_starts
 from launcher.cli import app

@@ -35,8 +35,9 @@ from datapipe.manifest import NAME, read_manifest
 from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes
 from datapipe.prepare import ensure_prepared, prepare
+from datapipe.records import Filtered
 from datapipe.selection import HELD_OUT, Intake, Selection, blocks
-from datapipe.text import Filtered, read_records, read_texts
+from datapipe.text import read_records, read_texts
 from datapipe.tokenizer import Tokenizer
 from datapipe.where import parse_where
 from launcher.cli import app
