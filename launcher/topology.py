@@ -47,7 +47,7 @@ class Topology:
 
 
 def threads_per_worker(cpus: int, workers: int) -> int:
-    """Return the threads of each of the workers on a node with so many CPUs."""
+    """Return the threads of each of the workers on a node with `cpus` CPUs."""
     return max(1, cpus // workers)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -99,8 +98,7 @@ class Worker:
         """
         self._gpus = gpus
         self._code_before = code_files(), compared_versions()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._predecessors = [psutil.Process(pid) for pid in predecessors]
+        self._predecessors = [psutil.Process(pid) for pid in predecessors if psutil.pid_exists(pid)]
         os.environ["OMP_NUM_THREADS"] = str(threads)
         _ignore_warnings()
         if gpus:
