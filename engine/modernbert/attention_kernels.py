@@ -192,9 +192,8 @@ class FlashAttention4(_CoreAttention):
         return context
 
 
-@functools.cache
 def flash_attention_4() -> Callable[..., Any]:
-    """Import the kernel for packed documents, once per process."""
+    """Import the kernel for packed documents."""
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError as error:

@@ -18,7 +18,7 @@ from engine.modernbert.ops import add_product_
 
 
 def takes_plain_linears(config: TransformerConfig) -> bool:
-    """Whether the layers below serve a GPU: BF16 without FP8, and each rank holds whole weights."""
+    """Return whether the layers below serve a GPU: BF16 without FP8, and each rank holds whole weights."""
     return bool(config.bf16 and config.fp8 is None and config.tensor_model_parallel_size == 1)
 
 

@@ -276,9 +276,8 @@ def test_the_card_of_a_causal_checkpoint_says_what_was_trained(shards: Path, alo
 
 
 def _tokenizer_folder(folder: Path, changes: dict[str, str], config: dict[str, str] | None = None) -> Path:
-    """A copy of the shipped tokenizer in which pieces of tokenizer.json are replaced."""
-    shipped = load_tokenizer(TOKENIZER)
-    shipped.save(folder)
+    """A copy of the toy tokenizer in which pieces of tokenizer.json are replaced."""
+    load_tokenizer(TOKENIZER).save(folder)
     content = (folder / "tokenizer.json").read_text(encoding="utf-8")
     for old, new in changes.items():
         assert old in content

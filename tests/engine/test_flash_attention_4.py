@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.errors import InputError
 from engine.modernbert.attention import PackedDocuments
-from engine.modernbert.attention_kernels import BlockedAttention, FlashAttention4, flash_attention_4
+from engine.modernbert.attention_kernels import BlockedAttention, FlashAttention4
 from engine.modernbert.model import transformer_config
 from tests.engine.test_parity import build
 
@@ -57,10 +57,8 @@ def stand_in(
 def _installed() -> Any:
     module: Any = types.ModuleType("flash_attn.cute")
     module.flash_attn_varlen_func = stand_in
-    flash_attention_4.cache_clear()
     with mock.patch.dict(sys.modules, {"flash_attn": types.ModuleType("flash_attn"), "flash_attn.cute": module}):
         yield
-    flash_attention_4.cache_clear()
 
 
 @pytest.mark.usefixtures("_installed")
@@ -86,7 +84,6 @@ def test_equals_blocked_attention_with_its_gradients(layer: int, kind: str) -> N
 
 
 def test_names_the_package_that_is_missing() -> None:
-    flash_attention_4.cache_clear()
     with mock.patch.dict(sys.modules, {"flash_attn": None}), pytest.raises(InputError) as caught:
         FlashAttention4(transformer_config(build()[2]), 1)
     assert caught.value.key == "attention"
