@@ -1,4 +1,4 @@
-"""Remote shards from real servers that misbehave: a local HTTP server, and moto's S3 behind the same faults."""
+"""Remote shards and text from real servers: a local HTTP server and moto's S3 that misbehave, an emulator of GCS."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import gcsfs
 import numpy as np
 import pytest
+import s3fs
+from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 
 from configs.errors import InputError, RunFailedError
@@ -47,6 +50,7 @@ class Server:
     def __init__(self, root: Path | None = None, upstream: str = "") -> None:
         self.faults: list[Callable[[http.server.BaseHTTPRequestHandler, bytes], None]] = []
         self.ranges = True
+        self.tells_length = True
         self.requests: list[str] = []
         self._asked = threading.Condition()
         outer, answered = self, dict[str, int]()
@@ -62,7 +66,8 @@ class Server:
                     outer.faults[turn](self, content)
                     return
                 self.send_response(status)
-                for key, value in {**headers, "Content-Length": str(len(content))}.items():
+                length = {"Content-Length": str(len(content))} if outer.tells_length else {}
+                for key, value in {**headers, **length}.items():
                     self.send_header(key, value)
                 self.end_headers()
                 self.wfile.write(content)
@@ -83,7 +88,8 @@ class Server:
             def do_HEAD(self) -> None:
                 status, headers, content = self.relayed() if root is None else self.from_disk(root)
                 self.send_response(status)
-                for key, value in {"Content-Length": str(len(content)), **headers}.items():
+                length = {"Content-Length": str(len(content))} if outer.tells_length else {}
+                for key, value in {**length, **headers}.items():
                     self.send_header(key, value)
                 self.end_headers()
 
@@ -359,7 +365,7 @@ def test_closing_the_loader_does_not_wait_for_a_dead_server(
 
 
 @pytest.fixture
-def s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """moto's S3 with the shards in a bucket, reached through the faults."""
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
@@ -377,28 +383,41 @@ def s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         client.upload_file(str(path), "bucket", f"corpus/{path.name}")
     for name in ("a.jsonl", "b.jsonl"):
         client.put_object(Bucket="bucket", Key=f"text/{name}", Body=f'{{"text": "{name}"}}'.encode())
+    client.put_object(Bucket="bucket", Key="notes/notes.tar", Body=tar_of_text())
     proxy = Server(upstream=f"{host}:{port}")
     proxy.faults = [unavailable, dropped, slow]
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    yield "s3://bucket/corpus"
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield proxy
     proxy.close()
     moto.stop()
 
 
-def test_s3(s3: str, shards: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    remote = configured(f"{s3}/*.tar", tmp_path / "cache")
+@pytest.mark.usefixtures("s3")
+def test_s3(shards: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    remote = configured("s3://bucket/corpus/*.tar", tmp_path / "cache")
     np.testing.assert_array_equal(batches(remote, tokenizer), batches(configured(str(shards), tmp_path), tokenizer))
     with refused("manifest-missing", "s3://bucket/nowhere"):
         batches(configured("s3://bucket/nowhere", tmp_path / "cache"), tokenizer)
+
+
+def tar_of_text() -> bytes:
+    """A tar of one text file."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 300_000
+        archive.addfile(info, io.BytesIO(b"a" * info.size))
+    return content.getvalue()
 
 
 def texts(*urls: str) -> list[bytes]:
     return [text.text for file in find_inputs(urls, Reading(), Notes()) for text in read_texts(file)]
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_text_of_a_web_server(shards: Path, server: Server, ranges: bool) -> None:
-    server.ranges = ranges
+@pytest.mark.parametrize(("ranges", "length"), [(True, True), (False, True), (False, False)])
+def test_text_of_a_web_server(shards: Path, server: Server, ranges: bool, length: bool) -> None:
+    server.ranges, server.tells_length = ranges, length
     lines = [f'{{"text": "{number}"}}' for number in range(2000)]
     (shards / "notes.jsonl").write_text("\n".join(lines))
     assert len(texts(f"{server.url}/{shards.name}/notes.jsonl?signature=SECRET")) == 2000
@@ -416,16 +435,50 @@ def test_text_of_a_web_server(shards: Path, server: Server, ranges: bool) -> Non
 
 def test_text_whose_connection_is_dropped(shards: Path, server: Server) -> None:
     """The faults of this server meet files named .tar."""
-    with tarfile.open(shards / "notes.tar", "w") as archive:
-        info = tarfile.TarInfo("a.txt")
-        info.size = 300_000
-        archive.addfile(info, io.BytesIO(b"a" * info.size))
+    (shards / "notes.tar").write_bytes(tar_of_text())
     server.faults = [dropped] * 50
     with refused("not-readable", f"{server.url}/{shards.name}/notes.tar"):
         texts(f"{server.url}/{shards.name}/notes.tar")
 
 
-def test_text_in_s3(s3: str) -> None:
+@pytest.mark.parametrize("fault", [forbidden, dropped])
+def test_text_in_s3_that_cannot_be_read(
+    s3: Server, fault: Callable[[http.server.BaseHTTPRequestHandler, bytes], None]
+) -> None:
+    s3.faults = [fault] * 50
+    with refused("not-readable", "s3://bucket/notes/notes.tar"):
+        texts("s3://bucket/notes")
+
+
+@pytest.fixture
+def gs(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Google's storage, emulated, with the shards and some text in a bucket."""
+    emulator = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    emulator.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{emulator._api._httpd.server_port}")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    system = gcsfs.GCSFileSystem()
+    for path in shards.iterdir():
+        system.pipe(f"bucket/corpus/{path.name}", path.read_bytes())
+    for name in ("a.jsonl", "b.jsonl"):
+        system.pipe(f"bucket/text/{name}", f'{{"text": "{name}"}}'.encode())
+    yield "gs://bucket/corpus"
+    emulator.stop()
+
+
+def test_google_storage(gs: str, shards: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    remote = configured(f"{gs}/*.tar", tmp_path / "cache")
+    np.testing.assert_array_equal(batches(remote, tokenizer), batches(configured(str(shards), tmp_path), tokenizer))
+    with refused("manifest-missing", "gs://bucket/nowhere"):
+        batches(configured("gs://bucket/nowhere", tmp_path / "cache"), tokenizer)
+    assert texts("gs://bucket/text") == texts("gs://bucket/text/*.jsonl") == [b"a.jsonl", b"b.jsonl"]
+    for url in ("gs://bucket/text/none.jsonl", "gs://bucket/text/*.csv", "gs://nowhere/text"):
+        with refused("no-such-file", url):
+            texts(url)
+
+
+@pytest.mark.usefixtures("s3")
+def test_text_in_s3() -> None:
     assert texts("s3://bucket/text") == texts("s3://bucket/text/*.jsonl") == [b"a.jsonl", b"b.jsonl"]
     with refused("no-such-file", "s3://bucket/text/none.jsonl"):
         texts("s3://bucket/text/none.jsonl")
