@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,12 +37,36 @@ def is_joined() -> bool:
 
 
 def require_cluster() -> None:
-    """Raise InputError within seconds if RAY_ADDRESS is set and its cluster cannot be joined.
+    """Raise InputError within seconds if RAY_ADDRESS is set and its cluster cannot be joined, or if Ray's token is none.
 
     Ray itself tries for minutes, and does not say why.
     """
+    _require_sound_token()
     if is_joined():
         _require_answer(os.environ["RAY_ADDRESS"])
+
+
+def _require_sound_token() -> None:
+    """Raise InputError if Ray would take a token that cannot be sent, because Ray then aborts this process or waits."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    place, key = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN"
+    if not token:
+        place, key = path or str(Path.home() / ".ray/auth_token"), "RAY_AUTH_TOKEN_PATH" if path else "RAY_AUTH_TOKEN"
+        try:
+            token = Path(place).read_text(encoding="ascii", errors="replace")
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not path:
+                return  # Ray makes one for a local cluster, and a joined cluster may need none
+            raise _unsound_token(key, f"{place} cannot be read: {error.strerror}") from None
+    if not token.strip() or not all(" " < character <= "~" for character in token.strip()):
+        raise _unsound_token(key, f"the token in {place} is {'not in printable ASCII' if token.strip() else 'empty'}")
+
+
+def _unsound_token(key: str, fault: str) -> InputError:
+    remedy = "copy it from a node of the cluster, or make a new one by `ray get-auth-token --generate`"
+    return InputError(f"{key}: {fault}; {remedy}", key=key, code="ray-token")
 
 
 @cache

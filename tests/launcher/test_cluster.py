@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import re
 import socket
 import subprocess
 import time
@@ -126,6 +127,23 @@ def test_the_head_refuses_and_the_message_names_the_variable(
     monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
     with listening(b"\0\0\x18\4\0\0\0\0\0") as head:
         assert refusal_of(head, monkeypatch).key == key
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\0", None], ids=["empty", "blank", "binary", "missing"])
+def test_a_token_that_cannot_be_sent(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay(monkeypatch)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    path = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(path))) as refusal, cluster.connect(local_workers=1):
+        pass
+    assert (refusal.value.key, refusal.value.code) == ("RAY_AUTH_TOKEN_PATH", "ray-token") and not fake.calls
+    path.write_bytes(b"0123abcd\n")
+    with cluster.connect(local_workers=1):
+        assert fake.calls, "a line break at its end is no fault"
 
 
 def test_a_head_that_stops_answering_is_told_once() -> None:
