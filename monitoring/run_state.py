@@ -7,11 +7,22 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Self
 
 from pydantic import BaseModel
 
-from monitoring.events import EVENT_TYPES, REASONS, EventLine, Resized, State, WorkersStarted, kinds_where
+from monitoring.events import (
+    EVENT_TYPES,
+    REASONS,
+    EventLine,
+    Failed,
+    Resized,
+    State,
+    Stopped,
+    WorkersStarted,
+    kinds_where,
+)
 from monitoring.telemetry import Number, Telemetry, WorkerRecord
 
 INTERRUPTIONS = kinds_where(lambda event: event.INTERRUPTS)
@@ -108,13 +119,18 @@ def count_restarts(events: Sequence[EventLine]) -> Counter[str]:
 
 
 def interruptions_in_words(events: Sequence[EventLine]) -> str:
-    """Say how often and why the workers were interrupted, and how many steps were done twice."""
+    """Say how often and why the workers were interrupted, how many steps were done twice, and how often the run ended."""
+    ends = (Stopped.KIND, Failed.KIND)
+    kinds = [event["event"] for event in events if event["event"] in (*ends, WorkersStarted.KIND)]
+    continued = sum(one in ends and two == WorkersStarted.KIND for one, two in pairwise(kinds))
+    ended = f"; ended early and continued {continued} time{'s' * (continued != 1)}" if continued else ""
     reasons = {reason.replace("_", " "): count for reason, count in count_restarts(events).items() if count}
     if resized := sum(event["event"] == Resized.KIND for event in events):
         reasons["resized"] = resized
     if not reasons:
-        return "never interrupted"
+        return f"never interrupted{ended}"
     lost = sum(event.get("steps_lost", 0) for event in events)
     times = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     total = sum(reasons.values())
-    return f"interrupted {total} time{'s' * (total != 1)} ({times}); {lost:,} step{'s' * (lost != 1)} trained again"
+    again = f"{lost:,} step{'s' * (lost != 1)} trained again"
+    return f"interrupted {total} time{'s' * (total != 1)} ({times}); {again}{ended}"

@@ -17,7 +17,7 @@ from monitoring.grafana.board import LAYERS, layer_kinds
 from monitoring.grafana.run import run as run_dashboard
 from monitoring.metrics import METRICS, RUN, Metric, Panel, collect
 from monitoring.run_directory import RunDirectory
-from monitoring.run_state import RunState, count_restarts, seconds_left, state_of
+from monitoring.run_state import RunState, count_restarts, interruptions_in_words, seconds_left, state_of
 from monitoring.telemetry import Telemetry, WorkerRecord
 from tests.monitoring.dashboards import boards
 from tests.monitoring.prometheus import SHIPPED
@@ -97,6 +97,18 @@ def test_known_kinds_and_reasons_are_counted_from_zero_and_unknown_ones_too() ->
 
 
 @pytest.mark.parametrize("event", [event for event in EVENT_TYPES if event.INTERRUPTS])
+def test_the_end_tells_interruptions_and_early_ends() -> None:
+    """A run that is over and was submitted again has not run in one go."""
+    started, failed, stopped = {"event": "workers_started"}, {"event": "failed"}, {"event": "stopped"}
+    lost = {"event": "node_lost", "reason": "node_lost"}
+    assert interruptions_in_words([started, failed]) == "never interrupted"
+    assert interruptions_in_words([started, failed, started, stopped, started, stopped]).endswith(
+        "never interrupted; ended early and continued 2 times"
+    )
+    words = interruptions_in_words([started, lost, started, stopped, started, {"event": "resumed", "steps_lost": 1}])
+    assert words == "interrupted 1 time (1 node lost); 1 step trained again; ended early and continued 1 time"
+
+
 def test_an_interruption_has_a_reason(event: type) -> None:
     assert "reason" in event.__dataclass_fields__  # type: ignore[attr-defined]
 
