@@ -37,7 +37,7 @@ def is_joined() -> bool:
 
 
 def require_cluster() -> None:
-    """Raise InputError within seconds if RAY_ADDRESS is set and its cluster cannot be joined, or if Ray's token is none.
+    """Raise InputError within seconds if Ray's token is none, or the cluster of RAY_ADDRESS cannot be joined.
 
     Ray itself tries for minutes, and does not say why.
     """

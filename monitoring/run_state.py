@@ -119,7 +119,7 @@ def count_restarts(events: Sequence[EventLine]) -> Counter[str]:
 
 
 def interruptions_in_words(events: Sequence[EventLine]) -> str:
-    """Say how often and why the workers were interrupted, how many steps were done twice, and how often the run ended."""
+    """Say how often and why the workers were interrupted, the steps done twice, and how often the run ended early."""
     ends = (Stopped.KIND, Failed.KIND)
     kinds = [event["event"] for event in events if event["event"] in (*ends, WorkersStarted.KIND)]
     continued = sum(one in ends and two == WorkersStarted.KIND for one, two in pairwise(kinds))

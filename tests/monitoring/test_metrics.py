@@ -96,11 +96,10 @@ def test_known_kinds_and_reasons_are_counted_from_zero_and_unknown_ones_too() ->
     assert [state_of(lines[:count]) for count in (0, 1)] == ["not_started", "running"]
 
 
-@pytest.mark.parametrize("event", [event for event in EVENT_TYPES if event.INTERRUPTS])
 def test_the_end_tells_interruptions_and_early_ends() -> None:
     """A run that is over and was submitted again has not run in one go."""
     started, failed, stopped = {"event": "workers_started"}, {"event": "failed"}, {"event": "stopped"}
-    lost = {"event": "node_lost", "reason": "node_lost"}
+    lost = {"event": "worker_failed", "reason": "node_lost"}
     assert interruptions_in_words([started, failed]) == "never interrupted"
     assert interruptions_in_words([started, failed, started, stopped, started, stopped]).endswith(
         "never interrupted; ended early and continued 2 times"
@@ -109,6 +108,7 @@ def test_the_end_tells_interruptions_and_early_ends() -> None:
     assert words == "interrupted 1 time (1 node lost); 1 step trained again; ended early and continued 1 time"
 
 
+@pytest.mark.parametrize("event", [event for event in EVENT_TYPES if event.INTERRUPTS])
 def test_an_interruption_has_a_reason(event: type) -> None:
     assert "reason" in event.__dataclass_fields__  # type: ignore[attr-defined]
 
