@@ -5,8 +5,9 @@ resumes exactly. The rows are packed from MedQuAD's documents. Without a GPU eve
 
     python -m benchmarks.gpu [--quick] [--json FILE] [PART ...]
 
-Parts: speed, fp8, fp8-loss, attention, deterministic, staging, idle, transformers. On an H100 or H200 speed and idle
-take a minute, fp8 three with --quick, fp8-loss four; all of them together about half an hour (estimated).
+Parts: speed, changes, fp8, fp8-loss, attention, deterministic, staging, idle, transformers. On an H100 or H200 speed
+and idle take a minute, fp8 three with --quick, fp8-loss four; all of them together about half an hour (estimated).
+`changes` names the milliseconds that each change to the model was predicted to save, and measures those it saves.
 FILE has every row as soon as it is measured.
 """
 
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -45,7 +46,8 @@ from datapipe.tokenizer import load_tokenizer
 from engine.build import build
 from engine.checkpoint import step_directory
 from engine.device import HostCopy, device, total_memory_bytes
-from engine.modernbert import convert
+from engine.modernbert import convert, layers
+from engine.modernbert.attention import PackedDocuments
 from engine.objectives import objective_of
 from engine.parallel import Layout, initialise
 from engine.precision import resolve_precision
@@ -67,6 +69,17 @@ SPEEDS = (  # name, model, objective, rows per step, published tokens/s of an H1
     ("large, CLM, bf16", LARGE, "clm", 16, 116e3, 196e3),
     ("base, CLM, bf16, 4 rows per step", BASE, "clm", 4, 239e3, 370e3),
 )
+FLASH_ATTENTION = {"attention": "flash_attn_4"}
+CHANGES: dict[str, tuple[tuple[float, float, float], Callable[[], Any], dict[str, Any]]] = {
+    # predicted ms a step for the first three rows of SPEEDS, what takes the change out, settings that put it in
+    "plain linear layers": (
+        (-3, -3, -2),
+        lambda: mock.patch.object(layers, "takes_plain_linears", lambda _: False),
+        {},
+    ),
+    "last layer where it pays": ((0, -12, 0), lambda: mock.patch.object(PackedDocuments, "from_lengths", _whole), {}),
+    "flash-attn-4": ((-8, -15, -12), nullcontext, FLASH_ATTENTION),
+}
 FP8_BARS = {"400M": 1.0, "1B": 1.3, "3B": 1.4}
 """Speed of FP8 relative to BF16, by model."""
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -141,6 +154,36 @@ def speed(config: RunConfig, quick: bool) -> float:
         started = time.perf_counter()
         tokens = run(steps)
         return tokens / (time.perf_counter() - started)
+
+
+def milliseconds(config: RunConfig, quick: bool) -> float:
+    """Time of a step, over the same steps for every configuration of the same batches."""
+    steps = 5 if quick else 30
+    with training(config) as run:
+        started = time.perf_counter()
+        run(steps)
+        return (time.perf_counter() - started) / steps * 1000
+
+
+def _whole(*arguments: Any, of: Any = PackedDocuments.from_lengths) -> PackedDocuments:
+    """`PackedDocuments.from_lengths` without its last argument, so that the last layer computes every position."""
+    packed: PackedDocuments = of(*arguments[:4])
+    return packed
+
+
+def changes_rows(folder: Path, quick: bool) -> Iterator[Row]:
+    """Measure a step with and without each change, and name the milliseconds that were predicted for it."""
+    for change, (predictions, without, settings) in CHANGES.items():
+        for (row, model, objective, rows, *_), predicted in zip(SPEEDS, predictions, strict=False):
+            if not predicted:
+                continue
+            name = f"{change}: {row}, predicted {predicted:+g} ms"
+            config_of = partial(run_config, folder, model, objective, sequences=rows, precision="bf16")
+            with without():
+                before = measured(name, partial(milliseconds, config_of(), quick))
+            after = measured(name, partial(milliseconds, config_of(**settings), quick))
+            if before and after:
+                yield Row.at_most(name, after, before, None, "ms a step")
 
 
 def measured(name: str, function: Callable[[], Any]) -> Any:
@@ -365,6 +408,7 @@ def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
     "speed": speed_rows,
+    "changes": changes_rows,
     "fp8": fp8_speed_rows,
     "fp8-loss": fp8_loss_rows,
     "attention": attention_rows,
@@ -391,6 +435,12 @@ def measure(folder: Path, parts: list[str], quick: bool, file: Path | None) -> l
 def without_a_gpu() -> list[str]:
     """List the rows that a GPU would fill."""
     names = [row[0] for row in SPEEDS] + [f"{size}, FP8 {recipe} against BF16" for size in MODELS for recipe in RECIPES]
+    names += [
+        f"{change}: {row[0]}, predicted {predicted:+g} ms"
+        for change, (predictions, *_) in CHANGES.items()
+        for row, predicted in zip(SPEEDS, predictions, strict=False)
+        if predicted
+    ]
     names += [f"FP8 {recipe}: loss against BF16's, and after a restart" for recipe in RECIPES]
     names += ["base, CLM and MLM: Transformer Engine's attention against torch's"]
     names += ["base, CLM and MLM: deterministic against not", "MLM: staging a batch of 16 rows by dali against numpy"]
