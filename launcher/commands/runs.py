@@ -47,7 +47,7 @@ def train(
         from launcher.branch import with_origin
 
         config = with_origin(config, branch_from, directory)
-    from launcher.supervisor import run_job  # imports Ray; a wrong configuration is reported sooner
+    from launcher.job import run_job  # imports Ray; a wrong configuration is reported sooner
 
     result = run_job(config, directory)
     if not result.finished:

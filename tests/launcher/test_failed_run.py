@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import RunFailedError
 from configs.load import dump_config
-from launcher.supervisor import failures_recorded
+from launcher.job import failures_recorded
 from monitoring.log import read_events
 from monitoring.run_directory import RunDirectory
 from tests.monitoring.synthetic import make_config

@@ -19,9 +19,10 @@ from configs.load import load_config
 from launcher.claim import claim, token_of
 from launcher.failures import FailureBudget, HangWatch, WorkerError, root_cause
 from launcher.growth import GrowthWatch
+from launcher.job import failures_recorded, run_job
 from launcher.preflight import WORKING_COPIES
 from launcher.stop import PREEMPTED, SIGNAL, StopRequest
-from launcher.supervisor import Run, failures_recorded, run_job, supervise
+from launcher.supervisor import Run, supervise
 from launcher.topology import check_tensor_groups
 from launcher.worker import RankAssignment, RunResult, Worker
 from launcher.worker_group import address_in, import_error, rays_account, wait_for_results
