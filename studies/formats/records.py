@@ -23,6 +23,9 @@ SPANS = ("spans", "entities", "labels", "label")
 """Names of the columns of `tokens` tasks, in the order in which they are looked for. `columns` names others."""
 _UNLABELLED = "; if the examples have no labels, leave them out, or set files.test=null"
 _WHOLE = re.compile(r"(-?\d+)\.0+")
+_ID = re.compile(r"\d+(\.0+)?")
+_MISSING = ("nan", "na", "n/a", "none", "null", "<na>", "nat")
+"""How R, pandas, SQL and Python write a missing value, in lower case."""
 
 
 def read_texts(path: Path, task: Task) -> Iterator[Example]:
@@ -145,7 +148,11 @@ def _is_indicator(value: list[Any]) -> bool:
 
 
 def _name(label: Any, task: Task, location: str) -> str:
-    """Return the name of a class, or a tag."""
+    """Return the name of a class, or a tag. What `names` lists is a class, whatever it looks like."""
+    if isinstance(label, str) and label.strip() in task.names:
+        return label.strip()
+    if isinstance(label, str) and task.names and task.kind != "tokens" and _ID.fullmatch(label.strip()):
+        label = float(label)  # a table's ids are strings
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if isinstance(label, int) and not isinstance(label, bool):
@@ -160,13 +167,22 @@ def _name(label: Any, task: Task, location: str) -> str:
                 code="tags-without-names",
             )
     name = str(label).strip()
-    if not isinstance(label, str | int) or not name or name.lower() == "nan":
+    if isinstance(label, str) and name.lower() in _MISSING:
+        raise InputError(
+            f"{location}: the label {name} reads as a missing value{_UNLABELLED}; if it is a class, list all "
+            "classes in the task's `names`",
+            code="bad-label",
+        )
+    if not isinstance(label, str | int) or not name:
         hint = (
             "; set kind: regression for numbers" if isinstance(label, float) and math.isfinite(label) else _UNLABELLED
         )
         raise InputError(f"{location}: {label!r} is no label{hint}", code="bad-label")
     if task.kind == "single" and _is_fraction(name):
-        raise InputError(f"{location}: the label {name} is a number; set kind: regression", code="bad-label")
+        raise InputError(
+            f"{location}: the label {name} is a number; set kind: regression, or list the codes in the task's `names`",
+            code="bad-label",
+        )
     whole = _WHOLE.fullmatch(name) if task.kind == "single" else None
     return whole[1] if whole else name  # 0.0 is the class 0, which a table with gaps writes as a float
 

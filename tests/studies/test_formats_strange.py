@@ -106,6 +106,9 @@ def test_labels_that_differ_in_case_are_told(write: Write) -> None:
     [
         ("single", table("yes", "nan"), table("yes"), "bad-label", "train.csv"),
         ("multi", table("yes", "nan"), table("yes"), "bad-label", "train.csv"),
+        ("single", table("yes", "NA"), table("yes"), "bad-label", "train.csv"),
+        ("multi", table("yes", "None|no"), table("yes"), "bad-label", "train.csv"),
+        ("single", table("250.10", "401"), table("401"), "bad-label", "train.csv"),
         ("single", table("yes", "yes"), table("yes", "no"), "nothing-to-learn", "train.csv"),
         ("single", table("0", "1"), table("-1", "-1"), "test-without-labels", "test.csv"),
         ("single", table("yes", "no"), table("", ""), "bad-label", "test.csv"),
@@ -118,6 +121,21 @@ def test_labels_that_are_none_are_refused(write: Write, kind: str, train: str, t
     found, message = refused(write, kind, train, test, ".csv")
     assert found == code
     assert file in message
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+@pytest.mark.parametrize(
+    ("rows", "names", "labels"),
+    [
+        (("250.10", "250.1", "250.0", "250"), ["250", "250.0", "250.1", "250.10"], ("250", "250.0", "250.1", "250.10")),
+        (("None", "NA", "x"), ["None", "NA", "x"], ("NA", "None", "x")),
+        (("0", "1.0", "1"), ["no", "yes"], ("no", "yes")),
+    ],
+)
+def test_names_say_what_is_a_class(
+    write: Write, kind: str, rows: tuple[str, ...], names: list[str], labels: tuple[str, ...]
+) -> None:
+    assert read(write, kind, table(*rows), table(*rows), ".csv", names=names).labels == labels
 
 
 def lines(*labels: Any) -> str:
