@@ -138,8 +138,10 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_report(
     events = [read_events(trial) for trial in sorted((tmp_path / "out" / "trials").iterdir())]
     assert len(events) == 12
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert [(row["arm"], row["measure"], len(row["pairs"])) for row in comparison] == [("detour", "loss", 6)]
-    assert comparison[0]["verdict"] in ("no difference shown", "detour is better than mlm", "detour is worse than mlm")
+    found = [(row["arm"], row["measure"], len(row["pairs"])) for row in comparison]
+    assert found == [("detour", "loss", 3)] * 2, "learning rates are compared apart, over data orders"
+    verdicts = ("no difference shown", "detour is better than mlm", "detour is worse than mlm")
+    assert all(row["verdict"] in verdicts for row in comparison)
 
 
 @pytest.mark.chaos
