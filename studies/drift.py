@@ -21,7 +21,7 @@ from datapipe.inputs import find_files
 from datapipe.text import read_texts
 from monitoring.charts import WIDE, Line, line_chart
 from studies.figures import write_figure
-from studies.models import huggingface_directory, silence_transformers, weights_digest
+from studies.models import huggingface_directory, load_model, silence_transformers, weights_digest
 from studies.tables import finite
 
 TEXTS = "package://corpus/tico19_en.jsonl.gz"
@@ -152,8 +152,7 @@ def pooled_states(folder: Path, texts: Sequence[str]) -> list[Array]:
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = load_model(AutoModel, folder)
     batches: list[list[Array]] = []
     for start in range(0, len(texts), BATCH_SIZE):
         batch = tokenizer(
@@ -162,7 +161,7 @@ def pooled_states(folder: Path, texts: Sequence[str]) -> list[Array]:
             truncation=True,
             max_length=MAX_TOKENS,
             return_tensors="pt",
-        ).to(device)
+        ).to(model.device)
         mask = batch["attention_mask"]
         with torch.inference_mode():
             outputs = model(batch["input_ids"], attention_mask=mask, output_hidden_states=True).hidden_states[1:]
@@ -217,7 +216,7 @@ def read_documents(reference: str, count: int) -> list[str]:
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoModel
 
-    return dict(AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict())
+    return dict(load_model(AutoModel, folder).cpu().state_dict())
 
 
 def _weight_changes(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> list[Entry]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from datapipe.canaries import Canary
 from datapipe.tokenizer import Tokenizer
+from studies.models import load_model
 
 BATCH = 64
 """Rows per forward pass."""
@@ -104,8 +105,7 @@ def score(
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     kind: Any = AutoModelForCausalLM if attack == "clm" else AutoModelForMaskedLM
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(kind, folder)
     head = model.lm_head if attack == "clm" else model.head
     owners, rows, places = _rows(encoded, attack, tokenizer.mask_id)
     scores = np.zeros(len(encoded))

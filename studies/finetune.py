@@ -16,7 +16,7 @@ import torch
 from configs.errors import InputError
 from configs.files import write_atomically, write_json
 from studies.examples import Example, Splits
-from studies.models import silence_transformers
+from studies.models import load_model, silence_transformers
 from studies.scores import details, score
 from studies.tasks import Protocol, Task
 
@@ -201,9 +201,9 @@ def _model(job: Job) -> Any:
     problems = {"single": "single_label_classification", "multi": "multi_label_classification"}
     problem = {**problems, "regression": "regression"}.get(job.task.kind)
     names = labels or ("value",)
-    return model_class.from_pretrained(
+    return load_model(
+        model_class,
         job.model,
-        dtype=torch.float32,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={label: index for index, label in enumerate(names)},

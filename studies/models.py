@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
 
 from configs.errors import InputError
 from configs.files import file_sha256
@@ -53,6 +55,27 @@ def weights_digest(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
+
+
+_LOADING = Lock()
+
+
+def load_model(kind: Any, folder: str | Path, **settings: Any) -> Any:
+    """Load a Hugging Face model in fp32, for inference, onto the GPU if there is one.
+
+    Threads load one after the other, because transformers replaces functions of torch meanwhile, for all threads. A
+    model that another thread loads at that time may stay without weights, or get random ones.
+
+    Args:
+        kind: One of transformers' classes.
+        folder: Hugging Face directory.
+        settings: Further arguments of `from_pretrained`.
+    """
+    import torch
+
+    with _LOADING:
+        model = kind.from_pretrained(folder, dtype=torch.float32, **settings)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def silence_transformers() -> None:

@@ -23,7 +23,7 @@ from studies.examples import Splits, load_examples
 from studies.figures import write_figure
 from studies.finetune import Encoded, Job, encode
 from studies.intervals import examples_bootstrap
-from studies.models import huggingface_directory, silence_transformers
+from studies.models import huggingface_directory, load_model, silence_transformers
 from studies.scores import baselines, counts, score
 from studies.tables import write_csv
 from studies.tasks import EvaluatedTask, Protocol, Task
@@ -168,8 +168,7 @@ def _probe_model(
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(AutoModel, folder)
     job = Job(str(folder), task, protocol, splits, 0, output, {})
     limit = min(protocol.length, model.config.max_position_embeddings)
     few = protocol.examples

@@ -20,7 +20,7 @@ from configs.files import write_json
 from datapipe.inputs import find_files
 from datapipe.text import read_texts
 from studies.intervals import CHUNK, LEVEL
-from studies.models import huggingface_directory, silence_transformers
+from studies.models import huggingface_directory, load_model, silence_transformers
 from studies.probe import require_one_tokenizer
 from studies.tasks import Protocol, Task
 
@@ -96,8 +96,7 @@ def _counts(folder: Path, texts: Sequence[str], protocol: Protocol, windows: int
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = load_model(AutoModelForMaskedLM, folder)
     limit = min(protocol.length, model.config.max_position_embeddings)
     random = np.random.default_rng(0)
     table = np.zeros((len(texts), 3))
@@ -122,10 +121,11 @@ def _counts(folder: Path, texts: Sequence[str], protocol: Protocol, windows: int
         for row, choice in enumerate(drawn):
             chosen[row, : len(choice)] = choice
         masked = torch.from_numpy(chosen & ~is_special)
-        ids = batch["input_ids"].masked_fill(masked, tokenizer.mask_token_id).to(device)
+        ids = batch["input_ids"].masked_fill(masked, tokenizer.mask_token_id).to(model.device)
         with torch.inference_mode():
-            logits = model(ids, attention_mask=batch["attention_mask"].to(device)).logits[masked.to(device)].float()
-        wanted = batch["input_ids"][masked].to(device)
+            outputs = model(ids, attention_mask=batch["attention_mask"].to(model.device))
+        logits = outputs.logits[masked.to(model.device)].float()
+        wanted = batch["input_ids"][masked].to(model.device)
         losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double().cpu().numpy()
         correct = (logits.argmax(-1) == wanted).cpu().numpy()
         documents = np.array(owners)[start + np.nonzero(masked.numpy())[0]]
