@@ -44,11 +44,11 @@ class Decision:
             "orders": str(len(self.pairs)),
             "mean difference": f"{100 * self.students.mean:+.2f} points",
             "95 % interval": f"{low:+.2f} to {high:+.2f} points" if math.isfinite(low) else "-",
+            "decision": self.verdict,
             "p of 0, corrected": _p(self.p),
             "p of the margin, corrected": _p(self.p_margin),
             "held-out MLM loss": f"{self.loss.mean:+.3f} nats",
             "read": "yes" if self.read else "no",
-            "decision": self.verdict,
         }
 
 
