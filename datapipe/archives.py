@@ -78,7 +78,7 @@ def _member(content: Content, read: Reader, member: str, open_member: Callable[[
     elif kind in ("zip", "tar"):
         content.notes.unread("an archive in an archive", "unpack it first", name)
     else:
-        inner = Content(name, content.position, content.reading, content.notes)
+        inner = Content(name, content.position, content.reading, content.notes, partition=content.partition)
         try:
             with open_member() as stream:
                 yield from read(inner, kind, stream)

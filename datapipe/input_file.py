@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from urllib.parse import unquote
 
 from datapipe.decoding import COMPRESSED
 
@@ -25,6 +26,9 @@ FORMATS = {
     ".tgz": "tar",
 }
 """Formats by suffix. Any text format may be compressed: .gz, .bz2, .xz, .zst."""
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+"""Name of the folder of records without a value."""
+_PARTITION = re.compile(r"([A-Za-z_]\w*)=(.*)")
 _URL = re.compile(r"(\b[a-z][a-z0-9]*://)(?:[^/\s'\"@]*@)?([^\s?'\"]*)(\?[^\s'\")]*)?")
 
 
@@ -55,6 +59,12 @@ class InputFile:
         if self.path is not None:
             return self.path.open("rb", buffering=0)
         return self.system.open(self.url, "rb")
+
+    @property
+    def partition(self) -> dict[str, str | None]:
+        """Columns that Hive names by folders: `year=2020/part-0.parquet` has the column `year`, of text."""
+        parts = (_PARTITION.fullmatch(part) for part in PurePosixPath(str(self.path or self.url)).parts[:-1])
+        return {part[1]: None if part[2] == HIVE_NULL else unquote(part[2]) for part in parts if part}
 
     def annotations(self) -> bytes | None:
         """The content of the brat .ann file beside a .txt file; None if there is none.

@@ -183,7 +183,7 @@ class _Finder:
             name = printable(entry)
             if entry.name in annotated and entry.suffix == ".ann":
                 continue
-            if entry.name.startswith(".") or (entry.name.startswith("_") and not entry.suffix):
+            if _is_hidden(entry.name):
                 self._notes.unread("hidden", "its name begins with . or _", name)
             elif entry in left_out:
                 self._notes.unread(f"split {_split(entry.name)}", "another split is read", name)
@@ -244,12 +244,15 @@ class _Finder:
             raise InputError(f"{shown}: Detour reads text from files, s3://, gs:// and https://", code="unknown-scheme")
         try:
             system, root = fsspec.core.url_to_fs(url)
+            is_folder = not is_web and not has_magic(root) and system.isdir(root)
             if is_web:
                 paths = [root]
             elif has_magic(root):
-                paths = sorted(system.glob(root))
+                found = system.glob(root, detail=True).items()
+                lists = (system.find(path) if info["type"] == "directory" else [path] for path, info in found)
+                paths = sorted({path for paths in lists for path in paths})
             else:
-                paths = sorted(system.find(root)) if system.isdir(root) else [root]
+                paths = sorted(system.find(root)) if is_folder else [root]
             sizes = [system.info(path)["size"] or 0 for path in paths]
         except (ImportError, ValueError) as error:
             raise InputError(f"{shown}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
@@ -264,13 +267,28 @@ class _Finder:
             raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
         if not paths:
             raise InputError(f"{shown}: no file matches", code="no-such-file")
-        entries = [PurePosixPath(path) for path in paths]
-        left_out = self._other_splits(entries) if len(entries) > 1 else set()
-        for entry, path, size in zip(entries, paths, sizes, strict=True):
+        self._take_remote(system, url, PurePosixPath(root) if is_folder else None, dict(zip(paths, sizes, strict=True)))
+
+    def _take_remote(self, system: Any, url: str, top: PurePosixPath | None, sizes: dict[str, int]) -> None:
+        """Take remote files as `_take_all` takes those of a folder; `top` is the folder, None for a file or a glob."""
+        entries = [PurePosixPath(path) for path in sizes]
+        folders = {folder for entry in entries for folder in entry.parents if top in folder.parents}
+        left_out = self._other_splits(sorted({*entries, *folders})) if len(entries) > 1 else set()
+        annotated = {entry.with_name(annotations_of(entry.name)) for entry in entries if self._format(entry) == "txt"}
+        datasets = {entry.parent for entry in entries if entry.name in ("state.json", "dataset_dict.json")}
+        for entry, (path, size) in zip(entries, sizes.items(), strict=True):
             place = system.unstrip_protocol(path)
             name = without_secrets(place)
-            if entry in left_out:
-                self._notes.unread(f"split {_split(entry.name)}", "another split is read", name)
+            parts = [entry, *(folder for folder in entry.parents if folder in folders)]
+            other = next((part for part in parts if part in left_out), None)
+            if entry in annotated and entry.suffix == ".ann":
+                continue
+            if len(entries) > 1 and any(_is_hidden(part.name) for part in parts):
+                self._notes.unread("hidden", "its name begins with . or _", name)
+            elif other is not None:
+                self._notes.unread(f"split {_split(other.name)}", "another split is read", name)
+            elif entry.parent in datasets and not (entry.suffix == ".arrow" and not entry.name.startswith("cache-")):
+                self._notes.unread(_kind(entry.name), "beside a saved dataset, a cache", name)
             elif (kind := self._format(PurePosixPath(path.partition("?")[0]))) is None:
                 self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
             elif self._is_first(place, name):
@@ -325,8 +343,13 @@ def _name(reference: str) -> str:
     return printable(path.name if path.name.strip(".") else path.resolve().name) or "root"
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or (name.startswith("_") and not PurePosixPath(name).suffix)
+
+
 def _split(name: str) -> str | None:
-    match = _SPLIT.match(name)
+    """The split that the name of a file or folder tells, such as `test-00000.parquet` or `split=test`."""
+    match = _SPLIT.match(name.removeprefix("split="))
     return match[1].lower() if match else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -63,6 +63,8 @@ class Content:
     notes: Notes
     annotations: Callable[[], bytes | None] = lambda: None
     """Returns the content of the .ann file beside a .txt file; None if there is none."""
+    partition: Mapping[str, str | None] | None = None
+    """Columns that the file's folders name. A column of the file itself comes before them."""
 
     def wanted(self) -> list[str]:
         """Names of the columns that are read."""
@@ -73,6 +75,7 @@ class Content:
 
     def wrong_columns(self, names: list[str]) -> InputError | None:
         """The fault of a table without a column that is needed, or with two of the same name."""
+        names = [*names, *(name for name in self.partition or () if name not in names)]
         for name in self.wanted():
             optional = {"id": self.reading.id is None, SPANS: self.reading.spans is None}
             if name not in names and not optional.get(name):
@@ -95,6 +98,8 @@ class Content:
             try:
                 if not isinstance(record, dict):
                     raise NoFieldError(f"expected an object with the key `{reading.text}`")
+                if self.partition:
+                    record = {**self.partition, **record}
                 if where is not None and not where(record):
                     return Filtered(self.position())
                 text = field(record, reading.text)

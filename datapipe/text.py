@@ -42,7 +42,7 @@ def read_records(file: InputFile, reading: Reading, notes: Notes) -> Iterator[Re
     """
     try:
         with file.open() as raw:
-            content = Content(file.name, raw.tell, reading, notes, file.annotations)
+            content = Content(file.name, raw.tell, reading, notes, file.annotations, file.partition)
             records = _read(content, file.format, raw)
             first = next(records, None)
             if first is None:

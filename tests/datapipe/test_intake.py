@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from datapipe.manifest import NAME, read_manifest
 from datapipe.near_duplicates import near_duplicates
 from datapipe.notes import Notes
 from datapipe.prepare import ensure_prepared, prepare
-from datapipe.records import Filtered
+from datapipe.records import Filtered, Text
 from datapipe.selection import HELD_OUT, Intake, Selection, blocks
 from datapipe.text import read_records, read_texts
 from datapipe.tokenizer import Tokenizer
@@ -316,6 +317,56 @@ def test_remote_text(tmp_path: Path) -> None:
     for reference, code in (("memory://bucket/none.txt", "no-such-file"), ("pipe://touch", "unknown-scheme")):
         with refused(code, reference):
             find_inputs([reference], Reading(), Notes())
+
+
+PARTS = ("train", "test", "split=train", "split=test", ".hidden", "_delta_log", "year=2020", "plain")
+FILES = ("part-0.jsonl", "train-0.jsonl", "test-0.jsonl", ".x.jsonl", "_x.jsonl", "notes.txt", "notes.ann", "a.bin")
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.sampled_from(PARTS), max_size=2), st.sampled_from(FILES)).map(
+            lambda parts: "/".join([*parts[0], parts[1]])
+        ),
+        min_size=2,
+        max_size=6,
+        unique=True,
+    )
+)
+def test_a_remote_folder_is_read_as_a_local_one(names: list[str]) -> None:
+    """The same splits are chosen, and the same files are hidden."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(folder, "top", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+            system.pipe(f"/top/{name}", b"")
+        found, notes = [], []
+        for reference, top in ((f"{folder}/top", f"{folder}/top/"), ("memory://top", "memory:///top/")):
+            said = Notes()
+            try:
+                found.append({file.name.removeprefix(top) for file in find_inputs([reference], Reading(), said)})
+            except InputError as error:
+                found.append(error.code)
+            notes.append(said.lines())
+        assert found[0] == found[1], notes
+
+
+def test_columns_that_folders_name(tmp_path: Path) -> None:
+    """Spark and Hive write the values of a column into the names of folders, and not into the files."""
+    for folder, text in (("year=2019/ward=a%20b", "old"), ("year=2020/ward=__HIVE_DEFAULT_PARTITION__", "new")):
+        (tmp_path / folder).mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / folder / "part-0.parquet")
+        (tmp_path / folder / "part-1.jsonl").write_text(jsonl([{"text": text, "ward": "own"}]))
+    kept = read(tmp_path, where="year >= 2020", group="ward")
+    assert [(one.text, one.group) for one in kept if isinstance(one, Text)] == [(b"new", None), (b"new", "own")]
+    assert [one.group for one in read(tmp_path, group="ward")] == ["a b", "own", None, "own"]
+    assert read(tmp_path, group="wards")[0].code == "text-missing"
 
 
 @pytest.mark.parametrize(
