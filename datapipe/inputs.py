@@ -28,6 +28,8 @@ JOURNAL = ".prepare.jsonl"
 STDIN = "-"
 MANY = 10
 """Files named one by one of the same folder from which the folder is their source."""
+DELTA_LOG = "_delta_log"
+"""Folder in a Delta table that tells which of the files beside it are current."""
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test)(?=[-_.]|$)", re.IGNORECASE)
 _SPLITS = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"{": "json", b"[": "json", b"PK\x03\x04": "zip"}
@@ -183,6 +185,8 @@ class _Finder:
             name = printable(entry)
             if entry.name in annotated and entry.suffix == ".ann":
                 continue
+            if entry.name == DELTA_LOG:
+                raise _delta_table(name)
             if _is_hidden(entry.name):
                 self._notes.unread("hidden", "its name begins with . or _", name)
             elif entry in left_out:
@@ -283,6 +287,8 @@ class _Finder:
             other = next((part for part in parts if part in left_out), None)
             if entry in annotated and entry.suffix == ".ann":
                 continue
+            if any(part.name == DELTA_LOG for part in parts):
+                raise _delta_table(name)
             if len(entries) > 1 and any(_is_hidden(part.name) for part in parts):
                 self._notes.unread("hidden", "its name begins with . or _", name)
             elif other is not None:
@@ -341,6 +347,14 @@ def _name(reference: str) -> str:
     while has_magic(path.name) and not path.exists():
         path = path.parent
     return printable(path.name if path.name.strip(".") else path.resolve().name) or "root"
+
+
+def _delta_table(log: str) -> InputError:
+    return InputError(
+        f"{log}: a Delta table, whose folder also holds rows that were deleted or replaced; write its current version "
+        "as parquet into another folder",
+        code="delta-table",
+    )
 
 
 def _is_hidden(name: str) -> bool:

@@ -319,7 +319,7 @@ def test_remote_text(tmp_path: Path) -> None:
             find_inputs([reference], Reading(), Notes())
 
 
-PARTS = ("train", "test", "split=train", "split=test", ".hidden", "_delta_log", "year=2020", "plain")
+PARTS = ("train", "test", "split=train", "split=test", ".hidden", "_tmp", "year=2020", "plain")
 FILES = ("part-0.jsonl", "train-0.jsonl", "test-0.jsonl", ".x.jsonl", "_x.jsonl", "notes.txt", "notes.ann", "a.bin")
 
 
@@ -355,6 +355,21 @@ def test_a_remote_folder_is_read_as_a_local_one(names: list[str]) -> None:
                 found.append(error.code)
             notes.append(said.lines())
         assert found[0] == found[1], notes
+
+
+def test_a_delta_table_is_refused(tmp_path: Path) -> None:
+    """Its old files hold notes that were deleted."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    for name in ("notes/part-0.parquet", "notes/_delta_log/00000000000000000000.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+        system.pipe(f"/{name}", b"")
+    for reference in (str(tmp_path), str(tmp_path / "notes"), "memory://notes"):
+        with refused("delta-table", "notes/_delta_log"):
+            find_inputs([reference], Reading(), Notes())
 
 
 def test_columns_that_folders_name(tmp_path: Path) -> None:
