@@ -254,9 +254,10 @@ class _Finder:
             elif has_magic(root):
                 found = system.glob(root, detail=True).items()
                 lists = (system.find(path) if info["type"] == "directory" else [path] for path, info in found)
-                paths = sorted({path for paths in lists for path in paths})
+                paths = list({path for paths in lists for path in paths})
             else:
-                paths = sorted(system.find(root)) if is_folder else [root]
+                paths = system.find(root) if is_folder else [root]
+            paths.sort(key=PurePosixPath)  # as a local folder is walked
             sizes = [system.info(path)["size"] or 0 for path in paths]
         except (ImportError, ValueError) as error:
             raise InputError(f"{shown}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
