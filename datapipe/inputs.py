@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from datapipe.input_file import InputFile, annotations_of, format_of, formats, p
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.notes import Notes
 from datapipe.paths import PREFIX, local_path
+from datapipe.splits import P, Splits, split_of
 
 JOURNAL = ".prepare.jsonl"
 """File in an unfinished output of `detour prepare`."""
@@ -30,8 +30,6 @@ MANY = 10
 """Files named one by one of the same folder from which the folder is their source."""
 DELTA_LOG = "_delta_log"
 """Folder in a Delta table that tells which of the files beside it are current."""
-_SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test)(?=[-_.]|$)", re.IGNORECASE)
-_SPLITS = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"{": "json", b"[": "json", b"PK\x03\x04": "zip"}
 
 
@@ -62,28 +60,19 @@ class _Finder:
         self._reading, self._notes = reading, notes
         self._exclude = exclude.resolve() if exclude is not None else None
         self._seen: dict[object, str] = {}
-        self._splits: set[str] = set()
-        self._split_found = False
+        self._splits = Splits(reading.split, notes)
         self.files: list[InputFile] = []
         self._sources = _source_names(references)
         for reference in references:
             self._met = 0
             self._find(reference)
             if not self._met:
-                self._require_split()
+                self._splits.require_found()
                 self._refuse_empty(reference)
-        self._require_split()
+        self._splits.require_found()
         kinds = Counter(file.format for file in self.files)
         if len(self.files) > 1:
             notes.add(f"read: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())} files", "", "")
-
-    def _require_split(self) -> None:
-        if self._reading.split is not None and not self._split_found:
-            raise InputError(
-                f"--split {self._reading.split}: no such split; there are {', '.join(sorted(self._splits)) or 'none'}",
-                key="--split",
-                code="no-such-split",
-            )
 
     def _refuse_empty(self, reference: str) -> None:
         unread = "\n".join(["", *self._notes.lines()])
@@ -132,6 +121,10 @@ class _Finder:
         kind = format_of(path.name) or (format_of(path.parent.name) if not path.suffix else None)
         return kind or self._reading.format
 
+    def _may_hold_text(self, entries: Sequence[P]) -> list[P]:
+        """Text files, and what looks like a folder."""
+        return [entry for entry in entries if self._format(entry) or not entry.suffix]
+
     def _add_local(self, path: Path, kind: str, source: str) -> None:
         info = path.stat()
         self._met += 1
@@ -157,7 +150,7 @@ class _Finder:
             if named:
                 self._read_dataset(directory, [str(file["filename"]) for file in named], source)
             elif splits:
-                chosen = self._choose([str(split) for split in splits], printable(directory))
+                chosen = self._splits.choose([str(split) for split in splits], printable(directory))
                 for split in chosen or [str(split) for split in splits]:
                     self._walk(directory / split, source)
             else:
@@ -179,7 +172,7 @@ class _Finder:
                 self._notes.unread(_kind(entry.name), "beside a saved dataset, a cache", printable(entry))
 
     def _take_all(self, entries: list[Path], source: str) -> None:
-        left_out = self._other_splits(entries)
+        left_out = self._splits.left_out(self._may_hold_text(entries))
         annotated = {annotations_of(entry.name) for entry in entries if self._format(entry) == "txt"}
         for entry in entries:
             name = printable(entry)
@@ -190,7 +183,7 @@ class _Finder:
             if _is_hidden(entry.name):
                 self._notes.unread("hidden", "its name begins with . or _", name)
             elif entry in left_out:
-                self._notes.unread(f"split {_split(entry.name)}", "another split is read", name)
+                self._notes.unread(f"split {split_of(entry.name)}", "another split is read", name)
             elif entry.is_dir():
                 self._walk(entry, source)
             elif entry.is_symlink() and not entry.exists():
@@ -203,39 +196,6 @@ class _Finder:
                 self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
             else:
                 self._add_local(entry, kind, source)
-
-    def _other_splits(self, entries: Sequence[Path | PurePosixPath]) -> set[Path | PurePosixPath]:
-        """The entries of a folder that belong to a split which is not read."""
-        result: set[Path | PurePosixPath] = set()
-        folders: dict[PurePosixPath | Path, list[Path | PurePosixPath]] = {}
-        for entry in entries:
-            if _split(entry.name) and (self._format(entry) or not entry.suffix):
-                folders.setdefault(entry.parent, []).append(entry)
-        for folder, members in folders.items():
-            names = {str(_split(entry.name)) for entry in members}
-            chosen = self._choose(sorted(names), str(folder)) if len(names) > 1 or self._reading.split else None
-            if chosen is not None:
-                result |= {entry for entry in members if _split(entry.name) not in chosen}
-        return result
-
-    def _choose(self, splits: list[str], where: str) -> list[str] | None:
-        """The splits to read of those of a folder; None for all of them."""
-        self._splits |= set(splits)
-        wanted = self._reading.split or ("train" if len(splits) > 1 else None)
-        if wanted is None:
-            return None
-        chosen = [split for split in splits if _SPLITS.get(split.lower(), split) == _SPLITS.get(wanted, wanted)]
-        self._split_found |= bool(chosen)
-        if not chosen and self._reading.split is None:
-            raise InputError(
-                f"{where} has the splits {', '.join(splits)}, and none is the training split; choose by --split",
-                key="--split",
-                code="dataset-splits",
-            )
-        if chosen and len(chosen) < len(splits):
-            others = ", ".join(split for split in splits if split not in chosen)
-            self._notes.add(f"read: the split {chosen[0]}, not {others}", where, "folders")
-        return chosen
 
     def _find_remote(self, url: str) -> None:
         import fsspec
@@ -278,7 +238,8 @@ class _Finder:
         """Take remote files as `_take_all` takes those of a folder; `top` is the folder, None for a file or a glob."""
         entries = [PurePosixPath(path) for path in sizes]
         folders = {folder for entry in entries for folder in entry.parents if top in folder.parents}
-        left_out = self._other_splits(sorted({*entries, *folders})) if len(entries) > 1 else set()
+        many = sorted({*entries, *folders}) if len(entries) > 1 else []
+        left_out = self._splits.left_out(self._may_hold_text(many))
         annotated = {entry.with_name(annotations_of(entry.name)) for entry in entries if self._format(entry) == "txt"}
         datasets = {entry.parent for entry in entries if entry.name in ("state.json", "dataset_dict.json")}
         for entry, (path, size) in zip(entries, sizes.items(), strict=True):
@@ -293,7 +254,7 @@ class _Finder:
             if len(entries) > 1 and any(_is_hidden(part.name) for part in parts):
                 self._notes.unread("hidden", "its name begins with . or _", name)
             elif other is not None:
-                self._notes.unread(f"split {_split(other.name)}", "another split is read", name)
+                self._notes.unread(f"split {split_of(other.name)}", "another split is read", name)
             elif entry.parent in datasets and not (entry.suffix == ".arrow" and not entry.name.startswith("cache-")):
                 self._notes.unread(_kind(entry.name), "beside a saved dataset, a cache", name)
             elif (kind := self._format(PurePosixPath(path.partition("?")[0]))) is None:
@@ -360,12 +321,6 @@ def _delta_table(log: str) -> InputError:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or (name.startswith("_") and not PurePosixPath(name).suffix)
-
-
-def _split(name: str) -> str | None:
-    """The split that the name of a file or folder tells, such as `test-00000.parquet` or `split=test`."""
-    match = _SPLIT.match(name.removeprefix("split="))
-    return match[1].lower() if match else None
 
 
 def _kind(name: str) -> str:

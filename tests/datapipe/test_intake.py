@@ -358,7 +358,7 @@ def test_a_remote_folder_is_read_as_a_local_one(names: list[str]) -> None:
 
 
 def test_a_delta_table_is_refused(tmp_path: Path) -> None:
-    """Its old files hold notes that were deleted."""
+    """Old files of the table hold notes that were deleted."""
     import fsspec
 
     system = fsspec.filesystem("memory")

@@ -1,0 +1,85 @@
+"""The split of a data set that is read, where the names of files and folders tell splits: train, validation, test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from configs.errors import InputError
+from datapipe.notes import Notes
+
+_NAME = re.compile(r"(train|training|validation|valid|val|dev|test)(?=[-_.]|$)", re.IGNORECASE)
+_SAME = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
+P = TypeVar("P", Path, PurePosixPath)
+
+
+def split_of(name: str) -> str | None:
+    """The split that the name of a file or folder tells, such as `test-00000.parquet` or `split=test`."""
+    match = _NAME.match(name.removeprefix("split="))
+    return match[1].lower() if match else None
+
+
+class Splits:
+    """The choice between the splits that are met.
+
+    Args:
+        wanted: Name of the split to read; None for the training split where several are named.
+        notes: Receives what is read and what is not.
+    """
+
+    def __init__(self, wanted: str | None, notes: Notes) -> None:
+        self._wanted, self._notes = wanted, notes
+        self._met: set[str] = set()
+        self._found = False
+
+    def left_out(self, entries: Sequence[P]) -> set[P]:
+        """The entries of folders that belong to a split which is not read.
+
+        Raises:
+            InputError: None of the splits of a folder is the one to read.
+        """
+        result: set[P] = set()
+        folders: dict[P, list[P]] = {}
+        for entry in entries:
+            if split_of(entry.name):
+                folders.setdefault(entry.parent, []).append(entry)
+        for folder, members in folders.items():
+            names = {str(split_of(entry.name)) for entry in members}
+            chosen = self.choose(sorted(names), str(folder)) if len(names) > 1 or self._wanted else None
+            if chosen is not None:
+                result |= {entry for entry in members if split_of(entry.name) not in chosen}
+        return result
+
+    def choose(self, splits: list[str], where: str) -> list[str] | None:
+        """The splits to read of those of a folder; None for all of them.
+
+        Raises:
+            InputError: There are several, and none is the training split.
+        """
+        self._met |= set(splits)
+        wanted = self._wanted or ("train" if len(splits) > 1 else None)
+        if wanted is None:
+            return None
+        chosen = [split for split in splits if _SAME.get(split.lower(), split) == _SAME.get(wanted, wanted)]
+        self._found |= bool(chosen)
+        if not chosen and self._wanted is None:
+            raise InputError(
+                f"{where} has the splits {', '.join(splits)}, and none is the training split; choose by --split",
+                key="--split",
+                code="dataset-splits",
+            )
+        if chosen and len(chosen) < len(splits):
+            others = ", ".join(split for split in splits if split not in chosen)
+            self._notes.add(f"read: the split {chosen[0]}, not {others}", where, "folders")
+        return chosen
+
+    def require_found(self) -> None:
+        """Raise InputError if a split was asked for and not met."""
+        if self._wanted is not None and not self._found:
+            raise InputError(
+                f"--split {self._wanted}: no such split; there are {', '.join(sorted(self._met)) or 'none'}",
+                key="--split",
+                code="no-such-split",
+            )
