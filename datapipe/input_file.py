@@ -49,6 +49,8 @@ class InputFile:
     system: Any = field(default=None, compare=False, repr=False)
     """fsspec's file system of a URL."""
     url: str = ""
+    version: str = field(default="", compare=False, repr=False)
+    """All that the store tells of the file behind a URL; it changes with the content."""
     spool: Any = field(default=None, compare=False, repr=False)
     """Temporary file with the content of a pipe."""
 

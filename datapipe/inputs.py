@@ -218,7 +218,7 @@ class _Finder:
             else:
                 paths = system.find(root) if is_folder else [root]
             paths.sort(key=PurePosixPath)  # as a local folder is walked
-            sizes = [system.info(path)["size"] or 0 for path in paths]
+            infos = {path: system.info(path) for path in paths}
         except (ImportError, ValueError) as error:
             raise InputError(f"{shown}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
         except FileNotFoundError as error:
@@ -232,17 +232,17 @@ class _Finder:
             raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
         if not paths:
             raise InputError(f"{shown}: no file matches", code="no-such-file")
-        self._take_remote(system, url, PurePosixPath(root) if is_folder else None, dict(zip(paths, sizes, strict=True)))
+        self._take_remote(system, url, PurePosixPath(root) if is_folder else None, infos)
 
-    def _take_remote(self, system: Any, url: str, top: PurePosixPath | None, sizes: dict[str, int]) -> None:
+    def _take_remote(self, system: Any, url: str, top: PurePosixPath | None, infos: dict[str, Any]) -> None:
         """Take remote files as `_take_all` takes those of a folder; `top` is the folder, None for a file or a glob."""
-        entries = [PurePosixPath(path) for path in sizes]
+        entries = [PurePosixPath(path) for path in infos]
         folders = {folder for entry in entries for folder in entry.parents if top in folder.parents}
         many = sorted({*entries, *folders}) if len(entries) > 1 else []
         left_out = self._splits.left_out(self._may_hold_text(many))
         annotated = {entry.with_name(annotations_of(entry.name)) for entry in entries if self._format(entry) == "txt"}
         datasets = {entry.parent for entry in entries if entry.name in ("state.json", "dataset_dict.json")}
-        for entry, (path, size) in zip(entries, sizes.items(), strict=True):
+        for entry, (path, info) in zip(entries, infos.items(), strict=True):
             place = system.unstrip_protocol(path)
             name = without_secrets(place)
             parts = [entry, *(folder for folder in entry.parents if folder in folders)]
@@ -261,7 +261,10 @@ class _Finder:
                 self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
             elif self._is_first(place, name):
                 self._met += 1
-                self.files.append(InputFile(self._sources[url], name, kind, size, system=system, url=path))
+                size, version = info["size"] or 0, str(info)
+                self.files.append(
+                    InputFile(self._sources[url], name, kind, size, system=system, url=path, version=version)
+                )
 
     def _spool(self, stream: IO[bytes], name: str, source: str) -> None:
         """Copy a pipe into a temporary file, because a pipe is read once and its text more often."""

@@ -213,10 +213,10 @@ def band_keys(signatures: NDArray[np.uint16], band: int, rows: int) -> NDArray[n
 
 
 def _identity(files: Sequence[InputFile], reading: Reading, threshold: float) -> str:
-    """Identity of the files, by size and time, and of the settings."""
-    stats = [(file.name, file.size, file.path.stat().st_mtime_ns if file.path else 0) for file in files]
+    """Identity of the files, by size and time or what their store tells, and of the settings."""
+    stats = [(file.name, file.size, file.path.stat().st_mtime_ns if file.path else file.version) for file in files]
     if reading.mask_spans:  # it changes the texts
         annotations = [hashlib.sha256(file.annotations() or b"").digest() for file in files if file.format == "txt"]
-        stats += [(str(annotations), 0, 0)]
+        stats += [(str(annotations), 0, "")]
     settings = [stats, reading.model_dump(), policy(reading), threshold, HASHES]
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]

@@ -580,6 +580,19 @@ def test_near_duplicates_are_looked_for_once(tmp_path: Path, monkeypatch: pytest
         near_duplicates(files, Reading(), 0.7, tmp_path, 1)
 
 
+def test_near_duplicates_of_a_remote_file_that_was_replaced(tmp_path: Path) -> None:
+    """The new file has the same name and as many bytes."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for second, expected in (("aa", [False, True]), ("bb", [False, False])):
+        system.pipe(
+            "/near/a.jsonl", jsonl([{"text": "aa aa aa aa"}, {"text": f"{second} {second} {second} {second}"}]).encode()
+        )
+        files = find_inputs(["memory://near"], Reading(), Notes())
+        assert near_duplicates(files, Reading(), 0.8, tmp_path, 1).tolist() == expected
+
+
 def test_a_group_is_the_same_however_it_is_written(tmp_path: Path) -> None:
     """A patient's number is a float in tables with nulls, and must not fall on both sides for that."""
     rows = [{"text": "a", "g": value} for value in (1, 1.0, "1", " 1 ", "1.0", None, "", float("nan"), "01", [1])]
