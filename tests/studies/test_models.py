@@ -23,7 +23,7 @@ def restless_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restless_threads")
 def test_trials_that_are_measured_together_load_whole_models(model: Path) -> None:
-    """All of them would fail without a lock: tied weights stay without values from the first two that meet."""
+    """Loads fail without a lock: tied weights stay without values when two threads meet."""
     ids = torch.arange(40).reshape(2, 20)
     expected = load_model(AutoModelForMaskedLM, model)(ids).logits
     with ThreadPoolExecutor(8) as pool:
