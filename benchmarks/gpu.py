@@ -69,7 +69,6 @@ SPEEDS = (  # name, model, objective, rows per step, published tokens/s of an H1
     ("large, CLM, bf16", LARGE, "clm", 16, 116e3, 196e3),
     ("base, CLM, bf16, 4 rows per step", BASE, "clm", 4, 239e3, 370e3),
 )
-FLASH_ATTENTION = {"attention": "flash_attn_4"}
 CHANGES: dict[str, tuple[tuple[float, float, float], Callable[[], Any], dict[str, Any]]] = {
     # predicted ms a step for the first three rows of SPEEDS, what takes the change out, settings that put it in
     "plain linear layers": (
@@ -78,7 +77,7 @@ CHANGES: dict[str, tuple[tuple[float, float, float], Callable[[], Any], dict[str
         {},
     ),
     "last layer where it pays": ((0, -12, 0), lambda: mock.patch.object(PackedDocuments, "from_lengths", _whole), {}),
-    "flash-attn-4": ((-8, -15, -12), nullcontext, FLASH_ATTENTION),
+    "flash-attn-4": ((-8, -15, -12), nullcontext, {"attention": "flash_attn_4"}),
 }
 FP8_BARS = {"400M": 1.0, "1B": 1.3, "3B": 1.4}
 """Speed of FP8 relative to BF16, by model."""
@@ -171,19 +170,24 @@ def _whole(*arguments: Any, of: Any = PackedDocuments.from_lengths) -> PackedDoc
     return packed
 
 
+def predicted_changes() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Yield the name of a row, its change and its entry of SPEEDS, where the change was predicted to matter."""
+    for change, (predictions, *_) in CHANGES.items():
+        for entry, predicted in zip(SPEEDS, predictions, strict=False):
+            if predicted:
+                yield f"{change}: {entry[0]}, predicted {predicted:+g} ms", change, entry
+
+
 def changes_rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure a step with and without each change, and name the milliseconds that were predicted for it."""
-    for change, (predictions, without, settings) in CHANGES.items():
-        for (row, model, objective, rows, *_), predicted in zip(SPEEDS, predictions, strict=False):
-            if not predicted:
-                continue
-            name = f"{change}: {row}, predicted {predicted:+g} ms"
-            config_of = partial(run_config, folder, model, objective, sequences=rows, precision="bf16")
-            with without():
-                before = measured(name, partial(milliseconds, config_of(), quick))
-            after = measured(name, partial(milliseconds, config_of(**settings), quick))
-            if before and after:
-                yield Row.at_most(name, after, before, None, "ms a step")
+    for name, change, (_, model, objective, rows, *_) in predicted_changes():
+        _, without, settings = CHANGES[change]
+        config_of = partial(run_config, folder, model, objective, sequences=rows, precision="bf16")
+        with without():
+            before = measured(name, partial(milliseconds, config_of(), quick))
+        after = measured(name, partial(milliseconds, config_of(**settings), quick))
+        if before and after:
+            yield Row.at_most(name, after, before, None, "ms a step")
 
 
 def measured(name: str, function: Callable[[], Any]) -> Any:
@@ -435,12 +439,7 @@ def measure(folder: Path, parts: list[str], quick: bool, file: Path | None) -> l
 def without_a_gpu() -> list[str]:
     """List the rows that a GPU would fill."""
     names = [row[0] for row in SPEEDS] + [f"{size}, FP8 {recipe} against BF16" for size in MODELS for recipe in RECIPES]
-    names += [
-        f"{change}: {row[0]}, predicted {predicted:+g} ms"
-        for change, (predictions, *_) in CHANGES.items()
-        for row, predicted in zip(SPEEDS, predictions, strict=False)
-        if predicted
-    ]
+    names += [name for name, *_ in predicted_changes()]
     names += [f"FP8 {recipe}: loss against BF16's, and after a restart" for recipe in RECIPES]
     names += ["base, CLM and MLM: Transformer Engine's attention against torch's"]
     names += ["base, CLM and MLM: deterministic against not", "MLM: staging a batch of 16 rows by dali against numpy"]
