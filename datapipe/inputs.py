@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from glob import has_magic, iglob
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
 from configs.errors import InputError
@@ -18,18 +18,19 @@ from configs.schema import Reading
 from datapipe.decoding import COMPRESSED, DAMAGE, decompress
 from datapipe.disk import disk_errors_as_input_errors
 from datapipe.input_file import InputFile, annotations_of, format_of, formats, printable, without_secrets
+from datapipe.listing import Entry, LocalEntry, RemoteEntry
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.notes import Notes
 from datapipe.paths import PREFIX, local_path
-from datapipe.splits import P, Splits, split_of
+from datapipe.splits import Splits, split_of
 
 JOURNAL = ".prepare.jsonl"
 """File in an unfinished output of `detour prepare`."""
 STDIN = "-"
 MANY = 10
 """Files named one by one of the same folder from which the folder is their source."""
-DELTA_LOG = "_delta_log"
-"""Folder in a Delta table that tells which of the files beside it are current."""
+TABLE_LOGS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
+"""Folders in tables that tell which of the files beside them are current."""
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"{": "json", b"[": "json", b"PK\x03\x04": "zip"}
 
 
@@ -92,9 +93,9 @@ class _Finder:
         path = local_path(reference)
         source = self._sources[reference]
         if path.is_dir():
-            self._walk(path, source)
+            self._walk(LocalEntry(path), source)
         elif not path.exists() and has_magic(str(path)):
-            matches = [Path(match) for match in sorted(iglob(str(path), recursive=True))]  # noqa: PTH207
+            matches = [LocalEntry(Path(match)) for match in sorted(iglob(str(path), recursive=True))]  # noqa: PTH207
             if not matches:
                 raise InputError(f"{path}: no file matches", code="no-such-file")
             self._take_all(matches, source)
@@ -107,95 +108,104 @@ class _Finder:
             except OSError as error:
                 raise InputError(f"{path} cannot be read: {error.strerror}", code="not-readable") from None
         else:
-            kind = self._format(path)
-            if kind is None:
-                raise InputError(
-                    f"{printable(path)}: not a text format that Detour reads; it reads {formats()}; "
-                    "--format tells the format of another name",
-                    code="unknown-format",
-                )
-            self._add_local(path, kind, source)
+            self._add_named(LocalEntry(path), source)
 
-    def _format(self, path: Path | PurePosixPath) -> str | None:
+    def _format(self, path: PurePath) -> str | None:
         """Tell the format by the name, or by that of the folder: Spark writes x.jsonl/part-00000."""
         kind = format_of(path.name) or (format_of(path.parent.name) if not path.suffix else None)
         return kind or self._reading.format
 
-    def _may_hold_text(self, entries: Sequence[P]) -> list[P]:
-        """Text files, and what looks like a folder."""
-        return [entry for entry in entries if self._format(entry) or not entry.suffix]
+    def _add_named(self, file: Entry, source: str) -> None:
+        """Add a file that was named itself: it may be hidden, and must be text."""
+        kind = self._format(file.path)
+        if kind is None:
+            raise InputError(
+                f"{file.shown}: not a text format that Detour reads; it reads {formats()}; "
+                "--format tells the format of another name",
+                code="unknown-format",
+            )
+        self._add(file, kind, source)
 
-    def _add_local(self, path: Path, kind: str, source: str) -> None:
-        info = path.stat()
+    def _add(self, file: Entry, kind: str, source: str) -> None:
         self._met += 1
-        if self._is_first((info.st_dev, info.st_ino), printable(path)):
-            self.files.append(InputFile(source, printable(path), kind, info.st_size, path))
+        if self._is_first(file):
+            self.files.append(file.input_file(source, kind))
 
-    def _is_first(self, identity: object, name: str) -> bool:
-        first = self._seen.setdefault(identity, name)
+    def _is_first(self, entry: Entry) -> bool:
+        name = entry.shown
+        first = self._seen.setdefault(entry.identity(), name)
         if first is not name:
             self._notes.add("named twice, read once", f"{name}, the same file as {first}")
         return first is name
 
-    def _walk(self, directory: Path, source: str) -> None:
-        real = directory.resolve()
-        if real == self._exclude or (directory / JOURNAL).exists() or _is_shard_set(directory):
-            self._notes.unread("a folder of shards", "made by Detour", printable(directory))
+    def _walk(self, folder: Entry, source: str) -> None:
+        entries = _entries(folder)
+        members = {entry.path.name: entry for entry in entries}
+        if folder.identity() == self._exclude or JOURNAL in members or _json_list(members, MANIFEST, "shards"):
+            self._notes.unread("a folder of shards", "made by Detour", folder.shown)
             return
-        if not self._is_first(real, printable(directory)):
+        if not self._is_first(folder):
             return
-        named = _json_list(directory / "state.json", "_data_files")
-        splits = _json_list(directory / "dataset_dict.json", "splits")
-        try:
-            if named:
-                self._read_dataset(directory, [str(file["filename"]) for file in named], source)
-            elif splits:
-                chosen = self._splits.choose([str(split) for split in splits], printable(directory))
-                for split in chosen or [str(split) for split in splits]:
-                    self._walk(directory / split, source)
-            else:
-                self._take_all(sorted(directory.iterdir()), source)
-        except OSError as error:
-            raise InputError(f"{printable(directory)} cannot be read: {error.strerror}", code="not-readable") from None
+        named = _json_list(members, "state.json", "_data_files")
+        splits = [str(split) for split in _json_list(members, "dataset_dict.json", "splits")]
+        if named:
+            self._read_dataset(folder, members, [str(file["filename"]) for file in named], source)
+        elif splits:
+            for split in self._splits.choose(splits, folder.shown) or splits:
+                if split not in members:
+                    raise _incomplete(folder, split, "dataset_dict.json")
+                self._walk(members[split], source)
+        else:
+            self._take_all(entries, source)
 
-    def _read_dataset(self, directory: Path, names: list[str], source: str) -> None:
+    def _read_dataset(self, folder: Entry, members: dict[str, Entry], names: list[str], source: str) -> None:
         """The files that a saved Hugging Face dataset names, because files beside them are caches."""
         for name in names:
-            if not (directory / name).is_file():
-                raise InputError(
-                    f"{directory / name} is missing, and {directory / 'state.json'} names it; copy the dataset again",
-                    code="dataset-incomplete",
-                )
-            self._add_local(directory / name, "arrow", source)
-        for entry in sorted(directory.iterdir()):
-            if entry.name not in (*names, "state.json", "dataset_info.json"):
-                self._notes.unread(_kind(entry.name), "beside a saved dataset, a cache", printable(entry))
+            if name not in members:
+                raise _incomplete(folder, name, "state.json")
+            self._add(members[name], "arrow", source)
+        for name, entry in members.items():
+            if name not in (*names, "state.json", "dataset_info.json"):
+                self._notes.unread(_kind(name), "beside a saved dataset, a cache", entry.shown)
 
-    def _take_all(self, entries: list[Path], source: str) -> None:
-        left_out = self._splits.left_out(self._may_hold_text(entries))
-        annotated = {annotations_of(entry.name) for entry in entries if self._format(entry) == "txt"}
+    def _take_all(self, entries: Sequence[Entry], source: str) -> None:
+        self._refuse_table(entries)
+        may_hold_text = [entry.path for entry in entries if self._format(entry.path) or not entry.path.suffix]
+        left_out = self._splits.left_out(may_hold_text)
+        annotated = {annotations_of(entry.path.name) for entry in entries if self._format(entry.path) == "txt"}
         for entry in entries:
-            name = printable(entry)
-            if entry.name in annotated and entry.suffix == ".ann":
+            name, shown = entry.path.name, entry.shown
+            if name in annotated and entry.path.suffix == ".ann":
                 continue
-            if entry.name == DELTA_LOG:
-                raise _delta_table(name)
-            if _is_hidden(entry.name):
-                self._notes.unread("hidden", "its name begins with . or _", name)
-            elif entry in left_out:
-                self._notes.unread(f"split {split_of(entry.name)}", "another split is read", name)
-            elif entry.is_dir():
+            if _is_hidden(name):
+                self._notes.unread("hidden", "its name begins with . or _", shown)
+            elif entry.path in left_out:
+                self._notes.unread(f"split {split_of(name)}", "another split is read", shown)
+            elif entry.is_folder():
                 self._walk(entry, source)
-            elif entry.is_symlink() and not entry.exists():
-                self._notes.unread("link", "it leads nowhere", name)
-            elif not entry.is_file():
-                self._notes.unread("special", "no regular file", name)
-            elif entry.name.startswith("cache-") and entry.suffix == ".arrow":
-                self._notes.unread("cache-*.arrow", "a cache of Hugging Face datasets", name)
-            elif (kind := self._format(entry)) is None:
-                self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
+            elif flaw := entry.flaw():
+                self._notes.unread(*flaw, shown)
+            elif name.startswith("cache-") and entry.path.suffix == ".arrow":
+                self._notes.unread("cache-*.arrow", "a cache of Hugging Face datasets", shown)
+            elif (kind := self._format(entry.path)) is None:
+                self._notes.unread(_kind(name), "no format that Detour reads", shown)
             else:
-                self._add_local(entry, kind, source)
+                self._add(entry, kind, source)
+
+    @staticmethod
+    def _refuse_table(entries: Sequence[Entry]) -> None:
+        """Raise InputError if entries of a folder say that files beside them are of older versions of a table."""
+        logs = {entry: TABLE_LOGS[entry.path.name] for entry in entries if entry.path.name in TABLE_LOGS}
+        for entry in entries:
+            if entry.path.name == "metadata" and entry.is_folder():
+                inner = (file for file in _entries(entry) if file.path.name.endswith(".metadata.json"))
+                logs |= dict.fromkeys(inner, "an Iceberg table")
+        for log, table in logs.items():
+            raise InputError(
+                f"{log.shown}: {table}, whose folder also holds rows that were deleted or replaced; write its current "
+                "version as parquet into another folder",
+                code="table-with-versions",
+            )
 
     def _find_remote(self, url: str) -> None:
         import fsspec
@@ -208,63 +218,27 @@ class _Finder:
             raise InputError(f"{shown}: Detour reads text from files, s3://, gs:// and https://", code="unknown-scheme")
         try:
             system, root = fsspec.core.url_to_fs(url)
-            is_folder = not is_web and not has_magic(root) and system.isdir(root)
-            if is_web:
-                paths = [root]
-            elif has_magic(root):
-                found = system.glob(root, detail=True).items()
-                lists = (system.find(path) if info["type"] == "directory" else [path] for path, info in found)
-                paths = list({path for paths in lists for path in paths})
-            else:
-                paths = system.find(root) if is_folder else [root]
-            paths.sort(key=PurePosixPath)  # as a local folder is walked
-            infos = {path: system.info(path) for path in paths}
+            matches = not is_web and has_magic(root)
+            found = system.glob(root, detail=True) if matches else {root: system.info(root)}
+            entries = [_remote_entry(system, path, info) for path, info in sorted(found.items())]
         except (ImportError, ValueError) as error:
             raise InputError(f"{shown}: {error}; pip install 'detour-train[remote]'", code="unknown-scheme") from None
         except FileNotFoundError as error:
             cause = error.__cause__  # fsspec says so too of a server that cannot be reached or refuses the user
             if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
                 raise InputError(f"{shown}: no such file", code="no-such-file") from None
-            reason = without_secrets(f"{type(cause).__name__}: {cause}")
-            raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
+            raise _unreadable(shown, cause) from None
         except Exception as error:  # every store's client has its own family of errors
-            reason = without_secrets(f"{type(error).__name__}: {error}")
-            raise InputError(f"{shown} cannot be read: {reason}", code="not-readable") from None
-        if not paths:
+            raise _unreadable(shown, error) from None
+        source = self._sources[url]
+        if not entries:
             raise InputError(f"{shown}: no file matches", code="no-such-file")
-        self._take_remote(system, url, PurePosixPath(root) if is_folder else None, infos)
-
-    def _take_remote(self, system: Any, url: str, top: PurePosixPath | None, infos: dict[str, Any]) -> None:
-        """Take remote files as `_take_all` takes those of a folder; `top` is the folder, None for a file or a glob."""
-        entries = [PurePosixPath(path) for path in infos]
-        folders = {folder for entry in entries for folder in entry.parents if top in folder.parents}
-        many = sorted({*entries, *folders}) if len(entries) > 1 else []
-        left_out = self._splits.left_out(self._may_hold_text(many))
-        annotated = {entry.with_name(annotations_of(entry.name)) for entry in entries if self._format(entry) == "txt"}
-        datasets = {entry.parent for entry in entries if entry.name in ("state.json", "dataset_dict.json")}
-        for entry, (path, info) in zip(entries, infos.items(), strict=True):
-            place = system.unstrip_protocol(path)
-            name = without_secrets(place)
-            parts = [entry, *(folder for folder in entry.parents if folder in folders)]
-            other = next((part for part in parts if part in left_out), None)
-            if entry in annotated and entry.suffix == ".ann":
-                continue
-            if any(part.name == DELTA_LOG for part in parts):
-                raise _delta_table(name)
-            if len(entries) > 1 and any(_is_hidden(part.name) for part in parts):
-                self._notes.unread("hidden", "its name begins with . or _", name)
-            elif other is not None:
-                self._notes.unread(f"split {split_of(other.name)}", "another split is read", name)
-            elif entry.parent in datasets and not (entry.suffix == ".arrow" and not entry.name.startswith("cache-")):
-                self._notes.unread(_kind(entry.name), "beside a saved dataset, a cache", name)
-            elif (kind := self._format(PurePosixPath(path.partition("?")[0]))) is None:
-                self._notes.unread(_kind(entry.name), "no format that Detour reads", name)
-            elif self._is_first(place, name):
-                self._met += 1
-                size, version = info["size"] or 0, str(info)
-                self.files.append(
-                    InputFile(self._sources[url], name, kind, size, system=system, url=path, version=version)
-                )
+        if matches:
+            self._take_all(entries, source)
+        elif entries[0].is_folder():
+            self._walk(entries[0], source)
+        else:
+            self._add_named(entries[0], source)
 
     def _spool(self, stream: IO[bytes], name: str, source: str) -> None:
         """Copy a pipe into a temporary file, because a pipe is read once and its text more often."""
@@ -314,12 +288,35 @@ def _name(reference: str) -> str:
     return printable(path.name if path.name.strip(".") else path.resolve().name) or "root"
 
 
-def _delta_table(log: str) -> InputError:
-    return InputError(
-        f"{log}: a Delta table, whose folder also holds rows that were deleted or replaced; write its current version "
-        "as parquet into another folder",
-        code="delta-table",
+def _remote_entry(system: Any, path: str, info: dict[str, Any]) -> RemoteEntry:
+    is_folder = info["type"] == "directory"
+    return (
+        RemoteEntry(system, path, {}, system.find(path, detail=True)) if is_folder else RemoteEntry(system, path, info)
     )
+
+
+def _entries(folder: Entry) -> list[Entry]:
+    """What a folder holds, sorted by name.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        return folder.entries()
+    except OSError as error:
+        raise InputError(f"{folder.shown} cannot be read: {error.strerror}", code="not-readable") from None
+
+
+def _incomplete(folder: Entry, name: str, named_by: str) -> InputError:
+    return InputError(
+        f"{folder.shown}/{name} is missing, and {named_by} beside it names it; copy the dataset again",
+        code="dataset-incomplete",
+    )
+
+
+def _unreadable(shown: str, error: BaseException) -> InputError:
+    reason = without_secrets(f"{type(error).__name__}: {error}")
+    return InputError(f"{shown} cannot be read: {reason}", code="not-readable")
 
 
 def _is_hidden(name: str) -> bool:
@@ -333,16 +330,17 @@ def _kind(name: str) -> str:
     return printable(suffixes[-1]) if suffixes else "no suffix"
 
 
-def _is_shard_set(directory: Path) -> bool:
-    try:
-        return "shards" in json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
+def _json_list(members: dict[str, Entry], name: str, key: str) -> list[Any]:
+    """A list in a JSON file of a folder; empty if there is no such file or key.
 
-
-def _json_list(path: Path, key: str) -> list[Any]:
-    """A list in a JSON file; empty if there is no such file or key."""
-    try:
-        return list(json.loads(path.read_bytes())[key])
-    except (OSError, ValueError, KeyError, TypeError):
+    Raises:
+        InputError: The file cannot be read.
+    """
+    if name not in members:
         return []
+    try:
+        return list(json.loads(members[name].read())[key])
+    except (ValueError, KeyError, TypeError):
+        return []
+    except OSError as error:
+        raise _unreadable(members[name].shown, error) from None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from pathlib import PurePath
 
 from configs.errors import InputError
 from datapipe.notes import Notes
 
 _NAME = re.compile(r"(train|training|validation|valid|val|dev|test)(?=[-_.]|$)", re.IGNORECASE)
 _SAME = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
-P = TypeVar("P", Path, PurePosixPath)
 
 
 def split_of(name: str) -> str | None:
@@ -34,14 +32,14 @@ class Splits:
         self._met: set[str] = set()
         self._found = False
 
-    def left_out(self, entries: Sequence[P]) -> set[P]:
+    def left_out(self, entries: Sequence[PurePath]) -> set[PurePath]:
         """The entries of folders that belong to a split which is not read.
 
         Raises:
             InputError: None of the splits of a folder is the one to read.
         """
-        result: set[P] = set()
-        folders: dict[P, list[P]] = {}
+        result: set[PurePath] = set()
+        folders: dict[PurePath, list[PurePath]] = {}
         for entry in entries:
             if split_of(entry.name):
                 folders.setdefault(entry.parent, []).append(entry)

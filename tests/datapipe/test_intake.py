@@ -357,18 +357,26 @@ def test_a_remote_folder_is_read_as_a_local_one(names: list[str]) -> None:
         assert found[0] == found[1], notes
 
 
-def test_a_delta_table_is_refused(tmp_path: Path) -> None:
-    """Old files of the table hold notes that were deleted."""
+@pytest.mark.parametrize(
+    ("log", "table"),
+    [
+        ("_delta_log/00000000000000000000.json", "a Delta table"),
+        (".hoodie/hoodie.properties", "a Hudi table"),
+        ("metadata/v1.metadata.json", "an Iceberg table"),
+    ],
+)
+def test_a_table_with_versions_is_refused(log: str, table: str, tmp_path: Path) -> None:
+    """Old files of such tables hold notes that were deleted."""
     import fsspec
 
     system = fsspec.filesystem("memory")
     system.store.clear()
-    for name in ("notes/part-0.parquet", "notes/_delta_log/00000000000000000000.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("notes/data/part-0.parquet", f"notes/{log}"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
         system.pipe(f"/{name}", b"")
-    for reference in (str(tmp_path), str(tmp_path / "notes"), "memory://notes"):
-        with refused("delta-table", "notes/_delta_log"):
+    for reference in (str(tmp_path), str(tmp_path / "notes"), f"{tmp_path}/no*", "memory://notes", "memory://note*"):
+        with refused("table-with-versions", table):
             find_inputs([reference], Reading(), Notes())
 
 
