@@ -160,28 +160,38 @@ def count_metrics(directory: Path) -> int:
 def rewind_metrics(directory: Path, step: int) -> None:
     """Cut metrics.jsonl back to the lines of the steps up to `step`, and drop a torn last line.
 
-    A run that resumes at `step` logs the later steps again.
+    A run that resumes at `step` logs the later steps again. Damaged lines before them stay where they are.
     """
     path = RunDirectory(directory).metrics
     if not path.exists():
         return
-    keep = 0
+    keep = offset = 0
     with path.open("rb+") as file:
         for line in file:
+            offset += len(line)
             record = _decode(line)
-            if record is None or record["step"] > step:
+            if record is None:
+                continue
+            if record["step"] > step:
                 break
-            keep += len(line)
+            keep = offset
         file.truncate(keep)
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
+    damaged = 0
     try:
         with path.open("rb") as file:
             for line in file:
                 record = _decode(line)
                 if record is not None:
                     yield record
+                else:
+                    damaged += line.endswith(b"\n")  # else torn
+        if damaged:
+            logging.getLogger(__name__).warning(
+                "%s: %d damaged %s not used", path, damaged, "line is" if damaged == 1 else "lines are"
+            )
     except FileNotFoundError:
         return
     except OSError as error:

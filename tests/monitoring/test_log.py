@@ -56,6 +56,16 @@ def test_rewind_cuts_later_steps_and_a_torn_last_line(tmp_path: Path, torn: byte
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
 
 
+def test_a_damaged_line_costs_no_other_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_steps(tmp_path, range(1, 6))
+    path = tmp_path / METRICS
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], lines[2].replace(b"{", b"\x00"), *lines[3:]]))
+    rewind_metrics(tmp_path, 4)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 4]
+    assert f"{path}: 1 damaged line is not used" in caplog.text
+
+
 def test_rewind_of_a_run_without_lines_is_nothing(tmp_path: Path) -> None:
     rewind_metrics(tmp_path, 0)
     assert not (tmp_path / METRICS).exists()

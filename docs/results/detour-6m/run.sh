@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole study in the current directory, from texts to the page: run.sh CORPUS TASKS
+# The whole study in the current directory, from texts to the page: run.sh CORPUS TASKS [SETTING ...]
 # CORPUS holds novels_en.jsonl.gz, law_en.jsonl.gz and trials_en_ccby.jsonl.gz; TASKS holds a folder for each task.
-# It may be stopped: the same command continues.
+# Settings such as cluster.workers_per_node=2 are those of the start run. It may be stopped: the same command continues.
 set -euo pipefail
-if (($# != 2)); then
+if (($# < 2)); then
     sed -n 's/^# //p' "$0"
     exit 2
 fi
@@ -25,5 +25,5 @@ prepare novels novels.jsonl
 prepare law "$corpus/law_en.jsonl.gz"
 prepare general general/general.jsonl
 prepare trials "$corpus/trials_en_ccby.jsonl.gz" --held-out 0.02 --canaries 48
-detour-train start.yaml --output start
+detour-train start.yaml --output start "${@:3}"
 detour study study.yaml --output study
