@@ -57,8 +57,15 @@ class LayerNorm(torch.nn.Module):
         states = states[0] + states[1] if isinstance(states, tuple) else states
         return F.layer_norm(states, self.weight.shape, self.weight, None, self.eps)
 
-    def after(self, states: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return `states + other`, which the next residual connection carries, and the norm of the sum."""
+
+class SummingNorm(LayerNorm):
+    """LayerNorm of a residual sum."""
+
+    def forward(self, states: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return `states + other`, which the next residual connection carries, and the norm of the sum.
+
+        Megatron waits for gathered weights in a hook of `__call__`, so that no other method may use the weight.
+        """
         return add_and_norm(states, other, self.weight, self.eps)
 
 
@@ -68,7 +75,7 @@ class NoNorm(torch.nn.Module):
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
-    def after(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states twice."""
         return states, states
 
@@ -91,7 +98,7 @@ class ModernBertLayer(TransformerLayer):
     ) -> tuple[Tensor | Summands, None]:
         """Map [T, 1, hidden] to ([T or Q, 1, hidden], None); Megatron's second value belongs to cross-attention."""
         summands = hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
-        states, normed = self.input_layernorm.after(*summands)
+        states, normed = self.input_layernorm(*summands)
         attended, _bias = self.self_attention(
             normed, attention_mask=None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
         )
@@ -101,7 +108,7 @@ class ModernBertLayer(TransformerLayer):
             dropout = dropout and dropout.at(queries.positions)
         if dropout is not None:
             attended = dropout.on_attention_output(attended, self.layer_number)
-        states, normed = self.pre_mlp_layernorm.after(states, attended)
+        states, normed = self.pre_mlp_layernorm(states, attended)
         drop = None if dropout is None else partial(dropout.on_gated_states, layer=self.layer_number)
         output, _bias = self.mlp(normed, drop)
         return ((states, output) if self.gives_summands else states + output), None
@@ -163,7 +170,7 @@ def _layer_spec(
     return ModuleSpec(
         module=ModernBertLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=NoNorm if is_first else LayerNorm,
+            input_layernorm=NoNorm if is_first else SummingNorm,
             self_attention=ModuleSpec(
                 module=ModernBertSelfAttention,
                 params={"attn_mask_type": AttnMaskType.padding},
@@ -173,7 +180,7 @@ def _layer_spec(
                     linear_proj=row,
                 ),
             ),
-            pre_mlp_layernorm=LayerNorm,
+            pre_mlp_layernorm=SummingNorm,
             mlp=ModuleSpec(
                 module=GatedMLP,
                 params={"tp_group": parallel_state.get_tensor_model_parallel_group()},

@@ -21,8 +21,9 @@ from tests.engine.world import run_world, stored, toy_config, train
         (2, {"tensor": 2, "sequence": True}),
         (2, {"pipeline": 2, "recompute": "full"}),
         (4, {"tensor": 2, "pipeline": 2}),
+        (4, {"pipeline": 2}),
     ],
-    ids=["dp2", "tp2", "tp2-sequence", "pp2-recompute", "tp2-pp2"],
+    ids=["dp2", "tp2", "tp2-sequence", "pp2-recompute", "tp2-pp2", "pp2-dp2"],
 )
 def test_layout_equals_one_process(
     workers: int, parallel: dict[str, Any], shards: Path, alone_run: Path, tmp_path: Path

@@ -86,6 +86,18 @@ def test_packed_documents(lengths: tuple[int, ...], causal: bool) -> None:
     assert largest_difference(theirs, ours, lengths, causal) <= BAR
 
 
+@torch.no_grad()
+def test_weights_are_used_by_their_modules_calls_alone() -> None:
+    """Megatron waits for weights that other ranks send in a hook of each module's call, and nowhere else."""
+    _, ours, _ = build()
+    waiting = {name: module for name, module in ours.named_modules() if [*module.parameters(recurse=False)]}
+    for name, module in list(waiting.items()):
+        module.register_forward_pre_hook(lambda *_, name=name: waiting.pop(name, None) and None)
+    ids = torch.zeros(1, 9, dtype=torch.int64)
+    ours(ids, PackedDocuments.from_lengths((9,), True, ids.device))
+    assert not waiting
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     heads=st.sampled_from([1, 2, 3]),
