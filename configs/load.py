@@ -165,6 +165,8 @@ def _apply(tree: Any, override: str, recipe: str) -> None:
         reason = _first_line(error)
         if "Cannot merge" in reason:
             reason = "a list cannot take the place of a mapping, nor a mapping that of a list"
+        elif isinstance(error, yaml.YAMLError):
+            reason += f"; quote the value if it is text: '{key}=\"...\"'"
         message = f"{override!r} cannot be applied to {recipe}: {reason}"
         raise InputError(message, key=key, code="override-malformed") from None
 

@@ -22,7 +22,7 @@ from datapipe.listing import Entry, LocalEntry, RemoteEntry
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.notes import Notes
 from datapipe.paths import PREFIX, local_path
-from datapipe.splits import Splits, split_of
+from datapipe.splits import Splits
 
 JOURNAL = ".prepare.jsonl"
 """File in an unfinished output of `detour prepare`."""
@@ -31,6 +31,7 @@ MANY = 10
 """Files named one by one of the same folder from which the folder is their source."""
 TABLE_LOGS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
 """Folders in tables that tell which of the files beside them are current."""
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"{": "json", b"[": "json", b"PK\x03\x04": "zip"}
 
 
@@ -111,9 +112,12 @@ class _Finder:
             self._add_named(LocalEntry(path), source)
 
     def _format(self, path: PurePath) -> str | None:
-        """Tell the format by the name, or by that of the folder: Spark writes x.jsonl/part-00000."""
+        """Tell the format by the name, or by that of the folder: Spark writes x.jsonl/part-00000.
+
+        `--format` tells it where no name does, and what a table called .txt is.
+        """
         kind = format_of(path.name) or (format_of(path.parent.name) if not path.suffix else None)
-        return kind or self._reading.format
+        return self._reading.format or kind if kind in (None, "txt") else kind
 
     def _add_named(self, file: Entry, source: str) -> None:
         """Add a file that was named itself: it may be hidden, and must be text."""
@@ -122,6 +126,13 @@ class _Finder:
             raise InputError(
                 f"{file.shown}: not a text format that Detour reads; it reads {formats()}; "
                 "--format tells the format of another name",
+                code="unknown-format",
+            )
+        if kind in ("json", "csv", "tsv") and self._reading.format not in (None, kind):
+            raise InputError(
+                f"{file.shown}: its name says {kind}, and --format says {self._reading.format}; rename the file, or "
+                "leave out --format",
+                key="--format",
                 code="unknown-format",
             )
         self._add(file, kind, source)
@@ -170,7 +181,7 @@ class _Finder:
 
     def _take_all(self, entries: Sequence[Entry], source: str) -> None:
         self._refuse_table(entries)
-        may_hold_text = [entry.path for entry in entries if self._format(entry.path) or not entry.path.suffix]
+        may_hold_text = [entry.path for entry in entries if self._format(entry.path) or entry.is_folder()]
         left_out = self._splits.left_out(may_hold_text)
         annotated = {annotations_of(entry.path.name) for entry in entries if self._format(entry.path) == "txt"}
         for entry in entries:
@@ -180,13 +191,15 @@ class _Finder:
             if _is_hidden(name):
                 self._notes.unread("hidden", "its name begins with . or _", shown)
             elif entry.path in left_out:
-                self._notes.unread(f"split {split_of(name)}", "another split is read", shown)
+                self._notes.unread(f"split {left_out[entry.path]}", "another split is read", shown)
             elif entry.is_folder():
                 self._walk(entry, source)
             elif flaw := entry.flaw():
                 self._notes.unread(*flaw, shown)
             elif name.startswith("cache-") and entry.path.suffix == ".arrow":
                 self._notes.unread("cache-*.arrow", "a cache of Hugging Face datasets", shown)
+            elif name in DESCRIPTIONS:
+                self._notes.unread("description", "it describes a Hugging Face dataset", shown)
             elif (kind := self._format(entry.path)) is None:
                 self._notes.unread(_kind(name), "no format that Detour reads", shown)
             else:

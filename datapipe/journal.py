@@ -13,7 +13,7 @@ from datapipe.encode import WrittenShard
 from datapipe.inputs import JOURNAL
 from datapipe.manifest import NAME, Shard
 from datapipe.near_duplicates import NAME as NEAR_DUPLICATES
-from datapipe.selection import Block
+from datapipe.selection import HELD_OUT, Block
 
 
 class Journal:
@@ -33,6 +33,7 @@ class Journal:
             output.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
             if not lines:
+                _refuse_foreign_tars(output)
                 self._path.write_text(identity + "\n", encoding="utf-8")
         if lines and lines[0] != identity:
             raise InputError(
@@ -71,3 +72,14 @@ class Journal:
         self._path.unlink()
         for path in self._path.parent.glob(f"{NEAR_DUPLICATES}*"):
             path.unlink()
+
+
+def _refuse_foreign_tars(output: Path) -> None:
+    """Raise InputError if shards would replace tars of others: WebDataset's first one has the name of ours."""
+    foreign = next((path for folder in (output, output / HELD_OUT) for path in sorted(folder.glob("*.tar"))), None)
+    if foreign is not None:
+        raise InputError(
+            f"{foreign} is there already, and Detour did not make it; give another directory for the shards",
+            key="--output",
+            code="other-tars",
+        )

@@ -6,18 +6,19 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
 from configs.errors import InputError, RunFailedError
-from configs.schema import Data, Reading
+from configs.schema import Data, Reading, Source
 from datapipe.canaries import PLANTED, plan, require_planted, write_canaries
 from datapipe.disk import disk_errors_as_input_errors, exclusive
 from datapipe.encode import ShardEncoder, WrittenShard, start_process, write_in_process
@@ -32,7 +33,6 @@ from datapipe.manifest import (
     Manifest,
     TokenizerIdentity,
     add_counts,
-    read_manifest,
     write_manifest,
 )
 from datapipe.near_duplicates import near_duplicates
@@ -41,6 +41,7 @@ from datapipe.overlap import held_out_documents
 from datapipe.paths import local_path
 from datapipe.progress_meter import Progress, ProgressMeter
 from datapipe.selection import HELD_OUT, KEEP_ALL, Block, Intake, Selection, blocks, look_at
+from datapipe.store import open_store
 from datapipe.tokenizer import Tokenizer
 
 SHARD_TEXT = 32 * 2**20
@@ -253,16 +254,21 @@ def ensure_prepared(
             with exclusive(output):
                 if not (output / NAME).exists():
                     _prepare(source.text, tokenizer, output, show, KEEP_ALL, source.reading, say, 0)
-        _require_identifiers(source.name, source.reading, output)
+        _require_identifiers(source, data)
 
 
-def _require_identifiers(name: str, reading: Reading, output: Path) -> None:
+def _require_identifiers(source: Source, data: Data) -> None:
     """Raise InputError if shards were prepared without the identifiers that their source asks for."""
-    asked = policy(reading)
-    if asked and (not (output / NAME).exists() or read_manifest(output).identifiers != asked):
+    asked = policy(source.reading)
+    if not asked:
+        return
+    store, _ = open_store(source.shards, data, threading.Event())
+    with closing(store):
+        manifest = store.manifest()
+    if manifest is None or manifest.identifiers != asked:
         raise InputError(
-            f"source {name}: {output} was not prepared with these identifiers and mask_spans; prepare its text into "
-            "another directory, or set `reading` to the settings it was prepared with",
+            f"source {source.name}: {store.name} was not prepared with these identifiers and mask_spans; prepare its "
+            "text into another directory, or set `reading` to the settings it was prepared with",
             key="data.sources.reading",
             code="other-identifiers",
         )

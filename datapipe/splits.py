@@ -9,14 +9,23 @@ from pathlib import PurePath
 from configs.errors import InputError
 from datapipe.notes import Notes
 
-_NAME = re.compile(r"(train|training|validation|valid|val|dev|test)(?=[-_.]|$)", re.IGNORECASE)
+_WORD = "(train|training|validation|valid|val|dev|test|testing|eval|evaluation)"
+_FIRST = re.compile(rf"(?:split=)?{_WORD}(?=[-_. 0-9]|$)", re.IGNORECASE)
+_INSIDE = re.compile(rf"(?:.*[-_. 0-9])?{_WORD}(?=[-_. 0-9]|$)", re.IGNORECASE)
 _SAME = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
+_SAME |= dict.fromkeys(("testing", "eval", "evaluation"), "test")
 
 
-def split_of(name: str) -> str | None:
-    """The split that the name of a file or folder tells, such as `test-00000.parquet` or `split=test`."""
-    match = _NAME.match(name.removeprefix("split="))
-    return match[1].lower() if match else None
+def splits_of(names: Sequence[str]) -> dict[str, str]:
+    """The splits that the names of a folder's files and folders tell, as Hugging Face names them.
+
+    A name tells one that begins with its word: `test-00000.parquet`, `split=test`. The word may also stand further
+    inside (`corpus_test`) if every name of the folder tells a split. Notes may be called `blood-test`.
+    """
+    inside = {name: match[1].lower() for name in names if (match := _INSIDE.match(name.removeprefix("split=")))}
+    if len(inside) == len(names):
+        return inside
+    return {name: match[1].lower() for name in names if (match := _FIRST.match(name))}
 
 
 class Splits:
@@ -32,22 +41,29 @@ class Splits:
         self._met: set[str] = set()
         self._found = False
 
-    def left_out(self, entries: Sequence[PurePath]) -> set[PurePath]:
-        """The entries of folders that belong to a split which is not read.
+    def left_out(self, entries: Sequence[PurePath]) -> dict[PurePath, str]:
+        """The entries of folders that belong to a split which is not read, and that split.
+
+        Args:
+            entries: Folders, and files that hold text.
 
         Raises:
             InputError: None of the splits of a folder is the one to read.
         """
-        result: set[PurePath] = set()
+        result: dict[PurePath, str] = {}
         folders: dict[PurePath, list[PurePath]] = {}
         for entry in entries:
-            if split_of(entry.name):
-                folders.setdefault(entry.parent, []).append(entry)
+            folders.setdefault(entry.parent, []).append(entry)
         for folder, members in folders.items():
-            names = {str(split_of(entry.name)) for entry in members}
-            chosen = self.choose(sorted(names), str(folder)) if len(names) > 1 or self._wanted else None
+            splits = splits_of([entry.name for entry in members])
+            names = sorted(set(splits.values()))
+            chosen = self.choose(names, str(folder)) if len(names) > 1 or (names and self._wanted) else None
             if chosen is not None:
-                result |= {entry for entry in members if split_of(entry.name) not in chosen}
+                result |= {
+                    entry: splits[entry.name]
+                    for entry in members
+                    if entry.name in splits and splits[entry.name] not in chosen
+                }
         return result
 
     def choose(self, splits: list[str], where: str) -> list[str] | None:

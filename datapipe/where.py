@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import difflib
 import operator
+import re
 from collections.abc import Callable, Iterable
+from datetime import date, datetime
+from decimal import Decimal
 from typing import Any
 
 from configs.errors import InputError
@@ -19,10 +22,21 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
+    ast.Is: operator.eq,
+    ast.IsNot: operator.ne,
 }
 _CONSTANTS = {"true": True, "false": False, "null": None}
+_BOOLEANS = {"true": True, "t": True, "false": False, "f": False}
+"""Texts by which pandas, R and PostgreSQL write booleans into a table, in small letters."""
+_QUOTED = "quoted_"
+"""Start of the identifier that stands for a name in backticks: the hexadecimal bytes of the name follow."""
+_NAMES = re.compile(
+    r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*'           # texts stay as they are
+    | `(?P<quoted>[^`]+)`
+    | (?P<word>[^\W\d][\w\u0300-\u036f.]*)            # Python would rewrite letters such as \u00b5
+    """,
+    re.VERBOSE,
+)
 _ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 
@@ -69,20 +83,21 @@ def describe_missing(path: str, names: Iterable[str]) -> str:
 def parse_where(expression: str) -> Callable[[Any], bool]:
     """Turn a condition such as `score >= 3 and lang == "fr"` into a function of a record.
 
-    Comparisons, `in`, `and`, `or`, `not`, constants and column names are allowed. A number is compared with a text as
-    a number. A missing value (null) is never smaller or larger than anything.
+    Comparisons, `in`, `and`, `or`, `not`, constants and column names are allowed. A name that is no word stands in
+    backticks. A number, a boolean or a date is compared with a text as a number, a boolean or a date. A missing value
+    (null) is never smaller or larger than anything, and an empty text is one.
 
     Raises:
         InputError: It is no such condition.
     """
     try:
-        tree = ast.parse(expression.strip(), mode="eval")
+        tree = _parse(expression)
         condition = _boolean(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error) or "too deeply nested"
         raise InputError(
             f"--where {expression!r}: {reason}; write comparisons of columns, such as "
-            '\'score >= 3 and lang in ("fr", "en")\'',
+            '\'score >= 3 and lang in ("fr", "en")\'; a name such as `note type` stands in backticks',
             key="--where",
             code="where-invalid",
         ) from None
@@ -100,8 +115,26 @@ def columns_of(expression: str) -> list[str]:
             for child in ast.iter_child_nodes(node):
                 visit(child)
 
-    visit(ast.parse(expression.strip(), mode="eval"))
+    visit(_parse(expression))
     return [name for name in names if name not in _CONSTANTS]
+
+
+def _parse(expression: str) -> ast.Expression:
+    def identifier(match: re.Match[str]) -> str:
+        name = match["quoted"] or match["word"]
+        if name is None or (match["word"] and name.isascii()):
+            return match[0]
+        return _QUOTED + name.encode("utf-8", "surrogateescape").hex()
+
+    return ast.parse(_NAMES.sub(identifier, expression.strip()), mode="eval")
+
+
+def _shown(node: ast.AST) -> str:
+    return re.sub(rf"{_QUOTED}[0-9a-f]+", lambda match: f"`{_unquoted(match[0])}`", ast.unparse(node))
+
+
+def _unquoted(identifier: str) -> str:
+    return bytes.fromhex(identifier.removeprefix(_QUOTED)).decode("utf-8", "surrogateescape")
 
 
 def _boolean(node: ast.expr) -> Callable[[Any], bool]:
@@ -117,7 +150,15 @@ def _boolean(node: ast.expr) -> Callable[[Any], bool]:
         pairs = list(zip(map(_comparison, node.ops), values, values[1:], strict=False))
         return lambda record: all(compare(left(record), right(record)) for compare, left, right in pairs)
     value = _value(node)
-    return lambda record: bool(value(record))
+    return lambda record: _truth(value(record))
+
+
+def _truth(value: Any) -> bool:
+    """A column as a condition; a table may hold false or 0 as text."""
+    value = _as_text(value)
+    if isinstance(value, str):
+        return _BOOLEANS.get(value.strip().lower(), value.strip() not in ("", "0"))
+    return bool(value)
 
 
 def _value(node: ast.expr) -> Value:
@@ -131,20 +172,20 @@ def _value(node: ast.expr) -> Value:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         number = node.operand.value
         if not isinstance(number, int | float):
-            raise ValueError(f"{ast.unparse(node)!r} is no number")
+            raise ValueError(f"{_shown(node)!r} is no number")
         return lambda record: -number
     if isinstance(node, ast.Tuple | ast.List):
         parts = [_value(part) for part in node.elts]
         return lambda record: [part(record) for part in parts]
-    raise ValueError(f"{ast.unparse(node)!r} is neither a column nor a constant")
+    raise ValueError(f"{_shown(node)!r} is neither a column nor a constant")
 
 
 def _name(node: ast.expr) -> str:
     if isinstance(node, ast.Name):
-        return node.id
+        return _unquoted(node.id) if node.id.startswith(_QUOTED) else node.id
     if isinstance(node, ast.Attribute):
         return f"{_name(node.value)}.{node.attr}"
-    raise ValueError(f"{ast.unparse(node)!r} is no column")
+    raise ValueError(f"{_shown(node)!r} is no column")
 
 
 def _comparison(op: ast.cmpop) -> Callable[[Any, Any], bool]:
@@ -168,22 +209,50 @@ def _comparison(op: ast.cmpop) -> Callable[[Any, Any], bool]:
 
 
 def _contains(container: Any, value: Any) -> bool:
+    container = _as_text(container)
     if isinstance(container, str):
         return isinstance(value, str) and value in container
     if container is None:
         return False
+    if not isinstance(container, Iterable):
+        raise ValueError(f"--where looks for {value!r} in {type(container).__name__} {container!r}")
     return any(part == other for part, other in (_alike(part, value) for part in container))
 
 
+def _as_text(value: Any) -> Any:
+    """A column of bytes as text, which Impala and older Spark write into Parquet."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
 def _alike(left: Any, right: Any) -> tuple[Any, Any]:
-    """Both as numbers if one is a number and the other the text of one, as in a CSV file."""
-    for number, text in ((left, right), (right, left)):
-        if isinstance(number, int | float) and isinstance(text, str):
-            try:
-                converted: float | None = float(text)
-            except ValueError:
-                if text.strip():
-                    return left, right
-                converted = None  # an empty cell
-            return (number, converted) if number is left else (converted, number)
-    return left, right
+    """Both as numbers, booleans or dates if one is such and the other the text of one, as in a CSV file."""
+    left, right = _as_text(left), _as_text(right)
+    if isinstance(left, str) == isinstance(right, str):
+        return _dates(left), _dates(right)
+    return (
+        (_converted(left, right), _dates(right)) if isinstance(left, str) else (_dates(left), _converted(right, left))
+    )
+
+
+def _converted(text: str, other: Any) -> Any:
+    """A text as the kind of value that it is compared with; as it is if it is none."""
+    if not text.strip() and (other is None or isinstance(other, int | float | Decimal | date)):
+        return None  # an empty cell
+    if isinstance(other, bool) and text.strip().lower() in _BOOLEANS:
+        return _BOOLEANS[text.strip().lower()]
+    try:
+        if isinstance(other, int | float | Decimal):
+            return float(text)
+        if isinstance(other, date):
+            found = datetime.fromisoformat(text.strip())
+            return found if found.tzinfo else found.replace(tzinfo=getattr(other, "tzinfo", None))
+    except ValueError:
+        if isinstance(other, date):
+            raise ValueError(f"--where compares the date {other.isoformat()} with the text {text!r}") from None
+    return text
+
+
+def _dates(value: Any) -> Any:
+    """A date as its first moment, so that it can be compared with a moment."""
+    is_day = isinstance(value, date) and not isinstance(value, datetime)
+    return datetime(value.year, value.month, value.day) if is_day else value

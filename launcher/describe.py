@@ -21,6 +21,10 @@ def describe(target: Path) -> str:
     """
     if target.parts and target.parts[0].endswith(":"):  # a Path keeps this much of a URL
         raise InputError(f"{target}: not on this machine; copy the directory here to inspect it", code="not-local")
+    if target.is_file():
+        raise InputError(
+            f"{target} is a file; name the directory of shards, of a checkpoint or of a run", code="not-a-directory"
+        )
     if (target / MANIFEST).is_file():
         return str(inspect_shards(target))
     if RunDirectory(target).config.is_file():

@@ -146,6 +146,8 @@ def _shards() -> list[Finding]:
     """Check the data of the recipe that `detour-train` would take here."""
     from configs.load import load_config
     from datapipe.loader import check_sources
+    from datapipe.manifest import NAME as MANIFEST
+    from datapipe.paths import local_path
     from datapipe.tokenizer import load_tokenizer
 
     try:
@@ -153,7 +155,7 @@ def _shards() -> list[Finding]:
         tokenizer = load_tokenizer(config.tokenizer)
         findings = []
         for source in config.data.sources:
-            if source.text and not Path(source.shards).is_dir():
+            if source.text and not (local_path(source.shards) / MANIFEST).is_file():
                 findings.append(Finding("shards", f"{source.name}: prepared at the first `detour-train {config.name}`"))
             else:
                 data = config.data.model_copy(update={"sources": (source,)})

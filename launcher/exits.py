@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -12,6 +13,8 @@ from collections.abc import Callable
 
 from configs.errors import InputError, RunFailedError
 
+UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of a path that the user named, and may not or cannot be used."""
 DONE, BAD_INPUT, FAILED, STOPPED = 0, 2, 3, 75
 
 
@@ -33,6 +36,11 @@ def run_command(command: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
+    except OSError as error:
+        if error.errno not in UNREACHABLE or error.filename is None:
+            traceback.print_exc()
+            sys.exit(FAILED)
+        _fail(InputError(f"{error.filename}: {error.strerror}"), BAD_INPUT)
     except Exception:  # a bug of Detour: a report of it needs the traceback
         traceback.print_exc()
         sys.exit(FAILED)

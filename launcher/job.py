@@ -89,7 +89,10 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         run = Run(config, directory, working_directory, plan.topologies)
         with Progress(directory, console) as progress, failures_recorded(directory), StopRequest() as stop:
             head = ray.get_runtime_context().gcs_address
-            with HeadWatch(head, lambda message: _end_without_head(message, directory, stop)), closing(run.spares):
+            with (
+                HeadWatch(head, lambda message: _end_without_head(message, directory, stop, progress)),
+                closing(run.spares),
+            ):
                 result = supervise(run, stop, progress)
             if not result.finished:
                 record(directory, Stopped(step=result.step, reason=result.reason))
@@ -139,7 +142,7 @@ def _record_failure(directory: Path, failure: Exception) -> None:
         logging.getLogger(__name__).warning("%s: no report of the failed run: %s", directory, error)
 
 
-def _end_without_head(message: str, directory: Path, stop: StopRequest) -> None:
+def _end_without_head(message: str, directory: Path, stop: StopRequest, progress: Progress) -> None:
     """Let the workers save, record the failure, and end this process with exit code 75.
 
     Workers reach each other without the head. Their nodes may outlive it by a minute, in which they would write into
@@ -152,6 +155,7 @@ def _end_without_head(message: str, directory: Path, stop: StopRequest) -> None:
     failure = RunFailedError(f"{message}; the newest checkpoint is of step {saved}")
     try:
         _record_failure(directory, failure)
+        progress.tell_events()
         print(f"stopped: {failure}; the same command again continues", file=sys.stderr, flush=True)
     finally:
         sys.stdout.flush()

@@ -42,6 +42,7 @@ class Progress:
         self._note = "starting"
         self._events = Follower(RunDirectory(directory).events)
         self._told = len(self._events.read())
+        self._telling = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
@@ -62,26 +63,28 @@ class Progress:
             Text(f"{_time_of_day()} the run was {interruptions_in_words(self._events.read())}"), soft_wrap=True
         )
 
-    def _tell_events(self) -> None:
-        events = self._events.read()
-        for event in events[self._told :]:
-            self._console.print(Text(tell(event)), soft_wrap=True)
-        self._told = len(events)
+    def tell_events(self) -> None:
+        """Print the events that have no line yet, from any thread."""
+        with self._telling:
+            events = self._events.read()
+            for event in events[self._told :]:
+                self._console.print(Text(tell(event)), soft_wrap=True)
+            self._told = len(events)
 
     def _watch(self) -> None:
         if self._console.is_terminal:
             with Live(self._text(), console=self._console, refresh_per_second=4) as live:
                 while not self._stop.wait(REFRESH_SECONDS):
-                    self._tell_events()
+                    self.tell_events()
                     live.update(self._text())
-                self._tell_events()
+                self.tell_events()
                 live.update(self._text())
             return
         printed, shown, last = -math.inf, None, Text()
         stopping = False
         while not stopping:
             stopping = self._stop.wait(REFRESH_SECONDS)
-            self._tell_events()
+            self.tell_events()
             now, text = self._current(), self._text()
             state = (now.phase, now.step == now.total_steps) if now else None
             if text != last and (stopping or state != shown or time.monotonic() - printed >= LINE_SECONDS):

@@ -172,6 +172,15 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
+    def _own_shards(self) -> Self:
+        evaluation = [] if self.evaluation is None else [self.evaluation.source]
+        texts: dict[str, object] = {}
+        for source in (*self.sources, *evaluation):
+            if source.text and texts.setdefault(source.shards.rstrip("/"), source.text) != source.text:
+                raise ValueError(f"other text is to be prepared into the same shards: {source.shards}")
+        return self
+
+    @model_validator(mode="after")
     def _one_kind_of_share(self) -> Self:
         upsampled = [source.upsample is not None for source in self.sources]
         if any(upsampled) and (not all(upsampled) or any(source.weight for source in self.sources)):

@@ -24,7 +24,8 @@ def load_run(arguments: list[str] | None, nodes: int | None) -> RunConfig:
     from configs.load import load_config
 
     overrides = list(arguments or ())
-    recipe = overrides.pop(0) if overrides and "=" not in overrides[0] else None
+    is_recipe = bool(overrides) and ("=" not in overrides[0] or Path(overrides[0]).is_file())
+    recipe = overrides.pop(0) if is_recipe else None
     config = load_config(recipe, overrides)
     if nodes is None:
         return config

@@ -26,6 +26,7 @@ from configs.schema import RunConfig
         ("data.sources.0.shards=pipe:ls", "data.sources.0.shards"),
         ("parallel.sequence=true", "parallel"),
         ("data.streams=3", "data.streams"),
+        ("data.evaluation.text=notes.txt data.evaluation.shards=shards/medquad", "data"),
         ("fp8_bf16_edges=true fp8_recipe=delayed", "fp8_bf16_edges"),
     ],
 )

@@ -476,6 +476,8 @@ def test_a_recipe_that_asks_for_identifiers_gets_them(tokenizer: Tokenizer, tmp_
     ensure_prepared(Data(sources=(asking,)), tokenizer)
     ensure_prepared(Data(sources=(asking,)), tokenizer)
     assert read_manifest(tmp_path / "out").sources["a.jsonl"]["spans"] == 3
+    globbed = asking.model_copy(update={"text": (), "shards": f"{tmp_path}/out/*.tar"})
+    ensure_prepared(Data(sources=(globbed,)), tokenizer)
     (tmp_path / "phi.txt").write_text("Bert")
     with refused("other-identifiers", key="data.sources.reading"):
         ensure_prepared(Data(sources=(asking,)), tokenizer)

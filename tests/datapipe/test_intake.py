@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -380,6 +381,33 @@ def test_a_table_with_versions_is_refused(log: str, table: str, tmp_path: Path) 
             find_inputs([reference], Reading(), Notes())
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["medqa_train.jsonl", "medqa_test.jsonl"], ["medqa_train.jsonl"]),
+        (["wiki.train/0.jsonl", "wiki.test/0.jsonl"], ["wiki.train/0.jsonl"]),
+        (["train/0.jsonl", "eval/0.jsonl", "test.v2/0.jsonl"], ["train/0.jsonl"]),
+        (["train0001.jsonl", "testing0001.jsonl", "labels.json"], ["labels.json", "train0001.jsonl"]),
+        (["blood-test.txt", "fever.txt", "near-train.txt", "visit-eval.txt"], None),  # notes
+        (["dataset_infos.json", "notes.jsonl"], ["notes.jsonl"]),
+    ],
+)
+def test_names_that_tell_a_split(names: list[str], expected: list[str] | None, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    found = [str(file.path.relative_to(tmp_path)) for file in find_inputs([str(tmp_path)], Reading(), Notes())]  # type: ignore[union-attr]
+    assert found == (sorted(names) if expected is None else expected)
+
+
+def test_format_of_a_table_that_is_called_txt(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("note\tid\nfever\t1\n")
+    assert [one.text for one in read(tmp_path, format="tsv", text="note")] == [b"fever"]
+    (tmp_path / "notes.csv").write_text("note\tid\nfever\t1\n")
+    with refused("unknown-format", key="--format"):
+        find_inputs([str(tmp_path / "notes.csv")], Reading(format="tsv"), Notes())
+
+
 def test_columns_that_folders_name(tmp_path: Path) -> None:
     """Spark and Hive write the values of a column into the names of folders, and not into the files."""
     for folder, text in (("year=2019/ward=a%20b", "old"), ("year=2020/ward=__HIVE_DEFAULT_PARTITION__", "new")):
@@ -407,10 +435,22 @@ def test_columns_that_folders_name(tmp_path: Path) -> None:
         ("flag", False),
         ("score == -7", False),
         ("empty >= 0", False),
+        ("empty == null and empty is null", True),
+        ("lang is not 'fr'", False),
+        ("deleted", False),
+        ("deleted != true", True),
+        ("not kept or kept == false", False),
+        ("day >= '2020-01-01' and day != '2021-05-03'", False),
+        ("day in ('2021-05-03',) and moment > '2021-05-03'", True),
+        ("code == 'fr' and code in ('de', 'fr')", True),
+        ("`note type` == 'discharge' and `class` == 3", True),
+        ("dose_\u00b5g > 2 and lang != '`fr`'", True),
     ],
 )
 def test_where(expression: str, kept: bool) -> None:
     record = {"score": "7", "lang": "fr", "note": {"kind": "x"}, "missing": None, "flag": False, "empty": ""}
+    record |= {"deleted": "False", "kept": "TRUE", "code": b"fr", "note type": "discharge", "class": "3"}
+    record |= {"day": date(2021, 5, 3), "moment": datetime(2021, 5, 3, 8, tzinfo=UTC), "dose_\u00b5g": 2.5}
     assert parse_where(expression)(record) is kept
 
 
@@ -427,8 +467,9 @@ def test_a_condition_on_a_column_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x", "score": 1}\n{"text": "y", "score": "high"}\n')
     missing, _ = read(tmp_path / "a.jsonl", where="scor > 1")
     assert missing.code == "text-missing" and "did you mean `score`?" in str(missing)
-    _, unlike = read(tmp_path / "a.jsonl", where="score > 1")
-    assert unlike.code == "where-invalid" and "line 2" in str(unlike)
+    for condition in ("score > 1", "'x' in score"):
+        unlike = read(tmp_path / "a.jsonl", where=condition)[condition.startswith("score")]
+        assert unlike.code == "where-invalid" and "line " in str(unlike)
 
 
 def test_control_characters_and_detected_encodings_are_told(tmp_path: Path) -> None:

@@ -149,6 +149,15 @@ def test_an_unfinished_output_of_other_settings(corpus: Path, tokenizer: Tokeniz
         prepare([str(corpus)], tokenizer, tmp_path)
 
 
+@pytest.mark.parametrize("place", ["000000.tar", "held-out/000000.tar"])
+def test_tars_of_others_are_left_alone(place: str, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_bytes(b"of others")
+    with refused("other-tars", place, key="--output"):
+        prepare([str(corpus)], tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["000000.tar"]
+
+
 def test_a_finished_output_is_left_alone(prepared: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     before = digests(prepared)
     with refused("already-prepared", key="--output"):
