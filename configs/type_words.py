@@ -27,6 +27,8 @@ def type_words(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(type_words(part) for part in arguments if part is not type(None))
+    if origin is list:
+        return f"list of {type_words(arguments[0])}"
     if origin is tuple:
         many = arguments[-1] is Ellipsis
         return f"list of {type_words(arguments[0])}" if many else f"[{', '.join(map(type_words, arguments))}]"

@@ -56,6 +56,11 @@ class NextToken:
         return inputs, labels
 
 
+def linear_rate(first: float, last: float, steps: tuple[int, int], step: int) -> float:
+    """Return the mask rate of a 0-based step in a phase of the steps steps[0]..steps[1]-1, from first to last."""
+    return first + (last - first) * (step - steps[0]) / max(1, steps[1] - 1 - steps[0])
+
+
 @dataclass(frozen=True)
 class Masked:
     """Masked language modelling (Devlin et al. 2019) by an integer hash instead of a random generator.
@@ -127,10 +132,7 @@ class Masked:
 
     def rate_at(self, step: int) -> float:
         """Return the share of the ordinary tokens that a 0-based step predicts."""
-        if self.final_rate is None:
-            return self.rate
-        first, end = self.steps
-        return self.rate + (self.final_rate - self.rate) * (step - first) / max(1, end - 1 - first)
+        return self.rate if self.final_rate is None else linear_rate(self.rate, self.final_rate, self.steps, step)
 
     def units(self, rows: Sequence[PackedSequence]) -> NDArray[np.uint32]:
         """`[rows, sequence_length]`, the position that is hashed to decide for each position: its word's first."""

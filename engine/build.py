@@ -150,7 +150,7 @@ def build(config: RunConfig, directory: Path, fit: FitMicroBatch | None = None) 
     tokenizer = run_tokenizer(config, directory)
     architecture = run_architecture(config, directory, tokenizer)
     precision = resolve_precision(config, parameter_count(architecture))
-    layout = plan(config, architecture, dist.get_world_size())
+    layout = plan(config, architecture, dist.get_world_size(), precision)
     patience = timedelta(seconds=config.cluster.hang_timeout + 60)  # longer, so that the launcher sees a hang first
     initialise(layout, config.seed, patience.total_seconds())
     _log_groups()

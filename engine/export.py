@@ -105,6 +105,10 @@ def import_hf(init: str, out: Path, seed: int = 17, source: str | None = None) -
         model = ModernBert(transformer_config(architecture), architecture)
         load_weights(model, huggingface_weights(init, architecture, seed))
         meta = CheckpointMeta(
-            step=0, architecture=architecture.to_dict(), optimizer=False, files={}, source=source or init
+            step=0,
+            architecture=architecture.to_dict(),
+            optimizer=False,
+            files={},
+            source=source or (str(Path(init).absolute()) if Path(init).exists() else init),
         )
         save_now(out, model, None, meta)

@@ -44,7 +44,6 @@ COMPUTED = (
     "norm_eps",
     "hidden_activation",
     "classifier_activation",
-    "max_position_embeddings",
 )
 """Fields of a configuration that decide what the weights compute."""
 
@@ -217,10 +216,7 @@ def _open(reference: str, tokenizers: dict[str, Tokenizer]) -> Origin:
     path = Path(reference)
     run = RunDirectory(path)
     if run.config.is_file():
-        newest, damaged = checkpoints.latest_valid(run.checkpoints)
-        if newest is None:
-            raise InputError("; ".join(damaged) or f"{reference} has no checkpoint yet", code="no-checkpoint")
-        path = newest
+        path = checkpoints.latest_of_run(path)
     if (path / CONFIG_FILE).is_file():
         return _open_checkpoint(path, tokenizers)
     from engine.modernbert.convert import parameter_shapes
@@ -248,8 +244,7 @@ def _open_checkpoint(path: Path, tokenizers: dict[str, Tokenizer]) -> Origin:
         (tensor,) = read_tensors(path, [names[ours]]).values()
         return to_hf(tensor, row, architecture)
 
-    reference = meta.config["tokenizer"] if meta.config else str(meta.source)
-    return Origin(str(path), architecture, _tokenizer(reference, str(path), tokenizers), has_trained_masks(meta), read)
+    return Origin(str(path), architecture, _tokenizer(str(path), str(path), tokenizers), has_trained_masks(meta), read)
 
 
 def _tokenizer(reference: str, model: str, known: dict[str, Tokenizer]) -> Tokenizer:

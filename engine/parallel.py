@@ -36,8 +36,14 @@ class Layout:
         return self.tensor * self.pipeline * self.data
 
 
-def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Layout:
+def plan(config: RunConfig, architecture: ModernBertConfig, workers: int, precision: str | None = None) -> Layout:
     """Divide `workers` processes.
+
+    Args:
+        config: The run's configuration.
+        architecture: The model's configuration.
+        workers: Processes, one per GPU.
+        precision: What `precision: auto` stands for; default: as the recipe says, where that is not known.
 
     Raises:
         InputError: Keys of the configuration do not fit; the message names each of them, and what would fit.
@@ -58,7 +64,7 @@ def plan(config: RunConfig, architecture: ModernBertConfig, workers: int) -> Lay
             f"use a data-parallel size among {fitting} or change data.streams",
             key="data.streams",
         )
-    sizes = tuple(_micro_batch_size(config, span, data) for span in config.spans)
+    sizes = tuple(_micro_batch_size(config, span, data, precision or config.precision) for span in config.spans)
     return Layout(tensor, pipeline, data, config.parallel.sequence, sizes)
 
 
@@ -126,7 +132,7 @@ def micro_setting(config: RunConfig, span: PhaseSpan) -> tuple[str, int | Litera
     return ("batch.micro", config.batch.micro) if own is None else (f"phases.{span.index}.batch.micro", own)
 
 
-def _micro_batch_size(config: RunConfig, span: PhaseSpan, data: int) -> int:
+def _micro_batch_size(config: RunConfig, span: PhaseSpan, data: int, precision: str) -> int:
     """Packed sequences of a phase's micro-batch over `data` data-parallel ranks."""
     rows, length, tensor = span.sequences // data, span.sequence_length, config.parallel.tensor
     key, setting = micro_setting(config, span)
@@ -148,7 +154,7 @@ def _micro_batch_size(config: RunConfig, span: PhaseSpan, data: int) -> int:
         )
     slots = micro_rows * length // (tensor if config.parallel.sequence else 1)
     multiple = 32 if config.fp8_recipe == "mxfp8" else 16  # as in megatron.core.fp8_utils.get_fp8_align_size
-    if config.precision == "fp8" and slots % multiple:
+    if precision == "fp8" and slots % multiple:
         raise InputError(
             f"{where}.sequence_length: {config.fp8_recipe} FP8 wants micro-batches of a multiple of {multiple} tokens "
             f"on each rank, this is {slots}; choose a sequence_length that gives such a multiple",

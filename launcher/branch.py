@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from configs.files import partial_path
 from configs.load import changes_of_run, load_config, validate
 from configs.schema import Origin, RunConfig
 from configs.spans import PhaseSpan
+from datapipe.targets import linear_rate
 from launcher.same_inputs import spelt_as_before
 from monitoring.events import Branched, record
 from monitoring.run_directory import RunDirectory
@@ -29,6 +31,7 @@ FREE: tuple[str, ...] = (
     "data.sources.",
     "data.evaluation",
     "data.sequence_length:",
+    "model.max_position_embeddings:",
 )
 FREE += ("batch.sequences:", "optimizer.lr:")
 """Keys that may differ from the origin's. Those that decide past steps are compared step by step instead."""
@@ -46,7 +49,7 @@ def with_origin(config: RunConfig, reference: str, directory: Path) -> RunConfig
     Raises:
         InputError: There is no such run or checkpoint.
     """
-    from engine.checkpoint import latest_valid, list_checkpoints, step_of
+    from engine.checkpoint import latest_of_run, list_checkpoints, step_of
 
     name, at, step = reference.rpartition("@")
     if not at or not step.isdigit():
@@ -75,11 +78,10 @@ def with_origin(config: RunConfig, reference: str, directory: Path) -> RunConfig
             code="step-not-kept",
         )
     if not step:
-        newest, damaged = latest_valid(run.checkpoints)
-        if newest is None:
-            fault = "; ".join(damaged) or f"{run.checkpoints} holds no checkpoint yet"
-            raise InputError(f"--from {name}: {fault}", key="--from", code="no-checkpoint")
-        step = str(step_of(newest))
+        try:
+            step = str(step_of(latest_of_run(run.path)))
+        except InputError as error:
+            raise InputError(f"--from {name}: {error}", key="--from", code=error.code) from None
     return config.model_copy(update={"origin": Origin(run=str(run.path), step=int(step))})
 
 
@@ -158,19 +160,32 @@ def _changed_past(past: RunConfig, config: RunConfig, steps: int) -> Iterator[st
         for key, value in settings[0].items():
             if settings[1][key] != value:
                 yield f"phases.{new.index}.{key}: {value} -> {settings[1][key]} from step {first + 1:,} on"
-        for step in range(first, end):
-            rates = [schedule.learning_rate(step) for schedule in schedules]
-            if rates[0] != rates[1]:
-                yield f"phases.{new.index}.lr: {rates[0]:g} -> {rates[1]:g} at step {step + 1:,}"
-                break
+        changes: dict[str, list[Callable[[int], float]]] = {
+            "lr": [schedule.learning_rate for schedule in schedules],
+            "mask_rate": [partial(_mask_rate, span) for span in (old, new)],
+        }
+        for key, (before, after) in changes.items():
+            step = next((step for step in range(first, end) if before(step) != after(step)), None)
+            if step is not None:
+                yield f"phases.{new.index}.{key}: {before(step):g} -> {after(step):g} at step {step + 1:,}"
+
+
+def _mask_rate(span: PhaseSpan, step: int) -> float:
+    """Return the mask rate of a 0-based step of the run."""
+    rate = span.phase.mask_rate
+    return linear_rate(*rate, (span.first, span.last), step) if isinstance(rate, tuple) else rate
 
 
 def _settings(span: PhaseSpan) -> dict[str, object]:
-    """Everything of a phase that decides its steps, but for its length and its learning rates."""
-    own = span.phase.model_dump(exclude={"tokens", "steps", "lr", "sources", "sequence_length", "batch"})
+    """Everything of a phase that decides its steps, but for its length, its learning rates and its mask rates."""
+    own = span.phase.model_dump(exclude={"tokens", "steps", "lr", "mask_rate", "sources", "sequence_length", "batch"})
+    shares = {
+        source.name: f"{source.upsample} times its tokens" if source.upsample else source.weight or 1.0
+        for source in span.data.sources
+    }
     return {
         **own,
-        "sources": {source.name: source.weight or source.upsample or 1.0 for source in span.data.sources},
+        "sources": shares,
         "sequence_length": span.sequence_length,
         "batch.sequences": span.sequences,
     }

@@ -8,7 +8,7 @@ from configs.errors import InputError
 from configs.load import load_config
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.shard_report import inspect_shards
-from monitoring.events import Preempted, WorkerFailed
+from monitoring.events import Failed, Preempted, WorkerFailed
 from monitoring.log import read_events, read_metrics
 from monitoring.run_directory import RunDirectory
 
@@ -63,7 +63,8 @@ def _describe_run(directory: Path) -> str:
     newest, damaged = latest_valid(run.checkpoints)
     steps = sorted(step_of(path) for path in list_checkpoints(run.checkpoints))
     lines = read_metrics(directory)
-    kinds = [event["event"] for event in read_events(directory)]
+    events = read_events(directory)
+    kinds = [event["event"] for event in events]
     complete = run.export.is_dir()
     return "\n".join(
         [
@@ -73,8 +74,13 @@ def _describe_run(directory: Path) -> str:
             f"  checkpoints  {', '.join(f'{step:,}' for step in steps) or 'none'}"
             + (f"; newest valid {newest.name}" if newest else ""),
             *(f"  damaged      {complaint}" for complaint in damaged),
-            *([f"  loss         {lines[-1]['objective']} {lines[-1]['loss']:.3f}"] if lines else []),
+            *([f"  loss         {lines[-1]['objective']} {_loss(lines[-1]['loss'])}"] if lines else []),
             f"  failures     {kinds.count(WorkerFailed.KIND)}, preemptions {kinds.count(Preempted.KIND)}",
+            *([f"  failed       {events[-1]['detail']}"] if kinds[-1:] == [Failed.KIND] else []),
             f"  export       {run.export if complete else 'none yet'}",
         ]
     )
+
+
+def _loss(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"

@@ -33,16 +33,12 @@ def export_model(source: Path, output: Path, kind: ExportKind = "encoder", dtype
     Raises:
         InputError: There is no checkpoint, the checkpoint is damaged, or `output` is not empty.
     """
-    from engine.checkpoint import describe, latest_valid
+    from engine.checkpoint import describe, latest_of_run
     from engine.export import export_hf
 
-    checkpoint, run = source, RunDirectory(source)
-    if run.config.is_file():
-        newest, damaged = latest_valid(run.checkpoints)
-        if newest is None:
-            message = "; ".join(damaged) or f"{source} has no checkpoint yet; nothing to export"
-            raise InputError(message, code="no-checkpoint")
-        checkpoint = newest
+    checkpoint = source
+    if RunDirectory(source).config.is_file():
+        checkpoint = latest_of_run(source)
     meta = describe(checkpoint)
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} is not empty; name a new directory for the model", code="output-not-empty")

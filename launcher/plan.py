@@ -52,8 +52,8 @@ def plan_run(config: RunConfig) -> tuple[Plan, list[str]]:
     require_sound_schedule(config)
     architecture, tokenizer = _model_of(config)
     gpus = _gpus_per_node(config)
-    nodes, per_node, layout = _largest_layout(config, architecture, gpus)
     precision = resolve_precision(config, parameter_count(architecture), HOPPER)
+    nodes, per_node, layout = _largest_layout(config, architecture, gpus, precision)
     unchecked = _check_data(config, architecture, tokenizer)
     return make_plan(config, architecture, layout, nodes, per_node, precision), unchecked
 
@@ -95,7 +95,9 @@ def _gpus_per_node(config: RunConfig) -> int:
     )
 
 
-def _largest_layout(config: RunConfig, architecture: ModernBertConfig, gpus: int) -> tuple[int, int, Layout]:
+def _largest_layout(
+    config: RunConfig, architecture: ModernBertConfig, gpus: int, precision: str
+) -> tuple[int, int, Layout]:
     """Return nodes, workers per node and layout of the most nodes that the run can be divided over."""
     from engine.parallel import plan
 
@@ -106,7 +108,7 @@ def _largest_layout(config: RunConfig, architecture: ModernBertConfig, gpus: int
     problem: InputError | None = None
     for number in range(most, fewest - 1, -1):
         try:
-            layout = plan(config, architecture, number * per_node)
+            layout = plan(config, architecture, number * per_node, precision)
             check_tensor_groups([f"{rank // per_node}" for rank in range(number * per_node)], layout.tensor)
         except InputError as error:
             problem = error

@@ -58,10 +58,13 @@ def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Con
     architecture = run_architecture(config, directory, tokenizer)
     if not tokenizer.frames_itself:
         console.print(f"[yellow]tokenizer:[/] documents are framed {escape(tokenizer.framing)}", highlight=False)
+    precision: str = config.precision
+    if not is_joined():  # the head of a cluster may have another device than the workers, which check for themselves
+        precision = resolve_precision(config, parameter_count(architecture))
     topologies, problems = [], {}
     for topology in possible_topologies(config):
         try:
-            plan(config, architecture, topology.workers)
+            plan(config, architecture, topology.workers, precision)
             topologies.append(topology)
         except InputError as error:
             problems[topology] = error
@@ -69,9 +72,6 @@ def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Con
         raise list(problems.values())[-1]
     for topology, problem in problems.items():
         console.print(f"[yellow]{topology}: will not be used:[/] {escape(str(problem))}")
-    precision: str = config.precision
-    if not is_joined():  # the head of a cluster may have another device than the workers, which check for themselves
-        precision = resolve_precision(config, parameter_count(architecture))
     if any(phase.mask_unit == "word" for phase in config.phases):
         word_starts(tokenizer)
     sources = check_sources(config.data, tokenizer, architecture.vocab_size)

@@ -114,7 +114,7 @@ class Follower:
     """
 
     def __init__(self, path: Path, tail: int | None = None) -> None:
-        self._path = path
+        self._path, self._holds_events = path, _holds_events(path)
         self._offset = 0
         if tail is not None:
             with suppress(OSError):
@@ -133,7 +133,7 @@ class Follower:
                     if not line.endswith(b"\n"):
                         break
                     self._offset += len(line)
-                    if (record := _decode(line)) is not None:
+                    if (record := _decode(line, self._holds_events)) is not None:
                         self._records.append(record)
             return list(self._records)
 
@@ -169,7 +169,7 @@ def rewind_metrics(directory: Path, step: int) -> None:
     with path.open("rb+") as file:
         for line in file:
             offset += len(line)
-            record = _decode(line)
+            record = _decode(line, is_event=False)
             if record is None:
                 continue
             if record["step"] > step:
@@ -179,11 +179,11 @@ def rewind_metrics(directory: Path, step: int) -> None:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    damaged = 0
+    damaged, holds_events = 0, _holds_events(path)
     try:
         with path.open("rb") as file:
             for line in file:
-                record = _decode(line)
+                record = _decode(line, holds_events)
                 if record is not None:
                     yield record
                 else:
@@ -209,12 +209,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
-    """Decode a complete line; None for a torn line, which a process that was killed while writing leaves behind."""
+def _holds_events(path: Path) -> bool:
+    return path == RunDirectory(path.parent).events
+
+
+def _decode(line: bytes, is_event: bool) -> dict[str, Any] | None:
+    """Decode a complete line; None for a damaged one, or a torn one, which a killed process leaves behind."""
     if not line.endswith(b"\n"):
         return None
     try:
         record = from_json(line)  # several times as fast as json, which counts in a long log
-    except ValueError:
+        if is_event:
+            return record if record["event"] and datetime.fromisoformat(record["time"]).tzinfo else None
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, KeyError, TypeError):
         return None
-    return record if isinstance(record, dict) else None

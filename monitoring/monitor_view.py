@@ -50,7 +50,8 @@ def draw(view: View, alerts: list[str] | None) -> RenderableType:
     """Draw the whole screen. `alerts` are the names of firing alerts; None: no Prometheus answers."""
     now = view.run.telemetry
     if now is None:
-        return Panel(Text("workers are starting", style="dim"), title="detour", title_align="left")
+        words = f"the run has {view.run.state}; no step is on record" if view.ended else "workers are starting"
+        return Panel(Text(words, style="dim"), title="detour", title_align="left")
     color = COLORS.get(now.objective, "white")
     loss = Text.assemble((f"{now.loss.get(now.objective, math.nan):.3f}  ", "bold"), (sparkline(view.losses), color))
     rows: dict[str, RenderableType] = {

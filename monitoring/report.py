@@ -105,7 +105,7 @@ def _tiles(run: RunFiles) -> list[Tile]:
     for index, phase in enumerate(run.config.phases):
         losses = [y for _, y in smoothed(curve(run.phase(index), "loss"))]
         value = f"{losses[-1]:.3f}" if losses else "-"
-        note = f"from {losses[0]:.3f}, {_fall(losses[0], losses[-1])}" if losses else "not reached"
+        note = f"from {losses[0]:.3f}{_fall(losses[0], losses[-1])}" if losses else "not reached"
         bits = [row["bits_per_byte"] for row in run.phase(index) if row.get("bits_per_byte") is not None]
         if bits:
             note += f"; {bits[-1]:.3f} bits per byte of the predicted text"
@@ -123,7 +123,9 @@ def _tiles(run: RunFiles) -> list[Tile]:
 
 
 def _fall(first: float, last: float) -> str:
-    return f"{percent(abs(1 - last / first))} {'lower' if last <= first else 'higher'}"
+    if not first:
+        return ""
+    return f", {percent(abs(1 - last / first))} {'lower' if last <= first else 'higher'}"
 
 
 def _figures(run: RunFiles) -> list[Figure]:

@@ -87,7 +87,7 @@ class Model(Section):
     classifier_dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout of a fine-tuned classifier, in the exported configuration."""
     classifier_bias: bool | None = None
-    """Bias of the dense layer before the output vocabulary."""
+    """Bias of the dense layer before the output vocabulary. Only `false` is supported."""
     classifier_activation: str | None = None
     """Activation of the dense layer before the output vocabulary: `gelu`, `silu` or `relu`."""
 

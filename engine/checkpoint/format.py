@@ -16,9 +16,11 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import file_sha256, partial_path
+from configs.load import load_config
 from configs.schema import RunConfig
 from engine.checkpoint_meta import CheckpointMeta
 from engine.modernbert.config import CONFIG_FILE
+from monitoring.run_directory import RunDirectory
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -47,6 +49,25 @@ def latest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, complaints
     return None, complaints
+
+
+def latest_of_run(directory: Path) -> Path:
+    """Return the newest undamaged checkpoint of a run directory.
+
+    Raises:
+        InputError: There is none, or the run went on to its end and a study has deleted its last checkpoint.
+    """
+    run = RunDirectory(directory)
+    newest, damaged = latest_valid(run.checkpoints)
+    if newest is None:
+        raise InputError("; ".join(damaged) or f"{directory} has no checkpoint yet", code="no-checkpoint")
+    if run.export.is_dir() and not damaged and step_of(newest) < load_config(str(run.config)).total_steps:
+        raise InputError(
+            f"{directory}: the last checkpoint of this finished run is deleted, and its model is {run.export}; name "
+            f"that, or a checkpoint such as {newest}",
+            code="checkpoint-thinned",
+        )
+    return newest
 
 
 def describe(checkpoint: Path) -> CheckpointMeta:

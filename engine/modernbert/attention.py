@@ -26,8 +26,8 @@ BAND = 64
 """Queries that share one gathered window of keys, in a local layer on the CPU."""
 GROUP = 256
 """Short neighbouring documents share one attention call of about this many tokens on the CPU."""
-QUERY_MULTIPLE = 16
-"""Rows of the last layer's products are a multiple of this on every rank, because FP8 products ask for it."""
+QUERY_MULTIPLE = 32
+"""Rows of the last layer's products are a multiple of this on every rank, because products in MXFP8 ask for it."""
 
 
 @dataclass(frozen=True)

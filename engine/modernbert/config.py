@@ -83,13 +83,11 @@ def resolve_architecture(
         fields: dict[str, Any] = {**(own or {}), **(SIZES[model.size] if model.size else {})}
     else:
         fields = read_config(model.init) if published is None else dict(published)
-        # A checkpoint knows its shape, and is compared with it when loaded.
-        if published is not None or not is_checkpoint(locate(model.init)):
-            _require_no_contradiction(overrides, fields, model.init)
+        _require_no_contradiction(overrides, fields, model.init)
     if "global_attn_every_n_layers" in overrides or "num_hidden_layers" in overrides:
         fields.pop("layer_types", None)  # they follow from the number of layers, which is no longer the file's
     for old, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
-        if old in overrides and "rope_parameters" in fields:
+        if old in overrides and fields.get("rope_parameters"):
             fields["rope_parameters"] = {**fields["rope_parameters"], kind: {"rope_theta": overrides.pop(old)}}
     architecture = build_config({**fields, **overrides}, "the recipe" if model.init == SCRATCH else model.init)
     _require_no_weight_dropout(model, architecture)
@@ -102,6 +100,13 @@ def _take_vocabulary(
     architecture: ModernBertConfig, model: Model, overrides: Mapping[str, Any], tokenizer: Tokenizer
 ) -> None:
     """Give the model as many entries as the tokenizer has, if the recipe leaves the number open."""
+    for key, number in special_ids(tokenizer).items():
+        if overrides.get(key, number) != number:
+            raise InputError(
+                f"model.{key}: {overrides[key]}, but it is {number} in tokenizer {tokenizer.name}; remove model.{key}",
+                key=f"model.{key}",
+                code="other-special-token",
+            )
     if model.init != SCRATCH and "vocab_size" not in overrides:  # the weights' new rows are made when they are read
         architecture.vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     if architecture.vocab_size < tokenizer.vocab_size:
@@ -324,9 +329,9 @@ def _require_supported(config: ModernBertConfig, origin: str) -> None:
     def refuse(key: str, why: str) -> None:
         raise InputError(f"model.{key}: {origin}: {why}", key=f"model.{key}", code="architecture-unsupported")
 
-    for key in ("norm_bias", "attention_bias", "mlp_bias"):
+    for key in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"):
         if getattr(config, key):
-            refuse(key, "biases in norms, attention and MLP are not supported; take a model without them")
+            refuse(key, "biases in norms, attention, MLP and head are not supported; take a model without them")
     if config.hidden_activation != "gelu":
         refuse("hidden_activation", f"only 'gelu' is supported, got {config.hidden_activation!r}")
     if config.classifier_activation not in ("gelu", "silu", "relu"):

@@ -12,7 +12,7 @@ from configs.errors import InputError
 from configs.load import dump_config
 from configs.schema import RunConfig
 from engine.checkpoint import describe, step_directory
-from launcher.branch import begin_branch, check_branch, with_origin
+from launcher.branch import _changed_past, begin_branch, check_branch, with_origin
 from monitoring.log import read_events, read_metrics
 from tests.engine.test_phases import values
 from tests.engine.world import run_world, stored, toy_config, train
@@ -95,6 +95,21 @@ def test_another_past_is_refused(changes: dict[str, Any], key: str, shards: Path
     with pytest.raises(InputError) as refusal:
         check_branch(config, config.origin)
     assert (refusal.value.key, refusal.value.code) == (key, "past-differs")
+
+
+def test_a_longer_ramp_of_mask_rates_is_another_past(shards: Path) -> None:
+    ramp = {**MLM, "mask_rate": [0.3, 0.1], "lr": {}}
+    short, long = (toy_config(shards, phases=[CLM, {**ramp, "steps": steps}]) for steps in (4, 40))
+    assert not list(_changed_past(short, long, 4)), "the first step of the ramp is the same"
+    (difference,) = _changed_past(short, long, 5)
+    assert difference.startswith("phases.1.mask_rate: 0.2333")
+
+
+def test_a_branch_takes_longer_rows(shards: Path, trunk: Path, tmp_path: Path) -> None:
+    third = {"objective": "mlm", "steps": 1, "sequence_length": 1024, "batch": {"sequences": 8}}
+    config = toy_config(shards, phases=[CLM, MLM, third], model={"max_position_embeddings": 1024})
+    config = with_origin(config, str(trunk), tmp_path)
+    assert config.origin and check_branch(config, config.origin)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from configs.errors import InputError
 from configs.schema import RunConfig
 from datapipe.tokenizer import load_tokenizer
 from engine.checkpoint import CheckpointMeta, step_directory
-from engine.export import export_hf
+from engine.export import export_hf, import_hf
 from tests.engine.world import run_world, stored, toy_config, train
 from tests.toy_recipe import TOKENIZER
 
@@ -154,6 +154,31 @@ def test_an_override_that_contradicts_the_weights_is_refused(override: str, valu
     with pytest.raises(InputError) as refusal:
         resolve_architecture(Model(init=str(hf_model), **{override: value}), tokenizer)
     assert (refusal.value.key, refusal.value.code) == (f"model.{override}", "override-contradicts")
+
+
+def test_an_override_that_contradicts_a_checkpoint_is_refused(hf_model: Path, tmp_path: Path) -> None:
+    from configs.schema import Model
+    from engine.modernbert.config import resolve_architecture
+
+    import_hf(str(hf_model), tmp_path / "checkpoint")
+    tokenizer = load_tokenizer(TOKENIZER)
+    resolve_architecture(Model(init=str(tmp_path / "checkpoint"), norm_eps=SHAPE.get("norm_eps", 1e-5)), tokenizer)
+    with pytest.raises(InputError) as refusal:
+        resolve_architecture(Model(init=str(tmp_path / "checkpoint"), norm_eps=0.01), tokenizer)
+    assert refusal.value.code == "override-contradicts"
+
+
+@pytest.mark.parametrize(
+    ("override", "code"),
+    [({"classifier_bias": True}, "architecture-unsupported"), ({"pad_token_id": 7}, "other-special-token")],
+)
+def test_a_key_that_would_have_no_effect_is_refused(override: dict[str, Any], code: str) -> None:
+    from configs.schema import Model
+    from engine.modernbert.config import resolve_architecture
+
+    with pytest.raises(InputError) as refusal:
+        resolve_architecture(Model(size="base", **override), load_tokenizer(TOKENIZER))
+    assert (refusal.value.key, refusal.value.code) == (f"model.{next(iter(override))}", code)
 
 
 def test_a_layer_pattern_is_compared_by_the_layers_it_means(hf_model: Path, tmp_path: Path) -> None:

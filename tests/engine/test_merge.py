@@ -20,11 +20,12 @@ from configs.errors import InputError
 from configs.load import dump_config
 from configs.schema import Model
 from datapipe.tokenizer import load_tokenizer
-from engine.checkpoint import step_directory
+from engine.checkpoint import latest_of_run, step_directory
 from engine.export import export_hf
 from engine.initial_weights import check_initial_weights
 from engine.merge import MergeWeights, Origin, coefficients, merge, merged_weights
 from engine.modernbert.config import resolve_architecture
+from launcher.export import export_model
 from tests.engine.world import stored, toy_config
 from tests.toy_recipe import TOKENIZER
 
@@ -98,6 +99,30 @@ def test_a_run_becomes_a_model(merged: Path, run: Path) -> None:
     torch.testing.assert_close(model.state_dict()["head.dense.weight"], expected.float(), rtol=0, atol=1e-7)
     card = (merged / "hf" / "README.md").read_text()
     assert "step-00000003 | 0.707107" in card and "step-00000005 | 0.292893" in card
+
+
+def test_the_runs_own_tokenizer_is_taken(run: Path, tmp_path: Path) -> None:
+    """The directory that the recipe names may have changed since."""
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    load_tokenizer(TOKENIZER).save(own / "tokenizer")
+    for path in (own / "checkpoints").glob("step-*/detour.json"):
+        meta = json.loads(path.read_text())
+        meta["config"]["tokenizer"] = str(tmp_path / "gone")
+        path.write_text(json.dumps(meta))
+    merge([str(own)], tmp_path / "out", steps=2)
+    assert load_tokenizer(str(tmp_path / "out" / "hf")).vocab_size == load_tokenizer(TOKENIZER).vocab_size
+
+
+def test_a_deleted_last_checkpoint_is_told(run: Path, tmp_path: Path) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    shutil.rmtree(own / "checkpoints" / "step-00000005")
+    assert latest_of_run(own).name == "step-00000003", "the run is not at its end"
+    (own / "hf").mkdir()
+    with pytest.raises(InputError) as refusal:
+        export_model(own, tmp_path / "out")
+    assert refusal.value.code == "checkpoint-thinned"
 
 
 def test_the_checkpoint_and_the_model_are_the_same(merged: Path, shards: Path, tmp_path: Path) -> None:

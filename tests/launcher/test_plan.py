@@ -15,6 +15,10 @@ from configs.schema import RunConfig
 from engine.parallel import plan
 from launcher.plan import plan_run, plan_text
 
+BILLION = ["model.hidden_size=1792", "model.intermediate_size=3840", "model.num_attention_heads=28"]
+BILLION += ["model.num_hidden_layers=28", "model.init=scratch", "data.sequence_length=8184", "batch.micro=1"]
+BILLION += ["tokenizer=package://tokenizer/modernbert"]
+"""A model that `precision: auto` trains in FP8, in rows that FP8 does not take."""
 EIGHT = ["cluster.gpus_per_node=8", "cluster.nodes=8"]
 
 
@@ -49,6 +53,7 @@ def _large(*overrides: str) -> RunConfig:
         (["cluster.workers_per_node=9"], "cluster.workers_per_node"),
         (["phases.0.lr.warmup=60B"], "phases.0.lr.warmup"),
         (["precision=fp8", "fp8_recipe=mxfp8"], "fp8_recipe"),
+        (BILLION, "data.sequence_length"),
         (["model.hidden_size=512"], "model.hidden_size"),
         (["batch.micro=5"], "batch.micro"),
         (["cluster.nodes=1", "batch.micro=48"], "batch.micro"),

@@ -66,6 +66,17 @@ def test_a_damaged_line_costs_no_other_and_is_told(tmp_path: Path, caplog: pytes
     assert f"{path}: 1 damaged line is not used" in caplog.text
 
 
+def test_lines_that_no_program_can_use_are_left_out(tmp_path: Path) -> None:
+    append_event(tmp_path, "started", step=0)
+    with (tmp_path / EVENTS).open("a") as file:
+        file.write('{}\n{"event": "saved"}\n{"event": "saved", "time": "yesterday"}\n[]\n')
+        file.write('{"event": "saved", "time": "2026-11-28T10:00:00"}\n')
+    append_event(tmp_path, "finished", step=9)
+    assert [event["event"] for event in read_events(tmp_path)] == ["started", "finished"]
+    (tmp_path / METRICS).write_text('{}\n{"step": "1"}\n{"step": 1, "loss": 2.5}\n')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
+
+
 def test_rewind_of_a_run_without_lines_is_nothing(tmp_path: Path) -> None:
     rewind_metrics(tmp_path, 0)
     assert not (tmp_path / METRICS).exists()

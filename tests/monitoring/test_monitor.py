@@ -11,7 +11,7 @@ from rich.console import Console
 from configs.errors import InputError
 from configs.units import format_count
 from monitoring.discovery import serve_targets
-from monitoring.events import State, record
+from monitoring.events import Failed, Started, State, record
 from monitoring.exporter import Exporter
 from monitoring.monitor import DirectorySource, EndpointSource, open_source, watch
 from monitoring.monitor_view import View, draw, sparkline
@@ -141,6 +141,9 @@ def test_a_run_that_has_not_begun_and_one_that_is_over(tmp_path: Path) -> None:
     recorder = make_recorder(tmp_path, config)
     RunDirectory(tmp_path).telemetry.unlink()
     assert "workers are starting" in shown(str(tmp_path))
+    record(tmp_path, Failed(step=0, detail="no disk"))
+    assert "the run has failed" in shown(str(tmp_path))
+    record(tmp_path, Started(step=0, precision="fp32"))
     drive(recorder, config, range(1, 31))
     recorder.close()
     record(tmp_path, FINISHED)
