@@ -30,7 +30,7 @@ import datapipe.near_duplicates
 import datapipe.prepare
 from configs.errors import InputError
 from configs.schema import Data, Reading
-from datapipe.decoding import detect_encoding, likely_codec
+from datapipe.decoding import detect_encoding, is_utf8, likely_codec
 from datapipe.inputs import JOURNAL, find_inputs
 from datapipe.manifest import NAME, read_manifest
 from datapipe.near_duplicates import near_duplicates
@@ -187,6 +187,10 @@ def test_lines_of_a_text_file(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": ' + "1" * 5_000 + "}\n", "not-json", "line 1"),
         ("a.json", '[{"text": "one"}, {"text": "two"', "not-json", "item 1"),
         ("a.json", '[{"text": "one"}, {"text": 2}]', "text-not-a-string", "item 2"),
+        ("a.json", '[{"text": "one"} {"text": "two"}]', "not-json", "item 0"),
+        ("a.json", '[{"text": "one"}] [{"text": "two"}]', "not-json", "item 1"),
+        ("a.json", '[{"text": ' + "[" * 100_000 + "]", "not-json", "item 0"),
+        ("a.csv", 'id,text\n1,"he said \\"hi\\" today"\n2,"plain"\n', "csv-invalid", "escape="),
         ("a.jsonl", '{"text": ["one", "two"]}\n', "text-not-a-string", "list"),
     ],
 )
@@ -454,6 +458,77 @@ def test_utf8_is_never_taken_for_anything_else(text: str) -> None:
         assert str(detect_encoding(text.encode())).startswith("utf-8")
 
 
+FRENCH = "Le patient présente une fièvre élevée depuis 3 jours, traité par amoxicilline."
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "object.json"])
+@pytest.mark.parametrize("encoding", [None, "utf8"])
+def test_a_damaged_character_of_utf8_costs_its_record_alone(name: str, encoding: str | None, tmp_path: Path) -> None:
+    """It was taken for a sign of another encoding, which made every other accent wrong."""
+    rows = [{"text": f"{n} {FRENCH}"} for n in range(40)]
+    lines = {
+        "a.jsonl": jsonl(rows),
+        "a.json": json.dumps(rows, ensure_ascii=False),
+        "a.csv": "text\n" + "".join(f'"{row["text"]}"\n' for row in rows),
+        "object.json": json.dumps({"text": FRENCH * 3}, indent=1, ensure_ascii=False),
+    }
+    content = lines[name].encode()
+    at = content.index("é".encode(), len(content) // 2)
+    (tmp_path / name).write_bytes(content[: at + 1] + content[at + 2 :])
+    records = read(tmp_path / name, encoding=encoding)
+    faults = [record for record in records if isinstance(record, InputError)]
+    assert [fault.code for fault in faults] == ["not-utf8"] and "--encoding" not in str(faults[0])
+    assert all(FRENCH in text for text in texts([record for record in records if record not in faults]))
+    assert len(records) == (1 if name == "object.json" else 40)
+
+
+def test_damaged_utf8_is_told_from_legacy_encodings(tmp_path: Path) -> None:
+    assert detect_encoding(FRENCH.encode() * 3 + "é".encode()[:1]) == "utf-8"
+    for text, codec in (
+        (FRENCH, "latin-1"),
+        ("患者は三日前から発熱と咳があり", "shift_jis"),
+        ("患者三天前出现发热和咳嗽", "gbk"),
+        ("환자는 3일 전부터 발열과 기침이", "euc-kr"),
+        ("Пациент жалуется на боль в груди", "cp1251"),
+    ):
+        for size in range(2, len(text)):
+            assert text[:size].isascii() or not is_utf8(text[:size].encode(codec)), (text[:size], codec)
+    late = jsonl([{"text": "plain " * 200}] * 1000) + jsonl([{"text": FRENCH}])
+    (tmp_path / "a.jsonl").write_bytes(late.encode("latin-1"))  # beyond the first megabyte, so nothing told it
+    *_, fault = read(tmp_path / "a.jsonl")
+    assert fault.code == "not-utf8" and "--encoding cp1252" in str(fault)
+
+
+def test_equally_likely_encodings_are_western() -> None:
+    spanish = (
+        "Paciente varón de 63 años con disnea súbita, dolor torácico opresivo y edema. Se solicitó ecocardiografía, "
+        "evolución favorable. Niño, señal."
+    )
+    polish = "Pacjent z bólem w klatce piersiowej, dusznością, gorączką i wymiotami. Żółtaczka, świąd skóry, źrenice."
+    for text, codec in ((spanish, "latin-1"), (FRENCH, "latin-1"), (polish, "cp1250")):
+        content = "\n".join(f"{n} {text}" for n in range(30)).encode(codec)
+        assert content.decode(str(likely_codec(content))) == content.decode(codec)
+
+
+def test_the_mark_of_a_given_encoding_is_no_text(tmp_path: Path) -> None:
+    for codec in ("utf-8", "utf-16-le"):
+        (tmp_path / "a.txt").write_bytes("\ufeffa".encode(codec))
+        assert texts(read(tmp_path / "a.txt", encoding=codec)) == ["a"]
+
+
+def test_zstandard_with_a_long_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=False)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # writes the window, not the size
+    (tmp_path / "a.txt.zst").write_bytes(frame.compress(b"long") + frame.flush())
+    assert texts(read(tmp_path / "a.txt.zst")) == ["long"]
+
+
+def test_items_of_an_array_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
+    rows = [{"text": letter * 700_000} for letter in "abé"] + [{"text": "d" * 3_000_000}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False))
+    assert texts(read(tmp_path / "a.json")) == [row["text"] for row in rows]
+
+
 def test_short_western_text_is_windows_1252() -> None:
     for text in ("déjà vu", "It\u2019s the patient\u2019s \u201cnote\u201d, 5 €", "naïve café"):
         assert likely_codec(text.encode("cp1252")) == "cp1252"
@@ -621,6 +696,14 @@ def test_a_group_is_the_same_however_it_is_written(tmp_path: Path) -> None:
         ("a.csv", b"PK\x03\x04 and so on", "not-text"),
         ("a.csv", b"PAR1 and so on", "not-text"),
         ("a.txt", b"%PDF-1.4 and so on", "not-text"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n", "not-text"),
+        ("a.json", b'\n\n{\n "text": "a"\n}\n', ["a"]),
+        ("a.json", b'[{"text": "a", "x": NaN}, {"text": "b", "x": -Infinity}]', ["a", "b"]),
+        ("a.json", b'[{"text": "a", "x": 123456789012345678901234567890}]\n', ["a"]),
+        ("a.json", b" [ ] ", []),
+        ("a.tsv", b'id\ttext\n1\t"a\nb"\n2\t"c\td"\n3\t"e\nf\tg\nh"\n', ["a\nb", "c\td", "e\nf\tg\nh"]),
+        ("a.tsv", b'id\ttext\n1\t"Douleur\n2\tplain\n\n3\tfin"\n', "csv-invalid"),
+        ("a.tsv", b'text\tid\r\n"Douleur\t1\r\nfin"\t2\r\n', "csv-invalid"),
     ],
 )
 def test_what_programs_write(name: str, content: bytes, found: list[str] | str, tmp_path: Path) -> None:
