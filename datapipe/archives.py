@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from configs.errors import InputError
-from datapipe.decoding import decompress
+from datapipe.decoding import COMPRESSED, Forward, decompress, read_fully
 from datapipe.identifiers import NO_SPANS
 from datapipe.input_file import format_of, printable
 from datapipe.records import Content, Record
@@ -25,9 +25,9 @@ _IN_MEMORY = 2**24
 def read_zip(content: Content, read: Reader, raw: IO[bytes]) -> Iterator[Record]:
     """Yield the records of the members of a zip archive."""
     try:
-        with zipfile.ZipFile(seekable(raw)) as archive:
+        with zipfile.ZipFile(seekable(raw, content.name)) as archive:
             for info in archive.infolist():
-                if info.is_dir():
+                if info.filename.endswith(("/", "\\")):
                     continue
                 try:
                     yield from _member(content, read, info.filename, lambda info=info: archive.open(info))  # type: ignore[misc]
@@ -48,7 +48,7 @@ def read_tar(content: Content, read: Reader, raw: IO[bytes]) -> Iterator[Record]
         with tarfile.open(fileobj=tail, mode="r|", errorlevel=2) as archive:  # type: ignore[call-overload]
             for info in archive:
                 if info.isfile():
-                    yield from _member(content, read, info.name, lambda info=info: archive.extractfile(info))  # type: ignore
+                    yield from _member(content, read, info.name, lambda info=info: Forward(archive.extractfile(info)))  # type: ignore[misc]
                 elif not info.isdir():
                     content.notes.unread("link in a tar", "no regular file", f"{content.name}!{printable(info.name)}")
             while tail.read(2**16):  # to the end, so that a compressed file that is cut off is told
@@ -60,9 +60,9 @@ def read_tar(content: Content, read: Reader, raw: IO[bytes]) -> Iterator[Record]
 
 
 def _member(content: Content, read: Reader, member: str, open_member: Callable[[], Any]) -> Iterator[Record]:
-    path, name = PurePosixPath(member), f"{content.name}!{printable(member)}"
+    path, name = PurePosixPath(member.replace("\\", "/")), f"{content.name}!{printable(member)}"
     kind = format_of(path.name) or (format_of(path.parent.name) if not path.suffix else None) or content.reading.format
-    if path.is_absolute() or ".." in path.parts or "\\" in member:
+    if path.is_absolute() or ".." in path.parts:
         yield InputError(
             f"{name}: a member that leads out of its archive; make the archive again", code="unsafe-member"
         )
@@ -86,10 +86,22 @@ def _member(content: Content, read: Reader, member: str, open_member: Callable[[
             yield InputError(f"{name}: damaged ({error})", code="not-readable")
 
 
-def seekable(stream: IO[bytes]) -> IO[bytes]:
-    """The stream, or a copy in a temporary file if it cannot be read from any place."""
+def seekable(stream: IO[bytes], name: str) -> IO[bytes]:
+    """The stream, or a copy in a temporary file if it is compressed or cannot be read from any place.
+
+    Args:
+        stream: The stream at its start.
+        name: File name; a compression that its suffix names must be there.
+
+    Raises:
+        OSError: It is damaged, or not compressed as its name says; other errors of DAMAGE too.
+    """
     if stream.seekable():
-        return stream
+        start = read_fully(stream, 8)
+        stream.seek(0)
+        if not start.startswith(tuple(COMPRESSED.values())) and not name.lower().endswith(tuple(COMPRESSED)):
+            return stream
+    stream, _ = decompress(stream, name)
     copy = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115
     while content := stream.read(2**20):
         copy.write(content)

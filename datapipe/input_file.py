@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import unquote
 
-from datapipe.decoding import COMPRESSED
+from datapipe.decoding import COMPRESSED, Forward
 
 FORMATS = {
     ".jsonl": "json",
@@ -60,7 +61,26 @@ class InputFile:
             return Path(self.spool.name).open("rb", buffering=0)
         if self.path is not None:
             return self.path.open("rb", buffering=0)
-        return self.system.open(self.url, "rb")
+        if not self.url.startswith(("http:", "https:")) or self._takes_ranges():
+            return self.system.open(self.url, "rb")
+        import aiohttp
+
+        forever = aiohttp.ClientTimeout(total=None, sock_read=300)  # it is read for as long as its text is tokenized
+        # A size, whatever it is, keeps fsspec from another request for it, which takes no such timeout.
+        stream = self.system.open(self.url, "rb", block_size=0, size=1, timeout=forever)
+        return cast("IO[bytes]", io.BufferedReader(Forward(stream)))
+
+    def _takes_ranges(self) -> bool:
+        """Whether the web server sends parts of the file; one that does not must be read from start to end."""
+        with self.system.open(self.url, "rb", block_size=1, cache_type="none") as file:
+            if file.size is None:
+                return False
+            try:
+                file.seek(file.size - 1)
+                file.read(1)
+            except ValueError:
+                return False
+            return True
 
     @property
     def partition(self) -> dict[str, str | None]:

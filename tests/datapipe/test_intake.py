@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
+import http.server
 import io
 import json
 import lzma
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -146,13 +149,32 @@ def test_tables_with_nested_columns(tmp_path: Path) -> None:
         writer.write_table(rows)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(tmp_path / "a.parquet", "a.parquet")
-    for name in ("a.parquet", "a.arrow", "a.feather", "a.zip"):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a.arrow", "a.arrow")
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "a.parquet", "a.parquet")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    names = ("a.parquet", "a.arrow", "a.feather", "a.zip", "a.tar", "a.tgz", "a.parquet.gz")
+    for name in names:
         records = read(tmp_path / name, text="note.text", group="lang", where="score >= 3")
         assert [isinstance(record, Filtered) for record in records[:3]] == [True] * 3
         assert texts(records[3:]) == TEXTS[3:] and records[3].group == "fr" and records[3].id == "n3"
         assert texts(read(tmp_path / name, text="note.text", id="score")) == TEXTS
         (fault,) = read(tmp_path / name, text="nothing")
         assert fault.code == "text-missing" and "note.text" in str(fault) and "lang" in str(fault)
+
+
+def test_dates_that_python_does_not_hold(tmp_path: Path) -> None:
+    days = pyarrow.array([2**30, 0, 5], pyarrow.date32())
+    zone = pyarrow.array([0, None, 0], pyarrow.timestamp("us", tz="Mars/X"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", "b", "c"], "day": days, "at": zone}), tmp_path / "a.parquet"
+    )
+    fault, *rest = read(tmp_path / "a.parquet", id="day")
+    assert fault.code == "not-readable" and "row 1: `day`" in str(fault)
+    assert texts(rest) == ["b", "c"] and rest[0].id == "1970-01-01"
+    fault, one, other = read(tmp_path / "a.parquet", group="at")
+    assert "row 1: `at`" in str(fault) and one.group is None and other.code == "not-readable"
 
 
 def test_null_text_is_told_alike_in_every_format(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -215,6 +237,15 @@ def test_an_archive_that_climbs_out_of_its_folder(member: str, tmp_path: Path) -
     for name in ("a.zip", "a.tar"):
         with refused("unsafe-member", name):
             list(read_texts(tmp_path / name))
+
+
+def test_an_archive_with_names_of_windows(tmp_path: Path) -> None:
+    for member, found in (("notes\\a.txt", "text"), ("notes\\..\\..\\a.txt", "unsafe-member")):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("notes\\", "")
+            archive.writestr(member, "text")
+        (one,) = read(tmp_path / "a.zip")
+        assert (one.code if isinstance(one, InputError) else one.text.decode()) == found
 
 
 def test_members_that_are_not_read_and_archives_that_are_cut_off(tmp_path: Path) -> None:
@@ -321,6 +352,41 @@ def test_remote_text(tmp_path: Path) -> None:
     for reference, code in (("memory://bucket/none.txt", "no-such-file"), ("pipe://touch", "unknown-scheme")):
         with refused(code, reference):
             find_inputs([reference], Reading(), Notes())
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_web_server_with_and_without_ranges(ranges: bool, tmp_path: Path) -> None:
+    """Files longer than a block, and formats that are read from any place."""
+    pytest.importorskip("aiohttp")
+    rows = [{"text": letter * 3_000_000} for letter in "abc"]
+    (tmp_path / "a.jsonl").write_text(jsonl(rows))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "a.jsonl", "a.jsonl")
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            content, asked = (tmp_path / self.path.lstrip("/")).read_bytes(), self.headers.get("Range")
+            start, end = (int(place) for place in (asked or "bytes=0-99999999").removeprefix("bytes=").split("-"))
+            part = content[start : end + 1] if ranges else content
+            self.send_response(206 if ranges and asked else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the reader has what it needs
+                self.wfile.write(part if self.command == "GET" else b"")
+
+        do_HEAD = do_GET  # noqa: N815
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("a.jsonl", "a.zip"):
+            (file,) = find_inputs([f"http://127.0.0.1:{server.server_port}/{name}"], Reading(), Notes())
+            records = list(read_records(file, Reading(), Notes()))
+            assert texts(records) == [row["text"] for row in rows]
+            assert 9_000_000 < records[-1].position <= file.size
+        server.shutdown()
 
 
 PARTS = ("train", "test", "split=train", "split=test", ".hidden", "_tmp", "year=2020", "year-1")
