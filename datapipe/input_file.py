@@ -27,6 +27,8 @@ FORMATS = {
     ".tgz": "tar",
 }
 """Formats by suffix. Any text format may be compressed: .gz, .bz2, .xz, .zst."""
+ARCHIVES = ("zip", "tar")
+"""Formats of files that hold files."""
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 """Name of the folder of records without a value."""
 _PARTITION = re.compile(r"([A-Za-z_]\w*)=(.*)")

@@ -239,6 +239,63 @@ def test_an_archive_that_climbs_out_of_its_folder(member: str, tmp_path: Path) -
             list(read_texts(tmp_path / name))
 
 
+def pack(folder: Path) -> list[Path]:
+    """The files of a folder in a zip, a tar and a compressed tar."""
+    names = [f"{folder}.zip", f"{folder}.tar", f"{folder}.tar.gz"]
+    with zipfile.ZipFile(names[0], "w") as archive, tarfile.open(names[1], "w") as tar:
+        tar.add(folder, ".")
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, str(path.relative_to(folder)))
+    Path(names[2]).write_bytes(gzip.compress(Path(names[1]).read_bytes()))
+    return [Path(name) for name in names]
+
+
+def save_dataset(folder: Path) -> None:
+    """A saved Hugging Face dataset of two splits, each with a cache beside it."""
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        for name, text in (("data-0.arrow", split), ("cache-1.arrow", "cached")):
+            rows = pyarrow.table({"text": [text]})
+            with pyarrow.ipc.new_stream(str(folder / split / name), rows.schema) as writer:
+                writer.write_table(rows)
+        (folder / split / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+        (folder / split / "dataset_info.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+
+
+def test_an_archive_is_read_as_its_folder(tmp_path: Path) -> None:
+    """Splits, saved datasets, caches, hidden files and columns of folders; a test set was training text."""
+    (tmp_path / "plain").mkdir()
+    for name in ("train-0.jsonl", "test-0.jsonl", "_x/y.jsonl", "year=2020/what?.jsonl", "cache-1.arrow"):
+        (tmp_path / "plain" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "plain" / name).write_text(jsonl([{"text": name}]))
+    save_dataset(tmp_path / "saved" / "notes")
+    for folder in ("plain", "saved"):
+        for archive in pack(tmp_path / folder):
+            for split in (None, "train", "test"):
+                expected = texts(read(tmp_path / folder, split=split))
+                assert sorted(texts(read(archive, split=split))) == sorted(expected)
+            (fault,) = [one for one in read(archive, split="dev") if isinstance(one, InputError)]
+            assert fault.code == "no-such-split" and archive.name in str(fault)
+            notes = Notes()
+            read(archive, notes)
+            assert any("not read: split test" in line or "not test" in line for line in notes.lines())
+    (tmp_path / "plain" / "train-0.jsonl").rename(tmp_path / "plain" / "valid.jsonl")
+    for archive in pack(tmp_path / "plain"):
+        (fault,) = read(archive)
+        assert fault.code == "dataset-splits" and fault.key == "--split" and archive.name in str(fault)
+    (tmp_path / "saved" / "notes" / "train" / "data-0.arrow").unlink()
+    for archive in pack(tmp_path / "saved"):
+        assert [fault.code for fault in read(archive)] == ["dataset-incomplete"]
+
+
+def test_columns_of_folders_in_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "in" / "year=2020").mkdir(parents=True)
+    (tmp_path / "in" / "year=2020" / "part-0.jsonl").write_text(jsonl([{"text": "a"}]))
+    for archive in pack(tmp_path / "in"):
+        assert [one.group for one in read(archive, group="year")] == ["2020"]
+
+
 def test_an_archive_with_names_of_windows(tmp_path: Path) -> None:
     for member, found in (("notes\\a.txt", "text"), ("notes\\..\\..\\a.txt", "unsafe-member")):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
