@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
 from configs.errors import InputError
-from datapipe.decoding import COMPRESSED, DAMAGE, Forward, decompress, read_fully
+from datapipe.decoding import COMPRESSED, DAMAGE, LFS, Forward, decompress, read_fully
 from datapipe.identifiers import NO_SPANS
 from datapipe.input_file import ARCHIVES, InputFile, printable
 from datapipe.inputs import DESCRIBING, find_members
@@ -191,8 +191,10 @@ def seekable(stream: IO[bytes], name: str) -> IO[bytes]:
         OSError: It is damaged, or not compressed as its name says; other errors of DAMAGE too.
     """
     if stream.seekable():
-        start = read_fully(stream, 8)
+        start = read_fully(stream, len(LFS))
         stream.seek(0)
+        if start == LFS:
+            raise OSError("it is the pointer of Git LFS to a file; git lfs pull fetches it")
         if not start.startswith(_MAGIC) and not name.lower().endswith(tuple(COMPRESSED)):
             return stream
     stream, _ = decompress(stream, name)

@@ -17,6 +17,8 @@ from configs.errors import InputError
 
 COMPRESSED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 """First bytes of compressed files, by suffix."""
+LFS = b"version https://git-lfs"
+"""First bytes of the file that Git LFS leaves in place of a large one."""
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 """Errors by which the decompressors tell that a file is damaged or cut off."""
 HEAD = 2**20

@@ -31,6 +31,8 @@ ARCHIVES = ("zip", "tar")
 """Formats of files that hold files."""
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 """Name of the folder of records without a value."""
+_SMALL = 2**20
+"""Bytes of a file that is fetched at once."""
 _PARTITION = re.compile(r"([A-Za-z_]\w*)=(.*)")
 _URL = re.compile(r"(\b[a-z][a-z0-9]*://)(?:[^/\s'\"@]*@)?([^\s?'\"]*)(\?[^\s'\")]*)?")
 
@@ -74,6 +76,8 @@ class InputFile:
 
     def _takes_ranges(self) -> bool:
         """Whether the web server sends parts of the file; one that does not must be read from start to end."""
+        if 0 < self.size < _SMALL:
+            return True
         with self.system.open(self.url, "rb", block_size=1, cache_type="none") as file:
             if file.size is None:
                 return False

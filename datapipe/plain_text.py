@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
 from configs.errors import InputError
-from datapipe.decoding import decompress, detect_encoding, is_utf8, likely_codec, require_codec
+from datapipe.decoding import LFS, decompress, detect_encoding, is_utf8, likely_codec, require_codec
 from datapipe.identifiers import NO_SPANS, Identifier, parse_brat
 from datapipe.input_file import printable
 from datapipe.records import Content, Record
@@ -36,7 +36,7 @@ _NO_TEXT = {
     b"%PDF-": "a PDF",
     b"PAR1": "a parquet file",
     b"ARROW1": "an Arrow file",
-    b"version https://git-lfs": "the pointer of Git LFS to a file (git lfs pull fetches it)",
+    LFS: "the pointer of Git LFS to a file (git lfs pull fetches it)",
 }
 """Kinds of files that are no text, by their first bytes."""
 
@@ -181,7 +181,9 @@ def _json_array(content: Content, stream: IO[bytes], encoding: _Encoding, _: str
                 text, at = text[at:] + more, 0
                 continue
             reason = {IndexError: "it ends within the array", RecursionError: "nested too deeply"}.get(type(error))
-            yield content.fault(f"not valid JSON after it ({reason or error})", "not-json", f"item {number}")
+            yield content.fault(
+                f"not valid JSON after it ({reason or getattr(error, 'msg', error)})", "not-json", f"item {number}"
+            )
             return
         at, number = after, number + 1
         written = text[begin:end]
