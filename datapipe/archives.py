@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
 from configs.errors import InputError
-from datapipe.decoding import COMPRESSED, DAMAGE, LFS, Forward, decompress, read_fully
+from datapipe.decoding import COMPRESSED, DAMAGE, LFS, LFS_FAULT, Forward, decompress, read_fully
 from datapipe.identifiers import NO_SPANS
 from datapipe.input_file import ARCHIVES, InputFile, printable
 from datapipe.inputs import DESCRIBING, find_members
@@ -194,7 +194,7 @@ def seekable(stream: IO[bytes], name: str) -> IO[bytes]:
         start = read_fully(stream, len(LFS))
         stream.seek(0)
         if start == LFS:
-            raise OSError("it is the pointer of Git LFS to a file; git lfs pull fetches it")
+            raise OSError(LFS_FAULT)
         if not start.startswith(_MAGIC) and not name.lower().endswith(tuple(COMPRESSED)):
             return stream
     stream, _ = decompress(stream, name)

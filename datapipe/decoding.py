@@ -19,6 +19,7 @@ COMPRESSED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst"
 """First bytes of compressed files, by suffix."""
 LFS = b"version https://git-lfs"
 """First bytes of the file that Git LFS leaves in place of a large one."""
+LFS_FAULT = "it is the pointer of Git LFS to a file; git lfs pull fetches it"
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 """Errors by which the decompressors tell that a file is damaged or cut off."""
 HEAD = 2**20

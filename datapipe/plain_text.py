@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
 from configs.errors import InputError
-from datapipe.decoding import LFS, decompress, detect_encoding, is_utf8, likely_codec, require_codec
+from datapipe.decoding import LFS, LFS_FAULT, decompress, detect_encoding, is_utf8, likely_codec, require_codec
 from datapipe.identifiers import NO_SPANS, Identifier, parse_brat
 from datapipe.input_file import printable
 from datapipe.records import Content, Record
@@ -36,7 +36,6 @@ _NO_TEXT = {
     b"%PDF-": "a PDF",
     b"PAR1": "a parquet file",
     b"ARROW1": "an Arrow file",
-    LFS: "the pointer of Git LFS to a file (git lfs pull fetches it)",
 }
 """Kinds of files that are no text, by their first bytes."""
 
@@ -50,6 +49,9 @@ class _Encoding(NamedTuple):
 def read_lines(content: Content, kind: str, raw: IO[bytes]) -> Iterator[Record]:
     """Yield the records of JSON, CSV or plain text, after decompression and by its encoding."""
     stream, head = decompress(raw, content.name)
+    if head.startswith(LFS):
+        yield content.fault(LFS_FAULT, "not-text")
+        return
     if other := next((name for magic, name in _NO_TEXT.items() if head.startswith(magic)), None):
         yield content.fault(f"it is {other}, whatever its name; rename or convert it", "not-text")
         return
@@ -181,9 +183,8 @@ def _json_array(content: Content, stream: IO[bytes], encoding: _Encoding, _: str
                 text, at = text[at:] + more, 0
                 continue
             reason = {IndexError: "it ends within the array", RecursionError: "nested too deeply"}.get(type(error))
-            yield content.fault(
-                f"not valid JSON after it ({reason or getattr(error, 'msg', error)})", "not-json", f"item {number}"
-            )
+            reason = reason or getattr(error, "msg", str(error))
+            yield content.fault(f"not valid JSON after it ({reason})", "not-json", f"item {number}")
             return
         at, number = after, number + 1
         written = text[begin:end]
