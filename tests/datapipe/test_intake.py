@@ -442,7 +442,7 @@ def test_a_web_server_with_and_without_ranges(ranges: bool, tmp_path: Path) -> N
         for name in ("a.jsonl", "a.zip", "small.zip"):
             (file,) = find_inputs([f"http://127.0.0.1:{server.server_port}/{name}"], Reading(), Notes())
             records = list(read_records(file, Reading(), Notes()))
-            assert texts(records) == [row["text"] for row in rows]
+            assert [(text[0], len(text)) for text in texts(records)] == [(letter, 3_000_000) for letter in "abc"]
             assert file.size * 0.9 < records[-1].position <= file.size
         server.shutdown()
 
@@ -650,7 +650,8 @@ def test_zstandard_with_a_long_window(tmp_path: Path) -> None:
 def test_items_of_an_array_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
     rows = [{"text": letter * 700_000} for letter in "abé"] + [{"text": "d" * 3_000_000}]
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False))
-    assert texts(read(tmp_path / "a.json")) == [row["text"] for row in rows]
+    found = texts(read(tmp_path / "a.json"))
+    assert [(set(text), len(text)) for text in found] == [(set(row["text"]), len(row["text"])) for row in rows]
 
 
 def test_short_western_text_is_windows_1252() -> None:
