@@ -26,13 +26,13 @@ from datapipe.splits import Splits, split_of
 
 JOURNAL = ".prepare.jsonl"
 """File in an unfinished output of `detour prepare`."""
+DESCRIBING = ("state.json", "dataset_dict.json", MANIFEST)
+"""Files that tell which files beside them are read."""
 STDIN = "-"
 MANY = 10
 """Files named one by one of the same folder from which the folder is their source."""
 TABLE_LOGS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
 """Folders in tables that tell which of the files beside them are current."""
-DESCRIBING = ("state.json", "dataset_dict.json", MANIFEST)
-"""Files that tell which files beside them are read."""
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"{": "json", b"[": "json", b"PK\x03\x04": "zip"}
 
 

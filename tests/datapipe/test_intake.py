@@ -15,10 +15,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow
@@ -438,7 +438,7 @@ def test_a_web_server_with_and_without_ranges(ranges: bool, tmp_path: Path) -> N
         do_HEAD = do_GET  # noqa: N815
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, daemon=True).start()
         for name in ("a.jsonl", "a.zip", "small.zip"):
             (file,) = find_inputs([f"http://127.0.0.1:{server.server_port}/{name}"], Reading(), Notes())
             records = list(read_records(file, Reading(), Notes()))
