@@ -99,7 +99,11 @@ def _list_tar(raw: IO[bytes]) -> dict[PurePosixPath, bytes]:
     with suppress(tarfile.TarError, *DAMAGE):
         stream: Any = decompress(raw, "")[0] if is_compressed else raw
         with tarfile.open(fileobj=stream, mode="r|" if is_compressed else "r:") as archive:
+            last = -1
             for info in archive:
+                if info.offset <= last:  # a negative size; tarfile would read the same member for ever
+                    break
+                last = info.offset
                 if info.isfile():
                     path = _path(info.name)
                     file = archive.extractfile(info) if path.name in DESCRIBING else None

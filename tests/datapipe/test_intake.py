@@ -46,6 +46,7 @@ from datapipe.tokenizer import Tokenizer
 from datapipe.where import parse_where
 from launcher.cli import app
 from tests.datapipe.conftest import refused
+from tests.datapipe.tars import tar_member
 from tests.datapipe.test_prepare import digests
 
 RECORDS = [
@@ -287,6 +288,14 @@ def test_an_archive_is_read_as_its_folder(tmp_path: Path) -> None:
     (tmp_path / "saved" / "notes" / "train" / "data-0.arrow").unlink()
     for archive in pack(tmp_path / "saved"):
         assert [fault.code for fault in read(archive)] == ["dataset-incomplete"]
+
+
+def test_a_tar_with_a_negative_size_ends(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.txt")
+    info.size = -512
+    (tmp_path / "a.tar").write_bytes(tar_member("b.txt", b"b") + info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    first, *_, fault = read(tmp_path / "a.tar")
+    assert first.text == b"b" and fault.code == "not-readable"
 
 
 def test_columns_of_folders_in_an_archive(tmp_path: Path) -> None:
