@@ -17,6 +17,9 @@ from configs.errors import InputError
 
 COMPRESSED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 """First bytes of compressed files, by suffix."""
+LFS = b"version https://git-lfs"
+"""First bytes of the file that Git LFS leaves in place of a large one."""
+LFS_FAULT = "it is the pointer of Git LFS to a file; git lfs pull fetches it"
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 """Errors by which the decompressors tell that a file is damaged or cut off."""
 HEAD = 2**20
@@ -28,6 +31,8 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_DAMAGED = 5
+"""Whole UTF-8 characters per byte that is none, from which a text is damaged UTF-8. Legacy encodings stay below 2."""
 _FEW = 64
 """Bytes beyond ASCII below which a detector only guesses."""
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r")) + b"\x7f"
@@ -47,8 +52,8 @@ def decompress(file: IO[bytes], name: str) -> tuple[IO[bytes], bytes]:
     Raises:
         OSError: It is damaged, or not compressed as its name says; other errors of DAMAGE too.
     """
-    start = _read(file, 8)
-    stream: Any = _Prefixed(start, file)
+    start = read_fully(file, 8)
+    stream: Any = Forward(file, start)
     named = next((suffix for suffix in COMPRESSED if name.lower().endswith(suffix)), None)
     kind = next((suffix for suffix, magic in COMPRESSED.items() if start.startswith(magic)), None)
     if named not in (None, kind) and start:
@@ -61,11 +66,11 @@ def decompress(file: IO[bytes], name: str) -> tuple[IO[bytes], bytes]:
         stream = lzma.LZMAFile(io.BufferedReader(stream))  # noqa: SIM115
     elif kind == ".zst":
         stream = _Zstandard(stream)
-    head = _read(stream, HEAD)
-    return io.BufferedReader(_Prefixed(head, stream), 2**18), head
+    head = read_fully(stream, HEAD)
+    return io.BufferedReader(Forward(stream, head), 2**18), head
 
 
-def _read(stream: Any, size: int) -> bytes:
+def read_fully(stream: Any, size: int) -> bytes:
     """Up to `size` bytes; fewer only at the end."""
     parts, got = [], 0
     while got < size and (part := stream.read(size - got)):
@@ -74,19 +79,32 @@ def _read(stream: Any, size: int) -> bytes:
     return b"".join(parts)
 
 
-class _Prefixed(io.RawIOBase):
-    """A stream whose first bytes have been read already."""
+class Forward(io.RawIOBase):
+    """A stream that is read from its start to its end only, whatever it says of itself.
 
-    def __init__(self, start: bytes, stream: Any) -> None:
+    Args:
+        stream: The stream.
+        start: Bytes that have been read from it already.
+    """
+
+    def __init__(self, stream: Any, start: bytes = b"") -> None:
         self._start, self._stream = memoryview(start), stream
+        self._position = 0
 
     def readable(self) -> bool:
+        """Always."""
         return True
 
+    def tell(self) -> int:
+        """Bytes read so far."""
+        return self._position
+
     def readinto(self, buffer: Any) -> int:
+        """Read up to as many bytes as the buffer has."""
         content = self._start[: len(buffer)] if self._start else self._stream.read(len(buffer))
         self._start = self._start[len(content) :]
         buffer[: len(content)] = content
+        self._position += len(content)
         return len(content)
 
 
@@ -110,13 +128,13 @@ class _Zstandard(io.RawIOBase):
                     raise EOFError("the file ends inside a zstandard frame")
                 return 0
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             self._content = memoryview(self._frame.decompress(compressed))
             rest = b""
             if self._frame.eof:
                 rest, self._frame = self._frame.unused_data, None
                 if rest:
-                    self._stream = _Prefixed(rest, self._stream)
+                    self._stream = Forward(self._stream, rest)
                     rest = b""
         content, self._content = self._content[: len(buffer)], self._content[len(buffer) :]
         buffer[: len(content)] = content
@@ -134,11 +152,17 @@ def detect_encoding(head: bytes) -> str | None:
     wide = _wide(head)
     if wide is not None:
         return wide
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < HEAD)
-        return "utf-8"
-    except UnicodeDecodeError:
-        return likely_codec(head)
+    return "utf-8" if is_utf8(head) else likely_codec(head)
+
+
+def is_utf8(head: bytes) -> bool:
+    """Whether text is UTF-8, of which a few characters may be damaged; the last one may be cut off at HEAD bytes."""
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head, final=len(head) < HEAD)
+    if text.isascii():
+        return True
+    whole = text.encode("utf-8", "ignore").decode()
+    bad = len(text) - len(whole)
+    return len(whole) - len(whole.encode("ascii", "ignore")) >= _DAMAGED * bad
 
 
 def _wide(head: bytes) -> str | None:
@@ -169,10 +193,13 @@ def likely_codec(content: bytes) -> str | None:
     beyond_ascii = len(content) - len(content.translate(None, bytes(range(128, 256))))
     if western and beyond_ascii < _FEW and beyond_ascii < len(content) / 3:
         return western
-    best = from_bytes(content[: 2**16] if beyond_ascii > 2**12 else content).best()
+    matches = from_bytes(content[: 2**16] if beyond_ascii > 2**12 else content)
+    best = matches.best()
     if best is None:
         return western
-    if western and western in best.could_be_from_charset:
+    # Some guesses are equally good: Spanish is as likely Central European (cp1250).
+    ties = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
+    if western and any(western in (match.encoding, *match.could_be_from_charset) for match in ties):
         return western
     return best.encoding
 

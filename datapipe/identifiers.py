@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,9 +87,28 @@ def parse_spans(value: Any, text: str) -> list[Identifier]:
 def parse_brat(annotations: str, text: str) -> list[Identifier]:
     """Read the text-bound annotations of a brat .ann file.
 
+    Offsets count a line break of CR and LF as two characters, or all as one, because many tools read it as one.
+
     Raises:
         ValueError: A line is none of brat's, or its words do not stand in the text at its offsets.
     """
+    try:
+        return _parse_brat(annotations, text)
+    except ValueError as error:
+        breaks = [match.start() - number for number, match in enumerate(re.finditer("\r\n", text))]
+        try:
+            found = _parse_brat(annotations, text.replace("\r\n", "\n")) if breaks else []
+        except ValueError:
+            found = []
+        if not found:
+            raise error from None
+        return [
+            Identifier(start + bisect_left(breaks, start), end + bisect_left(breaks, end), label)
+            for start, end, label in found
+        ]
+
+
+def _parse_brat(annotations: str, text: str) -> list[Identifier]:
     identifiers = []
     for number, line in enumerate(annotations.split("\n"), 1):
         if not line.startswith("T"):

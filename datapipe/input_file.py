@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import unquote
 
-from datapipe.decoding import COMPRESSED
+from datapipe.decoding import COMPRESSED, Forward
 
 FORMATS = {
     ".jsonl": "json",
@@ -26,8 +27,12 @@ FORMATS = {
     ".tgz": "tar",
 }
 """Formats by suffix. Any text format may be compressed: .gz, .bz2, .xz, .zst."""
+ARCHIVES = ("zip", "tar")
+"""Formats of files that hold files."""
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 """Name of the folder of records without a value."""
+_SMALL = 2**20
+"""Bytes of a file that is fetched at once."""
 _PARTITION = re.compile(r"([A-Za-z_]\w*)=(.*)")
 _URL = re.compile(r"(\b[a-z][a-z0-9]*://)(?:[^/\s'\"@]*@)?([^\s?'\"]*)(\?[^\s'\")]*)?")
 
@@ -60,7 +65,28 @@ class InputFile:
             return Path(self.spool.name).open("rb", buffering=0)
         if self.path is not None:
             return self.path.open("rb", buffering=0)
-        return self.system.open(self.url, "rb")
+        if not self.url.startswith(("http:", "https:")) or self._takes_ranges():
+            return self.system.open(self.url, "rb")
+        import aiohttp
+
+        forever = aiohttp.ClientTimeout(total=None, sock_read=300)  # it is read for as long as its text is tokenized
+        # A size, whatever it is, keeps fsspec from another request for it, which takes no such timeout.
+        stream = self.system.open(self.url, "rb", block_size=0, size=1, timeout=forever)
+        return cast("IO[bytes]", io.BufferedReader(Forward(stream)))
+
+    def _takes_ranges(self) -> bool:
+        """Whether the web server sends parts of the file; one that does not must be read from start to end."""
+        if 0 < self.size < _SMALL:
+            return True
+        with self.system.open(self.url, "rb", block_size=1, cache_type="none") as file:
+            if file.size is None:
+                return False
+            try:
+                file.seek(file.size - 1)
+                file.read(1)
+            except ValueError:
+                return False
+            return True
 
     @property
     def partition(self) -> dict[str, str | None]:

@@ -17,7 +17,7 @@ from configs.errors import InputError
 from configs.schema import Reading
 from datapipe.decoding import COMPRESSED, DAMAGE, decompress
 from datapipe.disk import disk_errors_as_input_errors
-from datapipe.input_file import InputFile, annotations_of, format_of, formats, printable, without_secrets
+from datapipe.input_file import ARCHIVES, InputFile, annotations_of, format_of, formats, printable, without_secrets
 from datapipe.listing import Entry, LocalEntry, RemoteEntry
 from datapipe.manifest import NAME as MANIFEST
 from datapipe.notes import Notes
@@ -26,6 +26,8 @@ from datapipe.splits import Splits
 
 JOURNAL = ".prepare.jsonl"
 """File in an unfinished output of `detour prepare`."""
+DESCRIBING = ("state.json", "dataset_dict.json", MANIFEST)
+"""Files that tell which files beside them are read."""
 STDIN = "-"
 MANY = 10
 """Files named one by one of the same folder from which the folder is their source."""
@@ -49,7 +51,20 @@ def find_inputs(
     Raises:
         InputError: There is no such file, or no text file in a folder.
     """
-    return _Finder(references, reading, notes, exclude).files
+    finder = _Finder(references, reading, notes, exclude)
+    finder.find(references)
+    return finder.files
+
+
+def find_members(archive: Entry, reading: Reading, notes: Notes) -> list[InputFile]:
+    """The text files in an archive that is seen as a folder; none if it holds no text.
+
+    Raises:
+        InputError: None of its splits is the one to read, or a dataset in it is incomplete.
+    """
+    finder = _Finder((), reading, notes, None)
+    finder.find_members(archive)
+    return finder.files
 
 
 def find_files(reference: str) -> list[InputFile]:
@@ -64,17 +79,28 @@ class _Finder:
         self._seen: dict[object, str] = {}
         self._splits = Splits(reading.split, notes)
         self.files: list[InputFile] = []
+        self._met = 0
         self._sources = _source_names(references)
+
+    def find_members(self, archive: Entry) -> None:
+        """Find the files in an archive."""
+        self._walk(archive, "")
+        if self._splits.are_several:  # others may be in another archive
+            self._splits.require_found()
+
+    def find(self, references: Sequence[str]) -> None:
+        """Find the files that references name."""
         for reference in references:
             self._met = 0
             self._find(reference)
             if not self._met:
                 self._splits.require_found()
                 self._refuse_empty(reference)
-        self._splits.require_found()
+        if not any(file.format in ARCHIVES for file in self.files):  # whose members may have splits
+            self._splits.require_found()
         kinds = Counter(file.format for file in self.files)
         if len(self.files) > 1:
-            notes.add(f"read: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())} files", "", "")
+            self._notes.add(f"read: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())} files", "", "")
 
     def _refuse_empty(self, reference: str) -> None:
         unread = "\n".join(["", *self._notes.lines()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Protocol
 
@@ -102,7 +103,7 @@ class RemoteEntry:
     files: Mapping[str, Mapping[str, Any]] | None = field(default=None, repr=False)
     """A folder's files at any depth: their `info` by path; None for a file."""
 
-    @property
+    @cached_property
     def path(self) -> PurePosixPath:
         """Its path without the query of a signed URL."""
         return PurePosixPath(self.url.partition("?")[0])

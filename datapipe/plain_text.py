@@ -7,12 +7,13 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import IO, NamedTuple
 
 from configs.errors import InputError
-from datapipe.decoding import decompress, detect_encoding, likely_codec, require_codec
+from datapipe.decoding import LFS, LFS_FAULT, decompress, detect_encoding, is_utf8, likely_codec, require_codec
 from datapipe.identifiers import NO_SPANS, Identifier, parse_brat
 from datapipe.input_file import printable
 from datapipe.records import Content, Record
@@ -22,7 +23,12 @@ MANY_LINES = 1000
 LONGEST_CELL = 2**28
 """Characters of a cell of a CSV file; a longer one has a quote that is never closed."""
 _ONE_OBJECT = 2**26
-"""Characters of a JSON file that may be a single object over several lines."""
+"""Characters of an object of a JSON file that stands on several lines."""
+_PART = 2**20
+"""Characters of a JSON array that are read at once."""
+_BLANK = "\ufeff \t\r\n"
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _DELIMITERS = ",;\t|"
 _NO_TEXT = {
     b"PK\x03\x04": "a zip archive or an Office document",
@@ -34,45 +40,64 @@ _NO_TEXT = {
 """Kinds of files that are no text, by their first bytes."""
 
 
+class _Encoding(NamedTuple):
+    name: str
+    is_sure: bool
+    """The first bytes hold characters of UTF-8. A byte that is none is damage then, and no sign of another encoding."""
+
+
 def read_lines(content: Content, kind: str, raw: IO[bytes]) -> Iterator[Record]:
     """Yield the records of JSON, CSV or plain text, after decompression and by its encoding."""
     stream, head = decompress(raw, content.name)
+    if head.startswith(LFS):
+        yield content.fault(LFS_FAULT, "not-text")
+        return
     if other := next((name for magic, name in _NO_TEXT.items() if head.startswith(magic)), None):
         yield content.fault(f"it is {other}, whatever its name; rename or convert it", "not-text")
         return
-    encoding = content.reading.encoding and require_codec(content.reading.encoding)
-    if encoding is None:
-        encoding = detect_encoding(head)
-        if encoding is None or (encoding == "utf-8" and head.count(0) > len(head) / 4):
+    name = content.reading.encoding and require_codec(content.reading.encoding)
+    if name is None:
+        name = detect_encoding(head)
+        if name is None or (name == "utf-8" and head.count(0) > len(head) / 4):
             yield content.fault("no text in any encoding that Detour knows; name it, such as --encoding cp1252")
             return
-        if encoding not in ("utf-8", "utf-8-sig"):
-            content.notes.add(f"encoding {encoding}, as detected (--encoding names another)", content.name)
+        if name not in ("utf-8", "utf-8-sig"):
+            content.notes.add(f"encoding {name}, as detected (--encoding names another)", content.name)
+    encoding = _Encoding(name, _is_utf8_codec(name) and not head.isascii() and is_utf8(head))
     read = {"json": _json, "csv": _csv, "tsv": _csv, "txt": _txt}[kind]
     try:
         yield from read(content, stream, encoding, "\t" if kind == "tsv" else "")
     except UnicodeError as error:
-        yield content.fault(f"not {encoding} ({error}); name its encoding, such as --encoding cp1252", "not-utf8")
+        yield content.fault(f"not {name} ({error}); name its encoding, such as --encoding cp1252", "not-utf8")
 
 
-def _characters(stream: IO[bytes], encoding: str, newline: str) -> io.TextIOWrapper:
+def _is_utf8_codec(name: str) -> bool:
+    return codecs.lookup(name).name in ("utf-8", "utf-8-sig")
+
+
+def _characters(stream: IO[bytes], encoding: _Encoding, newline: str) -> io.TextIOWrapper:
     """Bytes that do not belong to the encoding become lone surrogates, so that they cost their record only."""
-    return io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline=newline)
+    return io.TextIOWrapper(stream, encoding.name, errors="surrogateescape", newline=newline)
 
 
-def _not_in_encoding(content: Content, characters: str, encoding: str, place: str) -> InputError | None:
+def _not_in_encoding(content: Content, characters: str, encoding: _Encoding, place: str) -> InputError | None:
     """The fault of characters that were not in the encoding of the file."""
     try:
         characters.encode()
         return None
     except UnicodeEncodeError as error:
-        label = "UTF-8" if encoding.startswith("utf-8") else encoding
-        codec = likely_codec(characters.encode("utf-8", "surrogateescape"))
-        remedy = f"it looks like {codec}: --encoding {codec}" if codec else "name its encoding by --encoding"
+        label = "UTF-8" if _is_utf8_codec(encoding.name) else encoding.name
+        written = characters.encode("utf-8", "surrogateescape")
+        if encoding.is_sure or (label == "UTF-8" and is_utf8(written)):
+            remedy = "the file is UTF-8, and damaged there: export it again, or leave this out by --on-error skip"
+        elif codec := likely_codec(written):
+            remedy = f"it looks like {codec}: --encoding {codec}"
+        else:
+            remedy = "name its encoding by --encoding"
         return content.fault(f"byte {error.start} is not {label}; {remedy}", "not-utf8", place)
 
 
-def _txt(content: Content, stream: IO[bytes], encoding: str, _: str) -> Iterator[Record]:
+def _txt(content: Content, stream: IO[bytes], encoding: _Encoding, _: str) -> Iterator[Record]:
     annotations = content.annotations() if content.reading.spans != NO_SPANS else None
     if annotations is not None and content.reading.lines:
         yield content.fault("its .ann file counts from the start of the file; leave out --lines", "spans-invalid")
@@ -83,7 +108,7 @@ def _txt(content: Content, stream: IO[bytes], encoding: str, _: str) -> Iterator
                 place = f"line {number}"
                 yield _not_in_encoding(content, line, encoding, place) or content.text(line, str(number), place)
         return
-    text = _characters(stream, encoding, "").read()
+    text = _characters(stream, encoding, "").read().removeprefix("\ufeff")
     if text.count("\n") > MANY_LINES:
         content.notes.add(
             f"one document of more than {MANY_LINES:,} lines; --lines makes each line a document", content.name
@@ -100,20 +125,21 @@ def _txt(content: Content, stream: IO[bytes], encoding: str, _: str) -> Iterator
     yield _not_in_encoding(content, text, encoding, "") or content.text(text, stem, "", given=given)
 
 
-def _json(content: Content, stream: IO[bytes], encoding: str, _: str) -> Iterator[Record]:
-    start = stream.peek(1)[:64].decode(encoding, "ignore")  # type: ignore[attr-defined]
-    if start.lstrip("\ufeff \t\r\n").startswith("["):
-        return _json_array(content, stream, encoding)
-    return _json_lines(content, _characters(stream, encoding, "\n"), encoding)
+def _json(content: Content, stream: IO[bytes], encoding: _Encoding, _: str) -> Iterator[Record]:
+    start = stream.peek(1)[:64].decode(encoding.name, "ignore")  # type: ignore[attr-defined]
+    read = _json_array if start.lstrip(_BLANK).startswith("[") else _json_lines
+    return read(content, stream, encoding, _)
 
 
-def _json_lines(content: Content, stream: io.TextIOWrapper, encoding: str) -> Iterator[Record]:
+def _json_lines(content: Content, raw: IO[bytes], encoding: _Encoding, _: str) -> Iterator[Record]:
     record = content.records("line")
+    stream = _characters(raw, encoding, "\n")
+    is_first = True
     lines: Iterator[str] = stream
     for number in itertools.count(1):
         if not (line := next(lines, "")):
             return
-        if not (line := line.strip("\ufeff \t\r\n")):
+        if not (line := line.strip(_BLANK)):
             continue
         place = f"line {number}"
         fault = None if line.isascii() else _not_in_encoding(content, line, encoding, place)
@@ -122,35 +148,62 @@ def _json_lines(content: Content, stream: io.TextIOWrapper, encoding: str) -> It
         except RecursionError:
             yield content.fault("nested too deeply", "not-json", place)
         except ValueError as error:
-            if number == 1 and not line.endswith("}"):
+            if is_first and not line.endswith("}"):
                 rest = stream.read(_ONE_OBJECT) + stream.readline()
+                whole = f"{line}\n{rest}"
                 try:
-                    yield record(json.loads(f"{line}\n{rest}"), 1)
+                    item = json.loads(whole)
+                    yield _not_in_encoding(content, whole, encoding, "") or record(item, 1)
                     return
                 except (ValueError, RecursionError):
                     lines = itertools.chain(io.StringIO(rest, newline="\n"), stream)
             yield content.fault(f"not valid JSON ({error})", "not-json", place)
+        is_first = False
 
 
-def _json_array(content: Content, stream: IO[bytes], encoding: str) -> Iterator[Record]:
-    import ijson
-
+def _json_array(content: Content, stream: IO[bytes], encoding: _Encoding, _: str) -> Iterator[Record]:
+    """Parse items as JSON lines are, so that NaN, large numbers and damaged characters are treated alike."""
     record = content.records("item")
-    utf8: Any = stream if encoding == "utf-8" else _Utf8(stream, encoding)
-    number = 0
-    try:
-        for number, item in enumerate(ijson.items(utf8, "item", use_float=True), 1):
-            yield record(item, number)
-    except (ijson.JSONError, ValueError, OverflowError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
-        yield content.fault(f"not valid JSON after it ({reason})", "not-json", f"item {number}")
+    characters = _characters(stream, encoding, "\n")
+    decode = json.JSONDecoder().raw_decode
+    text, at, number = characters.read(_PART).lstrip(_BLANK), 0, 0
+    while number == 0 or text[at] != "]":  # text[at] is the `[` or `,` before an item
+        begin = _skip_blank(text, at + 1)
+        if number == 0 and text[begin : begin + 1] == "]":
+            at = begin
+            break
+        try:
+            item, end = decode(text, begin)
+            after = _skip_blank(text, end)
+            if text[after] not in ",]":
+                raise ValueError("a comma is missing")
+        except (ValueError, IndexError, RecursionError) as error:
+            rest = len(text) - at
+            if rest < _ONE_OBJECT and (more := characters.read(max(_PART, rest))):
+                text, at = text[at:] + more, 0
+                continue
+            reason = {IndexError: "it ends within the array", RecursionError: "nested too deeply"}.get(type(error))
+            reason = reason or getattr(error, "msg", str(error))
+            yield content.fault(f"not valid JSON after it ({reason})", "not-json", f"item {number}")
+            return
+        at, number = after, number + 1
+        written = text[begin:end]
+        fault = None if written.isascii() else _not_in_encoding(content, written, encoding, f"item {number}")
+        yield fault or record(item, number)
+    if (text[at + 1 :] + characters.read(_PART)).strip(_BLANK):
+        yield content.fault("not valid JSON after it (more follows the array)", "not-json", f"item {number}")
 
 
-def _csv(content: Content, stream: IO[bytes], encoding: str, delimiter: str) -> Iterator[Record]:
+def _skip_blank(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _csv(content: Content, stream: IO[bytes], encoding: _Encoding, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(LONGEST_CELL)
     lines = _characters(stream, encoding, "")
     first = lines.readline().removeprefix("\ufeff")
     before = 0
+    is_tsv = delimiter == "\t"
     if (hint := first.rstrip("\r\n")).lower().startswith("sep=") and len(hint) == 5:  # Excel writes it
         delimiter, first, before = hint[4], lines.readline(), 1
     # The delimiter by which the header has the columns, and then the most columns.
@@ -169,6 +222,8 @@ def _csv(content: Content, stream: IO[bytes], encoding: str, delimiter: str) -> 
         except csv.Error as error:
             open_quote = "unexpected end" in str(error) or "field larger" in str(error)
             reason = "a quote opened in this record is never closed" if open_quote else str(error)
+            if "expected after" in reason:
+                reason += '; write a quote inside a quoted cell as "" and not as \\" (Spark: option escape="\\"")'
             yield content.fault(reason, "csv-invalid", place)
             if header is None or open_quote:
                 return
@@ -187,18 +242,20 @@ def _csv(content: Content, stream: IO[bytes], encoding: str, delimiter: str) -> 
         elif len(cells) != len(header):
             reason = f"{len(cells):,} cells, and the header has {len(header):,}"
             yield fault or content.fault(reason, "csv-invalid", place)
+        elif is_tsv and (joining := [name for i, name in enumerate(header) if _merges_rows(cells, i)]):
+            reason = (
+                f"the quote that opens `{joining[0]}` joins rows; write it twice within quotes if it is text, or "
+                "rename the file to .csv if this is one record"
+            )
+            yield fault or content.fault(reason, "csv-invalid", place)
         else:
             yield fault or record(dict(zip(header, cells, strict=True)), line)
 
 
-class _Utf8:
-    """Reads a stream of another encoding as UTF-8."""
-
-    def __init__(self, stream: IO[bytes], encoding: str) -> None:
-        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
-
-    def read(self, size: int) -> bytes:
-        while content := self._stream.read(size):
-            if text := self._decoder.decode(content):
-                return text.encode()
-        return self._decoder.decode(b"", final=size != 0).encode()
+def _merges_rows(cells: list[str], column: int) -> bool:
+    """Whether a cell of a TSV file holds the ends and beginnings of rows, because of quotes that are text."""
+    if "\t" not in cells[column] or len(lines := _LINE_BREAK.split(cells[column])) == 1:
+        return False
+    first, *middle, last = lines
+    fits = first.count("\t") == len(cells) - 1 - column and last.count("\t") == column
+    return fits and all("\t" in line for line in middle if line)

@@ -89,6 +89,11 @@ class Splits:
             self._notes.add(f"read: the split {chosen[0]}, not {others}", where, "folders")
         return chosen
 
+    @property
+    def are_several(self) -> bool:
+        """Whether more than one split was met."""
+        return len(self._met) > 1
+
     def require_found(self) -> None:
         """Raise InputError if a split was asked for and not met."""
         if self._wanted is not None and not self._found:

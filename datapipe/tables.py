@@ -16,7 +16,7 @@ def read_table(content: Content, kind: str, raw: IO[bytes]) -> Iterator[Record]:
 
     number = 0
     try:
-        file = pyarrow.PythonFile(seekable(raw), "r")
+        file = pyarrow.PythonFile(seekable(raw, content.name), "r")
         if kind == "parquet":
             parquet = pyarrow.parquet.ParquetFile(file)
             schema = parquet.schema_arrow
@@ -43,9 +43,14 @@ def read_table(content: Content, kind: str, raw: IO[bytes]) -> Iterator[Record]:
             for row in range(batch.num_rows):
                 number += 1
                 try:
-                    cells = {name: columns.column(name)[row].as_py() for name in top}
+                    cells = {}
+                    for name in top:
+                        cells[name] = columns.column(name)[row].as_py()
                 except UnicodeDecodeError:
                     yield content.fault("not UTF-8; write the file again", "not-utf8", f"row {number}")
+                except (OverflowError, ValueError, LookupError) as error:  # dates before the year 1 and after 9999
+                    reason = f"`{name}` has no value that Python can hold ({error}); write the column as text"
+                    yield content.fault(reason, "not-readable", f"row {number}")
                 else:
                     yield record(cells, number)
     except pyarrow.ArrowException as error:

@@ -376,6 +376,9 @@ def test_brat(tmp_path: Path) -> None:
     found = [("Anna", "NAME"), ("Smith", "NAME"), ("1923", "DATE")]
     assert identifiers(tmp_path) == [(text, found), ("no identifiers", [])]
     assert identifiers(tmp_path / "a.txt", spans="none") == [(text, [])]
+    lines[0], lines[1] = "T1\tNAME 8 12;13 18\tAnna Smith", "T2\tDATE 24 28\t1923"  # a line break counts once
+    (tmp_path / "a.ann").write_text("\n".join(lines))
+    assert identifiers(tmp_path / "a.txt") == [(text, found)]
     with refused("spans-invalid", "a.txt"):
         identifiers(tmp_path, lines=True)
     for line in ("T1\tNAME 7 11\tAnna", "T1\tNAME 8 99\tAnna", "T1\tNAME 8\tAnna", "T1 NAME 8 12 Anna", "T1"):

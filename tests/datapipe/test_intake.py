@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
+import http.server
 import io
 import json
 import lzma
@@ -17,6 +19,7 @@ import zipfile
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow
@@ -31,7 +34,7 @@ import datapipe.near_duplicates
 import datapipe.prepare
 from configs.errors import InputError
 from configs.schema import Data, Reading
-from datapipe.decoding import detect_encoding, likely_codec
+from datapipe.decoding import detect_encoding, is_utf8, likely_codec
 from datapipe.inputs import JOURNAL, find_inputs
 from datapipe.manifest import NAME, read_manifest
 from datapipe.near_duplicates import near_duplicates
@@ -44,6 +47,7 @@ from datapipe.tokenizer import Tokenizer
 from datapipe.where import parse_where
 from launcher.cli import app
 from tests.datapipe.conftest import refused
+from tests.datapipe.tars import tar_member
 from tests.datapipe.test_prepare import digests
 
 RECORDS = [
@@ -147,13 +151,32 @@ def test_tables_with_nested_columns(tmp_path: Path) -> None:
         writer.write_table(rows)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(tmp_path / "a.parquet", "a.parquet")
-    for name in ("a.parquet", "a.arrow", "a.feather", "a.zip"):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a.arrow", "a.arrow")
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "a.parquet", "a.parquet")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    names = ("a.parquet", "a.arrow", "a.feather", "a.zip", "a.tar", "a.tgz", "a.parquet.gz")
+    for name in names:
         records = read(tmp_path / name, text="note.text", group="lang", where="score >= 3")
         assert [isinstance(record, Filtered) for record in records[:3]] == [True] * 3
         assert texts(records[3:]) == TEXTS[3:] and records[3].group == "fr" and records[3].id == "n3"
         assert texts(read(tmp_path / name, text="note.text", id="score")) == TEXTS
         (fault,) = read(tmp_path / name, text="nothing")
         assert fault.code == "text-missing" and "note.text" in str(fault) and "lang" in str(fault)
+
+
+def test_dates_that_python_does_not_hold(tmp_path: Path) -> None:
+    days = pyarrow.array([2**30, 0, 5], pyarrow.date32())
+    zone = pyarrow.array([0, None, 0], pyarrow.timestamp("us", tz="Mars/X"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", "b", "c"], "day": days, "at": zone}), tmp_path / "a.parquet"
+    )
+    fault, *rest = read(tmp_path / "a.parquet", id="day")
+    assert fault.code == "not-readable" and "row 1: `day`" in str(fault)
+    assert texts(rest) == ["b", "c"] and rest[0].id == "1970-01-01"
+    fault, one, other = read(tmp_path / "a.parquet", group="at")
+    assert "row 1: `at`" in str(fault) and one.group is None and other.code == "not-readable"
 
 
 def test_null_text_is_told_alike_in_every_format(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -188,6 +211,10 @@ def test_lines_of_a_text_file(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": ' + "1" * 5_000 + "}\n", "not-json", "line 1"),
         ("a.json", '[{"text": "one"}, {"text": "two"', "not-json", "item 1"),
         ("a.json", '[{"text": "one"}, {"text": 2}]', "text-not-a-string", "item 2"),
+        ("a.json", '[{"text": "one"} {"text": "two"}]', "not-json", "item 0"),
+        ("a.json", '[{"text": "one"}] [{"text": "two"}]', "not-json", "item 1"),
+        ("a.json", '[{"text": ' + "[" * 100_000 + "]", "not-json", "item 0"),
+        ("a.csv", 'id,text\n1,"he said \\"hi\\" today"\n2,"plain"\n', "csv-invalid", "escape="),
         ("a.jsonl", '{"text": ["one", "two"]}\n', "text-not-a-string", "list"),
     ],
 )
@@ -212,6 +239,80 @@ def test_an_archive_that_climbs_out_of_its_folder(member: str, tmp_path: Path) -
     for name in ("a.zip", "a.tar"):
         with refused("unsafe-member", name):
             list(read_texts(tmp_path / name))
+
+
+def pack(folder: Path) -> list[Path]:
+    """The files of a folder in a zip, a tar and a compressed tar."""
+    names = [f"{folder}.zip", f"{folder}.tar", f"{folder}.tar.gz"]
+    with zipfile.ZipFile(names[0], "w") as archive, tarfile.open(names[1], "w") as tar:
+        tar.add(folder, ".")
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, str(path.relative_to(folder)))
+    Path(names[2]).write_bytes(gzip.compress(Path(names[1]).read_bytes()))
+    return [Path(name) for name in names]
+
+
+def save_dataset(folder: Path) -> None:
+    """A saved Hugging Face dataset of two splits, each with a cache beside it."""
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        for name, text in (("data-0.arrow", split), ("cache-1.arrow", "cached")):
+            rows = pyarrow.table({"text": [text]})
+            with pyarrow.ipc.new_stream(str(folder / split / name), rows.schema) as writer:
+                writer.write_table(rows)
+        (folder / split / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+        (folder / split / "dataset_info.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+
+
+def test_an_archive_is_read_as_its_folder(tmp_path: Path) -> None:
+    """Splits, saved datasets, caches, hidden files and columns of folders; a test set was training text."""
+    (tmp_path / "plain").mkdir()
+    for name in ("train-0.jsonl", "test-0.jsonl", "_x/y.jsonl", "year=2020/what?.jsonl", "cache-1.arrow"):
+        (tmp_path / "plain" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "plain" / name).write_text(jsonl([{"text": name}]))
+    save_dataset(tmp_path / "saved" / "notes")
+    for folder in ("plain", "saved"):
+        for archive in pack(tmp_path / folder):
+            for split in (None, "train", "test"):
+                expected = texts(read(tmp_path / folder, split=split))
+                assert sorted(texts(read(archive, split=split))) == sorted(expected)
+            (fault,) = [one for one in read(archive, split="dev") if isinstance(one, InputError)]
+            assert fault.code == "no-such-split" and archive.name in str(fault)
+            notes = Notes()
+            read(archive, notes)
+            assert any("not read: split test" in line or "not test" in line for line in notes.lines())
+    (tmp_path / "plain" / "train-0.jsonl").rename(tmp_path / "plain" / "valid.jsonl")
+    for archive in pack(tmp_path / "plain"):
+        (fault,) = read(archive)
+        assert fault.code == "dataset-splits" and fault.key == "--split" and archive.name in str(fault)
+    (tmp_path / "saved" / "notes" / "train" / "data-0.arrow").unlink()
+    for archive in pack(tmp_path / "saved"):
+        assert [fault.code for fault in read(archive)] == ["dataset-incomplete"]
+
+
+def test_a_tar_with_a_negative_size_ends(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.txt")
+    info.size = -512
+    (tmp_path / "a.tar").write_bytes(tar_member("b.txt", b"b") + info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    first, *_, fault = read(tmp_path / "a.tar")
+    assert first.text == b"b" and fault.code == "not-readable"
+
+
+def test_columns_of_folders_in_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "in" / "year=2020").mkdir(parents=True)
+    (tmp_path / "in" / "year=2020" / "part-0.jsonl").write_text(jsonl([{"text": "a"}]))
+    for archive in pack(tmp_path / "in"):
+        assert [one.group for one in read(archive, group="year")] == ["2020"]
+
+
+def test_an_archive_with_names_of_windows(tmp_path: Path) -> None:
+    for member, found in (("notes\\a.txt", "text"), ("notes\\..\\..\\a.txt", "unsafe-member")):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("notes\\", "")
+            archive.writestr(member, "text")
+        (one,) = read(tmp_path / "a.zip")
+        assert (one.code if isinstance(one, InputError) else one.text.decode()) == found
 
 
 def test_members_that_are_not_read_and_archives_that_are_cut_off(tmp_path: Path) -> None:
@@ -318,6 +419,42 @@ def test_remote_text(tmp_path: Path) -> None:
     for reference, code in (("memory://bucket/none.txt", "no-such-file"), ("pipe://touch", "unknown-scheme")):
         with refused(code, reference):
             find_inputs([reference], Reading(), Notes())
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_web_server_with_and_without_ranges(ranges: bool, tmp_path: Path) -> None:
+    """Files longer than a block, and formats that are read from any place."""
+    pytest.importorskip("aiohttp")
+    rows = [{"text": letter * 3_000_000} for letter in "abc"]
+    (tmp_path / "a.jsonl").write_text(jsonl(rows))
+    for name, kind in (("a.zip", zipfile.ZIP_STORED), ("small.zip", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(tmp_path / name, "w", kind) as archive:
+            archive.write(tmp_path / "a.jsonl", "a.jsonl")
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            content, asked = (tmp_path / self.path.lstrip("/")).read_bytes(), self.headers.get("Range")
+            start, end = (int(place) for place in (asked or "bytes=0-99999999").removeprefix("bytes=").split("-"))
+            part = content[start : end + 1] if ranges else content
+            self.send_response(206 if ranges and asked else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the reader has what it needs
+                self.wfile.write(part if self.command == "GET" else b"")
+
+        do_HEAD = do_GET  # noqa: N815
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("a.jsonl", "a.zip", "small.zip"):
+            (file,) = find_inputs([f"http://127.0.0.1:{server.server_port}/{name}"], Reading(), Notes())
+            records = list(read_records(file, Reading(), Notes()))
+            assert [(text[0], len(text)) for text in texts(records)] == [(letter, 3_000_000) for letter in "abc"]
+            assert file.size * 0.9 < records[-1].position <= file.size
+        server.shutdown()
 
 
 PARTS = ("train", "test", "split=train", "split=test", ".hidden", "_tmp", "year=2020", "year-1")
@@ -495,6 +632,78 @@ def test_utf8_is_never_taken_for_anything_else(text: str) -> None:
         assert str(detect_encoding(text.encode())).startswith("utf-8")
 
 
+FRENCH = "Le patient présente une fièvre élevée depuis 3 jours, traité par amoxicilline."
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "object.json"])
+@pytest.mark.parametrize("encoding", [None, "utf8"])
+def test_a_damaged_character_of_utf8_costs_its_record_alone(name: str, encoding: str | None, tmp_path: Path) -> None:
+    """It was taken for a sign of another encoding, which made every other accent wrong."""
+    rows = [{"text": f"{n} {FRENCH}"} for n in range(40)]
+    lines = {
+        "a.jsonl": jsonl(rows),
+        "a.json": json.dumps(rows, ensure_ascii=False),
+        "a.csv": "text\n" + "".join(f'"{row["text"]}"\n' for row in rows),
+        "object.json": json.dumps({"text": FRENCH * 3}, indent=1, ensure_ascii=False),
+    }
+    content = lines[name].encode()
+    at = content.index("é".encode(), len(content) // 2)
+    (tmp_path / name).write_bytes(content[: at + 1] + content[at + 2 :])
+    records = read(tmp_path / name, encoding=encoding)
+    faults = [record for record in records if isinstance(record, InputError)]
+    assert [fault.code for fault in faults] == ["not-utf8"] and "--encoding" not in str(faults[0])
+    assert all(FRENCH in text for text in texts([record for record in records if record not in faults]))
+    assert len(records) == (1 if name == "object.json" else 40)
+
+
+def test_damaged_utf8_is_told_from_legacy_encodings(tmp_path: Path) -> None:
+    assert detect_encoding(FRENCH.encode() * 3 + "é".encode()[:1]) == "utf-8"
+    for text, codec in (
+        (FRENCH, "latin-1"),
+        ("患者は三日前から発熱と咳があり", "shift_jis"),
+        ("患者三天前出现发热和咳嗽", "gbk"),
+        ("환자는 3일 전부터 발열과 기침이", "euc-kr"),
+        ("Пациент жалуется на боль в груди", "cp1251"),
+    ):
+        for size in range(2, len(text)):
+            assert text[:size].isascii() or not is_utf8(text[:size].encode(codec)), (text[:size], codec)
+    late = jsonl([{"text": "plain " * 200}] * 1000) + jsonl([{"text": FRENCH}])
+    (tmp_path / "a.jsonl").write_bytes(late.encode("latin-1"))  # beyond the first megabyte, so nothing told it
+    *_, fault = read(tmp_path / "a.jsonl")
+    assert fault.code == "not-utf8" and "--encoding cp1252" in str(fault)
+
+
+def test_equally_likely_encodings_are_western() -> None:
+    spanish = (
+        "Paciente varón de 63 años con disnea súbita, dolor torácico opresivo y edema. Se solicitó ecocardiografía, "
+        "evolución favorable. Niño, señal."
+    )
+    polish = "Pacjent z bólem w klatce piersiowej, dusznością, gorączką i wymiotami. Żółtaczka, świąd skóry, źrenice."
+    for text, codec in ((spanish, "latin-1"), (FRENCH, "latin-1"), (polish, "cp1250")):
+        content = "\n".join(f"{n} {text}" for n in range(30)).encode(codec)
+        assert content.decode(str(likely_codec(content))) == content.decode(codec)
+
+
+def test_the_mark_of_a_given_encoding_is_no_text(tmp_path: Path) -> None:
+    for codec in ("utf-8", "utf-16-le"):
+        (tmp_path / "a.txt").write_bytes("\ufeffa".encode(codec))
+        assert texts(read(tmp_path / "a.txt", encoding=codec)) == ["a"]
+
+
+def test_zstandard_with_a_long_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=False)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # writes the window, not the size
+    (tmp_path / "a.txt.zst").write_bytes(frame.compress(b"long") + frame.flush())
+    assert texts(read(tmp_path / "a.txt.zst")) == ["long"]
+
+
+def test_items_of_an_array_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
+    rows = [{"text": letter * 700_000} for letter in "abé"] + [{"text": "d" * 3_000_000}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False))
+    found = texts(read(tmp_path / "a.json"))
+    assert [(set(text), len(text)) for text in found] == [(set(row["text"]), len(row["text"])) for row in rows]
+
+
 def test_short_western_text_is_windows_1252() -> None:
     for text in ("déjà vu", "It\u2019s the patient\u2019s \u201cnote\u201d, 5 €", "naïve café"):
         assert likely_codec(text.encode("cp1252")) == "cp1252"
@@ -662,6 +871,15 @@ def test_a_group_is_the_same_however_it_is_written(tmp_path: Path) -> None:
         ("a.csv", b"PK\x03\x04 and so on", "not-text"),
         ("a.csv", b"PAR1 and so on", "not-text"),
         ("a.txt", b"%PDF-1.4 and so on", "not-text"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n", "not-text"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n", "not-readable"),
+        ("a.json", b'\n\n{\n "text": "a"\n}\n', ["a"]),
+        ("a.json", b'[{"text": "a", "x": NaN}, {"text": "b", "x": -Infinity}]', ["a", "b"]),
+        ("a.json", b'[{"text": "a", "x": 123456789012345678901234567890}]\n', ["a"]),
+        ("a.json", b" [ ] ", []),
+        ("a.tsv", b'id\ttext\n1\t"a\nb"\n2\t"c\td"\n3\t"e\nf\tg\nh"\n', ["a\nb", "c\td", "e\nf\tg\nh"]),
+        ("a.tsv", b'id\ttext\n1\t"Douleur\n2\tplain\n\n3\tfin"\n', "csv-invalid"),
+        ("a.tsv", b'text\tid\r\n"Douleur\t1\r\nfin"\t2\r\n', "csv-invalid"),
     ],
 )
 def test_what_programs_write(name: str, content: bytes, found: list[str] | str, tmp_path: Path) -> None:
