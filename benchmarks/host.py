@@ -1,4 +1,4 @@
-"""What the host needs to start a step's kernels: Python and torch of base's 22 layers, forward and backward.
+"""Time that the host needs to start a step's kernels: Python and torch of base's 22 layers, forward and backward.
 
 The tensors are so small (64 tokens, hidden size 64) that their arithmetic is next to nothing, and attention is a
 stand-in without arithmetic. On a GPU a kernel in Triton replaces several operations that a CPU starts here. The limit

@@ -335,7 +335,7 @@ def _remote_entry(system: Any, path: str, info: dict[str, Any]) -> RemoteEntry:
 
 
 def _entries(folder: Entry) -> list[Entry]:
-    """What a folder holds, sorted by name.
+    """Return the files and folders in a folder, sorted by name.
 
     Raises:
         InputError: It cannot be read.

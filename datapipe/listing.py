@@ -16,7 +16,7 @@ class Entry(Protocol):
 
     @property
     def path(self) -> PurePath:
-        """Its path, of which a URL's query is no part."""
+        """The path, of which a URL's query is no part."""
 
     @property
     def shown(self) -> str:
@@ -29,10 +29,10 @@ class Entry(Protocol):
         """Why no program can read it, as kind and reason; None for a usual file."""
 
     def identity(self) -> object:
-        """What two names of the same file or folder have in common."""
+        """Return what two names of the same file or folder have in common."""
 
     def entries(self) -> list[Entry]:
-        """What the folder holds, sorted by name.
+        """Return the files and folders in a folder, sorted by name.
 
         Raises:
             OSError: It cannot be read.
@@ -78,7 +78,7 @@ class LocalEntry:
         return info.st_dev, info.st_ino
 
     def entries(self) -> list[Entry]:
-        """What the folder holds, sorted by name."""
+        """Return the files and folders in a folder, sorted by name."""
         return [LocalEntry(path) for path in sorted(self.path.iterdir())]
 
     def read(self) -> bytes:
@@ -105,7 +105,7 @@ class RemoteEntry:
 
     @cached_property
     def path(self) -> PurePosixPath:
-        """Its path without the query of a signed URL."""
+        """The path without the query of a signed URL."""
         return PurePosixPath(self.url.partition("?")[0])
 
     @property
@@ -122,11 +122,11 @@ class RemoteEntry:
         return None
 
     def identity(self) -> object:
-        """Its whole URL."""
+        """Return the whole URL."""
         return self.system.unstrip_protocol(self.url), self.is_folder()
 
     def entries(self) -> list[Entry]:
-        """What the folder holds, sorted by name."""
+        """Return the files and folders in a folder, sorted by name."""
         found: list[Entry] = []
         folders: dict[str, dict[str, Mapping[str, Any]]] = {}
         for path, info in (self.files or {}).items():

@@ -16,7 +16,7 @@ from configs.errors import InputError
 from datapipe.decoding import LFS, LFS_FAULT, decompress, detect_encoding, is_utf8, likely_codec, require_codec
 from datapipe.identifiers import NO_SPANS, Identifier, parse_brat
 from datapipe.input_file import printable
-from datapipe.records import Content, Record
+from datapipe.records import Content, Filtered, Record
 
 MANY_LINES = 1000
 """Lines of a .txt file from which its reader is told that it is one document."""
@@ -98,6 +98,10 @@ def _not_in_encoding(content: Content, characters: str, encoding: _Encoding, pla
 
 
 def _txt(content: Content, stream: IO[bytes], encoding: _Encoding, _: str) -> Iterator[Record]:
+    group = content.by_folders()
+    if isinstance(group, Filtered | InputError):
+        yield group
+        return
     annotations = content.annotations() if content.reading.spans != NO_SPANS else None
     if annotations is not None and content.reading.lines:
         yield content.fault("its .ann file counts from the start of the file; leave out --lines", "spans-invalid")
@@ -106,7 +110,7 @@ def _txt(content: Content, stream: IO[bytes], encoding: _Encoding, _: str) -> It
         for number, line in enumerate(_characters(stream, encoding, "\n"), 1):
             if line := line.strip("\r\n\ufeff"):
                 place = f"line {number}"
-                yield _not_in_encoding(content, line, encoding, place) or content.text(line, str(number), place)
+                yield _not_in_encoding(content, line, encoding, place) or content.text(line, str(number), place, group)
         return
     text = _characters(stream, encoding, "").read().removeprefix("\ufeff")
     if text.count("\n") > MANY_LINES:
@@ -122,7 +126,7 @@ def _txt(content: Content, stream: IO[bytes], encoding: _Encoding, _: str) -> It
         except ValueError as error:
             yield content.fault(str(error), "spans-invalid")
             return
-    yield _not_in_encoding(content, text, encoding, "") or content.text(text, stem, "", given=given)
+    yield _not_in_encoding(content, text, encoding, "") or content.text(text, stem, "", group, given)
 
 
 def _json(content: Content, stream: IO[bytes], encoding: _Encoding, _: str) -> Iterator[Record]:

@@ -129,6 +129,18 @@ class Content:
 
         return make
 
+    def by_folders(self) -> str | Filtered | InputError | None:
+        """The group that the folders of a file without columns name; or why the file is left out."""
+        columns = dict(self.partition or {})
+        try:
+            if self.reading.where and not parse_where(self.reading.where)(columns):
+                return Filtered(self.position())
+            return _key(field(columns, self.reading.group)) if self.reading.group else None
+        except NoFieldError as error:
+            return self.fault(f"{error}; a text has the columns that its folders name", "text-missing")
+        except ValueError as error:
+            return self.fault(str(error), "where-invalid")
+
     @cached_property
     def _patterns(self) -> Patterns:
         """Those to mask; others are looked for by the processes that tokenize."""
@@ -165,5 +177,7 @@ def _key(value: Any) -> str | None:
     """
     if value is None or value != value:
         return None
+    if isinstance(value, bytes):  # as Impala and older Spark write text into Parquet
+        value = value.decode("utf-8", "replace")
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
     return (text.partition(".")[0] if _WHOLE_NUMBER.fullmatch(text) else text) or None

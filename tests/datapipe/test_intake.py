@@ -518,6 +518,15 @@ def test_a_table_with_versions_is_refused(log: str, table: str, tmp_path: Path) 
             find_inputs([reference], Reading(), Notes())
 
 
+def test_texts_have_the_columns_of_their_folders(tmp_path: Path) -> None:
+    for patient in (1, 2):
+        (tmp_path / f"patient={patient}").mkdir()
+        (tmp_path / f"patient={patient}" / "a.txt").write_text(f"note {patient}")
+    kept = read(tmp_path, where="patient == 1", group="patient")
+    assert [(one.text, one.group) for one in kept if isinstance(one, Text)] == [(b"note 1", "1")]
+    assert [one.code for one in read(tmp_path, where="ward == 1")] == ["text-missing"] * 2
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
