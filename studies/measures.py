@@ -77,7 +77,7 @@ class Measure:
             on, test, train = "general text", "-", "-"
         else:
             on = "test" if self.task.files.test else "validation"
-            test, train = (f"{len(part):,}" for part in (self.splits.test, self.splits.train[: self.protocol.examples]))
+            test, train = (f"{len(part):,}" for part in (self.splits.test, self.splits.train))
         ways = {PROBE: "linear probe, mean over layers", FINE_TUNED: "fine-tuned", "masked": "no training"}
         seeds = ", ".join(map(str, self.seeds)) if self.by == FINE_TUNED else "none drawn"
         return {

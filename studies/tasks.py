@@ -43,7 +43,8 @@ class Protocol(Section):
     balance: bool = False
     """Weigh the rare labels of a `multi` task up in the loss, by the ratio of examples without and with the label."""
     examples: PositiveInt | None = None
-    """Number of training examples, and of validation examples, that are used; default: all."""
+    """Number of training examples, and of validation examples, that are used; default: all. They are chosen by a hash of
+    their content, whatever their order."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:
