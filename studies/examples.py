@@ -13,6 +13,11 @@ from studies.formats.example import Example, Notes
 from studies.formats.read import read_file
 from studies.tasks import EvaluatedTask, Protocol, Task, load_task
 
+NO_LABEL = ("-", "-1", "?", "_")
+"""Marks that data sets such as SNLI put where annotators disagreed."""
+RARE = 0.05
+"""Share of the training examples below which such a mark is told of."""
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -150,10 +155,16 @@ def _require_a_choice(
 
 def _doubtful(task: Task, train: Sequence[Example], labels: Sequence[str]) -> list[str]:
     """Tell of labels that may be written in two ways, or not be separated."""
+    counted = Counter(example.labels[0] for example in train if task.kind == "single")
+    lines = [
+        f"label {label!r} of {count:,} training examples may mark that they have none; if so, leave them out"
+        for label, count in counted.items()
+        if label in NO_LABEL and count < RARE * len(train)
+    ]
     spelled: dict[str, list[str]] = {}
     for label in (label for label in labels if task.kind != "tokens" or not label.startswith("I")):
         spelled.setdefault(label.casefold(), []).append(label)
-    lines = [f"labels that differ in case only: {', '.join(names)}" for names in spelled.values() if len(names) > 1]
+    lines += [f"labels that differ in case only: {', '.join(names)}" for names in spelled.values() if len(names) > 1]
     if task.kind == "multi" and all(len(example.labels) < 2 for example in train):
         lines.append(f"no training example has two labels; they are separated by {task.separator!r}")
     return lines

@@ -83,9 +83,9 @@ def details(task: Task, splits: Splits, gold: Labels, predicted: Labels) -> dict
     """Describe predictions beyond their score.
 
     Returns:
-        `precision` and `recall` of all scored labels together, or of the label `positive`; `classes`: precision, recall, F1 and support of each;
-        `one_answer`: the answer that every example got, None if they differ; for entities `lenient`, the F1 that also
-        counts entities without a beginning. For a regression both correlations.
+        `precision` and `recall` of all scored labels together, or of the label `positive`; `classes`: precision,
+        recall, F1 and support of each; `one_answer`: the answer that every example got, None if they differ; for
+        entities `lenient`, the F1 that also counts entities without a beginning. For a regression both correlations.
     """
     answers = {tuple(sorted(set(row))) for row in predicted}
     if task.kind == "tokens":

@@ -161,7 +161,8 @@ def _table(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[tuple[st
                 rows.append((reader.line_num + skipped, fields))
     except csv.Error as error:
         raise InputError(
-            f"{path}, line {reader.line_num + skipped}: {error}; write a quote inside a quoted field twice", code="bad-csv"
+            f"{path}, line {reader.line_num + skipped}: {error}; write a quote inside a quoted field twice",
+            code="bad-csv",
         ) from None
     yield from _named(rows, path, columns)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from pathlib import Path
 
@@ -31,8 +30,12 @@ def read_file(task: Task, data: Path, name: str, notes: Notes) -> tuple[Example,
         InputError: A file is missing or wrong; the message names file and line.
     """
     paths = [data / name]
-    if not paths[0].exists() and glob.has_magic(name):
-        paths = sorted(map(Path, glob.glob(str(Path(glob.escape(str(data))) / name), recursive=True)))
+    if not paths[0].exists() and any(sign in name for sign in "*?["):
+        root = Path(paths[0].anchor) if Path(name).is_absolute() else data
+        try:
+            paths = sorted(root.glob(str(paths[0].relative_to(root))))
+        except ValueError as error:
+            raise InputError(f"task {task.name}: {name}: {error}", key="files", code="file-missing") from None
     if not paths or not all(path.exists() for path in paths):
         source = f"; {task.source}" if task.source else ""
         raise InputError(
@@ -79,7 +82,7 @@ def _require_characters(example: Example) -> None:
         "".join((example.text, example.pair or "", *example.labels)).encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{example.location}: it holds {ascii(error.object[error.start])}, half of a character that was cut in two; "
+            f"{example.location}: it holds {error.object[error.start]!a}, half of a character that was cut in two; "
             "write the text or label without it",
             code="half-a-character",
         ) from None
