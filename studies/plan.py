@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from configs.errors import InputError
 from configs.load import RECIPES, content_of_run, differences, read_mapping, validate
@@ -57,6 +57,14 @@ class Study(Section):
     """Decision rule, fixed before the first step. Needs arms."""
     toy: bool = False
     """Whether sizes, text and tasks are those of `--toy`, which the page says."""
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _has_lists(cls, grid: Any) -> Any:
+        for key, values in grid.items() if isinstance(grid, dict) else ():
+            if not isinstance(values, list):
+                raise ValueError(f"{key}: expected a list of values, got {values!r}")
+        return grid
 
 
 @dataclass(frozen=True)

@@ -204,9 +204,10 @@ def _files_of_dataset(folder: Path) -> list[Path]:
     files = sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")])
     splits = sorted({split for file in files if (split := split_of(file.name))})
     if len(splits) > 1:
+        one = "train" if "train" in splits else splits[0]
         raise InputError(
             f"{folder} holds the splits {', '.join(splits)}; name the files of one, such as "
-            f"{folder.name}/{splits[0]}-*.parquet",
+            f"{folder.name}/{one}-*.parquet",
             code="not-a-split",
         )
     if not files or (folder / "dataset_dict.json").is_file():

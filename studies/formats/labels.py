@@ -98,6 +98,8 @@ def are_indicators(labels: Sequence[tuple[str, list[Any]]], names: Sequence[str]
                 key="names",
                 code="indicators-without-names",
             )
+    elif labels and all(len(value) == len(names) and bits_of(value, names) for _, value in labels):
+        return True
     if not looks_so:
         return False
     for location, value in labels:
@@ -119,7 +121,8 @@ def _states_each_class(value: list[Any], names: Sequence[str]) -> bool:
     if not bits:
         return False
     is_no_ids = len(set(bits)) < len(bits) or not all(isinstance(part, str) or type(part) is int for part in value)
-    return is_no_ids or len(bits) == len(names)
+    are_ids_of_a_table = all(isinstance(part, str) for part in value)
+    return is_no_ids or (len(bits) == len(names) and not are_ids_of_a_table)
 
 
 def bits_of(value: list[Any], names: Sequence[str]) -> list[int] | None:

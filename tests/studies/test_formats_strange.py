@@ -165,6 +165,8 @@ def lines(*labels: Any) -> str:
         (("[0, 1]", "[1, 0]"), {"names": ["x", "y"]}, [("y",), ("x",)]),
         (("0|1|1", "1|0|0"), {"names": ["x", "y", "z"]}, [("y", "z"), ("x",)]),
         (([0, 1, 1], [], [1, 0, 0]), {"names": ["x", "y", "z"]}, [("y", "z"), (), ("x",)]),
+        (("0|1", "1|0"), {"names": ["x", "y"]}, [("y",), ("x",)]),
+        (("0|1", "1"), {"names": ["x", "y"]}, [("x", "y"), ("y",)]),
         (([1], [0], [1]), {"names": ["x"]}, [("x",), (), ("x",)]),
         (([0], [1], []), {"names": ["x", "y"]}, [("x",), ("y",), ()]),
         (("['x', \"it's\"]", "['y']"), {}, [("x", "it's"), ("y",)]),
@@ -274,9 +276,9 @@ def test_names_of_files_with_signs_of_patterns(write: Write) -> None:
 def test_spans_of_named_columns_and_of_words_with_marks(write: Write) -> None:
     """Accents of their own, vowel signs and soft hyphens tear no word apart."""
     text = "e\u0301te\u0301 hyper\u00adtension \u092e\u0927\u0941\u092e\u0947\u0939 (x)"
-    rows = [{"note": {"body": body}, "found": [[0, 5, "X"]]} for body in (text, "Fever")]
+    train, test = (json.dumps({"note": {"body": body}, "found": [[0, 5, "X"]]}) for body in (text, "Fever"))
     columns = {"text": "note.body", "label": "found"}
-    splits = read(write, "tokens", *map(json.dumps, rows), ".jsonl", columns=columns)
+    splits = read(write, "tokens", train, test, ".jsonl", columns=columns)
     assert splits.train[0].words == (*text.split()[:3], "(", "x", ")")
     assert splits.train[0].labels == ("B-X", *"OOOOO")
 

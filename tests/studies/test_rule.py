@@ -223,6 +223,7 @@ def test_a_task_as_outcome_is_its_fine_tuned_measure(write: Write, toy_shards: P
         ({"arms": ["mlm", "detour"]}, "arms.mlm.seed=3", "arms"),
         ({"arms": {"mlm": "mlm"}}, "arms.mlm.seed=3", "arms.mlm"),
         ({"grid": ["data.seed"]}, "data.seed=[1]", "grid"),
+        ({"grid": {"data.seed": 42}}, "seed=3", "grid"),
         ({"rule": True}, "rule.margin=0.02", "rule"),
         ({"common": ["x"]}, "seed=3", "common"),
         ({"evaluate": ["bc5cdr"]}, "evaluate.0.seeds=[1]", "evaluate"),
