@@ -143,7 +143,8 @@ class Task(Section):
     """Entity types that are kept, the others become O; default: all. Tags without a prefix need it."""
     names: tuple[str, ...] = ()
     """Names of the labels or tags that a file gives as ids, in the order of ids. They may also list labels that would
-    else be refused: codes that look like numbers, such as 250.10, and None or NA where it is a class."""
+    else be refused: codes that look like numbers, such as 250.10, and None or NA where it is a class. Where a name is a
+    number other than its own id, numbers in the files are names and never ids."""
     separator: str = "|"
     """Separator between the labels of a `multi` example that holds them in one string."""
     protocol: dict[str, Any] = Field(default_factory=dict)

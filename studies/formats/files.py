@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8 text ({error}); convert it, for instance with `iconv -f {encoding} -t utf-8`",
             code="not-utf-8",
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}", code="not-readable") from None
 
 
@@ -230,7 +231,8 @@ def _arrow(path: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 table = pa.ipc.open_stream(file).read_all()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read: {error}", code="not-readable") from None
-    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    stated = (table.schema.metadata or {}).get(b"huggingface", b"{}").decode("utf-8", "replace")
+    metadata = _json(stated, f"{path}, metadata of Hugging Face")
     info = folder / "dataset_info.json"
     described = metadata.get("info") or (_json(read_text(info), str(info)) if info.is_file() else {})
     names = {key: found for key, feature in (described.get("features") or {}).items() if (found := _names(feature))}

@@ -241,6 +241,19 @@ def test_another_encoding_is_named(write: Write, encoding: str) -> None:
         read_splits(loaded, folder)
 
 
+def test_a_damaged_gzip_file_is_refused(write: Write) -> None:
+    packed = bytearray(gzip.compress(table("yes", "no").encode()))
+    packed[12] ^= 0xFF
+    path = write("t.yaml", "")
+    path.with_name("train.csv.gz").write_bytes(packed)
+    task = {"name": "t", "kind": "single", "score": "accuracy", "columns": COLUMNS, "protocol": {"preset": "english"}}
+    write("t.yaml", yaml.safe_dump({**task, "files": {"train": "train.csv.gz"}}))
+    loaded, _, folder = load_task(str(path), {})
+    with pytest.raises(InputError, match=r"train\.csv\.gz") as error:
+        read_splits(loaded, folder)
+    assert error.value.code == "not-readable"
+
+
 @pytest.mark.parametrize(
     ("suffix", "content"),
     [
