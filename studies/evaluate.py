@@ -23,7 +23,7 @@ from studies.finetune import PREDICTIONS, Job, finetune, read_result
 from studies.intervals import FEWEST_SEEDS, holm, paired_bootstrap, score_interval
 from studies.leakage import Corpora, leakage
 from studies.models import config_of_run, huggingface_directory, weights_digest
-from studies.scores import baselines, counts
+from studies.scores import baselines, classes_of, counts
 from studies.tables import write_csv
 from studies.tasks import EvaluatedTask, Protocol, Task
 
@@ -173,7 +173,7 @@ def _said_of(pair: dict[str, Any], comparisons: int) -> str:
 def _row(result: dict[str, Any]) -> dict[str, Any]:
     """Flatten a result for a table, without its classes."""
     nested = ("protocol", "cut", "windowed", "versions")
-    plain = {key: value for key, value in result.items() if key not in (*nested, "classes")}
+    plain = {key: value for key, value in result.items() if key not in (*nested, "classes", "scored")}
     return plain | {f"{key}.{name}": value for key in nested for name, value in result.get(key, {}).items()}
 
 
@@ -203,6 +203,8 @@ def _jobs(
         "weights": model.weights,
         "task": task.name,
         "metric": task.score,
+        "positive": task.positive,
+        "scored": classes_of(task, splits),
         "scored_on": _scored_on(task),
         "data": digest_of(splits),
         "protocol": protocol.model_dump(exclude_none=True),
@@ -271,8 +273,8 @@ def _pairs(
     def table(model: _Model) -> np.ndarray:
         tables = []
         for seed in seeds:
-            lines = (_results_of(output, model, seed) / PREDICTIONS).read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines]
+            lines = (_results_of(output, model, seed) / PREDICTIONS).read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
             gold, predicted = ([row[key] for row in rows] for key in ("gold", "predicted"))
             tables.append(counts(task.score, gold, predicted, splits.scored, task.positive))
         return np.stack(tables)

@@ -13,6 +13,11 @@ from studies.formats.example import Example, Notes
 from studies.formats.read import read_file
 from studies.tasks import EvaluatedTask, Protocol, Task, load_task
 
+NO_LABEL = ("-", "-1", "?", "_")
+"""Marks that data sets such as SNLI put where annotators disagreed."""
+RARE = 0.05
+"""Share of the training examples below which such a mark is told of."""
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -21,11 +26,11 @@ class Splits:
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
-    """Equal to `validation` if there is no test file."""
+    """All validation examples if there is no test file."""
     labels: tuple[str, ...]
     """All labels in `train`, sorted. For token classification: O, and B- and I- of each type. Empty for regression."""
     scored: tuple[str, ...]
-    """Labels that are scored: the task's `scored`, else those of `train` and `test`."""
+    """Labels that are scored: the task's `scored`, else those of all splits."""
     notes: tuple[str, ...] = ()
     """Lines about what was changed, left out, or occurs twice."""
 
@@ -37,15 +42,16 @@ def load_examples(evaluated: EvaluatedTask) -> tuple[Task, Protocol, Splits]:
         InputError: The task, the protocol or a file is wrong.
     """
     task, protocol, folder = load_task(evaluated.task, evaluated.protocol)
-    return task, protocol, read_splits(task, Path(evaluated.data) if evaluated.data else folder)
+    return task, protocol, read_splits(task, Path(evaluated.data) if evaluated.data else folder, protocol.examples)
 
 
-def read_splits(task: Task, data: Path) -> Splits:
+def read_splits(task: Task, data: Path, few: int | None = None) -> Splits:
     """Read every example of a task.
 
     Args:
         task: The task.
         data: Folder of its files.
+        few: Number of training examples, and of validation examples, that are kept; default: all.
 
     Raises:
         InputError: A file is missing or wrong; the message names file and line. Or the test file is another split.
@@ -79,18 +85,23 @@ def read_splits(task: Task, data: Path) -> Splits:
             )
     test = read(task.files.test) if task.files.test is not None else validation
     notes += _repeated(task, train, validation, test)
+    all_labels = _labels(task, train)
+    train, validation = _chosen(train, few), _chosen(validation, few)
     labels = _labels(task, train)
-    _require_a_choice(task, data, train, test, labels)
+    _require_a_choice(task, data, train, test, labels, few)
     notes += _doubtful(task, train, labels)
-    occurring = {label for example in test for label in example.labels} if task.kind != "regression" else set()
+    occurring = {label for example in (*validation, *test) for label in example.labels}
+    if task.kind == "regression":
+        occurring = set()
     notes += _unseen(task, labels, {"validation": validation, "test": test} if task.files.test else {"test": test})
     scored = task.scored or tuple(sorted(occurring.union(labels)))
-    for key, named in (("positive", [task.positive] if task.positive else []), ("scored", task.scored)):
-        missing = [label for label in named if label not in labels]
+    positive = (task.positive,) if task.positive is not None else ()
+    for key, named, known in (("positive", positive, labels), ("scored", task.scored, all_labels)):
+        missing = [label for label in named if label not in known]
         if missing:
             raise InputError(
                 f"task {task.name}: {key}: no training example has the label {', '.join(map(repr, missing))}; "
-                f"training has {', '.join(labels)}",
+                f"training has {', '.join(known)}",
                 key=key,
             )
     return Splits(train, validation, test, labels, scored, tuple(notes))
@@ -108,7 +119,7 @@ def _labels(task: Task, train: Sequence[Example]) -> tuple[str, ...]:
 
 
 def _require_a_choice(
-    task: Task, data: Path, train: Sequence[Example], test: Sequence[Example], labels: Sequence[str]
+    task: Task, data: Path, train: Sequence[Example], test: Sequence[Example], labels: Sequence[str], few: int | None
 ) -> None:
     """Require labels that differ in training, and test labels that a model can hit.
 
@@ -119,9 +130,10 @@ def _require_a_choice(
     numbers = {example.labels for example in train} if task.kind == "regression" else set(labels)
     if len(numbers) < (1 if task.kind == "multi" else 2):
         types = f" of the types {', '.join(task.types)}" if task.types else ""
+        part = f"the {len(train):,} examples that `examples` keeps lack" if few else "it lacks"
         raise InputError(
-            f"{data / str(task.files.train)}: no model can learn from it, because it lacks {wanted}{types}",
-            key="files.train",
+            f"{data / str(task.files.train)}: no model can learn from it, because {part} {wanted}{types}",
+            key="examples" if few else "files.train",
             code="nothing-to-learn",
         )
     tested = {label for example in test for label in example.labels}
@@ -143,10 +155,16 @@ def _require_a_choice(
 
 def _doubtful(task: Task, train: Sequence[Example], labels: Sequence[str]) -> list[str]:
     """Tell of labels that may be written in two ways, or not be separated."""
+    counted = Counter(example.labels[0] for example in train if task.kind == "single")
+    lines = [
+        f"label {label!r} of {count:,} training examples may mark that they have none; if so, leave them out"
+        for label, count in counted.items()
+        if label in NO_LABEL and count < RARE * len(train)
+    ]
     spelled: dict[str, list[str]] = {}
     for label in (label for label in labels if task.kind != "tokens" or not label.startswith("I")):
         spelled.setdefault(label.casefold(), []).append(label)
-    lines = [f"labels that differ in case only: {', '.join(names)}" for names in spelled.values() if len(names) > 1]
+    lines += [f"labels that differ in case only: {', '.join(names)}" for names in spelled.values() if len(names) > 1]
     if task.kind == "multi" and all(len(example.labels) < 2 for example in train):
         lines.append(f"no training example has two labels; they are separated by {task.separator!r}")
     return lines
@@ -201,4 +219,16 @@ def _content(example: Example) -> tuple[str, str | None]:
 
 
 def _is_held_out(example: Example) -> bool:
-    return hashlib.sha256(f"{example.text}\0{example.pair}".encode()).digest()[0] < 256 / 10
+    return _draw(example)[0] < 256 / 10
+
+
+def _chosen(examples: tuple[Example, ...], few: int | None) -> tuple[Example, ...]:
+    """Choose some examples by their content, because the first of a sorted file may have one label."""
+    if few is None or few >= len(examples):
+        return examples
+    numbers = sorted(range(len(examples)), key=lambda number: _draw(examples[number]))[:few]
+    return tuple(examples[number] for number in sorted(numbers))
+
+
+def _draw(example: Example) -> bytes:
+    return hashlib.sha256(f"{example.text}\0{example.pair}".encode()).digest()

@@ -75,8 +75,7 @@ def finetune(job: Job) -> dict[str, Any]:
 
     silence_transformers()
     transformers.set_seed(job.seed)
-    few = job.protocol.examples
-    splits = replace(job.splits, train=job.splits.train[:few], validation=job.splits.validation[:few])
+    splits = job.splits
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
     model = _model(job)
     limit = min(job.protocol.length, model.config.max_position_embeddings)
@@ -133,11 +132,13 @@ def read_result(job: Job) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    result.setdefault("scored", list(result.get("classes", ())))  # which older results do not state
     wanted = {"seed": job.seed, **job.settings}
     changed = [key for key, value in wanted.items() if key != "model" and result.get(key) != value]
     if changed:
         raise InputError(
-            f"{path} is the result of another {', '.join(changed)}; choose another --output",
+            f"{path} is the result of another {', '.join(changed)}; choose another --output, or "
+            f"delete {path.parent} to measure anew",
             key="--output",
             code="result-of-other-settings",
         )

@@ -77,7 +77,7 @@ class Measure:
             on, test, train = "general text", "-", "-"
         else:
             on = "test" if self.task.files.test else "validation"
-            test, train = (f"{len(part):,}" for part in (self.splits.test, self.splits.train[: self.protocol.examples]))
+            test, train = (f"{len(part):,}" for part in (self.splits.test, self.splits.train))
         ways = {PROBE: "linear probe, mean over layers", FINE_TUNED: "fine-tuned", "masked": "no training"}
         seeds = ", ".join(map(str, self.seeds)) if self.by == FINE_TUNED else "none drawn"
         return {
@@ -147,10 +147,14 @@ def measures_of(evaluated: Sequence[EvaluatedTask]) -> list[Measure]:
 
 
 def outcomes_of(measures: Sequence[Measure], scores: dict[str, list[float]], wanted: Sequence[str]) -> dict[str, float]:
-    """Compute the outcomes of a decision rule from a trial's scores: means over the tasks that are measured so."""
+    """Compute the outcomes of a decision rule from a trial's scores: means over the tasks that are measured so.
+
+    A task's name is its fine-tuned measure, or its probe if it is probed only.
+    """
     found = {}
     for outcome in wanted:
-        own = [m for m in measures if outcome in (m.by, m.task.name, Path(m.evaluated.task).stem)]
+        named = [m for m in measures if Path(m.evaluated.task).stem == outcome]
+        own = [m for m in measures if m.by == outcome] or [m for m in named if m.by != PROBE] or named
         found[outcome] = fmean(fmean(scores[measure.label]) for measure in own)
     return found
 

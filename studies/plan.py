@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from configs.errors import InputError
 from configs.load import RECIPES, content_of_run, differences, read_mapping, validate
@@ -57,6 +57,14 @@ class Study(Section):
     """Decision rule, fixed before the first step. Needs arms."""
     toy: bool = False
     """Whether sizes, text and tasks are those of `--toy`, which the page says."""
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _has_lists(cls, grid: Any) -> Any:
+        for key, values in grid.items() if isinstance(grid, dict) else ():
+            if not isinstance(values, list):
+                raise ValueError(f"{key}: expected a list of values, got {values!r}")
+        return grid
 
 
 @dataclass(frozen=True)
@@ -115,20 +123,24 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set one key of a study's tree; None removes a grid key or an arm."""
     section, _, rest = key.partition(".")
     values = value if isinstance(value, list) or value is None else [value]
-    if key in (tree.get("grid") or {}):
+    if key in _mapping(tree, "grid"):
         _set(tree, "grid", key, values)
     elif section == "grid" and rest:
         _set(tree, "grid", rest, values)
     elif section == "arms" and rest:
         arm, _, inner = rest.partition(".")
         if inner:
-            settings = dict((tree.get("arms") or {}).get(arm) or {})
+            settings = dict(_mapping(_mapping(tree, "arms"), arm, f"arms.{arm}"))
             settings[inner] = value
             value = settings
         _set(tree, "arms", arm, value)
     elif section == "evaluate" and rest:
         number, _, inner = rest.partition(".")
         tasks = tree.get("evaluate") or []
+        if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+            raise InputError(
+                f"{key}: `evaluate` of the study is no list of tasks; write evaluate: [{{task: NAME}}]", key="evaluate"
+            )
         if not number.isdigit() or int(number) >= len(tasks) or not inner:
             raise InputError(f"{key}: the study has {len(tasks)} tasks; write evaluate.0.seeds=[17]", key=key)
         _set(tasks[int(number)], "protocol", inner.removeprefix("protocol."), value) if inner.startswith(
@@ -143,10 +155,24 @@ def _override(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _set(tree: dict[str, Any], section: str, key: str, value: Any) -> None:
-    changed = {**(tree.get(section) or {}), key: value}
+    changed = {**_mapping(tree, section), key: value}
     if value is None and section in ("grid", "arms"):
         del changed[key]
     tree[section] = changed
+
+
+def _mapping(tree: dict[str, Any], key: str, name: str | None = None) -> dict[str, Any]:
+    """Return a section that an override changes; empty if there is none.
+
+    Raises:
+        InputError: The section holds something else than keys and values.
+    """
+    section = tree.get(key) or {}
+    if not isinstance(section, dict):
+        name = name or key
+        message = f"{name}: the study has {section!r} here; write keys with values, as {name}: {{KEY: VALUE}}"
+        raise InputError(message, key=name)
+    return section
 
 
 def expand(study: Study, folder: Path) -> list[Trial]:
@@ -228,6 +254,15 @@ def _require_decidable(study: Study) -> None:
     ways = {way for task in study.evaluate for way in task.by}
     known = {Path(task.task).stem for task in study.evaluate} | {name for name in (PROBE, FINE_TUNED) if name in ways}
     missing = [outcome for outcome in study.rule.outcomes if outcome not in known]
+    for outcome in study.rule.outcomes:
+        named = [task for task in study.evaluate if Path(task.task).stem == outcome]
+        if outcome not in ways and len([task for task in named if FINE_TUNED in task.by] or named) > 1:
+            raise InputError(
+                f"study {study.name}: rule.outcomes: {outcome} is several tasks of `evaluate`, whose scores "
+                "have no common mean; name another outcome, or keep one of them",
+                key="rule.outcomes",
+                code="outcome-ambiguous",
+            )
     if len(study.arms) < 2 or missing:
         reason = (
             f"nothing measures {', '.join(missing)}" if missing else "it compares arms, and there are fewer than two"

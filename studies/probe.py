@@ -103,7 +103,7 @@ def probe(
         "task": task.name,
         "metric": task.score,
         "scored_on": "test" if task.files.test else "validation",
-        "examples": {"train": len(splits.train[: protocol.examples]), "test": len(splits.test)},
+        "examples": {"train": len(splits.train), "test": len(splits.test)},
         "notes": list(splits.notes),
         "baselines": baselines(task, splits),
         "layers": rows,
@@ -171,8 +171,7 @@ def _probe_model(
     model = load_model(AutoModel, folder)
     job = Job(str(folder), task, protocol, splits, 0, output, {})
     limit = min(protocol.length, model.config.max_position_embeddings)
-    few = protocol.examples
-    named = {"train": splits.train[:few], "validation": splits.validation[:few], "test": splits.test}
+    named = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     with TemporaryDirectory(prefix="detour-") as scratch:
         parts = {}
         for name, examples in named.items():

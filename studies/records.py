@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ def new_record(run: RunFiles) -> dict[str, Any]:
 def read_record(output: Path, study: Study, trial: Trial, measures: Sequence[Measure]) -> dict[str, Any]:
     """Return a trial's record as the report reads it: under the names of this study, with its measures and outcomes."""
     record = json.loads(record_path(output, trial).read_text(encoding="utf-8"))
+    loss = math.nan if record["loss"] is None else record["loss"]
+    speed = {key: math.nan if number is None else number for key, number in record["speed"].items()}
     scores = {m.label: [record["scores"][m.address][str(seed)] for seed in m.seeds] for m in measures}
     wanted = study.rule.outcomes if study.rule else ()
     means = {name: [mean] for name, mean in outcomes_of(measures, scores, wanted).items()}
@@ -56,6 +59,8 @@ def read_record(output: Path, study: Study, trial: Trial, measures: Sequence[Mea
         "point": trial.point,
         "decay": decay_of(trial),
         **record,
+        "loss": loss,
+        "speed": speed,
         "scores": {**means, **scores},
     }
 

@@ -58,7 +58,9 @@ def write_report(
     by_arm: dict[str | None, list[Record]] = defaultdict(list)
     for record in records:
         by_arm[record["arm"]].append(record)
-    laws = {arm: _law(group) for arm, group in by_arm.items()}
+    fitted = {arm: [record for record in group if math.isfinite(record["loss"])] for arm, group in by_arm.items()}
+    left_out = {arm: [row["trial"] for row in group if row not in fitted[arm]] for arm, group in by_arm.items()}
+    laws = {arm: _law(group) for arm, group in fitted.items()}
     speeds = _speeds(records)
     rows = [_trial_row(record, measures(records)[1:]) for record in records]
     decisions = decide(records, study.rule, baseline) if study.rule and baseline else []
@@ -69,7 +71,9 @@ def write_report(
     write_csv(output / "speed.csv", speeds)
     write_csv(output / "scores.csv", score_rows(records))
     write_json(output / "comparison.json", finite([asdict(difference) for difference in compared]))
-    write_json(output / "scaling.json", finite([_law_row(arm, laws[arm], by_arm[arm]) for arm in by_arm]))
+    write_json(
+        output / "scaling.json", finite([_law_row(arm, laws[arm], fitted[arm], left_out[arm]) for arm in by_arm])
+    )
     write_json(output / "decision.json", finite([asdict(decision) for decision in decisions]))
     table = [cells_of(difference) for difference in compared]
     decided = [decision.cells() for decision in decisions]
@@ -101,7 +105,7 @@ def write_report(
         ],
         compared_columns=list(table[0]) if table else [],
         comparison_charts=[*difference_charts(compared), *slope_figures(gains, baseline or "")],
-        laws=[_law_section(arm, laws[arm], by_arm[arm]) for arm in by_arm],
+        laws=[{"left_out": left_out[arm], **_law_section(arm, laws[arm], fitted[arm])} for arm in by_arm],
         speed_columns=list(speeds[0]),
         speeds=[[_cell(value) for value in row.values()] for row in speeds],
         charts=_speed_charts(speeds),
@@ -140,10 +144,13 @@ def _frontier(law: PowerLaw, records: Sequence[Record]) -> list[Optimum]:
     return frontier(law, [10.0**power for power in range(low, high + 3)])
 
 
-def _law_row(arm: str | None, law: PowerLaw | str, records: Sequence[Record]) -> dict[str, Any]:
+def _law_row(
+    arm: str | None, law: PowerLaw | str, records: Sequence[Record], left_out: Sequence[str]
+) -> dict[str, Any]:
+    row = {"arm": arm, "left_out": list(left_out)}
     if isinstance(law, str):
-        return {"arm": arm, "law": None, "why": law}
-    return {"arm": arm, "law": asdict(law), "frontier": [asdict(optimum) for optimum in _frontier(law, records)]}
+        return {**row, "law": None, "why": law}
+    return {**row, "law": asdict(law), "frontier": [asdict(optimum) for optimum in _frontier(law, records)]}
 
 
 def _law_section(arm: str | None, law: PowerLaw | str, records: Sequence[Record]) -> dict[str, Any]:

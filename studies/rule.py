@@ -20,7 +20,8 @@ class Rule(Section):
 
     outcomes: tuple[str, ...] = Field(default=(PROBE, FINE_TUNED), min_length=1)
     """Primary outcome first. `probe` is the mean over the tasks of the linear probe, itself the mean over the layers.
-    `fine-tuned` is the mean over the tasks of the score after fine-tuning. A task's name is that task alone."""
+    `fine-tuned` is the mean over the tasks of the score after fine-tuning. The name of a
+    task's file is that task alone: fine-tuned, or probed if it is not fine-tuned."""
     margin: PositiveFloat = 0.01
     """Gain that is looked for, as a share: 0.01 is one point."""
     loss_within: PositiveFloat = 0.10

@@ -83,9 +83,9 @@ def details(task: Task, splits: Splits, gold: Labels, predicted: Labels) -> dict
     """Describe predictions beyond their score.
 
     Returns:
-        `precision` and `recall` of all scored labels together; `classes`: precision, recall, F1 and support of each;
-        `one_answer`: the answer that every example got, None if they differ; for entities `lenient`, the F1 that also
-        counts entities without a beginning. For a regression both correlations.
+        `precision` and `recall` of all scored labels together, or of the label `positive`; `classes`: precision,
+        recall, F1 and support of each; `one_answer`: the answer that every example got, None if they differ; for
+        entities `lenient`, the F1 that also counts entities without a beginning. For a regression both correlations.
     """
     answers = {tuple(sorted(set(row))) for row in predicted}
     if task.kind == "tokens":
@@ -95,11 +95,12 @@ def details(task: Task, splits: Splits, gold: Labels, predicted: Labels) -> dict
         return {"one_answer": one_answer, **{metric: score(metric, gold, predicted, ()) for metric in CORRELATIONS}}
     metric = "entity_f1" if task.kind == "tokens" else "micro_f1"
     sums = counts(metric, gold, predicted, splits.scored).sum(0)
-    names = entity_types(splits.scored) if task.kind == "tokens" else splits.scored
+    names = classes_of(task, splits)
+    together = sums.sum(0) if task.positive is None else sums[names.index(task.positive)]
     lenient = {"lenient": score("lenient_f1", gold, predicted, splits.scored)} if task.kind == "tokens" else {}
     return {
         **lenient,
-        **_precision_and_recall(sums.sum(0)),
+        **_precision_and_recall(together),
         "one_answer": one_answer,
         "classes": {
             name: {
@@ -110,6 +111,11 @@ def details(task: Task, splits: Splits, gold: Labels, predicted: Labels) -> dict
             for name, row in zip(names, sums, strict=True)
         },
     }
+
+
+def classes_of(task: Task, splits: Splits) -> list[str]:
+    """List the classes that are scored: labels, or the types of entities."""
+    return entity_types(splits.scored) if task.kind == "tokens" else list(splits.scored)
 
 
 def baselines(task: Task, splits: Splits) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from studies.plan import Study, Trial, dump_study, expand, order_of, orders_of, 
 from studies.records import is_finished, new_record, read_record, record_path, trial_directory
 from studies.report import write_report
 from studies.room import require_room, thin
+from studies.tables import finite
 
 STUDY, PLAN = "study.yaml", "plan.md"
 POLL_SECONDS = 0.5
@@ -256,14 +257,14 @@ def _run(
         run = open_run(directory)
         record = new_record(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        write_json(path, finite(record))
     for measure in measures:
         if not measure.is_in(record):
             folder = output / "tasks" / directory.name / measure.folder
             record["scores"].setdefault(measure.address, {}).update(
                 measure.take(str(RunDirectory(directory).export), folder, cluster.fine_tune)
             )
-            write_json(path, record)
+            write_json(path, finite(record))
     thin(directory, trial.config, {span.last for span in trial.config.spans[:-1]})
     return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -43,7 +43,8 @@ class Protocol(Section):
     balance: bool = False
     """Weigh the rare labels of a `multi` task up in the loss, by the ratio of examples without and with the label."""
     examples: PositiveInt | None = None
-    """Number of training examples, and of validation examples, that are used; default: all."""
+    """Number of training examples, and of validation examples, that are used; default: all. A hash of their content
+    chooses them, whatever their order."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:
@@ -142,7 +143,8 @@ class Task(Section):
     """Entity types that are kept, the others become O; default: all. Tags without a prefix need it."""
     names: tuple[str, ...] = ()
     """Names of the labels or tags that a file gives as ids, in the order of ids. They may also list labels that would
-    else be refused: codes that look like numbers, such as 250.10, and None or NA where it is a class."""
+    else be refused: codes that look like numbers, such as 250.10, and None or NA where it is a class. Where a name is a
+    number other than its own id, numbers in the files are names and never ids."""
     separator: str = "|"
     """Separator between the labels of a `multi` example that holds them in one string."""
     protocol: dict[str, Any] = Field(default_factory=dict)
@@ -179,13 +181,19 @@ class EvaluatedTask(Section):
     """A task YAML or the name of a described task."""
     data: str | None = None
     """Folder of the task's files; default: the folder of the YAML."""
-    seeds: tuple[int, ...] = (17, 18, 19, 20, 21)
-    """Seeds of the fine-tunings of each model."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(17, 18, 19, 20, 21), min_length=1)
+    """Seeds of the fine-tunings of each model, each once."""
     protocol: dict[str, Any] = Field(default_factory=dict)
     """Settings that differ from the task's protocol, and `files.*` that differ from its files."""
     by: tuple[Literal["fine-tuned", "probe"], ...] = Field(default=("fine-tuned",), min_length=1)
     """Ways that a study measures the task: fine-tuned with each seed, or linear probes on the frozen states of every
     layer, of which the mean over the layers is taken. A `masked` task has one way of its own."""
+
+    @model_validator(mode="after")
+    def _has_seeds_of_its_own(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: the same seed twice; each seed is one fine-tuning, so give it once")
+        return self
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -221,12 +229,12 @@ def load_task(reference: str, overrides: Mapping[str, Any]) -> tuple[Task, Proto
     task = validate(Task, tree, reference)
     settings = dict(task.protocol)
     preset = settings.pop("preset", None)
-    if preset is not None and preset not in PROTOCOLS:
+    if not isinstance(preset, str | None) or (preset is not None and preset not in PROTOCOLS):
         raise InputError(
             f"{reference}: protocol.preset: no preset {preset!r}; there are {', '.join(PROTOCOLS)}",
             key="protocol.preset",
         )
-    settings = {**PROTOCOLS.get(preset, {}), **settings}
+    settings = {**(PROTOCOLS[preset] if preset else {}), **settings}
     for key, other in (("epochs", "steps"), ("steps", "epochs")):
         if key in of_protocol:
             settings.pop(other, None)

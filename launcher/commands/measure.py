@@ -17,7 +17,7 @@ def drift(
     b: Annotated[str, typer.Argument(help="The model to compare with it.")],
     output: Output,
     texts: Annotated[str, typer.Option(help="Held-out text.")] = "package://corpus/tico19_en.jsonl.gz",
-    count: Annotated[int, typer.Option(help="Documents to read.")] = 500,
+    count: Annotated[int, typer.Option(min=4, help="Documents to read.")] = 500,
     noise: Annotated[
         list[str] | None, typer.Option(help="A trained with another seed, as the noise level; repeatable.")
     ] = None,
@@ -56,7 +56,7 @@ def evaluate(
     ],
     task: Annotated[str, typer.Option(help="A task YAML, or the name of a described task.")],
     data: TaskData = None,
-    seeds: Annotated[int, typer.Option(help="Fine-tunings per model.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings per model.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Directory of the results; default evaluations/TASK.")] = None,
     training_text: Annotated[
         list[str] | None, typer.Option(help="Training text of the models, to search for the test examples; repeatable.")

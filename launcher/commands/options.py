@@ -33,8 +33,21 @@ def load_run(arguments: list[str] | None, nodes: int | None) -> RunConfig:
 
 
 def split_models(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Divide `MODEL... [KEY=VALUE]...` into the models and the overrides."""
-    return [word for word in arguments if "=" not in word], [word for word in arguments if "=" in word]
+    """Divide `MODEL... [KEY=VALUE]...` into the models and the overrides.
+
+    Raises:
+        InputError: No model is among them.
+    """
+    from configs.errors import InputError
+
+    models, overrides = ([word for word in arguments if ("=" in word) == wanted] for wanted in (False, True))
+    if not models:
+        raise InputError(
+            f"no model is given beside {', '.join(overrides)}; name a run, a checkpoint or a Hugging Face model first",
+            key="MODEL",
+            code="no-model",
+        )
+    return models, overrides
 
 
 Output = Annotated[Path, typer.Option(help="Directory to write.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ _SPACE = re.compile(r"[ \t]+")
 def read_conll(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
     """Yield the sentences of a file with a word per line: the word first, its tag last.
 
-    Columns are separated by tabs or spaces. Lines of comments (`# ...`), `-DOCSTART-` and a header are skipped.
+    Columns are separated by tabs or spaces. Lines of comments (`# ...`), `-DOCSTART-` and a header are skipped. A line
+    that begins with # is a word if it has as many columns as most lines and ends in a tag.
 
     Raises:
         InputError: A line has no tag, or the words are numbers of words.
@@ -29,7 +31,8 @@ def read_conll(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
     tags: list[str] = []
     first_line = 1
     lines = [_columns(line) for line in read_text(path).split("\n")]
-    width = max((len(columns) for columns in lines if columns and not columns[0].startswith("#")), default=2)
+    widths = Counter(len(columns) for columns in lines if columns and not columns[0].startswith(("#", "-DOCSTART-")))
+    width = widths.most_common(1)[0][0] if widths else 2
     for number, columns in enumerate([*lines, []], 1):
         if not columns or columns[0] == "-DOCSTART-":
             if words:
@@ -46,11 +49,13 @@ def read_conll(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
         is_known = is_tag(columns[-1]) or columns[-1] in task.types
         is_comment = columns[0].startswith("#") and (not is_known or len(columns) != width)
         if is_comment or (not is_known and number == 1 and _HEADER.fullmatch(columns[-1])):
+            notes["lines that begin with # and end in a tag, left out as comments"] += is_comment and is_known
             first_line += not words
             continue
         if len(columns) < 2 or not columns[0]:
             got = " ".join(columns)
             raise InputError(f"{path}, line {number}: expected a word and its tag, got {got!r}", code="bad-token-line")
+        notes["lines with another number of columns, of which the first and the last are read"] += len(columns) != width
         if not is_known:
             to_bio(columns[-1:], task.types, f"{path}, line {number}", notes)
         if any("-" in column and is_tag(column) for column in columns[1:-1]):

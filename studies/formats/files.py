@@ -6,13 +6,16 @@ import csv
 import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from datapipe.splits import split_of
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of files of records. All but the last two may end in .gz."""
 DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}
 FIELD_LIMIT = 2**30
@@ -25,18 +28,20 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: The file cannot be read or is no UTF-8.
     """
+    content = b""
     try:
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
         text = content.decode("utf-8-sig")
         return text if "\n" in text else text.replace("\r", "\n")  # lines of an old Macintosh; offsets stay
     except UnicodeDecodeError as error:
+        encoding = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
         raise InputError(
-            f"{path} is not UTF-8 text ({error}); convert it, for instance with `iconv -f latin1 -t utf-8`",
+            f"{path} is not UTF-8 text ({error}); convert it, for instance with `iconv -f {encoding} -t utf-8`",
             code="not-utf-8",
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}", code="not-readable") from None
 
 
@@ -63,13 +68,18 @@ def read_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict
             yield from _arrow(file, path)
     elif suffix in (".parquet", ".arrow"):
         yield from _arrow(path, path.parent)
-    elif suffix == ".jsonl":
-        for number, line in enumerate(read_text(path).split("\n"), 1):
-            if line.strip():
-                location = f"{path}, line {number}"
-                yield location, _object(_json(line, location), location)
+    elif suffix in (".jsonl", ".ndjson"):
+        yield from _lines(read_text(path), path)
     elif suffix == ".json":
-        for number, record in enumerate(_list(_json(read_text(path), str(path)), path), 1):
+        text = read_text(path)
+        try:
+            value = _json(text, str(path))
+        except InputError:
+            if not _begins_with_a_value(text):
+                raise
+            yield from _lines(text, path)  # pandas and Spark give JSON lines this suffix
+            return
+        for number, record in enumerate(_list(value, path), 1):
             location = f"{path}, record {number}"
             yield location, _object(record, location)
     elif suffix in DELIMITERS:
@@ -86,6 +96,25 @@ def _json(text: str, location: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InputError(f"{location}: not valid JSON ({error})", code="bad-json") from None
+    except RecursionError:
+        raise InputError(f"{location}: its JSON is nested too deeply", code="bad-json") from None
+
+
+def _begins_with_a_value(text: str) -> bool:
+    """Return whether the first line that is not blank is a JSON value of its own."""
+    try:
+        json.loads(text.lstrip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the records of JSON lines."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            location = f"{path}, line {number}"
+            yield location, _object(_json(line, location), location)
 
 
 def _object(value: Any, location: str) -> dict[str, Any]:
@@ -104,18 +133,23 @@ def _list(value: Any, path: Path) -> list[Any]:
 
 
 def _table(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a CSV or TSV file.
+    """Yield the rows of a CSV or TSV file. Its first line may be `sep=;`, as for Excel.
 
     A TSV file is read without quotes if every line then has as many fields as the header, because a stray quote would
     join two lines. Else quotes are read as in CSV.
     """
     csv.field_size_limit(FIELD_LIMIT)
-    text = read_text(path)
+    text, skipped = read_text(path), 0
+    told = re.match(r'"?sep=(.)"?\r?\n', text)
+    if told:
+        text, skipped = text[told.end() :], 1
     header = text.partition("\n")[0].strip("\r")
     names = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in DELIMITERS[suffix]}
     delimiter = next((d for d, found in names.items() if set(columns) <= set(found)), DELIMITERS[suffix][0])
-    if suffix == ".tsv":
-        lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    delimiter = told[1] if told else delimiter
+    if suffix == ".tsv" and delimiter == "\t":
+        numbered = enumerate(text.split("\n"), 1 + skipped)
+        lines = [(number, line.rstrip("\r")) for number, line in numbered if line.strip()]
         rows = [(number, [_unquoted(field) for field in line.split("\t")]) for number, line in lines]
         if len({len(fields) for _, fields in rows}) <= 1:
             yield from _named(rows, path, columns)
@@ -125,10 +159,11 @@ def _table(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[tuple[st
     try:
         for fields in reader:
             if fields:
-                rows.append((reader.line_num, fields))
+                rows.append((reader.line_num + skipped, fields))
     except csv.Error as error:
         raise InputError(
-            f"{path}, line {reader.line_num}: {error}; write a quote inside a quoted field twice", code="bad-csv"
+            f"{path}, line {reader.line_num + skipped}: {error}; write a quote inside a quoted field twice",
+            code="bad-csv",
         ) from None
     yield from _named(rows, path, columns)
 
@@ -163,8 +198,19 @@ def _unquoted(field: str) -> str:
 def _files_of_dataset(folder: Path) -> list[Path]:
     state = folder / "state.json"
     if state.is_file():
-        return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        try:
+            return [folder / entry["filename"] for entry in _json(read_text(state), str(state))["_data_files"]]
+        except (KeyError, TypeError):
+            raise InputError(f"{state} names no data files; save the dataset again", code="not-readable") from None
     files = sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")])
+    splits = sorted({split for file in files if (split := split_of(file.name))})
+    if len(splits) > 1:
+        one = "train" if "train" in splits else splits[0]
+        raise InputError(
+            f"{folder} holds the splits {', '.join(splits)}; name the files of one, such as "
+            f"{folder.name}/{one}-*.parquet",
+            code="not-a-split",
+        )
     if not files or (folder / "dataset_dict.json").is_file():
         raise InputError(
             f"{folder} is no split of a dataset; name the folder of a split, or a parquet, JSON or brat folder",
@@ -185,9 +231,10 @@ def _arrow(path: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 table = pa.ipc.open_stream(file).read_all()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read: {error}", code="not-readable") from None
-    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    stated = (table.schema.metadata or {}).get(b"huggingface", b"{}").decode("utf-8", "replace")
+    metadata = _json(stated, f"{path}, metadata of Hugging Face")
     info = folder / "dataset_info.json"
-    described = metadata.get("info") or (json.loads(info.read_text()) if info.is_file() else {})
+    described = metadata.get("info") or (_json(read_text(info), str(info)) if info.is_file() else {})
     names = {key: found for key, feature in (described.get("features") or {}).items() if (found := _names(feature))}
     for number, record in enumerate(table.to_pylist(), 1):
         for key in names.keys() & record.keys():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from studies.formats.example import Example, Notes
 _TAG = re.compile(r"([BIESLU])(?:[-_](\S.*))?")
 _SEVERAL = re.compile(r"[BIESLU]-[^,|;+]+[,|;+][BIESLUO](-.*)?")
 _WORD = re.compile(r"\w+|[^\w\s]")
+_WITHIN = ("Mn", "Mc", "Me", "Cf")
+"""Unicode categories of characters that do not end a word."""
 _OPENS = "BSU"
 """Prefixes that begin an entity in every scheme."""
 
@@ -84,12 +87,12 @@ def example_of_spans(
         types: Entity types that are kept; all if empty.
         location: File and line, for messages.
         notes: Receives what was left out or moved.
-        words: Start and end of each word; default: runs of letters and digits, and single other characters.
+        words: Start and end of each word; default: those of `_words`.
 
     Raises:
         InputError: A span lies outside the text or covers no word.
     """
-    places = list(words) if words is not None else [match.span() for match in _WORD.finditer(text)]
+    places = list(words) if words is not None else _words(text)
     tags = ["O"] * len(places)
     for span in sorted(set(spans), key=lambda span: (span.start - span.end, span.start, span.type)):
         if types and span.type not in types:
@@ -114,6 +117,30 @@ def example_of_spans(
         tags[covered[0]] = _tag("B", span.type)
     named = tuple(text[start:end] for start, end in places)
     return Example(location, " ".join(named), None, named, tuple(tags))
+
+
+def _words(text: str) -> list[tuple[int, int]]:
+    """Find the words of a text: runs of letters and digits, and single other characters.
+
+    Combining marks and invisible characters, such as accents of their own and soft hyphens, belong to the word that
+    they follow.
+    """
+    places: list[tuple[int, int]] = []
+    is_open = False
+    for start, end in (match.span() for match in _WORD.finditer(text)):
+        follows = bool(places) and places[-1][1] == start
+        is_mark = unicodedata.category(text[start]) in _WITHIN
+        if follows and (is_mark or (is_open and _is_letter(text[start]))):
+            places[-1] = places[-1][0], end
+            is_open = is_mark and _is_letter(text[places[-1][0]])
+        else:
+            places.append((start, end))
+            is_open = False
+    return places
+
+
+def _is_letter(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def _parts(tag: str, types: Sequence[str], location: str) -> tuple[str, str]:

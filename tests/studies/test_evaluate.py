@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy.stats import pearsonr, spearmanr
 from seqeval.metrics import f1_score as entity_f1
 from seqeval.scheme import IOB2
@@ -19,12 +20,13 @@ from sklearn.preprocessing import MultiLabelBinarizer
 
 from configs.errors import InputError
 from configs.load import shipped
-from studies.evaluate import evaluate
-from studies.examples import Example, read_splits
-from studies.finetune import encode
+from launcher.commands.options import split_models
+from studies.evaluate import _jobs, _Model, _pairs, _results_of, evaluate
+from studies.examples import Example, load_examples, read_splits
+from studies.finetune import _write, encode, read_result
 from studies.intervals import holm, mean_interval, paired_bootstrap, score_interval
 from studies.leakage import Corpora, leakage
-from studies.scores import baselines, counts, score
+from studies.scores import baselines, counts, details, score
 from studies.tasks import PROTOCOLS, SHIPPED, EvaluatedTask, load_task, parse_overrides
 
 Write = Callable[[str, str], Path]
@@ -416,8 +418,91 @@ def test_other_bad_input(model: Path, write: Write, tmp_path: Path) -> None:
     assert refused([model], task, protocol={"files.test": "dev.tsv"}).code == "test-is-another-split"
     assert "'epochs'" in str(refused([model], task, protocol={"epoch": 2}))
     assert "entity_f1" in str(refused([model], ner(write, score="macro_f1")))
-    preset = refused([model], ner(write, protocol={"preset": "klingon"}))
-    assert preset.key == "protocol.preset"
+    for name in ("klingon", ["english"]):
+        preset = refused([model], ner(write, protocol={"preset": name}))
+        assert preset.key == "protocol.preset"
+
+
+def test_a_result_of_other_scored_labels_is_refused(write: Write, tmp_path: Path) -> None:
+    """Neither the scored labels nor the positive one are in the examples, so the result states them itself."""
+    model = _Model("m", tmp_path, "0" * 64)
+
+    def job(metric: str, **changes: Any) -> Any:
+        task, protocol, splits = load_examples(quick(classification(write, "single", metric, **changes)))
+        [made] = _jobs(model, task, protocol, splits, (17,), tmp_path / metric)
+        return made
+
+    for metric, one, other in (
+        ("micro_f1", {}, {"scored": ["fever", "cough"]}),
+        ("binary_f1", {"positive": "fever"}, {"positive": "cough"}),
+    ):
+        done = job(metric, **one)
+        _write(done.output, done.splits.test, [["fever"]] * len(done.splits.test), {"seed": 17, **done.settings})
+        assert read_result(job(metric, **one)) is not None
+        with pytest.raises(InputError, match="delete") as error:
+            read_result(job(metric, **other))
+        assert error.value.code == "result-of-other-settings"
+
+
+def test_two_models_are_compared_on_texts_with_other_line_ends(write: Write, tmp_path: Path) -> None:
+    rows = [{"text": f"a{end}b {number}", "label": number} for number, end in enumerate("\x85\u2028\u2029" * 3)]
+    write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    files = {"train": "rows.jsonl", "validation": "rows.jsonl", "test": None}
+    columns = {"text": "text", "label": "label"}
+    task, _, splits = load_examples(quick(classification(write, "single", "accuracy", files=files, columns=columns)))
+    models = [_Model(name, tmp_path, name * 64) for name in "12"]
+    for model in models:
+        _write(_results_of(tmp_path, model, 17), splits.test, [example.labels for example in splits.test], {})
+    [pair] = _pairs(models, task, splits, (17,), tmp_path)
+    assert pair["difference"] == 0
+
+
+def test_few_examples_of_a_sorted_file_have_all_labels(write: Write) -> None:
+    rows = [{"text": f"note {number}", "label": "no" if number < 500 else "yes"} for number in range(1000)]
+    write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"text": "text", "label": "label"}
+    task = classification(write, "single", "accuracy", files={"train": "rows.jsonl"}, columns=columns)
+    _, _, splits = load_examples(quick(task, examples=100))
+    assert len(splits.train) == 100 >= len(splits.validation)
+    assert len(splits.test) < 140, "validation is scored as a whole"
+    places = [int(example.text.split()[1]) for example in splits.train]
+    assert places == sorted(places), "in the order of the file"
+    assert 30 < sum(place < 500 for place in places) < 70
+    write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    turned = load_examples(quick(task, examples=100))[2].train
+    assert [example.text for example in turned] == [example.text for example in reversed(splits.train)]
+    with pytest.raises(InputError) as error:
+        load_examples(quick(task, examples=1))
+    assert (error.value.key, error.value.code) == ("examples", "nothing-to-learn")
+
+
+def test_an_entity_type_of_validation_only_is_a_miss(write: Write) -> None:
+    task = ner(write)
+    write("dev.tsv", "fever\tB-Disease\nrash\tB-Sign\n")
+    _, _, splits = load_examples(quick(task))
+    gold = [example.labels for example in splits.validation]
+    assert score("entity_f1", gold, [["B-Disease", "O"]], splits.scored) == pytest.approx(2 / 3)
+
+
+def test_precision_and_recall_of_a_binary_task_are_those_of_its_label(write: Write) -> None:
+    task, _, splits = load_examples(quick(classification(write, "single", "binary_f1", positive="fever")))
+    gold = [["fever"]] * 4 + [["cough"]] * 4
+    predicted = [["fever"]] * 2 + [["cough"]] * 2 + [["fever"]] + [["cough"]] * 3
+    found = details(task, splits, gold, predicted)
+    assert (found["precision"], found["recall"]) == (pytest.approx(2 / 3), 0.5)
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1], [-1], [2**32]])
+def test_seeds_are_some_and_each_once(seeds: list[int]) -> None:
+    with pytest.raises(ValidationError, match="seeds"):
+        EvaluatedTask(task="bc5cdr", seeds=tuple(seeds))
+
+
+def test_overrides_without_a_model_are_refused() -> None:
+    assert split_models(["m", "lr=1"]) == (["m"], ["lr=1"])
+    with pytest.raises(InputError) as error:
+        split_models(["lr=1"])
+    assert error.value.code == "no-model"
 
 
 def test_overrides_are_yaml() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,8 @@ def read(write: Write, kind: str, train: str, test: str, suffix: str, **task: An
         ("Aspirin\tB-X\t\nhelps\tO \n", "Aspirin helps", "B-X O"),
         ("-DOCSTART- -X- -X- O\r\n\r\nAspirin NN B-NP B-X\r\nhelps V B-VP O\r\n", "Aspirin helps", "B-X O"),
         ("a\tB-X\rb\tO\r\rc\tB-X\r", "a b", "B-X O"),
+        ("-DOCSTART- -X- -X- O\n\n#1 B-X\nhelps O\n", "#1 helps", "B-X O"),
+        ("#1\tB-X\nhelps\tO\nand\tNN\tO\nis\tO\n", "#1 helps and is", "B-X O O O"),
         ("foo\u00a0bar B-X\nhelps O\n", "foo\u00a0bar helps", "B-X O"),
         ("\u00a0\tO\nAspirin\tB-X\n", "\u00a0 Aspirin", "O B-X"),
         ("a\tE-X\nb\tI-X\nc\tS-X\nd\tI-Y\n", "a b c d", "B-X B-X B-X B-Y"),
@@ -52,6 +55,14 @@ def test_columns_as_people_write_them(write: Write, lines: str, words: str, tags
     splits = read(write, "tokens", lines, "d\tB-X\n", ".tsv")
     assert " ".join(splits.train[0].words) == words
     assert " ".join(splits.train[0].labels) == tags
+
+
+def test_lines_that_differ_from_the_others_are_told(write: Write) -> None:
+    splits = read(write, "tokens", "a\tB-X\n#b\tNN\tO\nc\tNN\tO\nd\tO\n", "d\tB-X\n", ".tsv")
+    assert splits.train[0].words == ("a", "c", "d")
+    told = "; ".join(splits.notes)
+    assert "1 lines that begin with # and end in a tag" in told
+    assert "1 lines with another number of columns" in told
 
 
 def test_another_column_of_tags_is_told(write: Write) -> None:
@@ -113,6 +124,7 @@ def test_labels_that_differ_in_case_are_told(write: Write) -> None:
         ("single", table("0", "1"), table("-1", "-1"), "test-without-labels", "test.csv"),
         ("single", table("yes", "no"), table("", ""), "bad-label", "test.csv"),
         ("regression", table("1.5", "high"), table("1", "2"), "bad-label", "train.csv"),
+        ("regression", table('"3,5"', "2"), table("1", "2"), "bad-label", "decimal comma"),
         ("regression", table("1.5", "2.5"), table("-1", "-1"), "test-without-labels", "test.csv"),
         ("single", "text,label,label\na,x,y\n", table("x"), "column-twice", "train.csv"),
     ],
@@ -149,6 +161,16 @@ def lines(*labels: Any) -> str:
         ((["x", "x"], "y|y"), {}, [("x",), ("y",)]),
         (([0, 1, 1], [1, 0, 0]), {"names": ["x", "y", "z"]}, [("y", "z"), ("x",)]),
         (([0, 2], [1]), {"names": ["x", "y", "z"]}, [("x", "z"), ("y",)]),
+        (([0, 1], [1, 0], [0, 0], [1, 1]), {"names": ["x", "y"]}, [("y",), ("x",), (), ("x", "y")]),
+        (("[0, 1]", "[1, 0]"), {"names": ["x", "y"]}, [("y",), ("x",)]),
+        (("0|1|1", "1|0|0"), {"names": ["x", "y", "z"]}, [("y", "z"), ("x",)]),
+        (([0, 1, 1], [], [1, 0, 0]), {"names": ["x", "y", "z"]}, [("y", "z"), (), ("x",)]),
+        (("0|1", "1|0"), {"names": ["x", "y"]}, [("y",), ("x",)]),
+        (("0|1", "1"), {"names": ["x", "y"]}, [("x", "y"), ("y",)]),
+        (([1], [0], [1]), {"names": ["x"]}, [("x",), (), ("x",)]),
+        (([0], [1], []), {"names": ["x", "y"]}, [("x",), ("y",), ()]),
+        (("['x', \"it's\"]", "['y']"), {}, [("x", "it's"), ("y",)]),
+        (([1], [2, 3]), {"names": ["1", "2", "3"]}, [("1",), ("2", "3")]),
     ],
 )
 def test_several_labels(write: Write, labels: Any, task: dict[str, Any], expected: list[Any]) -> None:
@@ -158,8 +180,138 @@ def test_several_labels(write: Write, labels: Any, task: dict[str, Any], expecte
 
 def test_indicators_need_names_and_a_wrong_separator_is_told(write: Write) -> None:
     assert refused(write, "multi", lines([0, 1, 1]), lines([1, 0, 0]), ".jsonl")[0] == "indicators-without-names"
+    assert refused(write, "multi", lines([0, 1], [1, 0]), lines([1, 0]), ".jsonl")[0] == "indicators-without-names"
+    mixed = refused(write, "multi", lines([0, 1], [0]), lines([1, 0]), ".jsonl", names=["x", "y"])
+    assert mixed[0] == "bad-label" and "line 2" in mixed[1]
+    assert refused(write, "multi", lines([1, 0, 0]), lines([1, 0, 0]), ".jsonl", names=["x", "y"])[0] == "bad-label"
+    assert refused(write, "multi", lines("['x' 'y']"), lines("x"), ".jsonl")[0] == "bad-label"
     splits = read(write, "multi", lines("x;y", "y;z"), lines("x;y"), ".jsonl")
     assert any("separated by '|'" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_names_that_are_numbers_are_no_ids(write: Write, suffix: str) -> None:
+    def file(*labels: int) -> str:
+        return table(*map(str, labels)) if suffix == ".csv" else lines(*labels)
+
+    good = read(write, "single", file(1, 2, 3), file(1), suffix, names=["1", "2", "3"])
+    assert [example.labels for example in good.train] == [("1",), ("2",), ("3",)]
+    assert refused(write, "single", file(0, 1, 2), file(1), suffix, names=["1", "2", "3"])[0] == "bad-label"
+    own = read(write, "single", file(0, 1), file(1), suffix, names=["0", "1"])
+    assert [example.labels for example in own.train] == [("0",), ("1",)]
+
+
+def test_a_mark_for_no_label_is_told(write: Write) -> None:
+    splits = read(write, "single", table(*["yes", "no"] * 20, "-"), table("yes"), ".csv")
+    assert any("'-' of 1 training examples" in note for note in splits.notes)
+
+
+TOKEN = {"text": "a b", "spans": [], "answer": "accept"}
+STUDIO = {"data": {"text": "Aspirin"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "content", "code"),
+    [
+        ("tokens", ".jsonl", json.dumps({**STUDIO, "annotations": [{}]}), "missing-field"),
+        ("tokens", ".jsonl", json.dumps({**STUDIO, "annotations": [12]}), "missing-field"),
+        ("tokens", ".jsonl", json.dumps({**STUDIO, "annotations": [{"result": [{"type": "labels"}]}]}), "bad-span"),
+        ("tokens", ".jsonl", json.dumps({**TOKEN, "tokens": [{"text": "a"}]}), "bad-span"),
+        ("tokens", ".csv", "sentence_id,word,tag\n1,a,B-X\n", "unknown-format"),
+        ("single", ".jsonl", '{"text": "cut \\ud83d", "label": "a"}', "half-a-character"),
+        ("single", ".jsonl", '{"text": "x", "label": ' + "[" * 100_000, "bad-json"),
+        ("single", ".json", '{"text": "x", "label": "a"}\n{"text": "y"', "bad-json"),
+        ("single", ".json", '[\n{"text": "x"},\n', "bad-json"),
+    ],
+)
+def test_damaged_records_are_refused(write: Write, kind: str, suffix: str, content: str, code: str) -> None:
+    found, message = refused(write, kind, content, content, suffix)
+    assert found == code
+    assert f"train{suffix}" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_another_encoding_is_named(write: Write, encoding: str) -> None:
+    write("dev.csv", table("yes", "no"))
+    task = {"name": "t", "kind": "single", "score": "accuracy", "columns": COLUMNS, "protocol": {"preset": "english"}}
+    path = write("t.yaml", yaml.safe_dump({**task, "files": {"train": "train.csv", "validation": "dev.csv"}}))
+    path.with_name("train.csv").write_bytes(table("oui\u2019", "été").encode(encoding))
+    loaded, _, folder = load_task(str(path), {})
+    with pytest.raises(InputError, match=f"(?i)-f {encoding}"):
+        read_splits(loaded, folder)
+
+
+def test_a_damaged_gzip_file_is_refused(write: Write) -> None:
+    packed = bytearray(gzip.compress(table("yes", "no").encode()))
+    packed[12] ^= 0xFF
+    path = write("t.yaml", "")
+    path.with_name("train.csv.gz").write_bytes(packed)
+    task = {"name": "t", "kind": "single", "score": "accuracy", "columns": COLUMNS, "protocol": {"preset": "english"}}
+    write("t.yaml", yaml.safe_dump({**task, "files": {"train": "train.csv.gz"}}))
+    loaded, _, folder = load_task(str(path), {})
+    with pytest.raises(InputError, match=r"train\.csv\.gz") as error:
+        read_splits(loaded, folder)
+    assert error.value.code == "not-readable"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".json", lines("yes", "no")),
+        (".ndjson", lines("yes", "no")),
+        (".csv", "sep=;\r\nlabel;text\r\nyes;t0\r\nno;t1\r\n"),
+        (".csv", table("yes", "no")),
+    ],
+)
+def test_files_as_other_tools_write_them(write: Write, suffix: str, content: str) -> None:
+    splits = read(write, "single", content, content.replace("t0", "q0"), suffix)
+    assert [(example.text, example.labels) for example in splits.train] == [("t0", ("yes",)), ("t1", ("no",))]
+
+
+def test_names_of_files_with_signs_of_patterns(write: Write) -> None:
+    """A file is read by its own name, and a pattern may be an absolute path."""
+    path = write("t.yaml", "")
+    write("train [v2].csv", table("yes", "no"))
+    path.with_name("dev.csv.GZ").write_bytes(gzip.compress(table("no", "yes").encode()))
+    files = {"train": "train [v2].csv", "validation": "dev.csv.GZ"}
+    task = {"name": "t", "kind": "single", "score": "accuracy", "columns": COLUMNS, "files": files}
+    write("t.yaml", yaml.safe_dump({**task, "protocol": {"preset": "english"}}))
+    for train in (files["train"], str(path.parent / "tr*v2?.csv")):
+        loaded, _, folder = load_task(str(path), {"files.train": train})
+        assert len(read_splits(loaded, folder).train) == 2
+    for train, code in (("tr**.csv", "file-missing"), ("*.tsv", "file-missing")):
+        loaded, _, folder = load_task(str(path), {"files.train": train})
+        with pytest.raises(InputError) as error:
+            read_splits(loaded, folder)
+        assert error.value.code == code
+
+
+def test_spans_of_named_columns_and_of_words_with_marks(write: Write) -> None:
+    """Accents of their own, vowel signs and soft hyphens tear no word apart."""
+    text = "e\u0301te\u0301 hyper\u00adtension \u092e\u0927\u0941\u092e\u0947\u0939 (x)"
+    train, test = (json.dumps({"note": {"body": body}, "found": [[0, 5, "X"]]}) for body in (text, "Fever"))
+    columns = {"text": "note.body", "label": "found"}
+    splits = read(write, "tokens", train, test, ".jsonl", columns=columns)
+    assert splits.train[0].words == (*text.split()[:3], "(", "x", ")")
+    assert splits.train[0].labels == ("B-X", *"OOOOO")
+
+
+@pytest.mark.parametrize(
+    ("files", "code"),
+    [
+        ({"ds/state.json": "{}"}, "not-readable"),
+        ({"ds/state.json": "{"}, "bad-json"),
+        ({"ds/train-0.parquet": "", "ds/test-0.parquet": ""}, "not-a-split"),
+    ],
+)
+def test_damaged_folders_of_datasets_are_refused(write: Write, files: dict[str, str], code: str) -> None:
+    for name, content in files.items():
+        write(name, content)
+    task = {"name": "t", "kind": "single", "score": "accuracy", "columns": COLUMNS, "files": {"train": "ds"}}
+    loaded, _, folder = load_task(str(write("t.yaml", yaml.safe_dump({**task, "protocol": {"preset": "english"}}))), {})
+    with pytest.raises(InputError, match="/ds") as error:
+        read_splits(loaded, folder)
+    assert error.value.code == code
 
 
 def test_an_empty_or_missing_second_text(write: Write) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ def test_planted_law_is_reported(tmp_path: Path) -> None:
     assert not {"src=", "href="} & set(page.split()), "one file that needs no network"
     rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
     assert [float(row["loss"]) for row in rows] == list(losses)
+
+
+def test_a_law_leaves_out_losses_that_are_not_finite(tmp_path: Path) -> None:
+    losses = [*curve(5)[:-1], math.nan]
+    records = [
+        record(f"t{number}", float(loss), parameters=int(size), tokens=int(tokens))
+        for number, ((size, tokens), loss) in enumerate(zip(GRID, losses, strict=True))
+    ]
+    last = records[-1]["trial"]
+    page = write_report(Study(name="s", recipe="demo"), records, tmp_path).read_text()
+    [entry] = json.loads((tmp_path / "scaling.json").read_text(), parse_constant=pytest.fail)
+    assert entry["left_out"] == [last]
+    assert len(entry["law"]["residuals"]) == len(records) - 1
+    assert f"no finite number: {last}." in page
 
 
 def test_strong_and_weak_scaling(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from io import StringIO
@@ -18,13 +19,15 @@ from configs.load import shipped
 from studies.checks import require_text
 from studies.comparison import slopes
 from studies.decision import decide, spread_of
-from studies.measures import measures_of
+from studies.measures import measures_of, outcomes_of
 from studies.notes import look_at_spread
 from studies.plan import SHIPPED, Study, expand, is_seed, load_study, trunks_of
+from studies.records import read_record, record_path
 from studies.report import write_report
 from studies.room import require_room, thin
 from studies.rule import Rule, power
 from studies.study import _parts, run_study
+from studies.tables import finite
 from studies.tasks import EvaluatedTask
 from studies.toy import toy_study
 from tests.studies.test_report import record
@@ -194,6 +197,57 @@ def test_an_outcome_that_nothing_measures_is_refused(write: Write, toy_shards: P
     with pytest.raises(InputError) as error:
         expand(*load_study(str(path)))
     assert error.value.code == "outcome-not-measured"
+
+
+def test_a_task_as_outcome_is_its_fine_tuned_measure(write: Write, toy_shards: Path) -> None:
+    """Scores of probes and of fine-tunings are never averaged, nor those of one task with two protocols."""
+    for name in ("train", "dev", "test"):
+        write(f"{name}.tsv", f"{name}\tB-X\n\nb\tO\n")
+    files = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+    task = {"name": "other", "kind": "tokens", "score": "entity_f1", "files": files, "protocol": {"preset": "english"}}
+    entry: dict[str, Any] = {"task": str(write("t.yaml", yaml.safe_dump(task))), "by": ("probe", "fine-tuned")}
+    measures = measures_of([EvaluatedTask(**entry)])
+    scores = {"other": [0.9], "other, probe": [0.5]}
+    assert outcomes_of(measures, scores, ["t", "probe"]) == {"t": 0.9, "probe": 0.5}
+    assert outcomes_of(measures[:1], scores, ["t"]) == {"t": 0.5}, "probed only"
+    twice = [entry, {**entry, "protocol": {"epochs": 3}}]
+    path = study(write, toy_shards, rule={"outcomes": ["t"]}, evaluate=[{**e, "by": list(e["by"])} for e in twice])
+    with pytest.raises(InputError) as error:
+        expand(*load_study(str(path)))
+    assert (error.value.key, error.value.code) == ("rule.outcomes", "outcome-ambiguous")
+
+
+@pytest.mark.parametrize(
+    ("changes", "override", "key"),
+    [
+        ({"arms": ["mlm", "detour"]}, "arms.mlm.seed=3", "arms"),
+        ({"arms": {"mlm": "mlm"}}, "arms.mlm.seed=3", "arms.mlm"),
+        ({"grid": ["data.seed"]}, "data.seed=[1]", "grid"),
+        ({"grid": {"data.seed": 42}}, "seed=3", "grid"),
+        ({"rule": True}, "rule.margin=0.02", "rule"),
+        ({"common": ["x"]}, "seed=3", "common"),
+        ({"evaluate": ["bc5cdr"]}, "evaluate.0.seeds=[1]", "evaluate"),
+        ({"evaluate": [{"task": "bc5cdr", "protocol": "x"}]}, "evaluate.0.protocol.epochs=1", "protocol"),
+    ],
+)
+def test_overrides_of_a_wrong_section_are_refused(
+    write: Write, toy_shards: Path, changes: dict[str, Any], override: str, key: str
+) -> None:
+    path = study(write, toy_shards, **changes)
+    with pytest.raises(InputError) as error:
+        load_study(str(path), None, [override])
+    assert error.value.key == key
+
+
+def test_a_loss_that_is_not_finite_is_recorded_in_strict_json(write: Write, toy_shards: Path, tmp_path: Path) -> None:
+    loaded, folder = load_study(str(study(write, toy_shards, grid={}, arms={})))
+    [trial] = expand(loaded, folder)
+    path = record_path(tmp_path, trial)
+    path.parent.mkdir()
+    made = record("t", math.nan, speed={"workers": 1, "tokens_per_second": 1.0, "mfu": math.nan})
+    path.write_text(json.dumps(finite(made), allow_nan=False))
+    found = read_record(tmp_path, loaded, trial, [])
+    assert math.isnan(found["loss"]) and math.isnan(found["speed"]["mfu"])
 
 
 def test_a_rule_is_fixed_before_the_first_result(write: Write, toy_shards: Path, tmp_path: Path) -> None:
