@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from datapipe.splits import split_of
+from datapipe.splits import splits_of
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """Suffixes of files of records. All but the last two may end in .gz."""
@@ -203,7 +203,7 @@ def _files_of_dataset(folder: Path) -> list[Path]:
         except (KeyError, TypeError):
             raise InputError(f"{state} names no data files; save the dataset again", code="not-readable") from None
     files = sorted([*folder.rglob("*.parquet"), *folder.rglob("*.arrow")])
-    splits = sorted({split for file in files if (split := split_of(file.name))})
+    splits = sorted(set(splits_of([file.name for file in files]).values()))
     if len(splits) > 1:
         one = "train" if "train" in splits else splits[0]
         raise InputError(
