@@ -192,17 +192,20 @@ def _patch_gradient_norm() -> None:
     def l2_norm(
         chunk: int, overflow: Any, lists: list[list[torch.Tensor]], per_tensor: bool
     ) -> tuple[torch.Tensor, None]:
-        # Megatron's fallback sums all squares in fp32: the norm of millions of gradients is off, by an amount that
-        # depends on the layout. Blocks are summed in fp32 and their sums in fp64, without a copy of the gradients.
-        squares = [
-            torch.linalg.vector_norm(blocks, dim=-1).double().square().sum()
-            for tensors in lists
-            for tensor in tensors
-            for blocks in _in_blocks(tensor)
-        ]
+        squares = [squared_norm(tensor) for tensors in lists for tensor in tensors]
         return torch.stack(squares).sum().sqrt().float()[None], None
 
     _replace(clipping, "l2_norm_impl", l2_norm)
+
+
+def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the squares in fp64.
+
+    torch and Megatron's fallback sum all squares in fp32 on a CPU: the norm of millions of gradients is off, by an
+    amount that depends on the layout. Here blocks are summed in fp32 and their sums in fp64, without a copy.
+    """
+    rows, rest = (torch.linalg.vector_norm(blocks, dim=-1).double().square().sum() for blocks in _in_blocks(tensor))
+    return rows + rest
 
 
 def _in_blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

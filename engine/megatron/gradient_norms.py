@@ -10,6 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.module import param_is_not_shared
 
 from engine.device import device
+from engine.megatron.cpu import squared_norm
 from engine.megatron.names import global_name
 from engine.megatron.optimizer import PARTS, members
 
@@ -43,12 +44,16 @@ class GradientNorms:
 
         The host does not wait for the device. A frozen part has 0. The squares sum up to that of the global norm.
         """
-        squares = torch.zeros(self._count, device=device())
+        squares = torch.zeros(self._count, dtype=torch.float64, device=device())
         if self._counted:
-            norms = torch.stack(torch._foreach_norm([main.grad for main in self._counted])).float()
-            squares.index_add_(0, self._rows, norms.square())
+            grads = [main.grad for main in self._counted]
+            if device().type == "cpu":
+                own = torch.stack([squared_norm(grad) for grad in grads])
+            else:
+                own = torch.stack(torch._foreach_norm(grads)).double().square()
+            squares.index_add_(0, self._rows, own)
         dist.all_reduce(squares)
-        return squares.sqrt()
+        return squares.sqrt().float()
 
 
 def parts(num_layers: int) -> list[str]:
