@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import urllib.request
 from pathlib import Path
@@ -125,17 +126,20 @@ def test_busy_port_is_replaced_and_announced(undisturbed: Path, tmp_path: Path) 
             assert re.search(r'^detour_run_info\{.*run="toy".*\} 1\.0$', page, re.MULTILINE)
 
 
-def test_checkpoint_of_another_size_fails_once_and_clearly(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_damaged_initial_checkpoint_fails_once_and_clearly(undisturbed: Path, tmp_path: Path) -> None:
     """Found by the workers, so it crosses Ray; it spends no retry."""
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000009", tmp_path / "init")
+    tensors = max((tmp_path / "init").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"\xff")
     result = run(
         *TRAIN,
         undisturbed.parent / "toy.yaml",
-        *("--output", "run", f"model.init={undisturbed}/checkpoints/step-00000009", "model.hidden_size=64"),
+        *("--output", "run", f"model.init={tmp_path}/init"),
         cwd=tmp_path,
     )
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-    assert re.search(r"error: .*step-00000009.*hidden_size 32 -> 64", result.stderr)
+    assert re.search(rf"error: .*{tensors.name}", result.stderr)
     assert events(tmp_path / "run")[-1] == "failed"
     assert "worker_failed" not in events(tmp_path / "run")
     assert (tmp_path / "run/report.html").is_file()
