@@ -234,17 +234,18 @@ class _Finder:
     @staticmethod
     def _refuse_table(entries: Sequence[Entry]) -> None:
         """Raise InputError if entries of a folder say that files beside them are of older versions of a table."""
-        logs = {entry: TABLE_LOGS[entry.path.name] for entry in entries if entry.path.name in TABLE_LOGS}
         for entry in entries:
+            log: Entry | None = entry
+            table = TABLE_LOGS.get(entry.path.name)
             if entry.path.name == "metadata" and entry.is_folder():
-                inner = (file for file in _entries(entry) if file.path.name.endswith(".metadata.json"))
-                logs |= dict.fromkeys(inner, "an Iceberg table")
-        for log, table in logs.items():
-            raise InputError(
-                f"{log.shown}: {table}, whose folder also holds rows that were deleted or replaced; write its current "
-                "version as parquet into another folder",
-                code="table-with-versions",
-            )
+                log = next((file for file in _entries(entry) if file.path.name.endswith(".metadata.json")), None)
+                table = "an Iceberg table"
+            if log and table:
+                raise InputError(
+                    f"{log.shown}: {table}, whose folder also holds rows that were deleted or replaced; write its "
+                    "current version as parquet into another folder",
+                    code="table-with-versions",
+                )
 
     def _find_remote(self, url: str) -> None:
         import fsspec

@@ -98,11 +98,10 @@ def merge(
             f"--output: {output} is there already; name a new directory", key="--output", code="output-not-empty"
         )
     references = _references(models, steps, weights)
-    tokenizers: dict[str, Tokenizer] = {}
     origins = []
     for reference in references:
         show(f"checking {reference}")
-        origins.append(_open(reference, tokenizers))
+        origins.append(_open(reference))
     _require_alike(origins)
     shares = coefficients(len(origins), weights)
     named = [(origin.name, share) for origin, share in zip(origins, shares, strict=True)]
@@ -211,14 +210,14 @@ def _notes(paths: Sequence[str]) -> list[str]:
     return notes
 
 
-def _open(reference: str, tokenizers: dict[str, Tokenizer]) -> Origin:
+def _open(reference: str) -> Origin:
     """Open a model by its headers; a checkpoint's digests are checked."""
     path = Path(reference)
     run = RunDirectory(path)
     if run.config.is_file():
         path = checkpoints.latest_of_run(path)
     if (path / CONFIG_FILE).is_file():
-        return _open_checkpoint(path, tokenizers)
+        return _open_checkpoint(path)
     from engine.modernbert.convert import parameter_shapes
     from engine.modernbert.pretrained import PretrainedWeights
 
@@ -226,11 +225,11 @@ def _open(reference: str, tokenizers: dict[str, Tokenizer]) -> Origin:
     folder = locate(reference)
     stored = PretrainedWeights(folder)
     stored.require(parameter_shapes(architecture), ())
-    tokenizer = _tokenizer(str(folder if folder.is_dir() else folder.parent), reference, tokenizers)
+    tokenizer = _tokenizer(folder if folder.is_dir() else folder.parent, reference)
     return Origin(reference, architecture, tokenizer, True, stored.tensor)
 
 
-def _open_checkpoint(path: Path, tokenizers: dict[str, Tokenizer]) -> Origin:
+def _open_checkpoint(path: Path) -> Origin:
     from engine.megatron.torch_index import read_tensors
     from engine.modernbert.convert import parameters, to_hf
 
@@ -244,21 +243,19 @@ def _open_checkpoint(path: Path, tokenizers: dict[str, Tokenizer]) -> Origin:
         (tensor,) = read_tensors(path, [names[ours]]).values()
         return to_hf(tensor, row, architecture)
 
-    return Origin(str(path), architecture, _tokenizer(str(path), str(path), tokenizers), has_trained_masks(meta), read)
+    return Origin(str(path), architecture, _tokenizer(path, str(path)), has_trained_masks(meta), read)
 
 
-def _tokenizer(reference: str, model: str, known: dict[str, Tokenizer]) -> Tokenizer:
-    """Load the tokenizer of a model, each tokenizer once."""
-    if reference not in known:
-        try:
-            known[reference] = load_tokenizer(reference)
-        except InputError as error:
-            raise InputError(
-                f"{model}: its tokenizer cannot be had ({error}); put tokenizer.json into its directory",
-                key="tokenizer",
-                code=error.code,
-            ) from None
-    return known[reference]
+def _tokenizer(place: Path, model: str) -> Tokenizer:
+    """Load the tokenizer of a model from its directory or checkpoint."""
+    try:
+        return load_tokenizer(str(place))
+    except InputError as error:
+        raise InputError(
+            f"{model}: its tokenizer cannot be had ({error}); put tokenizer.json into its directory",
+            key="tokenizer",
+            code=error.code,
+        ) from None
 
 
 def _require_alike(origins: Sequence[Origin]) -> None:

@@ -36,13 +36,10 @@ def run_command(command: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
-    except OSError as error:
-        if error.errno not in UNREACHABLE or error.filename is None:
-            traceback.print_exc()
-            sys.exit(FAILED)
-        _fail(InputError(f"{error.filename}: {error.strerror}"), BAD_INPUT)
-    except Exception:  # a bug of Detour: a report of it needs the traceback
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNREACHABLE and error.filename is not None:
+            _fail(InputError(f"{error.filename}: {error.strerror}"), BAD_INPUT)
+        traceback.print_exc()  # a bug of Detour: a report of it needs the traceback
         sys.exit(FAILED)
 
 

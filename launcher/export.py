@@ -36,9 +36,7 @@ def export_model(source: Path, output: Path, kind: ExportKind = "encoder", dtype
     from engine.checkpoint import describe, latest_of_run
     from engine.export import export_hf
 
-    checkpoint = source
-    if RunDirectory(source).config.is_file():
-        checkpoint = latest_of_run(source)
+    checkpoint = latest_of_run(source) if RunDirectory(source).config.is_file() else source
     meta = describe(checkpoint)
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} is not empty; name a new directory for the model", code="output-not-empty")
