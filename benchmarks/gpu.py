@@ -23,11 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -69,15 +69,38 @@ SPEEDS = (  # name, model, objective, rows per step, published tokens/s of an H1
     ("large, CLM, bf16", LARGE, "clm", 16, 116e3, 196e3),
     ("base, CLM, bf16, 4 rows per step", BASE, "clm", 4, 239e3, 370e3),
 )
-CHANGES: dict[str, tuple[tuple[float, float, float], Callable[[], Any], dict[str, Any]]] = {
-    # predicted ms a step for the first three rows of SPEEDS, what takes the change out, settings that put it in
-    "plain linear layers": (
-        (-3, -3, -2),
-        lambda: mock.patch.object(layers, "takes_plain_linears", lambda _: False),
-        {},
+LOCAL_TILES = {"128 x 64, 8 warps": (128, 64, 8), "64 x 32, 8 warps": (64, 32, 8)}
+"""Other values of the local attention kernels' BLOCK_M, BLOCK_N and WARPS."""
+
+
+class Change(NamedTuple):
+    """A change to the model: whether it is in by default, and how a run has the other of the two."""
+
+    predicted: tuple[float, float, float]
+    """Milliseconds a step for the first three rows of SPEEDS."""
+    is_default: bool
+    other: Callable[[], AbstractContextManager[Any]] = nullcontext
+    settings: dict[str, Any] | None = None
+
+
+def _tiles(sizes: tuple[int, int, int]) -> AbstractContextManager[Any]:
+    from engine.modernbert.kernels import attention  # needs Triton
+
+    return mock.patch.multiple(attention, BLOCK_M=sizes[0], BLOCK_N=sizes[1], WARPS=sizes[2])
+
+
+CHANGES = {
+    "plain linear layers": Change(
+        (-3, -3, -2), True, lambda: mock.patch.object(layers, "takes_plain_linears", lambda _: False)
     ),
-    "last layer where it pays": ((0, -12, 0), lambda: mock.patch.object(PackedDocuments, "from_lengths", _whole), {}),
-    "flash-attn-4": ((-8, -15, -12), nullcontext, {"attention": "flash_attn_4"}),
+    "last layer where it pays": Change(
+        (0, -12, 0), True, lambda: mock.patch.object(PackedDocuments, "from_lengths", _whole)
+    ),
+    "flash-attn-4": Change((-8, -15, -12), False, settings={"attention": "flash_attn_4"}),
+    **{
+        f"local attention in tiles of {name}": Change(predicted, False, partial(_tiles, sizes))
+        for (name, sizes), predicted in zip(LOCAL_TILES.items(), ((-9, -12, -15), (-7, -9, -11)), strict=True)
+    },
 }
 FP8_BARS = {"400M": 1.0, "1B": 1.3, "3B": 1.4}
 """Speed of FP8 relative to BF16, by model."""
@@ -170,25 +193,24 @@ def _whole(*arguments: Any, of: Any = PackedDocuments.from_lengths) -> PackedDoc
     return packed
 
 
-def predicted_changes() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+def predicted_changes() -> Iterator[tuple[str, Change, tuple[Any, ...]]]:
     """Yield the name of a row, its change and its entry of SPEEDS, where the change was predicted to matter."""
     for number, entry in enumerate(SPEEDS[:3]):
-        for change, (predictions, *_) in CHANGES.items():
-            if predicted := predictions[number]:
-                yield f"{change}: {entry[0]}, predicted {predicted:+g} ms", change, entry
+        for name, change in CHANGES.items():
+            if predicted := change.predicted[number]:
+                yield f"{name}: {entry[0]}, predicted {predicted:+g} ms", change, entry
 
 
 def changes_rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure a step with and without each change, and name the milliseconds that were predicted for it."""
     default: dict[str, float] = {}
     for name, change, (speed_name, model, objective, rows, *_) in predicted_changes():
-        _, without, settings = CHANGES[change]
         config_of = partial(run_config, folder, model, objective, sequences=rows, precision="bf16")
         if speed_name not in default:
             default[speed_name] = measured(speed_name, partial(milliseconds, config_of(), quick))
-        with without():
-            other = measured(name, partial(milliseconds, config_of(**settings), quick))
-        before, after = (default[speed_name], other) if settings else (other, default[speed_name])
+        with change.other():
+            other = measured(name, partial(milliseconds, config_of(**change.settings or {}), quick))
+        before, after = (other, default[speed_name]) if change.is_default else (default[speed_name], other)
         if before and after:
             yield Row.at_most(name, after, before, None, "ms a step")
 

@@ -7,6 +7,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from benchmarks.gpu import LOCAL_TILES
 from engine.modernbert.kernels import attention, pointwise
 
 BF16, FP32 = "*bf16", "*fp32"
@@ -51,9 +52,10 @@ def main() -> None:
             {"width": 50368, "BLOCK": 4096, "WRITES": writes},
             num_warps=16,
         )
-    sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK": attention.BLOCK}
-    build(attention._forward, LOCAL, sizes, num_stages=1)
-    build(attention._backward, LOCAL, sizes, num_stages=1)
+    for tile in ((attention.BLOCK_M, attention.BLOCK_N, attention.WARPS), *LOCAL_TILES.values()):
+        sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
+        for kernel in (attention._forward, attention._backward):
+            build(kernel, LOCAL, sizes, num_stages=1, num_warps=tile[2])
 
 
 if __name__ == "__main__":

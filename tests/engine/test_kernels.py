@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.gpu import LOCAL_TILES
 from engine.modernbert import linear_cross_entropy as head
 from engine.modernbert import ops
 from engine.modernbert.attention import PackedDocuments
@@ -26,6 +28,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytest.importorskip("triton")
 
+from engine.modernbert.kernels import attention  # noqa: E402
 from engine.modernbert.kernels.attention import LocalAttention  # noqa: E402
 from engine.modernbert.kernels.pointwise import (  # noqa: E402
     ROWS_PER_PROGRAM,
@@ -147,8 +150,9 @@ def test_loss_of_whole_rows(height: int, monkeypatch: pytest.MonkeyPatch) -> Non
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6).map(tuple),
     window=st.sampled_from([8, 40, 64, 100]),
     causal=st.booleans(),
+    tile=st.sampled_from([(64, 64, 4), *LOCAL_TILES.values()]),
 )
-def test_local_attention(lengths: tuple[int, ...], window: int, causal: bool) -> None:
+def test_local_attention(lengths: tuple[int, ...], window: int, causal: bool, tile: tuple[int, int, int]) -> None:
     """Queries next to the ends of documents, of blocks, and of the row; on a GPU matrix products are in TF32."""
     tokens, bar = sum(lengths), 1e-2 if ON_GPU else BAR
     torch.manual_seed(tokens)
@@ -157,10 +161,11 @@ def test_local_attention(lengths: tuple[int, ...], window: int, causal: bool) ->
     packed = PackedDocuments.from_lengths(lengths, causal, torch.device("cpu"))
     expected = BlockedAttention._by_band(*ops.rotate(reference, *theirs), packed, window)
     documents = packed.documents.to(ours.device)
-    found = LocalAttention.apply(ours, *mine, documents, window, 0 if causal else window)
-    near(found, expected, bar)
     grad = torch.randn_like(expected)
-    (one,) = torch.autograd.grad(found, ours, grad.to(found.device))
+    with mock.patch.multiple(attention, BLOCK_M=tile[0], BLOCK_N=tile[1], WARPS=tile[2]):
+        found = LocalAttention.apply(ours, *mine, documents, window, 0 if causal else window)
+        (one,) = torch.autograd.grad(found, ours, grad.to(found.device))
+    near(found, expected, bar)
     (other,) = torch.autograd.grad(expected, reference, grad)
     near(one, other, bar)
 
@@ -171,4 +176,4 @@ def test_they_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.engine.compile_kernels"]
     found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert len(found.stdout.splitlines()) == 13
+    assert len(found.stdout.splitlines()) == 17

@@ -23,8 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64
-"""Queries, and keys, per tile."""
+BLOCK_M, BLOCK_N, WARPS = 64, 64, 4
+"""Tokens of a program, tokens per tile of those that they attend to, and warps of a program.
+
+`benchmarks.gpu changes` measures others, each for another guess why the kernels reach 40 % of an H100's bandwidth: 128
+tokens load and turn fewer keys per query, and 32 keys with 8 warps keep twice as many loads in flight.
+"""
 
 
 class LocalAttention(torch.autograd.Function):
@@ -42,9 +46,9 @@ class LocalAttention(torch.autograd.Function):
         qkv = qkv.contiguous()
         out = qkv.new_empty(tokens, heads, dim)
         lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
-        ctx.sizes = (tokens, heads, dim, before, after, BLOCK)
-        ctx.grid = (triton.cdiv(tokens, BLOCK), heads)
-        _forward[ctx.grid](qkv, cos, sin, documents, out, lse, *ctx.sizes, num_stages=1)
+        ctx.sizes = (tokens, heads, dim, before, after, BLOCK_M, BLOCK_N)
+        ctx.grid, ctx.options = (triton.cdiv(tokens, BLOCK_M), heads), {"num_stages": 1, "num_warps": WARPS}
+        _forward[ctx.grid](qkv, cos, sin, documents, out, lse, *ctx.sizes, **ctx.options)
         ctx.save_for_backward(qkv, cos, sin, documents, out, lse)
         return out
 
@@ -54,7 +58,7 @@ class LocalAttention(torch.autograd.Function):
         qkv, cos, sin, documents, out, lse = ctx.saved_tensors
         dqkv = torch.empty_like(qkv)
         tensors = (qkv, cos, sin, documents, out, lse, grads[0].contiguous(), dqkv)
-        _backward[ctx.grid](*tensors, *ctx.sizes, num_stages=1)
+        _backward[ctx.grid](*tensors, *ctx.sizes, **ctx.options)
         return dqkv, None, None, None, None, None
 
 
@@ -79,9 +83,12 @@ def _store_turned_back(target, cos, sin, offs, offs_angle, mask, d1, d2, HALF: t
 
 
 @triton.jit
-def _tile(start, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tokens of a tile: their numbers, whether they exist, and the numbers as an int64 column for pointers."""
-    offs = tl.program_id(0) * BLOCK + start + tl.arange(0, BLOCK)
+def _tile(start, tokens, BLOCK_M: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens of a tile that starts `start` places after the program's first token.
+
+    These are their numbers, whether they exist, and the numbers as an int64 column for pointers.
+    """
+    offs = tl.program_id(0) * BLOCK_M + start + tl.arange(0, SIZE)
     return offs, (offs >= 0) & (offs < tokens), offs.to(tl.int64)[:, None]
 
 
@@ -111,7 +118,8 @@ def _load_do_and_delta(grad, out, offs, mask):  # type: ignore[no-untyped-def]
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     qkv, cos, sin, documents, out, lse, tokens,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute the output of one tile of queries of one head."""
     HALF: tl.constexpr = DIM // 2
@@ -119,13 +127,13 @@ def _forward(  # type: ignore[no-untyped-def]
     head = tl.program_id(1)
     offs_half, offs_d = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
     qkv += head * 3 * DIM
-    offs_m, mask_m, m = _tile(0, tokens, BLOCK)
+    offs_m, mask_m, m = _tile(0, tokens, BLOCK_M, BLOCK_M)
     q1, q2 = _load_turned(qkv, cos, sin, m * (3 * HEADS * DIM) + offs_half, m * DIM + offs_half, mask_m[:, None], HALF)
     document_m = tl.load(documents + offs_m, mask_m, -1)
-    m_i, l_i = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK, DIM], tl.float32)
-    for start in range(-BEFORE, BLOCK + AFTER, BLOCK):
-        offs_n, mask_n, n = _tile(start, tokens, BLOCK)
+    m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+    for start in range(-BEFORE, BLOCK_M + AFTER, BLOCK_N):
+        offs_n, mask_n, n = _tile(start, tokens, BLOCK_M, BLOCK_N)
         k1, k2, v = _load_keys_and_values(qkv, cos, sin, n, mask_n, offs_half, offs_d, HEADS, DIM)
         mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
         qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
@@ -144,7 +152,8 @@ def _forward(  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
     qkv, cos, sin, documents, out, lse, grad, dqkv, tokens,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one tile of tokens of one head, and then dk and dv of the same tokens."""
     HALF: tl.constexpr = DIM // 2
@@ -156,16 +165,16 @@ def _backward(  # type: ignore[no-untyped-def]
     out += head * DIM
     grad += head * DIM
     lse += head * tokens
-    offs_m, mask_m, m = _tile(0, tokens, BLOCK)
+    offs_m, mask_m, m = _tile(0, tokens, BLOCK_M, BLOCK_M)
     row_m, angle_m, flat_m = m * (3 * HEADS * DIM), m * DIM + offs_half, m * (HEADS * DIM) + offs_d
     document_m = tl.load(documents + offs_m, mask_m, -1)
 
     q1, q2 = _load_turned(qkv, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], HALF)
     do, delta = _load_do_and_delta(grad, out, flat_m, mask_m[:, None])
     lse_m = tl.load(lse + offs_m, mask_m, 0.0)
-    dq1, dq2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
-    for start in range(-BEFORE, BLOCK + AFTER, BLOCK):
-        offs_n, mask_n, n = _tile(start, tokens, BLOCK)
+    dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
+    for start in range(-BEFORE, BLOCK_M + AFTER, BLOCK_N):
+        offs_n, mask_n, n = _tile(start, tokens, BLOCK_M, BLOCK_N)
         k1, k2, v = _load_keys_and_values(qkv, cos, sin, n, mask_n, offs_half, offs_d, HEADS, DIM)
         mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
         qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
@@ -177,20 +186,20 @@ def _backward(  # type: ignore[no-untyped-def]
 
     # The tokens m are keys from here on, and n queries: a key sees queries BEFORE and AFTER the other way round.
     k1, k2, v = _load_keys_and_values(qkv, cos, sin, m, mask_m, offs_half, offs_d, HEADS, DIM)
-    dk1, dk2 = tl.zeros([BLOCK, HALF], tl.float32), tl.zeros([BLOCK, HALF], tl.float32)
-    dv = tl.zeros([BLOCK, DIM], tl.float32)
-    for start in range(-AFTER, BLOCK + BEFORE, BLOCK):
-        offs_n, mask_n, n = _tile(start, tokens, BLOCK)
+    dk1, dk2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
+    dv = tl.zeros([BLOCK_M, DIM], tl.float32)
+    for start in range(-AFTER, BLOCK_M + BEFORE, BLOCK_N):
+        offs_n, mask_n, n = _tile(start, tokens, BLOCK_M, BLOCK_N)
         row_n = n * (3 * HEADS * DIM)
-        q1, q2 = _load_turned(qkv, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
-        do, delta = _load_do_and_delta(grad, out, n * (HEADS * DIM) + offs_d, mask_n[:, None])
+        q1_n, q2_n = _load_turned(qkv, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
+        do_n, delta_n = _load_do_and_delta(grad, out, n * (HEADS * DIM) + offs_d, mask_n[:, None])
         lse_n = tl.load(lse + offs_n, mask_n, 0.0)
         mask = _visible(document_m, offs_m, documents, offs_n, mask_n, AFTER, BEFORE)
-        qk = tl.dot(k2, tl.trans(q2), tl.dot(k1, tl.trans(q1))) * SCALE
+        qk = tl.dot(k2, tl.trans(q2_n), tl.dot(k1, tl.trans(q1_n))) * SCALE
         p = tl.where(mask, tl.exp2(qk - lse_n[None, :]), 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv)
-        ds = (p * (tl.dot(v, tl.trans(do)) - delta[None, :])).to(do.dtype)
-        dk1, dk2 = tl.dot(ds, q1, dk1), tl.dot(ds, q2, dk2)
+        dv = tl.dot(p.to(do.dtype), do_n, dv)
+        ds = (p * (tl.dot(v, tl.trans(do_n)) - delta_n[None, :])).to(do.dtype)
+        dk1, dk2 = tl.dot(ds, q1_n, dk1), tl.dot(ds, q2_n, dk2)
     _store_turned_back(
         dqkv + DIM, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], dk1 * scale, dk2 * scale, HALF
     )
