@@ -54,17 +54,36 @@ def save_untrained(config: RunConfig, directory: Path) -> None:
         save_now(step_directory(run.checkpoints.folder, 0), run.runner.model, run.runner.optimizer, meta)
 
 
+def untrained(init: Path, shards: Path, directory: Path, workers: int = 1, **settings: Any) -> Path:
+    """The checkpoint of a run that starts from `init`, before its first step."""
+    tree = toy_config(shards, **settings).model_dump(mode="json", exclude_none=True) | {"model": {"init": str(init)}}
+    directory.mkdir()
+    run_world(workers, save_untrained, RunConfig.model_validate(tree), directory)
+    return step_directory(directory / "checkpoints", 0)
+
+
 @pytest.mark.parametrize(
-    ("workers", "parallel"),
-    [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "pipeline": 2})],
-    ids=["tp1-pp1", "tp2", "pp2", "tp2-pp2"],
+    ("workers", "parallel", "precision"),
+    [
+        (1, {}, "fp32"),
+        (2, {"tensor": 2}, "bf16"),
+        (2, {"pipeline": 2}, "fp32"),
+        (4, {"tensor": 2, "pipeline": 2}, "fp32"),
+        (2, {}, "bf16"),
+    ],
+    ids=["tp1-pp1", "tp2-bf16", "pp2", "tp2-pp2", "dp2-bf16"],
 )
-def test_round_trip(workers: int, parallel: dict[str, Any], hf_model: Path, shards: Path, tmp_path: Path) -> None:
-    config = toy_config(shards, parallel=parallel)
-    tree = config.model_dump(mode="json", exclude_none=True) | {"model": {"init": str(hf_model)}}
-    run_world(workers, save_untrained, RunConfig.model_validate(tree), tmp_path)
+def test_round_trip(
+    workers: int, parallel: dict[str, Any], precision: str, hf_model: Path, shards: Path, tmp_path: Path
+) -> None:
+    """A BF16 run rounds the weights of its products alone; the optimizer has those of the files to the bit."""
+    checkpoint = untrained(hf_model, shards, tmp_path / "run", workers, parallel=parallel, precision=precision)
+    if precision == "bf16":
+        rounded = stored(tmp_path / "run", 0)["decoder.layers.1.mlp.linear_fc2.weight"]
+        assert rounded.dtype == torch.bfloat16
+        checkpoint = untrained(checkpoint, shards, tmp_path / "next")  # the main weights of the one before
     out = tmp_path / "hf"
-    export_hf(step_directory(tmp_path / "checkpoints", 0), out, load_tokenizer(config.tokenizer))
+    export_hf(checkpoint, out, load_tokenizer(toy_config(shards).tokenizer))
     before = ModernBertForMaskedLM.from_pretrained(hf_model)
     after = AutoModelForMaskedLM.from_pretrained(out)
     assert after.config.rope_parameters["full_attention"]["rope_theta"] == 80000.0
