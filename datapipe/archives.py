@@ -124,6 +124,8 @@ def _leads_out(path: PurePosixPath) -> bool:
 class _Members:
     """Answers what a RemoteEntry asks of its file system, for the members of an archive."""
 
+    protocol = ("archive",)
+
     def __init__(self, root: str, read: Callable[[PurePosixPath], bytes]) -> None:
         self._root, self._read = root, read
 
@@ -134,6 +136,10 @@ class _Members:
     def unstrip_protocol(self, url: str) -> str:
         """The place of a member as messages name it."""
         return printable(url.replace(f"{self._root}/", self._root, 1))
+
+    def ls(self, folder: str, detail: bool) -> list[Any]:
+        """Nothing, because an archive is read from its root on."""
+        return []
 
     def cat_file(self, url: str) -> bytes:
         """The content of a member that describes others."""

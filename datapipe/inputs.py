@@ -78,6 +78,7 @@ class _Finder:
         self._exclude = exclude.resolve() if exclude is not None else None
         self._seen: dict[object, str] = {}
         self._splits = Splits(reading.split, notes)
+        self._tables: set[PurePath] = set()
         self.files: list[InputFile] = []
         self._met = 0
         self._sources = _source_names(references)
@@ -165,6 +166,9 @@ class _Finder:
 
     def _add(self, file: Entry, kind: str, source: str) -> None:
         self._met += 1
+        if kind == "parquet" and (folder := _table_folder(file.path)) not in self._tables:
+            self._tables.add(folder)
+            self._refuse_table(file.entries_of(folder))
         if self._is_first(file):
             self.files.append(file.input_file(source, kind))
 
@@ -233,12 +237,13 @@ class _Finder:
 
     @staticmethod
     def _refuse_table(entries: Sequence[Entry]) -> None:
-        """Raise InputError if entries of a folder say that files beside them are of older versions of a table."""
+        """Raise InputError if entries of a folder say that files beside or below are of older versions of a table."""
         for entry in entries:
             log: Entry | None = entry
             table = TABLE_LOGS.get(entry.path.name)
             if entry.path.name == "metadata" and entry.is_folder():
-                log = next((file for file in _entries(entry) if file.path.name.endswith(".metadata.json")), None)
+                inner = _entries(entry) or entry.entries_of(entry.path)
+                log = next((file for file in inner if file.path.name.endswith(".metadata.json")), None)
                 table = "an Iceberg table"
             if log and table:
                 raise InputError(
@@ -345,6 +350,14 @@ def _entries(folder: Entry) -> list[Entry]:
         return folder.entries()
     except OSError as error:
         raise InputError(f"{folder.shown} cannot be read: {error.strerror}", code="not-readable") from None
+
+
+def _table_folder(path: PurePath) -> PurePath:
+    """The folder of the table whose data file this would be: partitions, and Iceberg's `data`, are below it."""
+    folder = path.parent
+    while "=" in folder.name or folder.name == "data":
+        folder = folder.parent
+    return folder
 
 
 def _incomplete(folder: Entry, name: str, named_by: str) -> InputError:

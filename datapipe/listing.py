@@ -38,6 +38,9 @@ class Entry(Protocol):
             OSError: It cannot be read.
         """
 
+    def entries_of(self, folder: PurePath) -> list[Entry]:
+        """The files and folders in a folder; none if it cannot be listed."""
+
     def read(self) -> bytes:
         """The content of the file.
 
@@ -80,6 +83,13 @@ class LocalEntry:
     def entries(self) -> list[Entry]:
         """Return the files and folders in a folder, sorted by name."""
         return [LocalEntry(path) for path in sorted(self.path.iterdir())]
+
+    def entries_of(self, folder: PurePath) -> list[Entry]:
+        """The files and folders in a folder; none if it cannot be listed."""
+        try:
+            return LocalEntry(Path(folder)).entries()
+        except OSError:
+            return []
 
     def read(self) -> bytes:
         """The content of the file."""
@@ -137,6 +147,20 @@ class RemoteEntry:
                 found.append(RemoteEntry(self.system, path, info))
         found += [RemoteEntry(self.system, path, {}, files) for path, files in folders.items()]
         return sorted(found, key=lambda entry: entry.path)
+
+    def entries_of(self, folder: PurePath) -> list[Entry]:
+        """The files and folders in a folder, whose own folders seem empty; none if it cannot be listed.
+
+        A web server lists no folders.
+        """
+        if "http" in self.system.protocol:
+            return []
+        try:
+            found = self.system.ls(str(folder), detail=True)
+        except Exception:  # every store's client has its own family of errors
+            return []
+        folders = [{} if info["type"] == "directory" else None for info in found]
+        return [RemoteEntry(self.system, info["name"], info, files) for info, files in zip(found, folders, strict=True)]
 
     def read(self) -> bytes:
         """The content of the file."""

@@ -509,11 +509,12 @@ def test_a_table_with_versions_is_refused(log: str, table: str, tmp_path: Path) 
 
     system = fsspec.filesystem("memory")
     system.store.clear()
-    for name in ("notes/data/part-0.parquet", f"notes/{log}"):
+    for name in ("notes/data/day=1/part-0.parquet", f"notes/{log}"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
         system.pipe(f"/{name}", b"")
-    for reference in (str(tmp_path), str(tmp_path / "notes"), f"{tmp_path}/no*", "memory://notes", "memory://note*"):
+    below = ("notes", "no*", "notes/data", "notes/data/day=1", "notes/*/*/*.parquet", "notes/data/day=1/part-0.parquet")
+    for reference in (str(tmp_path), *(f"{root}/{name}" for name in below for root in (tmp_path, "memory:/"))):
         with refused("table-with-versions", table):
             find_inputs([reference], Reading(), Notes())
 
