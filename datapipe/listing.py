@@ -159,8 +159,9 @@ class RemoteEntry:
             found = self.system.ls(str(folder), detail=True)
         except Exception:  # every store's client has its own family of errors
             return []
-        folders = [{} if info["type"] == "directory" else None for info in found]
-        return [RemoteEntry(self.system, info["name"], info, files) for info, files in zip(found, folders, strict=True)]
+        return [
+            RemoteEntry(self.system, info["name"], info, {} if info["type"] == "directory" else None) for info in found
+        ]
 
     def read(self) -> bytes:
         """The content of the file."""

@@ -20,6 +20,8 @@ from datapipe.records import Content, Filtered, Record
 
 MANY_LINES = 1000
 """Lines of a .txt file from which its reader is told that it is one document."""
+NULL = r"\N"
+"""A cell without a value, as MySQL and PostgreSQL write it."""
 LONGEST_CELL = 2**28
 """Characters of a cell of a CSV file; a longer one has a quote that is never closed."""
 _ONE_OBJECT = 2**26
@@ -213,7 +215,8 @@ def _csv(content: Content, stream: IO[bytes], encoding: _Encoding, delimiter: st
     # The delimiter by which the header has the columns, and then the most columns.
     named = {name for name in (content.reading.text, content.reading.id, content.reading.group) if name is not None}
     delimiter = delimiter or max(
-        _DELIMITERS, key=lambda d: (len(named & set(next(csv.reader([first], delimiter=d), []))), first.count(d))
+        _DELIMITERS,
+        key=lambda d: (len(named & set(_names(next(csv.reader([first], delimiter=d), [])))), first.count(d)),
     )
     reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     record = content.records("line")
@@ -238,7 +241,7 @@ def _csv(content: Content, stream: IO[bytes], encoding: _Encoding, delimiter: st
             continue
         fault = None if all(map(str.isascii, cells)) else _not_in_encoding(content, "".join(cells), encoding, place)
         if header is None:
-            header = cells
+            header = _names(cells)
             fault = fault or content.wrong_columns(header)
             if fault:
                 yield fault
@@ -253,7 +256,13 @@ def _csv(content: Content, stream: IO[bytes], encoding: _Encoding, delimiter: st
             )
             yield fault or content.fault(reason, "csv-invalid", place)
         else:
-            yield fault or record(dict(zip(header, cells, strict=True)), line)
+            values = (None if cell == NULL else cell for cell in cells)
+            yield fault or record(dict(zip(header, values, strict=True)), line)
+
+
+def _names(header: list[str]) -> list[str]:
+    """The names of columns, without the spaces that some programs write after a delimiter."""
+    return [name.strip() for name in header]
 
 
 def _merges_rows(cells: list[str], column: int) -> bool:

@@ -876,6 +876,7 @@ def test_a_group_is_the_same_however_it_is_written(tmp_path: Path) -> None:
     ("name", "content", "found"),
     [
         ("a.csv", b"sep=;\r\ntext;id\r\na;1\r\n", ["a"]),
+        ("a.csv", b"id; text \n1;a\n2;\\N\n3;b\n", ["a", "", "b"]),
         ("a.csv", b'text,id\r\na,1\nb,2\rc,3\r\n"d\r\ne",4\n', ["a", "b", "c", "d\r\ne"]),
         ("a.jsonl", b'\xef\xbb\xbf{"text":"a"}\n', ["a"]),
         ("a.csv", b"PK\x03\x04 and so on", "not-text"),
