@@ -65,7 +65,7 @@ class Plan:
     checkpoint_bytes: int
     """Size of one checkpoint."""
     checkpoints_kept: int
-    """Number that `checkpoint.keep` keeps."""
+    """At the end of the run: the newest, those at the ends of phases, and those that `checkpoint.keep_every` keeps."""
 
     @property
     def hours(self) -> float:
@@ -113,8 +113,15 @@ def make_plan(
         stages=tuple(stages),
         phases=tuple(phases),
         checkpoint_bytes=checkpoint_bytes(parameters, WIDTH[precision]),
-        checkpoints_kept=config.checkpoint.keep,
+        checkpoints_kept=config.checkpoint.keep - 1 + len(_lasting_steps(config)),  # the newest is at a phase's end
     )
+
+
+def _lasting_steps(config: RunConfig) -> set[int]:
+    """The steps whose checkpoints stay, however old they get."""
+    ends = {span.last for span in config.spans}
+    interval = config.checkpoint.keep_every
+    return ends | set(range(interval, max(ends) + 1, interval)) if interval else ends
 
 
 def _plan_phase(

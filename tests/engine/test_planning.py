@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from configs.load import changes_of_run, validate
 from configs.schema import RunConfig
 from datapipe.batch import IGNORE, MicroBatch, Origin
 from engine.build import BUCKET_PARAMETERS, build_model
+from engine.checkpoint import expired, step_directory
 from engine.megatron import ddp_timing
 from engine.megatron.fake_world import fake_world
 from engine.megatron.optimizer import FrozenWeights, build_optimizer
@@ -189,6 +191,16 @@ def test_a_measured_row_is_planned_as_it_was_measured(name: str) -> None:
     (phase,) = plan_of(name, 16, phases=[{"objective": row["objective"], "steps": 1}]).phases
     assert phase.speed.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.01)
     assert (phase.micro, phase.speed.extrapolated) == (row["sequences"], ())
+
+
+@pytest.mark.parametrize("checkpoint", [{"keep": 2, "every": "3 steps"}, {"every": "2 steps", "keep_every": 8}])
+def test_the_disk_holds_all_checkpoints_that_are_kept(checkpoint: dict[str, Any]) -> None:
+    phases = [{"objective": "clm", "steps": 16}, {"objective": "mlm", "steps": 24, "lr": {"warmup": "1 steps"}}]
+    plan = plan_of("base CLM", 16, phases=phases, checkpoint=checkpoint)
+    config = recipe(16, 8192, phases=phases, checkpoint=checkpoint)
+    every = config.checkpoint.every.value
+    saved = [step_directory(Path(), step) for step in range(40, 0, -1) if step % every == 0 or step in (16, 40)]
+    assert plan.checkpoints_kept == len(saved) - len(expired(saved, config))
 
 
 def test_few_rows_are_bound_by_the_host() -> None:
