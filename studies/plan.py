@@ -190,6 +190,14 @@ def expand(study: Study, folder: Path) -> list[Trial]:
     for key, values in study.grid.items():
         if not values:
             raise InputError(f"study {study.name}: grid.{key}: needs one value or more", key=f"grid.{key}")
+    crossed = [key for key, values in study.grid.items() if is_seed(key) and len(values) > 1]
+    if study.arms and len(crossed) > 1:
+        raise InputError(
+            f"study {study.name}: grid: {' and '.join(crossed)} are crossed, and intervals take pairs that share a "
+            f"seed for independent ones; give several values to {crossed[0]} alone",
+            key=f"grid.{crossed[1]}",
+            code="seeds-crossed",
+        )
     beside = folder / study.recipe
     recipe = str(beside) if beside.is_file() else study.recipe
     if study.held_out is not None and (read_mapping(recipe, "recipe", RECIPES)[0].get("data") or {}).get("evaluation"):

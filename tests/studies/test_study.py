@@ -204,6 +204,7 @@ def test_bad_recipes_are_refused_before_anything_starts(
     [
         ({"grid": {"data.seed": [1, 1]}}, "grid", ["detour-data.seed-1, mlm-data.seed-1"]),
         ({"grid": {"data.seed": []}}, "grid.data.seed", []),
+        ({"grid": {"data.seed": [1, 2], "seed": [3, 4]}}, "grid.seed", ["independent", "data.seed alone"]),
         ({"arms": {"a": {}, "b": {"phases.0.steps": 3}}}, "arms", ["'a'", "'b'", "total steps: 3 -> 4"]),
         ({"arms": {"a": {}, "b": {"data.seed": 7}}, "grid": {}}, "arms", ["data.seed: 42 -> 7"]),
         ({"arms": {"a": {}, "b": {"model.hidden_size": 32}}}, "arms", ["model.hidden_size: 16 -> 32"]),
