@@ -65,7 +65,7 @@ def compare(directories: Sequence[Path], out: Path, console: Console | None = No
 def _names(runs: Sequence[RunFiles]) -> list[str]:
     """Names that tell the runs apart: the run's name, with its directory or its path where names are equal."""
     names = [run.config.name for run in runs]
-    for location in (lambda run: run.directory.name, lambda run: str(run.directory)):
+    for location in (lambda run: run.directory.absolute().name, lambda run: str(run.directory)):
         longer_names = [f"{run.config.name} ({location(run)})" for run in runs]
         names = [name if names.count(name) == 1 else longer for name, longer in zip(names, longer_names, strict=True)]
     return names

@@ -47,6 +47,14 @@ def test_runs_of_one_name_are_told_apart_by_as_much_of_the_path_as_that_takes(tm
         assert name in page.said
 
 
+def test_the_working_directory_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = make_run(tmp_path / "b", 0, name="detour")
+    monkeypatch.chdir(make_run(tmp_path / "a", 0, name="detour"))
+    printed = io.StringIO()
+    compare([Path(), other], tmp_path / "page.html", Console(file=printed, width=100))
+    assert "detour (a)" in printed.getvalue()
+
+
 def test_scaling_efficiency_compares_steps_of_one_objective(tmp_path: Path) -> None:
     """The causal half of the detour is twice as fast as masked steps, which says nothing of its devices."""
     runs = []
