@@ -93,7 +93,8 @@ def standstill_seconds(events: Sequence[EventLine], now: float) -> float:
         if since is None and event["event"] in (*INTERRUPTIONS, Resized.KIND):
             since = datetime.fromisoformat(event["time"]).timestamp()
         elif since is not None and event["event"] == WorkersStarted.KIND:
-            total, since = total + datetime.fromisoformat(event["time"]).timestamp() - since, None
+            seconds = datetime.fromisoformat(event["time"]).timestamp() - since
+            total, since = total + max(0.0, seconds), None  # a clock may be set back
     return total + (max(0.0, now - since) if since is not None and state_of(events) == "running" else 0.0)
 
 

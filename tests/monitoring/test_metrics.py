@@ -162,3 +162,5 @@ def test_time_left_counts_standstill() -> None:
     assert seconds_left(now, events, clock) == pytest.approx(150), "30 s of standstill and 20 steps of 1 s"
     events += [event("preempted", 150, reason="preempted")]
     assert seconds_left(now, events, clock) == pytest.approx(200), "and the workers are not back yet"
+    back = [event("worker_failed", 50, reason="died"), event("workers_started", -7000, workers=["a"])]
+    assert seconds_left(now, back, clock) == 100, "the clock was set back"
