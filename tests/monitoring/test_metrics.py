@@ -106,6 +106,8 @@ def test_the_end_tells_interruptions_and_early_ends() -> None:
     )
     words = interruptions_in_words([started, lost, started, stopped, started, {"event": "resumed", "steps_lost": 1}])
     assert words == "interrupted 1 time (1 node lost); 1 step trained again; ended early and continued 1 time"
+    killed = interruptions_in_words([started, started, {"event": "resumed", "steps_lost": 1}])
+    assert killed == "never interrupted; 1 step trained again; ended early and continued 1 time"
 
 
 @pytest.mark.parametrize("event", [event for event in EVENT_TYPES if event.INTERRUPTS])
