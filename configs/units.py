@@ -57,7 +57,7 @@ class Duration:
         unit = words[-1].lower() if len(words) > 1 else "tokens"
         unit = unit if unit.endswith("s") else unit + "s"
         if len(words) == 1 and words[0].endswith("m"):
-            raise ValueError(f"write M for millions of tokens, or minutes: '10M tokens', '10 minutes'; got {value!r}")
+            raise ValueError(f"write '10M tokens' for millions of tokens or '10 minutes', got {value!r}")
         try:
             if isinstance(value, bool) or len(words) > 2 or unit not in ("tokens", "steps", "minutes"):
                 raise ValueError

@@ -44,6 +44,9 @@ def run_command(command: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNREACHABLE and error.filename is not None:
             _fail(InputError(f"{error.filename}: {error.strerror}"), BAD_INPUT)
+        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+            name = error.object[: error.end].split("\n")[-1][-100:]
+            _fail(InputError(f"...{name}...: a name of a file that is not UTF-8; rename it"), BAD_INPUT)
         traceback.print_exc()  # a bug of Detour: a report of it needs the traceback
         sys.exit(FAILED)
 

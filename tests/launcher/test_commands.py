@@ -60,6 +60,14 @@ def test_an_option_may_name_the_home_directory_after_its_equals_sign(tmp_path: P
     assert result.returncode == 0 and (tmp_path / "home" / "page.html").is_file()
 
 
+def test_a_file_name_that_is_not_utf_8_is_bad_input(tmp_path: Path) -> None:
+    for name in ("a", "b\udcff"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(dump_config(load_config("demo")))
+    result = run(*DETOUR, "compare", "a", "b\udcff", cwd=tmp_path)
+    assert result.returncode == BAD_INPUT and result.stderr.startswith("error: ...") and "b\\udcff" in result.stderr
+
+
 def test_recipes(start: Start) -> None:
     output = start("recipes").output
     assert [line.split()[0] for line in output.splitlines()] == list(shipped(RECIPES))

@@ -17,6 +17,7 @@ from launcher.rules import require_sound_schedule
         (["phases.0.lr.warmup=100 steps"], "phases.0.lr.warmup", "warmup-too-long"),
         (["phases.0.lr.warmup=100M"], "phases.0.lr.warmup", "warmup-too-long"),
         (["phases.1.lr.warmup=40 steps"], "phases.1.lr.warmup", "warmup-too-long"),
+        (["phases.1.steps=1", "phases.1.lr.final=0"], "phases.1.lr.shape", "rate-of-zero"),
         (["phases.0.lr.final=0.1"], "phases.0.lr.final", "final-without-decay"),
     ],
 )
