@@ -182,14 +182,15 @@ def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: C
 
     run = RunDirectory(directory)
     export = run.export
-    if not export.exists():
+    is_new = not export.exists()
+    if is_new:
         with console.status("exporting"):
             partial = partial_path(export)
             shutil.rmtree(partial, ignore_errors=True)
             export_hf(step_directory(run.checkpoints, config.total_steps), partial, tokenizer)
             partial.rename(export)
         record(directory, Exported(step=config.total_steps, path=export.name))
-    if state_of(read_events(directory)) != "finished":  # also where a kill or a full disk came before the event
+    if is_new or state_of(read_events(directory)) != "finished":  # also where a kill or a full disk came before the event
         record(directory, Finished(step=config.total_steps))
     print_summary(console, config, directory, export, write_report(directory), tokenizer.mask_token)
     return RunResult(config.total_steps, finished=True)
