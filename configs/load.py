@@ -33,8 +33,11 @@ Shards may move, because a checkpoint identifies its data by content.
 """
 
 _NOT_DECIMAL = re.compile(r"[-+]?0[0-7_]+|[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
 _NEGATIVE_INDEX = re.compile(r"\.-\d+(\.|$)|\[-\d+\]")
 _IS_DATA = re.compile(_SHARDS)
+_SOURCE_OF_PHASE = re.compile(r"(phases(?:\.\d+|\[\d+\])\.sources)\.([^\[\]]+)")
+_MAPPING_OF_NAMES = re.compile(r"phases(\.\d+|\[\d+\])\.(sources|objective)|model\.rope_parameters")
 
 
 def shipped(folder: Traversable) -> dict[str, str]:
@@ -153,7 +156,9 @@ def _apply(tree: Any, override: str, recipe: str) -> None:
         raise InputError(message, key=key, code="override-malformed")
     try:
         _require_decimal(override[len(key) + 1 :], repr(override))
-        OmegaConf.update(tree, key, OmegaConf.from_dotlist(["value" + override[len(key) :]]).value, force_add=True)
+        value = OmegaConf.to_container(OmegaConf.from_dotlist(["value" + override[len(key) :]]))["value"]  # type: ignore[index, call-overload]
+        path = _SOURCE_OF_PHASE.sub(r"\1[\2]", key)  # names of sources may have dots
+        OmegaConf.update(tree, path, value, merge=not _MAPPING_OF_NAMES.fullmatch(key), force_add=True)
     except IndexError:
         name = re.split(r"\.\d+", key)[0]
         message = (
@@ -191,9 +196,24 @@ def validate(schema: type[S], tree: Any, origin: str) -> S:
         raise InputError(message, key=found[0][0], code="invalid-config") from None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes texts so that OmegaConf reads them as they are."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Quote a text such as 3e-4, which is a number to OmegaConf, and escape `${`, which begins an interpolation."""
+    style = "'" if _FLOAT.fullmatch(text) else None
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def dump_config(config: RunConfig) -> str:
     """Return the YAML of a configuration. `load_config` of it returns an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

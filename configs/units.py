@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)")
+_COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([kKmMbBtT]?)")
 Unit = Literal["tokens", "steps", "minutes"]
 
 
 def parse_count(value: Any) -> int:
-    """Parse ``50B``, ``100M``, ``1.5k`` or a plain number. Raises ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected a count such as 2M or 50B, got {value!r}")
-    match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
-    number = float(value) if match is None and not isinstance(value, str) else None
-    if match is not None:
-        number = float(match[1]) * _SUFFIX[match[2].lower()]
-    if number is None or not math.isfinite(number) or number != int(number) or number < 0:
+    """Parse ``50B``, ``100M``, ``1.5k``, ``1e6`` or a plain number. Raises ValueError for anything else."""
+    match = None if isinstance(value, bool) else _COUNT.fullmatch(str(value).strip().replace("_", ""))
+    number = (
+        Decimal(match[1]) * _SUFFIX[match[2].lower()] if match else Decimal("NaN")
+    )  # a float makes 16.1k a fraction
+    if number.is_nan() or number % 1:
         raise ValueError(f"expected a count such as 2M or 50B, got {value!r}")
     return int(number)
 
@@ -58,6 +56,8 @@ class Duration:
         words = str(value).split()
         unit = words[-1].lower() if len(words) > 1 else "tokens"
         unit = unit if unit.endswith("s") else unit + "s"
+        if len(words) == 1 and words[0].endswith("m"):
+            raise ValueError(f"write '10M tokens' for millions of tokens or '10 minutes', got {value!r}")
         try:
             if isinstance(value, bool) or len(words) > 2 or unit not in ("tokens", "steps", "minutes"):
                 raise ValueError

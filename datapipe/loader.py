@@ -298,7 +298,8 @@ def _checked_summary(source: Source, share: float, vocab_size: int) -> SourceSum
     documents, size = sum(source.documents), sum(shard.bytes for shard in source.shards)
     texts = tuple(map(str, problems))
     counts = (source.tokens, source.framed_tokens)
-    return SourceSummary(source.name, len(source.shards), documents, *counts, size, share, texts)
+    contents = frozenset(shard.sha256 for shard in source.shards if shard.sha256) | {source.fingerprint}
+    return SourceSummary(source.name, len(source.shards), documents, *counts, size, share, texts, contents)
 
 
 def evaluation_batches(

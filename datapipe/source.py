@@ -44,6 +44,8 @@ class SourceSummary:
     """Share of the training tokens, from 0 to 1."""
     problems: tuple[str, ...]
     """Damage that will be skipped, one line each; empty under `on_error: stop`."""
+    contents: frozenset[str] = frozenset()
+    """sha256 of each shard, where a manifest states it, and the fingerprint of the source."""
 
 
 class Source:

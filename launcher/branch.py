@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from configs.spans import PhaseSpan
 from datapipe.targets import linear_rate
 from launcher.same_inputs import spelt_as_before
 from monitoring.events import Branched, record
+from monitoring.log import LineWriter, iterate_metrics
 from monitoring.run_directory import RunDirectory
 
 FREE: tuple[str, ...] = (
@@ -40,6 +42,8 @@ FREE += ("batch.sequences:", "optimizer.lr:")
 def with_origin(config: RunConfig, reference: str, directory: Path) -> RunConfig:
     """Return the configuration of a branch.
 
+    A branch that has begun continues without the run that it branched off.
+
     Args:
         config: The recipe of the branch.
         reference: `RUN` or `RUN@STEP`: a run directory, and a step of which it holds a checkpoint. Without a step: the
@@ -55,6 +59,10 @@ def with_origin(config: RunConfig, reference: str, directory: Path) -> RunConfig
     if not at or not step.isdigit():
         name, step = reference, ""
     run = RunDirectory(Path(name).expanduser().absolute())
+    begun = RunDirectory(directory).config
+    origin = load_config(str(begun)).origin if begun.is_file() else None
+    if origin and Path(origin.run).resolve() == run.path.resolve() and step in ("", str(origin.step)):
+        return config.model_copy(update={"origin": origin})
     if not run.config.is_file():
         raise InputError(
             f"--from {name}: no run directory (it has no {run.config.name}); for the weights of a model or a "
@@ -62,14 +70,11 @@ def with_origin(config: RunConfig, reference: str, directory: Path) -> RunConfig
             key="--from",
             code="no-such-run",
         )
-    if run.path == directory.absolute():
+    if run.path.resolve() == directory.resolve():
         raise InputError(
             f"--from {name} is the --output itself; give the branch another --output", key="--from", code="from-itself"
         )
     kept = sorted(step_of(path) for path in list_checkpoints(run.checkpoints))
-    begun = RunDirectory(directory).config
-    if not step and begun.is_file() and (origin := load_config(str(begun)).origin) and origin.run == str(run.path):
-        return config.model_copy(update={"origin": origin})
     if step and int(step) not in kept:
         steps = ", ".join(f"{number:,}" for number in kept) or "none"
         raise InputError(
@@ -123,7 +128,7 @@ def check_branch(config: RunConfig, origin: Origin) -> Path:
     return checkpoint
 
 
-def begin_branch(directory: Path, origin: Origin, checkpoint: Path) -> None:
+def begin_branch(directory: Path, config: RunConfig, origin: Origin, checkpoint: Path) -> None:
     """Put the origin's checkpoint, and its log up to there, into a run directory that has no checkpoint yet."""
     run, source = RunDirectory(directory), RunDirectory(Path(origin.run))
     run.checkpoints.mkdir(exist_ok=True)
@@ -133,8 +138,11 @@ def begin_branch(directory: Path, origin: Origin, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, hidden, copy_function=_link_or_copy)
     if source.tokenizer.is_dir() and not run.tokenizer.is_dir():
         shutil.copytree(source.tokenizer, run.tokenizer)
-    if source.metrics.is_file():
-        shutil.copyfile(source.metrics, run.metrics)  # the resume cuts off the lines after the checkpoint
+    run.metrics.unlink(missing_ok=True)
+    with closing(LineWriter(run.metrics)) as writer:
+        for line in iterate_metrics(source.path):
+            if line["step"] <= origin.step:
+                writer.append({**line, "phase": config.span_at(line["step"]).index})  # of the branch's own phases
     record(directory, Branched(step=origin.step, run=origin.run))
     hidden.rename(target)
 
@@ -156,7 +164,7 @@ def _changed_past(past: RunConfig, config: RunConfig, steps: int) -> Iterator[st
         if end > steps:
             return
         old, new = (next(span for span in run.spans if first < span.last) for run in (past, config))
-        settings = _settings(old), _settings(new)
+        settings = _settings(old, first), _settings(new, first)
         for key, value in settings[0].items():
             if settings[1][key] != value:
                 yield f"phases.{new.index}.{key}: {value} -> {settings[1][key]} from step {first + 1:,} on"
@@ -176,15 +184,17 @@ def _mask_rate(span: PhaseSpan, step: int) -> float:
     return linear_rate(*rate, (span.first, span.last), step) if isinstance(rate, tuple) else rate
 
 
-def _settings(span: PhaseSpan) -> dict[str, object]:
-    """Everything of a phase that decides its steps, but for its length, its learning rates and its mask rates."""
-    own = span.phase.model_dump(exclude={"tokens", "steps", "lr", "mask_rate", "sources", "sequence_length", "batch"})
+def _settings(span: PhaseSpan, step: int) -> dict[str, object]:
+    """Everything of a phase that decides a 0-based step of it, but for its learning rate and its mask rate."""
+    others = {"tokens", "steps", "lr", "mask_rate", "sources", "sequence_length", "batch", "reset"}
+    own = span.phase.model_dump(exclude=others)
     shares = {
         source.name: f"{source.upsample} times its tokens" if source.upsample else source.weight or 1.0
         for source in span.data.sources
     }
     return {
         **own,
+        "reset": span.phase.reset if step == span.first else (),
         "sources": shares,
         "sequence_length": span.sequence_length,
         "batch.sequences": span.sequences,

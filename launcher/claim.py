@@ -29,6 +29,14 @@ def claim(directory: Path, config: RunConfig) -> Iterator[RunConfig]:
     """
     run = RunDirectory(directory)
     try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"--output {directory}: Ray takes no directory whose name is not UTF-8; choose another",
+            key="--output",
+            code="output-not-utf-8",
+        ) from None
+    try:
         directory.mkdir(parents=True, exist_ok=True)
         run.lock.touch()
     except OSError as error:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from configs.errors import InputError, RunFailedError
 
 UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 """Errors of a path that the user named, and may not or cannot be used."""
+_OPTION_AT_HOME = re.compile(r"^(--[a-z-]+=)~/")
+"""Matches the beginning of `--output=~/runs/a`: shells put the home directory only after a space."""
 DONE, BAD_INPUT, FAILED, STOPPED = 0, 2, 3, 75
 
 
@@ -25,6 +29,7 @@ def run_command(command: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files may hold characters that the terminal has not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.argv = [_OPTION_AT_HOME.sub(lambda part: f"{part[1]}{Path.home()}/", word) for word in sys.argv]
     try:
         command()
     except InputError as error:
@@ -39,6 +44,9 @@ def run_command(command: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNREACHABLE and error.filename is not None:
             _fail(InputError(f"{error.filename}: {error.strerror}"), BAD_INPUT)
+        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+            name = error.object[: error.end].split("\n")[-1][-100:]
+            _fail(InputError(f"...{name}...: a name of a file that is not UTF-8; rename it"), BAD_INPUT)
         traceback.print_exc()  # a bug of Detour: a report of it needs the traceback
         sys.exit(FAILED)
 

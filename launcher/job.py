@@ -38,9 +38,11 @@ from launcher.worker import RunResult
 from monitoring.discovery import announced
 from monitoring.events import Exported, Failed, Finished, Stopped, record
 from monitoring.exporter import Exporter
+from monitoring.log import read_events
 from monitoring.progress import Progress
 from monitoring.report import write_report
 from monitoring.run_directory import RunDirectory
+from monitoring.run_state import state_of
 
 SAVE_SECONDS = 20.0
 """Seconds that workers may take to save after their head is lost, before Ray ends their processes too."""
@@ -59,7 +61,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
     with claim(directory, config) as config, ExitStack() as stack:
         if config.origin and not saved_step(directory):
             require_sound_schedule(config)
-            begin_branch(directory, config.origin, check_branch(config, config.origin))
+            begin_branch(directory, config, config.origin, check_branch(config, config.origin))
         if RunDirectory(directory).export.exists() or _is_trained(directory, config):
             console.print(f"{directory} was trained to its last step before; nothing is left to train")
             return _finish(config, directory, run_tokenizer(config, directory), console)
@@ -84,7 +86,7 @@ def run_job(config: RunConfig, directory: Path, console: Console | None = None) 
         exporter = stack.enter_context(
             Exporter(directory, config.name, config.monitoring.address, config.monitoring.port)
         )
-        stack.enter_context(announced(Path(config.monitoring.targets), exporter.target))
+        stack.enter_context(announced(Path(config.monitoring.targets).expanduser(), exporter.target))
         print_header(console, config, directory, plan.topologies[0], plan.precision, exporter.url)
         run = Run(config, directory, working_directory, plan.topologies)
         with Progress(directory, console) as progress, failures_recorded(directory), StopRequest() as stop:
@@ -180,13 +182,17 @@ def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: C
 
     run = RunDirectory(directory)
     export = run.export
-    if not export.exists():
+    is_new = not export.exists()
+    if is_new:
         with console.status("exporting"):
             partial = partial_path(export)
             shutil.rmtree(partial, ignore_errors=True)
             export_hf(step_directory(run.checkpoints, config.total_steps), partial, tokenizer)
             partial.rename(export)
         record(directory, Exported(step=config.total_steps, path=export.name))
+    if (
+        is_new or state_of(read_events(directory)) != "finished"
+    ):  # also where a kill or a full disk came before the event
         record(directory, Finished(step=config.total_steps))
     print_summary(console, config, directory, export, write_report(directory), tokenizer.mask_token)
     return RunResult(config.total_steps, finished=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 from configs.errors import InputError
 from configs.schema import SCRATCH, RunConfig
 from datapipe.loader import check_sources
+from datapipe.source import SourceSummary
 from datapipe.tokenizer import Tokenizer
 from datapipe.words import word_starts
 from launcher.cluster import is_joined
@@ -82,8 +84,21 @@ def check(config: RunConfig, tokenizer: Tokenizer, directory: Path, console: Con
             event = DataDamaged(source=source.name, problems=len(source.problems), first=source.problems[0])
             record(directory, event)
     require_enough(config, sources)
+    if config.data.evaluation is not None:
+        for note in trained_on(sources):
+            console.print(f"[yellow]data.evaluation:[/] {escape(note)}", highlight=False, soft_wrap=True)
     _tell_canaries(config, directory, console)
     return Plan(topologies, precision)
+
+
+def trained_on(sources: Sequence[SourceSummary]) -> list[str]:
+    """Say which training sources have shards of the evaluation set, the last of the sources."""
+    *training, held_out = sources
+    return [
+        f"its shards are also those of the source {source.name}, so the run trains on its evaluation set"
+        for source in training
+        if source.contents & held_out.contents
+    ]
 
 
 def _tell_canaries(config: RunConfig, directory: Path, console: Console) -> None:

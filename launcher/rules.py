@@ -25,6 +25,13 @@ def require_sound_schedule(config: RunConfig) -> None:
                 key=f"phases.{number}.lr.warmup",
                 code="warmup-too-long",
             )
+        if steps == 1 and phase.lr.shape != "constant" and not phase.lr.final:
+            raise InputError(
+                f"phases.{number}.lr.shape: the only step of the phase is its last, whose rate is 0, so nothing is "
+                "learned; lengthen the phase, or set lr.final or lr.shape: constant",
+                key=f"phases.{number}.lr.shape",
+                code="rate-of-zero",
+            )
         if phase.lr.shape == "constant" and phase.lr.final:
             raise InputError(
                 f"phases.{number}.lr.final: a constant shape does not fall to {phase.lr.final}; set lr.shape to "

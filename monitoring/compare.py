@@ -10,16 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import InputError
-from configs.files import write_atomically
+from configs.files import file_sha256, write_atomically
 from configs.units import format_count
 from monitoring.charts import HALF, NOTHING, WIDE, Line, Point, line_chart, smoothed
 from monitoring.formatting import format_seconds, percent, plain, scientific
 from monitoring.page import Figure, render
+from monitoring.run_directory import RunDirectory
 from monitoring.run_files import RunFiles, curve, open_run
 
 MOST_RUNS = 64
 COLORS = 8
 """Colours of the charts. Runs beyond them repeat the colours in faint lines."""
+OTHER_TOKENIZERS = "tokenizer (losses of different ones do not compare; bits per byte do)"
 
 Cell = str
 
@@ -65,7 +67,7 @@ def compare(directories: Sequence[Path], out: Path, console: Console | None = No
 def _names(runs: Sequence[RunFiles]) -> list[str]:
     """Names that tell the runs apart: the run's name, with its directory or its path where names are equal."""
     names = [run.config.name for run in runs]
-    for location in (lambda run: run.directory.name, lambda run: str(run.directory)):
+    for location in (lambda run: run.directory.absolute().name, lambda run: str(run.directory)):
         longer_names = [f"{run.config.name} ({location(run)})" for run in runs]
         names = [name if names.count(name) == 1 else longer for name, longer in zip(names, longer_names, strict=True)]
     return names
@@ -75,6 +77,7 @@ def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
     """Rows of the table: title -> one cell per run."""
     rows: dict[str, Callable[[RunFiles], Cell]] = {
         "model": lambda run: str(run.info.get("model", run.config.model.size or run.config.model.init)),
+        OTHER_TOKENIZERS: lambda run: run.config.tokenizer,
         "phases": lambda run: " then ".join(phase.objective_name.upper() for phase in run.config.phases),
         "precision": lambda run: str(run.info.get("precision", run.config.precision)),
         "nodes": lambda run: str(run.info.get("nodes", run.config.cluster.nodes)),
@@ -95,6 +98,8 @@ def _columns(runs: Sequence[RunFiles]) -> dict[str, list[Cell]]:
     }
     if len({_devices(run) for run in runs} - {None}) < 2:
         del rows["scaling efficiency"]  # nothing was scaled
+    if len({_tokenizer(run) for run in runs}) < 2:
+        del rows[OTHER_TOKENIZERS]
     return {title: [cell(run) for run in runs] for title, cell in rows.items()}
 
 
@@ -193,6 +198,12 @@ def _last_bits(run: RunFiles) -> Cell:
 
 def _last(points: Sequence[Point]) -> Cell:
     return _number(points[-1][1], lambda y: f"{y:.3f}") if points else "-"
+
+
+def _tokenizer(run: RunFiles) -> str:
+    """Identify the run's tokenizer: by the content of its copy, or its name before there is a copy."""
+    copy = RunDirectory(run.directory).tokenizer / "tokenizer.json"
+    return file_sha256(copy) if copy.is_file() else run.config.tokenizer
 
 
 def _devices(run: RunFiles) -> int | None:

@@ -22,6 +22,9 @@ from pydantic_core import from_json
 
 from monitoring.run_directory import RunDirectory
 
+_STEP_KEYS = {"step", "phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "packing_ratio"}
+_STEP_KEYS |= {"step_seconds", "data_wait_seconds", "tokens_per_second", "mfu"}
+"""Keys of each line of metrics.jsonl (contract). Readers rely on them."""
 _held_lines: dict[Path, bytes] = {}
 """Lines that a full disk has not taken yet, by file."""
 _lock = threading.Lock()
@@ -218,9 +221,9 @@ def _decode(line: bytes, is_event: bool) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        record = from_json(line)  # several times as fast as json, which counts in a long log
+        record = from_json(line, allow_inf_nan=False)  # several times as fast as json, which counts in a long log
         if is_event:
             return record if record["event"] and datetime.fromisoformat(record["time"]).tzinfo else None
-        return record if isinstance(record["step"], int) else None
-    except (ValueError, KeyError, TypeError):
+        return record if type(record["step"]) is int and record.keys() >= _STEP_KEYS else None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None

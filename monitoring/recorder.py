@@ -170,10 +170,10 @@ class Recorder:
         return due(self._config, step)
 
     def phase_started(self, index: int, objective: str, step: int) -> None:
-        """Note that phase `index` begins after `step` steps. A phase repeated after a rollback is recorded once."""
+        """Note that phase `index` goes on after `step` steps. Its beginning is recorded, once even after a rollback."""
         self._telemetry.phase = index
         begun = [event["phase"] for event in read_events(self._directory) if event["event"] == PhaseStarted.KIND]
-        if index not in begun:
+        if index not in begun and step == self._config.spans[index].first:
             record_event(self._directory, PhaseStarted(step=step, phase=index, objective=objective))
         self.flush()
 

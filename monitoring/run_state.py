@@ -93,7 +93,8 @@ def standstill_seconds(events: Sequence[EventLine], now: float) -> float:
         if since is None and event["event"] in (*INTERRUPTIONS, Resized.KIND):
             since = datetime.fromisoformat(event["time"]).timestamp()
         elif since is not None and event["event"] == WorkersStarted.KIND:
-            total, since = total + datetime.fromisoformat(event["time"]).timestamp() - since, None
+            seconds = datetime.fromisoformat(event["time"]).timestamp() - since
+            total, since = total + max(0.0, seconds), None  # a clock may be set back
     return total + (max(0.0, now - since) if since is not None and state_of(events) == "running" else 0.0)
 
 
@@ -120,17 +121,23 @@ def count_restarts(events: Sequence[EventLine]) -> Counter[str]:
 
 def interruptions_in_words(events: Sequence[EventLine]) -> str:
     """Say how often and why the workers were interrupted, the steps done twice, and how often the run ended early."""
-    ends = (Stopped.KIND, Failed.KIND)
-    kinds = [event["event"] for event in events if event["event"] in (*ends, WorkersStarted.KIND)]
-    continued = sum(one in ends and two == WorkersStarted.KIND for one, two in pairwise(kinds))
+    continued = _count_continued([event["event"] for event in events])
     ended = f"; ended early and continued {continued} time{'s' * (continued != 1)}" if continued else ""
     reasons = {reason.replace("_", " "): count for reason, count in count_restarts(events).items() if count}
     if resized := sum(event["event"] == Resized.KIND for event in events):
         reasons["resized"] = resized
-    if not reasons:
-        return f"never interrupted{ended}"
     lost = sum(event.get("steps_lost", 0) for event in events)
+    again = f"; {lost:,} step{'s' * (lost != 1)} trained again"
+    if not reasons:
+        return f"never interrupted{again * bool(lost)}{ended}"
     times = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     total = sum(reasons.values())
-    again = f"{lost:,} step{'s' * (lost != 1)} trained again"
-    return f"interrupted {total} time{'s' * (total != 1)} ({times}); {again}{ended}"
+    return f"interrupted {total} time{'s' * (total != 1)} ({times}){again}{ended}"
+
+
+def _count_continued(kinds: Sequence[str]) -> int:
+    """Count the starts after an end of the job: one with an event, or a kill, which leaves none."""
+    starts = [index for index, kind in enumerate(kinds) if kind == WorkersStarted.KIND]
+    between = [set(kinds[first:second]) for first, second in pairwise(starts)]
+    known = {*INTERRUPTIONS, Resized.KIND}
+    return sum(bool({Stopped.KIND, Failed.KIND} & part) or not known & part for part in between)

@@ -21,7 +21,16 @@ Part = Annotated[int | str, BeforeValidator(_part)]
 """A part of the model: the number of a layer, `embeddings` or `head`."""
 
 
+def _number(value: Any) -> Any:
+    """Return the number that a text such as 0.3 holds, which environment variables give; else the value."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _rates(value: Any) -> Any:
+    value = [_number(rate) for rate in value] if isinstance(value, list | tuple) else _number(value)
     rates = [value] if isinstance(value, int | float) else value
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     if (is_pair or rates is not value) and all(isinstance(rate, int | float) and 0 < rate < 1 for rate in rates):
@@ -37,7 +46,7 @@ def _objective(value: Any) -> Any:
     if isinstance(value, str) and value in names:
         return value
     if isinstance(value, dict) and set(value) == set(names):
-        odds = [odd for odd in value.values() if isinstance(odd, int | float) and 0 < odd < math.inf]
+        odds = [odd for odd in map(_number, value.values()) if isinstance(odd, int | float) and 0 < odd < math.inf]
         if len(odds) == len(names):
             return value
     raise ValueError(f"give clm or mlm, or odds above 0 for both such as {{clm: 1, mlm: 15}}, got {value!r}")

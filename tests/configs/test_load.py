@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from configs.errors import InputError
 from configs.load import dump_config, load_config
@@ -70,6 +72,46 @@ def test_odds_are_shares_in_one_order(tmp_path: Path) -> None:
     )
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(str(tmp_path / "again.yaml")) == config
+
+
+@given(st.from_regex(r"[0-9][0-9._eE-]{0,5}", fullmatch=True), st.text(r"\\${}:' ab"))
+@settings(deadline=None, max_examples=40)
+@example("3e-4", "${HOME}")
+def test_a_configuration_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, name: str, where: str
+) -> None:
+    tree = load_config("demo").model_dump(mode="json")
+    tree["name"] = tree["data"]["sources"][0]["name"] = name
+    tree["data"]["sources"][0]["reading"]["where"] = where
+    tree["phases"][0]["sources"] = {name: 1}
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    tree["data"]["sources"] = tree["data"]["sources"][:1]
+    config = RunConfig.model_validate(tree)
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(str(path)) == config
+
+
+def test_an_override_may_point_to_another_key() -> None:
+    assert load_config("demo", ["seed=${data.streams}"]).seed == 4
+
+
+@pytest.mark.parametrize("key", ["phases.0.sources.v1.5", "phases[0].sources.v1.5", "phases.0.sources[v1.5]"])
+def test_names_of_sources_may_have_dots(key: str) -> None:
+    config = load_config("demo", ["data.sources.0.name=v1.5", f"{key}=2", "phases.0.sources.tico19-en=1"])
+    assert config.phases[0].sources == {"v1.5": 2, "tico19-en": 1}
+
+
+def test_a_mapping_of_names_takes_the_place_of_the_old_one() -> None:
+    first = "phases.0.sources={medquad: 1, tico19-fr: 2}"
+    assert load_config("demo", [first, "phases.0.sources={medquad: 3}"]).phases[0].sources == {"medquad": 3}
+
+
+def test_environment_variables_give_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATE", "0.3")
+    phases = load_config(
+        "demo", ["phases.0.mask_rate=${oc.env:RATE}", "phases.1.objective={clm: '${oc.env:RATE}', mlm: 1}"]
+    ).phases
+    assert phases[0].mask_rate == 0.3 and phases[1].objective == {"clm": 0.3, "mlm": 1}
 
 
 @pytest.mark.parametrize("override", ["seed", "=1", "phases.nine.steps=1", "seed={", "phases={}", "seed=&a [*a]"])

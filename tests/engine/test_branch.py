@@ -33,7 +33,7 @@ def branch(config: RunConfig, reference: str, directory: Path) -> RunConfig:
     directory.mkdir(exist_ok=True)
     config = with_origin(config, reference, directory)
     assert config.origin
-    begin_branch(directory, config.origin, check_branch(config, config.origin))
+    begin_branch(directory, config, config.origin, check_branch(config, config.origin))
     (directory / "config.yaml").write_text(dump_config(config))
     return config
 
@@ -74,6 +74,36 @@ def test_a_finished_run_is_extended(shards: Path, trunk: Path, tmp_path: Path) -
     assert [(line["step"], line["phase"], line["learning_rate"]) for line in lines[5:]] == [(6, 2, 1e-4), (7, 2, 1e-4)]
     data = json.loads((step_directory(tmp_path / "more" / "checkpoints", 7) / "detour.json").read_text())["data"]
     assert all(list(stream["idle"]) == ["en"] for stream in data.values())
+
+
+def test_a_branch_that_has_begun_needs_no_origin(shards: Path, trunk: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(trunk)
+    config = branch(toy_config(shards), f"{trunk}@3", tmp_path / "same")
+    for reference in (f"{tmp_path}/link@3", f"{tmp_path}/link", f"{tmp_path}/same/../link@3"):
+        assert with_origin(toy_config(shards), reference, tmp_path / "same") == config
+    (tmp_path / "link").unlink()
+    moved = config.origin.model_copy(update={"run": str(tmp_path / "gone")})
+    (tmp_path / "same" / "config.yaml").write_text(dump_config(config.model_copy(update={"origin": moved})))
+    assert with_origin(toy_config(shards), f"{tmp_path}/gone@3", tmp_path / "same").origin == moved
+
+
+def test_lines_of_the_past_have_the_phases_of_the_branch(shards: Path, trunk: Path, tmp_path: Path) -> None:
+    parts = [{**CLM, "steps": 2}, {"objective": "clm", "steps": 1}, MLM]
+    branch(toy_config(shards, phases=parts), f"{trunk}@3", tmp_path)
+    past = [{**line, "phase": phase} for line, phase in zip(read_metrics(trunk), (0, 0, 1), strict=False)]
+    assert read_metrics(tmp_path) == past
+
+
+def test_a_head_made_anew_is_of_the_first_step_of_its_phase(shards: Path) -> None:
+    """A phase may be divided after its start, but a head made anew in the past is another past."""
+    whole, divided, twice = (
+        toy_config(shards, phases=[CLM, *({**MLM, "lr": {}, "steps": n, "reset": r} for n, r in parts)])
+        for parts in ([(4, ["head"])], [(2, ["head"]), (2, [])], [(2, ["head"]), (2, ["head"])])
+    )
+    assert not list(_changed_past(whole, divided, 6))
+    assert not list(_changed_past(whole, twice, 5))
+    (difference,) = _changed_past(whole, twice, 6)
+    assert difference.startswith("phases.2.reset")
 
 
 @pytest.mark.parametrize(

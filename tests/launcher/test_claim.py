@@ -60,3 +60,9 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refusal, claim(tmp_path / "file" / "run", load_config("demo")):
         pass
     assert (refusal.value.key, refusal.value.code) == ("--output", "output-unwritable")
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error, claim(tmp_path / "r\udcff", load_config("demo")):
+        pass
+    assert error.value.code == "output-not-utf-8" and not list(tmp_path.iterdir())

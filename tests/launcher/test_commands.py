@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from configs.load import RECIPES, shipped
+from configs.load import RECIPES, dump_config, load_config, shipped
 from launcher.cli import app
 from launcher.exits import BAD_INPUT
 from tests.launcher.toy import DETOUR, TRAIN, environment, recipe, run, started, wait_for, write
@@ -49,6 +49,23 @@ def test_every_command_is_started_by_a_test() -> None:
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     commands = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
     assert commands - tested == {"train", "study"}
+
+
+def test_an_option_may_name_the_home_directory_after_its_equals_sign(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(dump_config(load_config("demo")))
+    home = {**environment(), "HOME": str(tmp_path / "home")}
+    result = run(*DETOUR, "compare", "a", "b", "--output=~/page.html", cwd=tmp_path, env=home)
+    assert result.returncode == 0 and (tmp_path / "home" / "page.html").is_file()
+
+
+def test_a_file_name_that_is_not_utf_8_is_bad_input(tmp_path: Path) -> None:
+    for name in ("a", "b\udcff"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(dump_config(load_config("demo")))
+    result = run(*DETOUR, "compare", "a", "b\udcff", cwd=tmp_path)
+    assert result.returncode == BAD_INPUT and result.stderr.startswith("error: ...") and "b\\udcff" in result.stderr
 
 
 def test_recipes(start: Start) -> None:

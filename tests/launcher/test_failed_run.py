@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from configs.errors import RunFailedError
 from configs.load import dump_config
-from launcher.job import failures_recorded
+from datapipe.tokenizer import load_tokenizer
+from launcher.job import _finish, failures_recorded
 from monitoring.log import read_events
 from monitoring.run_directory import RunDirectory
 from tests.monitoring.synthetic import make_config
+from tests.toy_recipe import TOKENIZER
 
 
 @pytest.mark.parametrize("readable", [True, False])
@@ -27,3 +30,12 @@ def test_a_failed_run_says_why_and_gets_its_report(tmp_path: Path, readable: boo
     assert run.report.exists() == readable
     if readable:
         assert "Failed at step 0 of 30" in run.report.read_text()
+
+
+def test_a_run_that_was_killed_after_its_export_is_finished_by_the_next_start(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.write_text(dump_config(make_config()))
+    run.export.mkdir()
+    for _ in range(2):
+        _finish(make_config(), tmp_path, load_tokenizer(TOKENIZER), Console(quiet=True))
+    assert [event["event"] for event in read_events(tmp_path)] == ["finished"]

@@ -47,6 +47,31 @@ def test_runs_of_one_name_are_told_apart_by_as_much_of_the_path_as_that_takes(tm
         assert name in page.said
 
 
+def test_the_working_directory_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = make_run(tmp_path / "b", 0, name="detour")
+    monkeypatch.chdir(make_run(tmp_path / "a", 0, name="detour"))
+    printed = io.StringIO()
+    compare([Path(), other], tmp_path / "page.html", Console(file=printed, width=100))
+    assert "detour (a)" in printed.getvalue()
+
+
+def test_different_tokenizers_are_told(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, 0, tokenizer=f"org/{name}") for name in "ab"]
+    assert "org/b" in Page(compare(runs, tmp_path / "page.html", Console(file=io.StringIO())).read_text()).said
+    for run in runs:
+        (run / "tokenizer").mkdir()
+        (run / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert "org/b" not in Page(compare(runs, tmp_path / "page.html", Console(file=io.StringIO())).read_text()).said
+
+
+def test_a_clock_set_back_takes_no_time_away(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 0)
+    times = ("10:00:00", "10:00:30", "08:00:00", "08:00:10")
+    lines = [f'{{"event": "resumed", "time": "2026-11-28T{time}+00:00", "step": 0}}\n' for time in times]
+    (run / "events.jsonl").write_text("".join(lines))
+    assert open_run(run).seconds == 40
+
+
 def test_scaling_efficiency_compares_steps_of_one_objective(tmp_path: Path) -> None:
     """The causal half of the detour is twice as fast as masked steps, which says nothing of its devices."""
     runs = []

@@ -21,26 +21,31 @@ from monitoring.run_directory import RunDirectory
 METRICS, EVENTS = RunDirectory(Path()).metrics.name, RunDirectory(Path()).events.name
 
 
+LINE = dict.fromkeys(("phase", "objective", "loss", "tokens", "learning_rate", "grad_norm", "packing_ratio"), 1.5)
+LINE |= dict.fromkeys(("step_seconds", "data_wait_seconds", "tokens_per_second", "mfu"), 1.5)
+
+
 def write_steps(directory: Path, steps: range) -> None:
     writer = LineWriter(directory / METRICS)
     for step in steps:
-        writer.append({"step": step, "loss": step / 3})
+        writer.append({**LINE, "step": step, "loss": step / 3})
     writer.close()
 
 
 def test_lines_come_back_exactly_and_not_finite_numbers_are_null(tmp_path: Path) -> None:
     writer = LineWriter(tmp_path / METRICS)
     records: list[dict[str, Any]] = [
-        {"step": 1, "loss": 0.1 + 0.2},
-        {"step": 2, "loss": float("nan")},
-        {"step": 3, "loss": float("inf")},
+        {**LINE, "step": 1, "loss": 0.1 + 0.2},
+        {**LINE, "step": 2, "loss": float("nan")},
+        {**LINE, "step": 3, "loss": float("inf")},
     ]
-    records.append({"step": 4, "eval_loss": {"clm": float("nan"), "mlm": 2.5}})
+    records.append({**LINE, "step": 4, "eval_loss": {"clm": float("nan"), "mlm": 2.5}})
     for record in records:
         writer.append(record)
     writer.close()
-    after = {"step": 4, "eval_loss": {"clm": None, "mlm": 2.5}}
-    assert read_metrics(tmp_path) == [records[0], {"step": 2, "loss": None}, {"step": 3, "loss": None}, after]
+    after = {"eval_loss": {"clm": None, "mlm": 2.5}}
+    nulls = [records[0], records[1] | {"loss": None}, records[2] | {"loss": None}, records[3] | after]
+    assert read_metrics(tmp_path) == nulls
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 11, "lo', b'{"step": 11, "loss": 3}', b"\n", b"\x00\x00"])
@@ -73,8 +78,17 @@ def test_lines_that_no_program_can_use_are_left_out(tmp_path: Path) -> None:
         file.write('{"event": "saved", "time": "2026-11-28T10:00:00"}\n')
     append_event(tmp_path, "finished", step=9)
     assert [event["event"] for event in read_events(tmp_path)] == ["started", "finished"]
-    (tmp_path / METRICS).write_text('{}\n{"step": "1"}\n{"step": 1, "loss": 2.5}\n')
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
+    good = {**LINE, "step": 1}
+    bad = (
+        {},
+        good | {"step": "1"},
+        {"step": 1, "loss": 2.5},
+        good | {"step": True},
+        good | {"loss": float("nan")},
+        [1],
+    )
+    (tmp_path / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in (*bad, good)))
+    assert read_metrics(tmp_path) == [good]
 
 
 def test_rewind_of_a_run_without_lines_is_nothing(tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def test_the_end_tells_interruptions_and_early_ends() -> None:
     )
     words = interruptions_in_words([started, lost, started, stopped, started, {"event": "resumed", "steps_lost": 1}])
     assert words == "interrupted 1 time (1 node lost); 1 step trained again; ended early and continued 1 time"
+    killed = interruptions_in_words([started, started, {"event": "resumed", "steps_lost": 1}])
+    assert killed == "never interrupted; 1 step trained again; ended early and continued 1 time"
 
 
 @pytest.mark.parametrize("event", [event for event in EVENT_TYPES if event.INTERRUPTS])
@@ -162,3 +164,5 @@ def test_time_left_counts_standstill() -> None:
     assert seconds_left(now, events, clock) == pytest.approx(150), "30 s of standstill and 20 steps of 1 s"
     events += [event("preempted", 150, reason="preempted")]
     assert seconds_left(now, events, clock) == pytest.approx(200), "and the workers are not back yet"
+    back = [event("worker_failed", 50, reason="died"), event("workers_started", -7000, workers=["a"])]
+    assert seconds_left(now, back, clock) == 100, "the clock was set back"

@@ -133,6 +133,11 @@ def test_a_phase_begun_again_after_a_rollback_is_one_event(tmp_path: Path) -> No
     assert started == [(0, 0), (1, 20)]
 
 
+def test_a_branch_within_a_phase_records_no_beginning_of_it(tmp_path: Path) -> None:
+    make_recorder(tmp_path, make_config(), None, 5).phase_started(0, "clm", 5)
+    assert not [event for event in read_events(tmp_path) if event["event"] == "phase_started"]
+
+
 def test_a_loss_that_is_not_finite_is_null_in_the_log_and_nan_in_telemetry(tmp_path: Path) -> None:
     config = make_config()
     recorder = make_recorder(tmp_path, config)

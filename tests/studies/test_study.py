@@ -53,7 +53,7 @@ class OneProcess:
         if config.origin and not (directory / "checkpoints").exists():
             from launcher.branch import begin_branch, check_branch
 
-            begin_branch(directory, config.origin, check_branch(config, config.origin))
+            begin_branch(directory, config, config.origin, check_branch(config, config.origin))
         (directory / "config.yaml").write_text(dump_config(config))
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
