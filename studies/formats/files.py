@@ -144,6 +144,12 @@ def _table(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[tuple[st
     if told:
         text, skipped = text[told.end() :], 1
     header = text.partition("\n")[0].strip("\r")
+    if "\r" in header:
+        raise InputError(
+            f"{path}, line {1 + skipped}: lines end in CR and in LF; end all of them alike, for instance with "
+            "`dos2unix -c mac`",
+            code="bad-csv",
+        )
     names = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in DELIMITERS[suffix]}
     delimiter = next((d for d, found in names.items() if set(columns) <= set(found)), DELIMITERS[suffix][0])
     delimiter = told[1] if told else delimiter

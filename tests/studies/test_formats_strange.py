@@ -83,6 +83,8 @@ CONLLU = "1\tAspirin\tNOUN\tB-X\n2\thelps\tVERB\tO\n"
     ("train", "test", "code", "file"),
     [
         (CONLLU, "d\tB-X\n", "words-are-numbers", "train.tsv"),
+        ("1\ta\tB-X\n1\tb\tO\n", "d\tB-X\n", "words-are-numbers", "train.tsv"),
+        ("sentence\tword\ttag\ns1\ta\tB-X\ns1\tb\tO\n", "d\tB-X\n", "word-not-first", "train.tsv"),
         ("a\tB-X|B-Y\nb\tO\n", "d\tB-X\n", "bad-tag", "train.tsv"),
         ("a\tO\nb\tO\n", "d\tB-X\n", "nothing-to-learn", "train.tsv"),
         ("a\tB-X\nb\tO\n", "c\tO\nd\tO\n", "test-without-labels", "test.tsv"),
@@ -108,6 +110,18 @@ def test_labels_that_mean_the_same(write: Write, rows: tuple[str, ...], labels: 
     assert read(write, "single", table(*rows), table(*labels), ".csv").labels == labels
 
 
+@pytest.mark.parametrize("written", ["{'no', 'yes'}", "('yes', 'no',)", "['yes', 'no']", "yes|no"])
+def test_several_labels_as_python_writes_them(write: Write, written: str) -> None:
+    splits = read(write, "multi", table(f'"{written}"', "(yes)"), table("no"), ".csv")
+    assert [set(example.labels) for example in splits.train] == [{"yes", "no"}, {"(yes)"}]
+
+
+@pytest.mark.parametrize("settings", [{"types": ["B-X", "I-X"]}, {"separator": ""}])
+def test_settings_that_cannot_be_meant_are_refused(write: Write, settings: dict[str, Any]) -> None:
+    _, message = refused(write, "tokens", "a\tB-X\nb\tI-X\n", "d\tB-X\n", ".tsv", **settings)
+    assert next(iter(settings)) in message
+
+
 def test_labels_that_differ_in_case_are_told(write: Write) -> None:
     assert any("case only" in note for note in read(write, "single", table("Yes", "yes"), table("yes"), ".csv").notes)
 
@@ -127,6 +141,7 @@ def test_labels_that_differ_in_case_are_told(write: Write) -> None:
         ("regression", table('"3,5"', "2"), table("1", "2"), "bad-label", "decimal comma"),
         ("regression", table("1.5", "2.5"), table("-1", "-1"), "test-without-labels", "test.csv"),
         ("single", "text,label,label\na,x,y\n", table("x"), "column-twice", "train.csv"),
+        ("single", "text,label\rt0,x\r\nt1,y\r\n", table("x"), "bad-csv", "train.csv"),
     ],
 )
 def test_labels_that_are_none_are_refused(write: Write, kind: str, train: str, test: str, code: str, file: str) -> None:
