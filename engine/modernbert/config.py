@@ -15,7 +15,7 @@ from configs.files import CHECKPOINT_RECORD
 from configs.hub import download_snapshot, is_hub_id
 from configs.schema import SCRATCH, Model, RunConfig
 from datapipe.tokenizer import Tokenizer
-from engine.modernbert.huggingface import encoder_fields, every_n_layers, layer_types, rope_parameters
+from engine.modernbert.huggingface import OLD_STYLE, encoder_fields, every_n_layers, layer_types, rope_parameters
 from monitoring.run_directory import RunDirectory
 
 SIZES: dict[str, dict[str, int]] = {
@@ -346,6 +346,10 @@ def _require_supported(config: ModernBertConfig, origin: str) -> None:
         )
     if len(layer_types(config)) != config.num_hidden_layers:
         refuse("layer_types", f"{len(layer_types(config))} entries for {config.num_hidden_layers} layers")
+    if other := set(layer_types(config)) - {kind for _, kind in OLD_STYLE}:
+        refuse("layer_types", f"a layer is full_attention or sliding_attention, got {', '.join(sorted(other))}")
+    if config.local_attention < 0:
+        refuse("local_attention", f"a window has 0 tokens or more, got {config.local_attention}")
     for kind, rope in rope_parameters(config).items():
         if rope.get("rope_type", "default") != "default":
             refuse("rope_parameters", f"{kind} asks for rope_type {rope['rope_type']!r}; only 'default' is supported")

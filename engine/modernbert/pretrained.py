@@ -212,16 +212,16 @@ def _stored(path: Path) -> Iterator[Stored]:
     if path.is_file():
         yield from _pickled(path)
         return
-    for index_name, name, reader in (
-        ("model.safetensors.index.json", "model.safetensors", _safetensors),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", _pickled),
-    ):
+    for name, index_name, reader in (
+        ("model.safetensors", "model.safetensors.index.json", _safetensors),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", _pickled),
+    ):  # where an index lies beside a whole file, transformers reads the whole file
+        if (path / name).is_file():
+            yield from reader(path / name)
+            return
         if (path / index_name).is_file():
             for file in _parts(path, path / index_name):
                 yield from reader(file)
-            return
-        if (path / name).is_file():
-            yield from reader(path / name)
             return
     raise InputError(
         f"{KEY}: {path} holds no model.safetensors and no pytorch_model.bin; give a whole model directory",

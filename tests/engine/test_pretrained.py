@@ -99,6 +99,15 @@ def test_every_format_and_prefix_reads_alike(prefix: str, weights: dict[str, tor
         _same(PretrainedWeights(tmp_path / kind), weights)
 
 
+def test_a_whole_file_beside_an_old_index_is_read(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """transformers does so: a model was saved whole over one in parts."""
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(weights, tmp_path / "model.safetensors")
+    _same(PretrainedWeights(tmp_path), weights)
+
+
 def test_composer_checkpoint_of_flexbert(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     flex = {}
     for name, tensor in weights.items():
