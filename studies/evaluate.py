@@ -22,7 +22,7 @@ from studies.examples import Splits, load_examples
 from studies.finetune import PREDICTIONS, Job, finetune, read_result
 from studies.intervals import FEWEST_SEEDS, holm, paired_bootstrap, score_interval
 from studies.leakage import Corpora, leakage
-from studies.models import config_of_run, huggingface_directory, weights_digest
+from studies.models import config_of_run, huggingface_directory, model_digest
 from studies.scores import baselines, classes_of, counts
 from studies.tables import write_csv
 from studies.tasks import EvaluatedTask, Protocol, Task
@@ -38,7 +38,7 @@ class _Model:
     folder: Path
     """Hugging Face directory."""
     weights: str
-    """sha256 of the weights."""
+    """sha256 of weights, configuration and tokenizer."""
 
     @property
     def name(self) -> str:
@@ -192,7 +192,7 @@ def require_libraries() -> None:
 
 def _open(stack: ExitStack, reference: str) -> _Model:
     folder = stack.enter_context(huggingface_directory(reference))
-    return _Model(reference, folder.absolute(), weights_digest(folder))
+    return _Model(reference, folder.absolute(), model_digest(folder))
 
 
 def _jobs(

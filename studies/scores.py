@@ -16,6 +16,8 @@ Labels = Sequence[Sequence[str]]
 """Labels per example: its tags, its one label, its several labels, or its number as text."""
 Array = NDArray[np.float64]
 CORRELATIONS = ("spearman", "pearson")
+ROUNDING = 1e-12
+"""Share of a number below which a difference is the rounding of fp64."""
 DRAWS = 20
 """Draws of random predictions that the chance score is the mean of."""
 
@@ -68,8 +70,9 @@ def score_of_sums(metric: str, sums: Array) -> Array:
     """
     if metric in CORRELATIONS:
         n, x, y, xx, yy, xy = np.moveaxis(sums[..., 0, :], -1, 0)
-        spread = np.sqrt(np.maximum(xx - x * x / n, 0) * np.maximum(yy - y * y / n, 0))
-        return _ratio(xy - x * y / n, np.where(spread > 1e-9 * np.maximum(n, 1), spread, 0))
+        of_x, of_y = xx - x * x / n, yy - y * y / n
+        varies = (of_x > ROUNDING * xx) & (of_y > ROUNDING * yy)
+        return _ratio(xy - x * y / n, np.sqrt(np.where(varies, of_x * of_y, 0)))
     if metric in ("micro_f1", "accuracy", "entity_f1", "lenient_f1"):
         sums = sums.sum(-2, keepdims=True)
     correct, predicted, gold = np.moveaxis(sums, -1, 0)
@@ -199,8 +202,15 @@ def _moments(metric: str, gold: Labels, predicted: Labels) -> Array:
     x, y = (np.array([float(row[0]) for row in rows]) for rows in (gold, predicted))
     if metric == "spearman":
         x, y = rankdata(x), rankdata(y)
-    x, y = x - x.mean(), y - y.mean()
+    x, y = _centred(x), _centred(y)
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)[:, None, :]
+
+
+def _centred(values: Array) -> Array:
+    """Subtract the mean, and scale to a largest size of 1; 0 if the values differ by rounding alone."""
+    centred = values - values.mean()
+    size = np.abs(centred).max(initial=0.0)
+    return centred / size if size > ROUNDING * np.abs(values).max(initial=0.0) else np.zeros_like(values)
 
 
 def _precision_and_recall(row: Array) -> dict[str, float]:

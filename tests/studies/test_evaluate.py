@@ -207,6 +207,23 @@ def test_correlations_are_those_of_scipy(metric: str, theirs: Any) -> None:
     assert score(metric, [["1.0"], ["2.0"]], [["3.0"], ["3.0"]], ()) == 0, "a constant has no correlation"
 
 
+@given(st.sampled_from([1e-150, 1e-6, 1.0, 1e150]), st.sampled_from([0.0, 1.0, 1e6]), st.integers(0, 9))
+def test_a_correlation_has_no_unit(unit: float, offset: float, seed: int) -> None:
+    x, y = np.random.default_rng(seed).normal(size=(2, 20)) + offset
+    rows = [[[repr(float(value))] for value in unit * values] for values in (x, y)]
+    assert score("pearson", *rows, ()) == pytest.approx(pearsonr(x, y)[0], abs=1e-6)
+
+
+def test_a_balanced_label_that_all_examples_have_is_learned(model: Path, write: Write, tmp_path: Path) -> None:
+    """A weight of 0 would leave it out of the loss, and its answer to the seed."""
+    task = classification(write, "multi", "micro_f1")
+    for path in tmp_path.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "label": [*row["label"], "all"]}) + "\n" for row in rows))
+    summary = evaluate([str(model)], quick(task, (1, 2, 3, 4), balance=True, threshold=0.5), tmp_path / "out")
+    assert [run["classes"]["all"]["recall"] for run in summary["runs"]] == [1, 1, 1, 1]
+
+
 def answers(seeds: int, right: float, draw: np.random.Generator) -> np.ndarray:
     gold = np.arange(400) % 2
     tables = []
