@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,11 +73,19 @@ def huggingface_tokenizer(folder: str | Path, needed: Sequence[str] = ("pad_toke
     """Load transformers' tokenizer of a model. Needed tokens that its files do not name are those that Detour finds.
 
     Raises:
-        InputError: Neither names them.
+        InputError: Neither names them, or the model has no embedding of some tokens.
     """
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    entries = json.loads((Path(folder) / "config.json").read_bytes()).get("vocab_size")
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    if isinstance(entries, int) and tokens > entries:
+        raise InputError(
+            f"{folder}: its tokenizer has {tokens:,} tokens and its model {entries:,}; give each token a row with "
+            "`model.resize_token_embeddings`, or take the model's own tokenizer",
+            code="tokenizer-too-large",
+        )
     unnamed = [key for key in needed if getattr(tokenizer, key) is None]
     if unnamed:
         found = load_tokenizer(str(folder)).role_tokens

@@ -329,6 +329,12 @@ def _require_supported(config: ModernBertConfig, origin: str) -> None:
     def refuse(key: str, why: str) -> None:
         raise InputError(f"model.{key}: {origin}: {why}", key=f"model.{key}", code="architecture-unsupported")
 
+    if getattr(config, "quantization_config", None):
+        refuse(
+            "quantization_config",
+            "quantized weights cannot be trained; take the model in full precision, or remove this entry of its "
+            "config.json if its weights are",
+        )
     for key in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"):
         if getattr(config, key):
             refuse(key, "biases in norms, attention, MLP and head are not supported; take a model without them")

@@ -125,6 +125,10 @@ def test_the_export_is_the_trained_model(shards: Path, alone_run: Path, tmp_path
             "architecture-unsupported",
         ),
         ({"model_type": "modernbert", **SHAPE, "local_attention": -1}, "architecture-unsupported"),
+        (
+            {"model_type": "modernbert", **SHAPE, "quantization_config": {"quant_method": "gptq"}},
+            "architecture-unsupported",
+        ),
     ],
 )
 def test_a_directory_that_cannot_be_imported(content: Any, code: str, tmp_path: Path) -> None:

@@ -159,6 +159,21 @@ def test_a_weight_the_model_does_not_take_is_named(
     assert surplus in str(refusal.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_quantized_weights_are_refused(
+    dtype: torch.dtype, name: str, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """They are other weights without their scales."""
+    key = "model.layers.1.mlp.Wi.weight"
+    (save_file if name.endswith("safetensors") else torch.save)(
+        {**weights, key: weights[key].to(dtype)}, tmp_path / name
+    )
+    with pytest.raises(InputError, match=key) as refusal:
+        PretrainedWeights(tmp_path).require(parameter_shapes(ModernBertConfig(**SHAPE)), HEAD)
+    assert refusal.value.code == "weights-quantized"
+
+
 def test_an_untied_decoder_is_refused(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     save_file({**weights, "decoder.weight": weights[EMBEDDING] + 1}, tmp_path / "model.safetensors")
     with pytest.raises(InputError) as refusal:

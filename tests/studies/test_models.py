@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM
 from configs.errors import InputError
 from studies.models import huggingface_tokenizer, load_model, model_digest
 from tests.studies.conftest import save_model
+from tests.toy_tokenizers import extended
 
 
 @pytest.fixture
@@ -60,3 +61,11 @@ def test_tokens_that_no_file_names_are_found(model: Path, tmp_path: Path) -> Non
     (folder / "tokenizer_config.json").write_text("{}")
     named, found = (huggingface_tokenizer(path, ("pad_token", "mask_token")) for path in (model, folder))
     assert (found.pad_token_id, found.mask_token_id) == (named.pad_token_id, named.mask_token_id)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    extended(folder, folder)
+    with pytest.raises(InputError) as refusal:
+        huggingface_tokenizer(folder)
+    assert refusal.value.code == "tokenizer-too-large"
