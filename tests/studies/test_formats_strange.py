@@ -356,6 +356,37 @@ def test_unlabelled_examples_of_a_hugging_face_dataset_are_refused(write: Write)
     assert read_splits(loaded, folder).labels == ("neg", "pos")
 
 
+CLASS_LABEL = {"_type": "ClassLabel", "names": ["neg", "pos"]}
+
+
+def hugging_face(write: Write, labels: list[Any], info: Any) -> Splits:
+    path = write("t.yaml", "")
+    for name in ("train", "dev", "test"):
+        made = pa.table({"text": [f"{name}{label}" for label in labels], "label": labels})
+        parquet.write_table(
+            made.replace_schema_metadata({"huggingface": json.dumps(info)}), path.with_name(f"{name}.parquet")
+        )
+    files = {name: f"{file}.parquet" for name, file in (("train", "train"), ("validation", "dev"), ("test", "test"))}
+    task = {"name": "t", "kind": "single", "score": "accuracy", "files": files, "columns": COLUMNS}
+    write("t.yaml", yaml.safe_dump({**task, "protocol": {"preset": "english"}}))
+    loaded, _, folder = load_task(str(path), {})
+    return read_splits(loaded, folder)
+
+
+def test_ids_of_classes_that_are_floats_have_names(write: Write) -> None:
+    """pandas writes ids so where a column has gaps."""
+    assert hugging_face(write, [0.0, 1.0], {"info": {"features": {"label": CLASS_LABEL}}}).labels == ("neg", "pos")
+
+
+@pytest.mark.parametrize(
+    "info", ["x", {"info": {"features": [1]}}, {"info": {"features": {"label": {"_type": "ClassLabel"}}}}]
+)
+def test_metadata_that_describe_no_columns_are_refused(write: Write, info: Any) -> None:
+    with pytest.raises(InputError, match=r"train\.parquet") as error:
+        hugging_face(write, [0, 1], info)
+    assert error.value.code == "not-readable"
+
+
 def test_brat_tells_what_it_leaves_out_and_why_offsets_are_wrong(write: Write) -> None:
     for name in ("train", "dev", "test"):
         write(f"{name}/a.txt", f"Pain {name}.\r\nÉté: Aspirin.\r\n")
