@@ -66,9 +66,17 @@ def retention(
         limit = min(protocol.length, *positions)  # other windows would have other masked tokens
         windows = max(1, count // len(texts))
         tables = [_counts(folder, texts, protocol.batch, limit, windows) for folder in folders]
+    tables = [table[table[:, 1] > 0] for table in tables]  # short documents may have no masked token
+    if len(tables[0]) < 2:
+        raise InputError(
+            f"{data / task.files.test}: {len(tables[0])} of {len(texts)} documents are long enough to have a masked "
+            "token; give more text",
+            key="files.test",
+            code="too-little-text",
+        )
     summary = {
         "task": task.name,
-        "documents": len(texts),
+        "documents": len(tables[0]),
         "masked_tokens": int(tables[0][:, 1].sum()),
         "models": [
             {"model": model, **_measures(table.sum(0)), **(_against(tables[0], table) if index else {})}

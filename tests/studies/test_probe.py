@@ -111,6 +111,21 @@ def test_retention_of_models_that_differ_in_files_and_length(model: Path, write:
     assert both["models"][0]["perplexity"] == both["models"][1]["perplexity"], "of the same tokens"
 
 
+def test_documents_without_a_masked_token_take_no_part(model: Path, write: Write, tmp_path: Path) -> None:
+    """Resamples of them alone would have no accuracy, and the interval no ends."""
+    reference = retention_task(write)
+    task, protocol, folder = load_task(reference, {})
+    texts = ["a", "", "b", *(f"The patient number {n} has fever and cough. " * 3 for n in range(3))]
+    write("general.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    summary = retention([str(model), str(model)], task, protocol, folder, tmp_path / "out")
+    assert summary["documents"] == 3
+    assert summary["models"][1]["ratio"] == [1, 1, 1]
+    write("general.jsonl", "\n".join(json.dumps({"text": text}) for text in texts[:3]))
+    with pytest.raises(InputError) as error:
+        retention([str(model)], task, protocol, folder, tmp_path / "out")
+    assert error.value.code == "too-little-text"
+
+
 def test_few_long_documents_are_read_in_windows(model: Path, write: Write, tmp_path: Path) -> None:
     """Two books would else be two first pages."""
     reference = retention_task(write)
