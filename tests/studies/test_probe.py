@@ -161,3 +161,14 @@ def test_other_shapes_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         transplant(str(model), str(wider), (0,), tmp_path / "out")
     assert error.value.code == "different-shapes"
+
+
+@pytest.mark.parametrize("key", ["local_attention", "num_attention_heads", "norm_eps"])
+def test_layers_that_would_compute_something_else_are_refused(model: Path, tmp_path: Path, key: str) -> None:
+    other = save_model(tmp_path / "other", seed=1)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, key: 2 * config[key]}))
+    with pytest.raises(InputError, match=key) as error:
+        transplant(str(model), str(other), (0,), tmp_path / "out")
+    assert error.value.code == "models-differ"
+    assert not (tmp_path / "out").exists()
