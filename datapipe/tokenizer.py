@@ -15,13 +15,14 @@ import tokenizers
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from configs.files import CHECKPOINT_RECORD, RUN_TOKENIZER
+from configs.files import CHECKPOINT_RECORD, RUN_TOKENIZER, write_json
 from configs.hub import download_snapshot, is_hub_id
 from datapipe.identifiers import Identifier, overlaps
 from datapipe.paths import local_path
 from datapipe.tokenizer_content import bytes_of_tokens, content_sha256
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CONFIG = "tokenizer_config.json"
+FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json")
 """Files of a tokenizer that are read and exported."""
 # The names of BERT and RoBERTa, tried in this order if the configuration files do not name the token.
 USUAL_TOKENS = {
@@ -92,6 +93,11 @@ class Tokenizer:
     def mask_token(self) -> str:
         """The text of the mask token, such as `[MASK]` or `<mask>`."""
         return str(self.backend.id_to_token(self.mask_id))
+
+    @property
+    def role_tokens(self) -> dict[str, str]:
+        """Text of the cls, sep, pad and mask token, by their keys in `tokenizer_config.json`."""
+        return {f"{role}_token": str(self.backend.id_to_token(getattr(self, f"{role}_id"))) for role in USUAL_TOKENS}
 
     @property
     def framing(self) -> str:
@@ -167,11 +173,18 @@ class Tokenizer:
         return [own[0] if len(own) == 1 else np.concatenate(own, axis=-1) for own in taken]
 
     def save(self, directory: Path) -> None:
-        """Copy the files of the tokenizer into a directory such as an export, without byte order marks."""
+        """Copy the files of the tokenizer into a directory such as an export, without byte order marks.
+
+        `tokenizer_config.json` then names the four tokens that training needs, because transformers guesses none.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if (self.directory / name).exists():
                 (directory / name).write_bytes((self.directory / name).read_bytes().removeprefix(BOM))
+        path = directory / CONFIG
+        config = _read_json(self.name, path) if path.exists() else {}
+        if unnamed := {key: token for key, token in self.role_tokens.items() if not config.get(key)}:
+            write_json(path, config | unnamed)
 
 
 def load_tokenizer(reference: str) -> Tokenizer:

@@ -21,7 +21,13 @@ from datapipe.inputs import find_files
 from datapipe.text import read_texts
 from monitoring.charts import WIDE, Line, line_chart
 from studies.figures import write_figure
-from studies.models import huggingface_directory, load_model, silence_transformers, weights_digest
+from studies.models import (
+    huggingface_directory,
+    huggingface_tokenizer,
+    load_model,
+    silence_transformers,
+    weights_digest,
+)
 from studies.tables import finite
 
 TEXTS = "package://corpus/tico19_en.jsonl.gz"
@@ -149,9 +155,9 @@ def pooled_states(folder: Path, texts: Sequence[str]) -> list[Array]:
     Returns:
         One `[texts, hidden]` float64 array per layer.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = huggingface_tokenizer(folder)
     model = load_model(AutoModel, folder)
     batches: list[list[Array]] = []
     for start in range(0, len(texts), BATCH_SIZE):
@@ -198,13 +204,13 @@ def _require_other_weights(models: Sequence[str], digests: Sequence[str]) -> Non
 
 
 def read_documents(reference: str, count: int) -> list[str]:
-    """Read the first documents of some text.
+    """Read the first documents of some text that are not blank.
 
     Raises:
         InputError: There are too few for CKA.
     """
-    first = islice((text for path in find_files(reference) for text in read_texts(path)), count)
-    texts = [text.text.decode("utf-8", "replace") for text in first]
+    every = (text.text.decode("utf-8", "replace") for path in find_files(reference) for text in read_texts(path))
+    texts = list(islice((text for text in every if text.strip()), count))
     if len(texts) < FEWEST_TEXTS:
         raise InputError(
             f"--texts {reference}: {len(texts)} documents; CKA needs {FEWEST_TEXTS} or more, the paper takes 500",

@@ -21,8 +21,8 @@ from monitoring.run_directory import RunDirectory
 from studies.examples import Splits, load_examples
 from studies.finetune import PREDICTIONS, Job, finetune, read_result
 from studies.intervals import FEWEST_SEEDS, holm, paired_bootstrap, score_interval
-from studies.leakage import Corpora, leakage
-from studies.models import config_of_run, huggingface_directory, weights_digest
+from studies.leakage import FEWEST_WORDS, Corpora, leakage
+from studies.models import config_of_run, huggingface_directory, model_digest
 from studies.scores import baselines, classes_of, counts
 from studies.tables import write_csv
 from studies.tasks import EvaluatedTask, Protocol, Task
@@ -38,7 +38,7 @@ class _Model:
     folder: Path
     """Hugging Face directory."""
     weights: str
-    """sha256 of the weights."""
+    """sha256 of weights, configuration and tokenizer."""
 
     @property
     def name(self) -> str:
@@ -152,6 +152,8 @@ def said_of_leakage(leaked: dict[str, Any]) -> list[str]:
             f"leakage: {leaked['found']:,} of {leaked['examples']:,} examples ({_percent(leaked['share'])}) share 13 "
             f"consecutive words with the training text ({leaked['training_documents']:,} documents)"
         ]
+        if leaked.get("too_short"):  # older studies did not count them
+            lines.append(f"leakage: {leaked['too_short']:,} examples below {FEWEST_WORDS} words were not looked for")
     return lines + [f"leakage: not looked at: {source}" for source in leaked["not_looked_at"]]
 
 
@@ -192,7 +194,7 @@ def require_libraries() -> None:
 
 def _open(stack: ExitStack, reference: str) -> _Model:
     folder = stack.enter_context(huggingface_directory(reference))
-    return _Model(reference, folder.absolute(), weights_digest(folder))
+    return _Model(reference, folder.absolute(), model_digest(folder))
 
 
 def _jobs(

@@ -16,7 +16,7 @@ import torch
 from configs.errors import InputError
 from configs.files import write_atomically, write_json
 from studies.examples import Example, Splits
-from studies.models import load_model, silence_transformers
+from studies.models import huggingface_tokenizer, load_model, silence_transformers
 from studies.scores import details, score
 from studies.tasks import Protocol, Task
 
@@ -76,7 +76,7 @@ def finetune(job: Job) -> dict[str, Any]:
     silence_transformers()
     transformers.set_seed(job.seed)
     splits = job.splits
-    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+    tokenizer = huggingface_tokenizer(job.model)
     model = _model(job)
     limit = min(job.protocol.length, model.config.max_position_embeddings)
     train, validation, test = (
@@ -224,7 +224,7 @@ def encode(examples: Sequence[Example], job: Job, tokenizer: Any, limit: int) ->
     mean, spread = _scale(job) if job.task.kind == "regression" else (0.0, 1.0)
     cut = 0
     for number, example in enumerate(examples):
-        rows = [tokenizer(example.text, example.pair)["input_ids"]]
+        rows = [tokenizer(example.text, example.pair)["input_ids"] or [tokenizer.pad_token_id]]
         if len(rows[0]) > limit:
             rows = _windows(example, tokenizer, limit, job.protocol.stride)
             cut += example.pair is not None
@@ -350,7 +350,9 @@ def _balanced_loss(job: Job) -> Any:
     """Build the binary cross-entropy of a `multi` task in which a label's examples weigh as much as the others."""
     labels = job.splits.labels
     held = np.array([sum(label in example.labels for example in job.splits.train) for label in labels], np.float64)
-    weights = torch.tensor((len(job.splits.train) - held) / held, dtype=torch.float32)
+    ratios = (len(job.splits.train) - held) / held
+    # A label that every example has cannot be balanced; a weight of 0 would leave its answer to chance.
+    weights = torch.tensor(np.where(ratios == 0, 1, ratios), dtype=torch.float32)
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = outputs.logits

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from configs.errors import InputError
 from configs.schema import SCRATCH, RunConfig
@@ -32,6 +33,7 @@ LISTED = 20
 ALONE = 32 * 2**20
 """Bytes of training text below which one process reads faster than it starts others."""
 _WORD = re.compile(r"\w+")
+_MARK = re.compile("[\u0300-\u036f]+")
 Owners = dict[tuple[str, ...], set[int]]
 """Run of words -> the examples that hold it."""
 
@@ -99,7 +101,7 @@ class Corpora:
 def leakage(examples: Sequence[Example], corpora: Corpora, processes: int | None = None) -> dict[str, Any]:
     """Count the examples that share 13 consecutive words with the training text.
 
-    Case and punctuation are ignored. An example of 4 to 12 words is leaked if it occurs as a whole.
+    Case, accents and punctuation are ignored. An example of 4 to 12 words is leaked if it occurs as a whole.
 
     Args:
         examples: Test examples of a task.
@@ -107,12 +109,15 @@ def leakage(examples: Sequence[Example], corpora: Corpora, processes: int | None
         processes: Processes that read; default: one for a small text, else one per core.
 
     Returns:
-        `examples`, `found`, `share`, `training_documents`, `where` of the first leaked ones, and `not_looked_at`, the
-        sources that could not be searched. `found` and `share` are None if nothing could be.
+        `examples`, `too_short` (below 4 words, and not looked for), `found`, `share`, `training_documents`, `where` of
+        the first leaked ones, and `not_looked_at`, the sources that could not be searched. `found` and `share` are None
+        if nothing could be.
     """
     owners: Owners = defaultdict(set)
+    too_short = 0
     for number, example in enumerate(examples):
         words = _words(f"{example.text} {example.pair or ''}")
+        too_short += len(words) < FEWEST_WORDS
         if len(words) >= FEWEST_WORDS:
             for ngram in _ngrams(words, min(WORDS, len(words))):
                 owners[ngram].add(number)
@@ -126,6 +131,7 @@ def leakage(examples: Sequence[Example], corpora: Corpora, processes: int | None
         documents += read
     return {
         "examples": len(examples),
+        "too_short": too_short,
         "found": len(leaked) if files else None,
         "share": len(leaked) / len(examples) if files else None,
         "training_documents": documents,
@@ -197,7 +203,8 @@ def _texts(file: Path | InputFile, tokenizer: str | None) -> Iterator[str]:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    """List the words in lower case without accents, which shards of some tokenizers lack or write in another form."""
+    return _WORD.findall(text.lower() if text.isascii() else _MARK.sub("", normalize("NFKD", text.lower())))
 
 
 def _ngrams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:

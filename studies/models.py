@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,8 @@ from configs.files import file_sha256
 from configs.hub import download_snapshot, is_hub_id
 from configs.load import load_config
 from configs.schema import RunConfig
+from datapipe.tokenizer import FILES as TOKENIZER_FILES
+from datapipe.tokenizer import load_tokenizer
 from monitoring.run_directory import RunDirectory
 
 
@@ -57,6 +60,40 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def model_digest(folder: Path) -> str:
+    """Return the sha256 of all that decides the scores of a model: weights, configuration and tokenizer."""
+    digest = hashlib.sha256(bytes.fromhex(weights_digest(folder)))
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (folder / name).is_file():
+            digest.update(bytes.fromhex(file_sha256(folder / name)))
+    return digest.hexdigest()
+
+
+def huggingface_tokenizer(folder: str | Path, needed: Sequence[str] = ("pad_token",)) -> Any:
+    """Load transformers' tokenizer of a model. Needed tokens that its files do not name are those that Detour finds.
+
+    Raises:
+        InputError: Neither names them, or the model has no embedding of some tokens.
+    """
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    entries = json.loads((Path(folder) / "config.json").read_bytes()).get("vocab_size")
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    if isinstance(entries, int) and tokens > entries:
+        raise InputError(
+            f"{folder}: its tokenizer has {tokens:,} tokens and its model {entries:,}; give each token a row with "
+            "`model.resize_token_embeddings`, or take the model's own tokenizer",
+            code="tokenizer-too-large",
+        )
+    unnamed = [key for key in needed if getattr(tokenizer, key) is None]
+    if unnamed:
+        found = load_tokenizer(str(folder)).role_tokens
+        for key in unnamed:
+            setattr(tokenizer, key, found[key])
+    return tokenizer
+
+
 _LOADING = Lock()
 
 
@@ -70,11 +107,20 @@ def load_model(kind: Any, folder: str | Path, **settings: Any) -> Any:
         kind: One of transformers' classes.
         folder: Hugging Face directory.
         settings: Further arguments of `from_pretrained`.
+
+    Raises:
+        InputError: A weight is not finite, of which nothing could be measured.
     """
     import torch
 
     with _LOADING:
         model = kind.from_pretrained(folder, dtype=torch.float32, **settings)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"{folder}: {name} holds values that are not finite; take an undamaged model or an older checkpoint",
+                code="not-finite",
+            )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -112,7 +158,6 @@ def _export_or_checkpoint(directory: Path) -> Path:
 
 
 def _export(checkpoint: Path, folder: Path) -> Path:
-    from datapipe.tokenizer import load_tokenizer
     from engine.export import export_hf
 
     export_hf(checkpoint, folder, load_tokenizer(str(checkpoint)))

@@ -18,12 +18,13 @@ from rich.table import Table
 
 from configs.errors import InputError
 from configs.files import write_json
+from datapipe.tokenizer_content import content_sha256
 from monitoring.charts import WIDE, Line, line_chart
 from studies.examples import Splits, load_examples
 from studies.figures import write_figure
 from studies.finetune import Encoded, Job, encode
 from studies.intervals import examples_bootstrap
-from studies.models import huggingface_directory, load_model, silence_transformers
+from studies.models import huggingface_directory, huggingface_tokenizer, load_model, silence_transformers
 from studies.scores import baselines, counts, score
 from studies.tables import write_csv
 from studies.tasks import EvaluatedTask, Protocol, Task
@@ -165,9 +166,9 @@ def _probe_model(
 ) -> list[tuple[dict[str, Any], Array]]:
     """Probe each layer: its row, and the counts of its test predictions, `[1, examples, classes, ...]`."""
     from joblib import Parallel, delayed
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = huggingface_tokenizer(folder)
     model = load_model(AutoModel, folder)
     job = Job(str(folder), task, protocol, splits, 0, output, {})
     limit = min(protocol.length, model.config.max_position_embeddings)
@@ -202,7 +203,7 @@ def _states(model: Any, encoded: Encoded, pad: int, path: Path) -> Array:
     depth, width = model.config.num_hidden_layers, model.config.hidden_size
     states = np.lib.format.open_memmap(path, "w+", np.float32, (depth, items, width))
     for start in range(0, len(encoded.rows), BATCH_SIZE):
-        batch = [torch.tensor(row["input_ids"]) for row in encoded.rows[start : start + BATCH_SIZE]]
+        batch = [torch.tensor(row["input_ids"], dtype=torch.long) for row in encoded.rows[start : start + BATCH_SIZE]]
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=pad).to(model.device)
         lengths = torch.tensor([[len(row)] for row in batch], device=model.device)
         mask = (torch.arange(ids.shape[1], device=model.device)[None] < lengths).long()
@@ -259,7 +260,7 @@ def _fit(
             several = OneVsRestClassifier(logistic).fit(states, table)
             return lambda x: [
                 tuple(label for label, is_there in zip(splits.labels, row, strict=True) if is_there)
-                for row in np.asarray(several.predict(x))
+                for row in np.asarray(several.predict(x)).reshape(len(x), -1)  # scikit-learn flattens a single label
             ]
         answers = train.answers()
         if len(set(answers)) == 1:
@@ -282,8 +283,8 @@ def require_one_tokenizer(folders: Sequence[Path]) -> None:
     Raises:
         InputError: Two tokenizers differ.
     """
-    contents = {(folder / "tokenizer.json").read_bytes() for folder in folders}
-    if len(contents) > 1:
+    tokenizers = [huggingface_tokenizer(folder) for folder in folders]
+    if len({(content_sha256(own.backend_tokenizer), *own("a")["input_ids"]) for own in tokenizers}) > 1:
         raise InputError(
             "the models have different tokenizers, so their masked tokens cannot be compared; probe them one by one",
             code="different-tokenizers",

@@ -20,7 +20,7 @@ from configs.files import write_json
 from datapipe.inputs import find_files
 from datapipe.text import read_texts
 from studies.intervals import CHUNK, LEVEL
-from studies.models import huggingface_directory, load_model, silence_transformers
+from studies.models import huggingface_directory, huggingface_tokenizer, load_model, silence_transformers
 from studies.probe import require_one_tokenizer
 from studies.tasks import Protocol, Task
 
@@ -51,6 +51,8 @@ def retention(
     Raises:
         InputError: A model or the text is wrong, or the tokenizers differ.
     """
+    from transformers import AutoConfig
+
     silence_transformers()
     assert task.files.test is not None
     references = islice((text for path in find_files(str(data / task.files.test)) for text in read_texts(path)), count)
@@ -60,10 +62,21 @@ def retention(
     with ExitStack() as stack:
         folders = [stack.enter_context(huggingface_directory(model)) for model in models]
         require_one_tokenizer(folders)
-        tables = [_counts(folder, texts, protocol, max(1, count // len(texts))) for folder in folders]
+        positions = [AutoConfig.from_pretrained(folder).max_position_embeddings for folder in folders]
+        limit = min(protocol.length, *positions)  # other windows would have other masked tokens
+        windows = max(1, count // len(texts))
+        tables = [_counts(folder, texts, protocol.batch, limit, windows) for folder in folders]
+    tables = [table[table[:, 1] > 0] for table in tables]  # short documents may have no masked token
+    if len(tables[0]) < 2:
+        raise InputError(
+            f"{data / task.files.test}: {len(tables[0])} of {len(texts)} documents are long enough to have a masked "
+            "token; give more text",
+            key="files.test",
+            code="too-little-text",
+        )
     summary = {
         "task": task.name,
-        "documents": len(texts),
+        "documents": len(tables[0]),
         "masked_tokens": int(tables[0][:, 1].sum()),
         "models": [
             {"model": model, **_measures(table.sum(0)), **(_against(tables[0], table) if index else {})}
@@ -91,13 +104,15 @@ def print_retention(summary: dict[str, Any], console: Console) -> None:
     console.print(f"{summary['masked_tokens']:,} masked tokens of {summary['documents']:,} documents")
 
 
-def _counts(folder: Path, texts: Sequence[str], protocol: Protocol, windows: int) -> Array:
-    """Count per document: correct tokens, masked tokens and the sum of their losses, in its first `windows`."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+def _counts(folder: Path, texts: Sequence[str], size: int, limit: int, windows: int) -> Array:
+    """Count per document: correct tokens, masked tokens and the sum of their losses.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    Its first `windows` windows of `limit` tokens are read, `size` at once.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    tokenizer = huggingface_tokenizer(folder, ("pad_token", "mask_token"))
     model = load_model(AutoModelForMaskedLM, folder)
-    limit = min(protocol.length, model.config.max_position_embeddings)
     random = np.random.default_rng(0)
     table = np.zeros((len(texts), 3))
     rows: list[dict[str, list[int]]] = []
@@ -113,8 +128,8 @@ def _counts(folder: Path, texts: Sequence[str], protocol: Protocol, windows: int
         read = list(zip(own["input_ids"], own["special_tokens_mask"], strict=True))[:windows]
         rows += [{"input_ids": ids, "special_tokens_mask": mask} for ids, mask in read]
         owners += [number] * len(read)
-    for start in range(0, len(rows), protocol.batch):
-        batch = tokenizer.pad(rows[start : start + protocol.batch], return_tensors="pt")
+    for start in range(0, len(rows), size):
+        batch = tokenizer.pad(rows[start : start + size], return_tensors="pt")
         is_special = batch.pop("special_tokens_mask").numpy().astype(bool)
         drawn = [random.random(int(length)) < MASK_RATE for length in batch["attention_mask"].sum(1)]
         chosen = np.zeros_like(is_special)

@@ -16,6 +16,8 @@ Labels = Sequence[Sequence[str]]
 """Labels per example: its tags, its one label, its several labels, or its number as text."""
 Array = NDArray[np.float64]
 CORRELATIONS = ("spearman", "pearson")
+ROUNDING = 1e-12
+"""Share of a number below which a difference is the rounding of fp64."""
 DRAWS = 20
 """Draws of random predictions that the chance score is the mean of."""
 
@@ -50,10 +52,14 @@ def counts(metric: str, gold: Labels, predicted: Labels, labels: Sequence[str], 
     if metric in ("entity_f1", "lenient_f1"):
         return _entity_counts(metric, gold, predicted, labels)
     classes = [positive] if metric == "binary_f1" else list(labels)
-    is_gold, is_predicted = (
-        np.array([[label in row for label in classes] for row in rows], np.float64) for rows in (gold, predicted)
-    )
-    return np.stack([is_gold * is_predicted, is_predicted, is_gold], axis=2)
+    index = {label: number for number, label in enumerate(classes)}
+    table = np.zeros((len(gold), len(classes), 3))
+    for column, answers in ((1, predicted), (2, gold)):
+        places = [(number, index[label]) for number, row in enumerate(answers) for label in row if label in index]
+        numbers, chosen = np.array(places, int).reshape(-1, 2).T
+        table[numbers, chosen, column] = 1
+    table[:, :, 0] = table[:, :, 1] * table[:, :, 2]
+    return table
 
 
 def score_of_sums(metric: str, sums: Array) -> Array:
@@ -68,8 +74,9 @@ def score_of_sums(metric: str, sums: Array) -> Array:
     """
     if metric in CORRELATIONS:
         n, x, y, xx, yy, xy = np.moveaxis(sums[..., 0, :], -1, 0)
-        spread = np.sqrt(np.maximum(xx - x * x / n, 0) * np.maximum(yy - y * y / n, 0))
-        return _ratio(xy - x * y / n, np.where(spread > 1e-9 * np.maximum(n, 1), spread, 0))
+        of_x, of_y = xx - x * x / n, yy - y * y / n
+        varies = (of_x > ROUNDING * xx) & (of_y > ROUNDING * yy)
+        return _ratio(xy - x * y / n, np.sqrt(np.where(varies, of_x * of_y, 0)))
     if metric in ("micro_f1", "accuracy", "entity_f1", "lenient_f1"):
         sums = sums.sum(-2, keepdims=True)
     correct, predicted, gold = np.moveaxis(sums, -1, 0)
@@ -142,11 +149,28 @@ def baselines(task: Task, splits: Splits) -> dict[str, Any]:
         answers = [example.labels for example in splits.train]
         drawn = [[answers[index] for index in random.integers(len(answers), size=len(gold))] for _ in range(DRAWS)]
         majority = Counter(answers).most_common(1)[0][0]
-        by_label = {label: scored([[label]] * len(gold)) for label in splits.labels}
+        by_label = _by_label(task, splits, gold)
         label = max(by_label, key=lambda name: by_label[name])
         best = {"majority": scored([majority] * len(gold)), "majority_answer": ", ".join(majority) or "none"}
         best |= {"best_answer_score": by_label[label], "best_answer": label}
     return {**best, "chance": float(np.mean([scored(rows) for rows in drawn]))}
+
+
+def _by_label(task: Task, splits: Splits, gold: Labels) -> dict[str, float]:
+    """Score the answer of one label for all examples, for each label of training.
+
+    The sums are written down without counting, because a task may have thousands of labels.
+    """
+    classes = [task.positive] if task.score == "binary_f1" else list(splits.scored)
+    true = counts(task.score, gold, gold, splits.scored, task.positive).sum(0)[:, 2]
+    scores = {}
+    for label in splits.labels:
+        sums = np.stack([0 * true, 0 * true, true], axis=1)
+        if label in classes:
+            place = classes.index(label)
+            sums[place] = true[place], len(gold), true[place]
+        scores[label] = float(score_of_sums(task.score, sums))
+    return scores
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
@@ -199,8 +223,15 @@ def _moments(metric: str, gold: Labels, predicted: Labels) -> Array:
     x, y = (np.array([float(row[0]) for row in rows]) for rows in (gold, predicted))
     if metric == "spearman":
         x, y = rankdata(x), rankdata(y)
-    x, y = x - x.mean(), y - y.mean()
+    x, y = _centred(x), _centred(y)
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)[:, None, :]
+
+
+def _centred(values: Array) -> Array:
+    """Subtract the mean, and scale to a largest size of 1; 0 if the values differ by rounding alone."""
+    centred = values - values.mean()
+    size = np.abs(centred).max(initial=0.0)
+    return centred / size if size > ROUNDING * np.abs(values).max(initial=0.0) else np.zeros_like(values)
 
 
 def _precision_and_recall(row: Array) -> dict[str, float]:

@@ -145,7 +145,7 @@ class Task(Section):
     """Names of the labels or tags that a file gives as ids, in the order of ids. They may also list labels that would
     else be refused: codes that look like numbers, such as 250.10, and None or NA where it is a class. Where a name is a
     number other than its own id, numbers in the files are names and never ids."""
-    separator: str = "|"
+    separator: str = Field(default="|", min_length=1)
     """Separator between the labels of a `multi` example that holds them in one string."""
     protocol: dict[str, Any] = Field(default_factory=dict)
     """`preset` (english, english-ner, french, french-ner-linear, morfitt), and settings that differ from the preset."""
@@ -169,6 +169,8 @@ class Task(Section):
             raise ValueError(f"scored belongs to {', '.join(suited['multi'])}")
         if self.types and self.kind != "tokens":
             raise ValueError("types belongs to tokens")
+        if tags := [type_ for type_ in self.types if type_[:2] == "I-" and f"B-{type_[2:]}" in self.types]:
+            raise ValueError(f"types: {tags[0]} is a tag; give the types without their prefixes, such as {tags[0][2:]}")
         if self.kind != "tokens" and len(set(self.names)) < len(self.names):
             raise ValueError(f"names: the same name twice: {', '.join(self.names)}")
         return self

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,15 @@ from studies.models import huggingface_directory
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 WEIGHTS = "model.safetensors"
 COPIED = ("*.json", "*.txt")
+COMPUTED = (
+    "layer_types",
+    "num_attention_heads",
+    "local_attention",
+    "rope_parameters",
+    "norm_eps",
+    "hidden_activation",
+)
+"""Fields of a configuration that decide what the weights of a layer compute."""
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -39,7 +50,7 @@ def transplant(a: str, b: str, layers: tuple[int, ...], output: Path) -> int:
 
     Args:
         a: Run, checkpoint or Hugging Face model; it gives all other weights and the tokenizer.
-        b: Model of the same shape.
+        b: Model of the same shape, whose layers compute the same.
         layers: Layers that B gives, from 0.
         output: Directory to write; it may not exist.
 
@@ -47,8 +58,10 @@ def transplant(a: str, b: str, layers: tuple[int, ...], output: Path) -> int:
         The number of weights that B gave.
 
     Raises:
-        InputError: A reference names no model, the shapes differ, a layer is missing, or the output exists.
+        InputError: A reference names no model, the models differ, a layer is missing, or the output exists.
     """
+    from transformers import AutoConfig
+
     if output.exists():
         raise InputError(f"--output {output} exists; choose another directory", key="--output", code="output-exists")
     with ExitStack() as stack:
@@ -69,6 +82,7 @@ def transplant(a: str, b: str, layers: tuple[int, ...], output: Path) -> int:
                     code="different-shapes",
                 )
             kept[name] = given[name].to(kept[name].dtype)
+        _require_same_computation((a, b), [AutoConfig.from_pretrained(folder) for folder in folders], layers)
         output.mkdir(parents=True)
         for pattern in COPIED:
             for path in folders[0].glob(pattern):
@@ -80,6 +94,24 @@ def transplant(a: str, b: str, layers: tuple[int, ...], output: Path) -> int:
         f"# Transplant\n\nLayers {', '.join(map(str, layers))} are of `{b}`, all other weights of `{a}`.\n",
     )
     return len(moved)
+
+
+def _require_same_computation(models: Sequence[str], configs: Sequence[Any], layers: Sequence[int]) -> None:
+    """Require that the layers compute the same in both configurations, because they get A's.
+
+    Raises:
+        InputError: They differ, for instance in the window.
+    """
+    for key in COMPUTED:
+        ours, theirs = (getattr(config, key, None) for config in configs)
+        if key == "layer_types" and ours and theirs:
+            ours, theirs = ([kinds[layer] for layer in layers] for kinds in (ours, theirs))
+        if ours != theirs:
+            raise InputError(
+                f"{models[0]} and {models[1]} differ in {key} ({ours} and {theirs}), so the layers would compute "
+                "something else; take models that were trained from the same start",
+                code="models-differ",
+            )
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

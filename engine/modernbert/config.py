@@ -15,7 +15,7 @@ from configs.files import CHECKPOINT_RECORD
 from configs.hub import download_snapshot, is_hub_id
 from configs.schema import SCRATCH, Model, RunConfig
 from datapipe.tokenizer import Tokenizer
-from engine.modernbert.huggingface import encoder_fields, every_n_layers, layer_types, rope_parameters
+from engine.modernbert.huggingface import OLD_STYLE, encoder_fields, every_n_layers, layer_types, rope_parameters
 from monitoring.run_directory import RunDirectory
 
 SIZES: dict[str, dict[str, int]] = {
@@ -329,6 +329,12 @@ def _require_supported(config: ModernBertConfig, origin: str) -> None:
     def refuse(key: str, why: str) -> None:
         raise InputError(f"model.{key}: {origin}: {why}", key=f"model.{key}", code="architecture-unsupported")
 
+    if getattr(config, "quantization_config", None):
+        refuse(
+            "quantization_config",
+            "quantized weights cannot be trained; take the model in full precision, or remove this entry of its "
+            "config.json if its weights are",
+        )
     for key in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"):
         if getattr(config, key):
             refuse(key, "biases in norms, attention, MLP and head are not supported; take a model without them")
@@ -346,6 +352,10 @@ def _require_supported(config: ModernBertConfig, origin: str) -> None:
         )
     if len(layer_types(config)) != config.num_hidden_layers:
         refuse("layer_types", f"{len(layer_types(config))} entries for {config.num_hidden_layers} layers")
+    if other := set(layer_types(config)) - {kind for _, kind in OLD_STYLE}:
+        refuse("layer_types", f"a layer is full_attention or sliding_attention, got {', '.join(sorted(other))}")
+    if config.local_attention < 0:
+        refuse("local_attention", f"a window has 0 tokens or more, got {config.local_attention}")
     for kind, rope in rope_parameters(config).items():
         if rope.get("rope_type", "default") != "default":
             refuse("rope_parameters", f"{kind} asks for rope_type {rope['rope_type']!r}; only 'default' is supported")

@@ -32,18 +32,27 @@ EMBEDDING = "model.embeddings.tok_embeddings.weight"
 FIRST_MATRIX = "model.layers.0.attn.Wo.weight"
 LFS_POINTER = b"version https://git-lfs"
 
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""dtypes of weights, by safetensors' names. Others hold quantized numbers, which mean nothing without their scales."""
+
 Read = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the files: its shape, whether it holds floating-point numbers, and how to read it."""
+    """One tensor of the files: its shape, its dtype, and how to read it."""
 
     key: str
     """Name in the file."""
     shape: tuple[int, ...]
-    is_floating: bool
+    dtype: str
+    """As safetensors writes it, such as BF16."""
     read: Read
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return self.dtype.startswith(("F", "BF"))
 
 
 def canonical_name(key: str) -> str:
@@ -146,6 +155,13 @@ class PretrainedWeights:
                     key=KEY,
                     code="weights-shape",
                 )
+        if quantized := [name for name in shapes if name in self and self._by_name[name].dtype not in DTYPES.values()]:
+            raise InputError(
+                f"{KEY}: {self.path} holds {_some(quantized)} as {self._by_name[quantized[0]].dtype}, which is "
+                f"quantized; take the model with weights in {', '.join(DTYPES.values())}",
+                key=KEY,
+                code="weights-quantized",
+            )
         unread = [
             stored.key
             for name, stored in self._by_name.items()
@@ -204,7 +220,7 @@ def _concatenated(parts: Sequence[Stored]) -> Stored:
     """Return the matrices below each other, [sum of rows, columns], as one that is read on demand."""
     first = parts[0]
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    return Stored(first.key, shape, first.is_floating, lambda: torch.cat([part.read() for part in parts]))
+    return Stored(first.key, shape, first.dtype, lambda: torch.cat([part.read() for part in parts]))
 
 
 def _stored(path: Path) -> Iterator[Stored]:
@@ -212,16 +228,16 @@ def _stored(path: Path) -> Iterator[Stored]:
     if path.is_file():
         yield from _pickled(path)
         return
-    for index_name, name, reader in (
-        ("model.safetensors.index.json", "model.safetensors", _safetensors),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", _pickled),
-    ):
+    for name, index_name, reader in (
+        ("model.safetensors", "model.safetensors.index.json", _safetensors),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", _pickled),
+    ):  # where an index lies beside a whole file, transformers reads the whole file
+        if (path / name).is_file():
+            yield from reader(path / name)
+            return
         if (path / index_name).is_file():
             for file in _parts(path, path / index_name):
                 yield from reader(file)
-            return
-        if (path / name).is_file():
-            yield from reader(path / name)
             return
     raise InputError(
         f"{KEY}: {path} holds no model.safetensors and no pytorch_model.bin; give a whole model directory",
@@ -265,10 +281,7 @@ def _safetensors(file: Path) -> Iterator[Stored]:
     try:
         with safe_open(file, framework="pt") as handle:
             found = [(key, handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118 (not a dict)
-            stored = [
-                Stored(key, tuple(piece.get_shape()), piece.get_dtype().startswith(("F", "BF")), reader(key))
-                for key, piece in found
-            ]
+            stored = [Stored(key, tuple(piece.get_shape()), piece.get_dtype(), reader(key)) for key, piece in found]
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from None
     yield from stored
@@ -289,7 +302,8 @@ def _pickled(file: Path) -> Iterator[Stored]:
     tensors = content.items() if isinstance(content, dict) else ()
     for key, tensor in tensors:
         if isinstance(tensor, Tensor):
-            yield Stored(key, tuple(tensor.shape), tensor.is_floating_point(), tensor.clone)
+            dtype = DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.").upper())
+            yield Stored(key, tuple(tensor.shape), dtype, tensor.clone)
 
 
 def _refuse_pointer(file: Path) -> None:

@@ -14,6 +14,7 @@ from studies.formats.tags import Span, example_of_spans, is_tag, to_bio
 from studies.tasks import Task
 
 _HEADER = re.compile(r"(ner|bio|iob)?[-_ ]?(labels?|tags?)|ner|bio|iob", re.IGNORECASE)
+_WORD = re.compile(r"words?|tokens?|form", re.IGNORECASE)
 _SPACE = re.compile(r"[ \t]+")
 """Separator of columns. Other white space, such as a no-break space, is part of a word."""
 
@@ -33,12 +34,23 @@ def read_conll(path: Path, task: Task, notes: Notes) -> Iterator[Example]:
     lines = [_columns(line) for line in read_text(path).split("\n")]
     widths = Counter(len(columns) for columns in lines if columns and not columns[0].startswith(("#", "-DOCSTART-")))
     width = widths.most_common(1)[0][0] if widths else 2
+    has_header = bool(lines[0]) and _HEADER.fullmatch(lines[0][-1]) is not None
+    named = next((number for number, name in enumerate(lines[0]) if _WORD.fullmatch(name)), 0)
+    if named and has_header:
+        raise InputError(
+            f"{path}, line 1: the header names column {named + 1} the {lines[0][named]}; write the word into the first "
+            "column and its tag into the last, and an empty line after each sentence",
+            code="word-not-first",
+        )
+    firsts = [columns[0] for columns in lines[has_header:] if columns]
+    only_numbers = len(firsts) > 1 and all(first.isdecimal() for first in firsts)  # such as those of sentences
     for number, columns in enumerate([*lines, []], 1):
         if not columns or columns[0] == "-DOCSTART-":
             if words:
-                if width > 2 and len(words) > 1 and words == [str(place) for place in range(1, len(words) + 1)]:
+                counted = len(words) > 1 and words == [str(place) for place in range(1, len(words) + 1)]
+                if width > 2 and (counted or only_numbers):
                     raise InputError(
-                        f"{path}, line {first_line}: the first column numbers the words, as in CoNLL-U; write the word "
+                        f"{path}, line {first_line}: the first column numbers the words or sentences; write the word "
                         "into the first column and its tag into the last",
                         code="words-are-numbers",
                     )

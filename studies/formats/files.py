@@ -144,6 +144,12 @@ def _table(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[tuple[st
     if told:
         text, skipped = text[told.end() :], 1
     header = text.partition("\n")[0].strip("\r")
+    if "\r" in header:
+        raise InputError(
+            f"{path}, line {1 + skipped}: lines end in CR and in LF; end all of them alike, for instance with "
+            "`dos2unix -c mac`",
+            code="bad-csv",
+        )
     names = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in DELIMITERS[suffix]}
     delimiter = next((d for d, found in names.items() if set(columns) <= set(found)), DELIMITERS[suffix][0])
     delimiter = told[1] if told else delimiter
@@ -234,8 +240,14 @@ def _arrow(path: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     stated = (table.schema.metadata or {}).get(b"huggingface", b"{}").decode("utf-8", "replace")
     metadata = _json(stated, f"{path}, metadata of Hugging Face")
     info = folder / "dataset_info.json"
-    described = metadata.get("info") or (_json(read_text(info), str(info)) if info.is_file() else {})
-    names = {key: found for key, feature in (described.get("features") or {}).items() if (found := _names(feature))}
+    try:
+        described = metadata.get("info") or (_json(read_text(info), str(info)) if info.is_file() else {})
+        names = {key: found for key, feature in (described.get("features") or {}).items() if (found := _names(feature))}
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(
+            f"{path}: the metadata of Hugging Face do not describe its columns; save the dataset again",
+            code="not-readable",
+        ) from None
     for number, record in enumerate(table.to_pylist(), 1):
         for key in names.keys() & record.keys():
             record[key] = _by_name(record[key], names[key])
@@ -254,6 +266,8 @@ def _names(feature: Any) -> list[str] | None:
 def _by_name(value: Any, names: Sequence[str]) -> Any:
     if isinstance(value, list):
         return [_by_name(part, names) for part in value]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column with gaps
     if isinstance(value, int):
         return names[value] if 0 <= value < len(names) else None  # -1 marks an example without a label
     return value

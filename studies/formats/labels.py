@@ -19,7 +19,8 @@ _ID = re.compile(r"\d+(\.0+)?")
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 _COMMA = re.compile(r"[-+]?\d+,\d+")
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_PYTHON_LIST = re.compile(rf"\[\s*{_QUOTED}(?:\s*,\s*{_QUOTED})*\s*,?\s*\]", re.DOTALL)
+_PYTHON_LIST = re.compile(rf"[\[({{]\s*{_QUOTED}(?:\s*,\s*{_QUOTED})*\s*,?\s*[\])}}]", re.DOTALL)
+"""List, tuple or set of quoted labels, as pandas writes it."""
 _MISSING = ("nan", "na", "n/a", "none", "null", "<na>", "nat")
 """How R, pandas, SQL and Python write a missing value, in lower case."""
 
@@ -49,7 +50,7 @@ def list_of_labels(value: Any, task: Task, location: str) -> list[Any]:
     """Read the labels of a `multi` example: a list, also as JSON or as pandas writes it, or one string."""
     if not isinstance(value, str):
         return value if isinstance(value, list) else [value]
-    if not value.strip().startswith("["):
+    if not value.strip().startswith("[") and not _PYTHON_LIST.fullmatch(value.strip()):
         return [part for part in value.split(task.separator) if part.strip()]
     try:
         found = json.loads(value)
@@ -65,12 +66,12 @@ def list_of_labels(value: Any, task: Task, location: str) -> list[Any]:
 
 
 def _python_list(text: str) -> list[str] | None:
-    """Read a list of quoted labels; None for anything else, such as the strings without commas of a numpy array."""
+    """Read a list, tuple or set of quoted labels; None for anything else, such as a numpy array without commas."""
     try:
-        found: list[str] | None = ast.literal_eval(text) if _PYTHON_LIST.fullmatch(text) else None
+        found: Any = ast.literal_eval(text) if _PYTHON_LIST.fullmatch(text) else None
     except (ValueError, SyntaxError):
         return None
-    return found
+    return sorted(found) if isinstance(found, set) else [found] if isinstance(found, str) else found and list(found)
 
 
 def are_indicators(labels: Sequence[tuple[str, list[Any]]], names: Sequence[str]) -> bool:

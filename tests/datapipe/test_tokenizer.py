@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +120,21 @@ def test_without_a_frame_of_its_own_the_roles_frame(tmp_path: Path) -> None:
     assert not tokenizer.frames_itself
     assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ((tokenizer.cls_id,), (tokenizer.sep_id,))
     assert "by role" in tokenizer.framing
+
+
+@pytest.mark.parametrize("config", [{}, {"mask_token": None, "added_tokens_decoder": {}}])
+def test_saved_files_name_the_tokens(config: dict[str, Any], made: Path, tmp_path: Path) -> None:
+    """transformers guesses none, so an export's tokenizer would have no mask token."""
+    before = load_tokenizer(str(made))
+    roles = ("pad_token", "mask_token", "cls_token", "sep_token")
+    copytree(made, tmp_path / "unnamed")
+    (tmp_path / "unnamed" / "special_tokens_map.json").write_text(json.dumps(before.role_tokens))
+    (tmp_path / "unnamed" / "tokenizer_config.json").write_text(json.dumps(config))
+    load_tokenizer(str(tmp_path / "unnamed")).save(tmp_path / "saved")
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+    assert {role: getattr(theirs, role) for role in roles} == before.role_tokens
+    before.save(tmp_path / "same")
+    assert (tmp_path / "same" / "tokenizer_config.json").read_bytes() == (made / "tokenizer_config.json").read_bytes()
 
 
 def test_the_ids_of_mmbert(tmp_path: Path) -> None:

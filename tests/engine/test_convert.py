@@ -139,6 +139,15 @@ def test_the_export_is_the_trained_model(shards: Path, alone_run: Path, tmp_path
             {"model_type": "modernbert", **SHAPE, "vocab_size": 2048, "global_rope_theta": -1},
             "architecture-unsupported",
         ),
+        (
+            {"model_type": "modernbert", **SHAPE, "layer_types": [*["full_attention"] * 3, "chunked_attention"]},
+            "architecture-unsupported",
+        ),
+        ({"model_type": "modernbert", **SHAPE, "local_attention": -1}, "architecture-unsupported"),
+        (
+            {"model_type": "modernbert", **SHAPE, "quantization_config": {"quant_method": "gptq"}},
+            "architecture-unsupported",
+        ),
     ],
 )
 def test_a_directory_that_cannot_be_imported(content: Any, code: str, tmp_path: Path) -> None:

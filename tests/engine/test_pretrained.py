@@ -99,6 +99,15 @@ def test_every_format_and_prefix_reads_alike(prefix: str, weights: dict[str, tor
         _same(PretrainedWeights(tmp_path / kind), weights)
 
 
+def test_a_whole_file_beside_an_old_index_is_read(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """transformers does so: a model was saved whole over one in parts."""
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(weights, tmp_path / "model.safetensors")
+    _same(PretrainedWeights(tmp_path), weights)
+
+
 def test_composer_checkpoint_of_flexbert(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     flex = {}
     for name, tensor in weights.items():
@@ -148,6 +157,21 @@ def test_a_weight_the_model_does_not_take_is_named(
         PretrainedWeights(tmp_path).require(parameter_shapes(ModernBertConfig(**SHAPE)), HEAD)
     assert refusal.value.code == "weights-unread"
     assert surplus in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_quantized_weights_are_refused(
+    dtype: torch.dtype, name: str, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """They are other weights without their scales."""
+    key = "model.layers.1.mlp.Wi.weight"
+    (save_file if name.endswith("safetensors") else torch.save)(
+        {**weights, key: weights[key].to(dtype)}, tmp_path / name
+    )
+    with pytest.raises(InputError, match=key) as refusal:
+        PretrainedWeights(tmp_path).require(parameter_shapes(ModernBertConfig(**SHAPE)), HEAD)
+    assert refusal.value.code == "weights-quantized"
 
 
 def test_an_untied_decoder_is_refused(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:

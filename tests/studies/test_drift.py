@@ -15,7 +15,7 @@ from scipy.stats import ortho_group
 
 from configs.errors import InputError
 from configs.load import dump_config, load_config
-from studies.drift import cka_interval, drift, linear_cka, pooled_states
+from studies.drift import cka_interval, drift, linear_cka, pooled_states, read_documents
 from studies.models import config_of_run, huggingface_directory
 from studies.trajectory import trajectory
 from tests.studies.conftest import save_model
@@ -162,6 +162,13 @@ def test_a_run_is_followed_over_its_checkpoints(model: Path, tmp_path: Path) -> 
     with pytest.raises(InputError) as error:
         trajectory(str(model), tmp_path, tmp_path / "out")
     assert error.value.code == "no-checkpoint"
+
+
+def test_blank_documents_are_left_out(tmp_path: Path) -> None:
+    """A tokenizer that frames nothing gives them no token, and no layer a mean."""
+    texts = ["", "a", "b", " \n", "c", "d", "e"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert read_documents(str(tmp_path / "texts.jsonl"), 4) == ["a", "b", "c", "d"]
 
 
 def test_what_cannot_be_compared_is_refused(model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from configs.errors import InputError
 from configs.load import shipped
 from launcher.commands.options import split_models
-from studies.evaluate import _jobs, _Model, _pairs, _results_of, evaluate
-from studies.examples import Example, load_examples, read_splits
+from studies import scores
+from studies.evaluate import _jobs, _Model, _pairs, _results_of, evaluate, said_of_leakage
+from studies.examples import Example, Splits, load_examples, read_splits
 from studies.finetune import _write, encode, read_result
-from studies.intervals import holm, mean_interval, paired_bootstrap, score_interval
+from studies.intervals import holm, mean_interval, paired_bootstrap, paired_p, score_interval
 from studies.leakage import Corpora, leakage
 from studies.scores import baselines, counts, details, score
 from studies.tasks import PROTOCOLS, SHIPPED, EvaluatedTask, load_task, parse_overrides
@@ -207,6 +209,23 @@ def test_correlations_are_those_of_scipy(metric: str, theirs: Any) -> None:
     assert score(metric, [["1.0"], ["2.0"]], [["3.0"], ["3.0"]], ()) == 0, "a constant has no correlation"
 
 
+@given(st.sampled_from([1e-150, 1e-6, 1.0, 1e150]), st.sampled_from([0.0, 1.0, 1e6]), st.integers(0, 9))
+def test_a_correlation_has_no_unit(unit: float, offset: float, seed: int) -> None:
+    x, y = np.random.default_rng(seed).normal(size=(2, 20)) + offset
+    rows = [[[repr(float(value))] for value in unit * values] for values in (x, y)]
+    assert score("pearson", *rows, ()) == pytest.approx(pearsonr(x, y)[0], abs=1e-6)
+
+
+def test_a_balanced_label_that_all_examples_have_is_learned(model: Path, write: Write, tmp_path: Path) -> None:
+    """A weight of 0 would leave it out of the loss, and its answer to the seed."""
+    task = classification(write, "multi", "micro_f1")
+    for path in tmp_path.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "label": [*row["label"], "all"]}) + "\n" for row in rows))
+    summary = evaluate([str(model)], quick(task, (1, 2, 3, 4), balance=True, threshold=0.5), tmp_path / "out")
+    assert [run["classes"]["all"]["recall"] for run in summary["runs"]] == [1, 1, 1, 1]
+
+
 def answers(seeds: int, right: float, draw: np.random.Generator) -> np.ndarray:
     gold = np.arange(400) % 2
     tables = []
@@ -255,6 +274,40 @@ def test_what_needs_no_reading_is_scored(write: Write) -> None:
     assert known["best_answer"] == "fever"
     assert known["best_answer_score"] == pytest.approx(2 * share / (1 + share))
     assert 0 < known["chance"] < known["best_answer_score"]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "micro_f1", "macro_f1", "weighted_f1", "binary_f1"])
+def test_the_best_answer_is_scored_as_any_other(write: Write, metric: str) -> None:
+    settings = {"positive": "fever"} if metric == "binary_f1" else {}
+    task, _, folder = load_task(classification(write, "single", metric, **settings), {})
+    splits = read_splits(task, folder)
+    gold = [example.labels for example in splits.test]
+    every = [score(metric, gold, [[label]] * len(gold), splits.scored, task.positive) for label in splits.labels]
+    assert baselines(task, splits)["best_answer_score"] == pytest.approx(max(every), abs=1e-12)
+
+
+def test_thousands_of_labels_are_not_counted_one_by_one(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baselines of a task of diagnosis codes took minutes, after all fine-tunings."""
+    task, _, _ = load_task(classification(write, "multi", "micro_f1"), {})
+    codes = tuple(map(str, range(300)))
+    examples = tuple(Example(code, code, None, (), (code, codes[number - 1])) for number, code in enumerate(codes))
+    calls = []
+    monkeypatch.setattr(scores, "counts", lambda *answers: calls.append(1) or counts(*answers))
+    assert baselines(task, Splits(examples, examples, examples, codes, codes))["majority"] > 0
+    assert len(calls) < 30
+
+
+@pytest.mark.parametrize(
+    ("pairs", "p"),
+    [
+        ([0.1] * 3, None),
+        ([0.8 - 0.7, 0.9 - 0.8, 0.7 - 0.6], None),
+        ([0.3 - 0.1 - 0.2] * 3, 1.0),
+        ([0.1, 0.2], 0.204833),
+    ],
+)
+def test_pairs_that_differ_by_rounding_show_no_spread(pairs: list[float], p: float | None) -> None:
+    assert paired_p(pairs) == (p if p is None else pytest.approx(p, abs=1e-6))
 
 
 def test_interval_of_few_values_is_students() -> None:
@@ -331,6 +384,16 @@ def test_leakage_finds_runs_of_words(write: Write) -> None:
     for processes in (None, 2):
         leaked = leakage(examples, corpora, processes)
         assert (leaked["found"], leaked["share"], leaked["where"]) == (2, 0.5, ["a", "b"])
+        assert "1 examples below 4 words" in said_of_leakage(leaked)[1]
+
+
+def test_leakage_does_not_depend_on_the_form_of_accents(write: Write) -> None:
+    """Shards of an uncased tokenizer have none, and those of ModernBERT's join what a file may state apart."""
+    said = "Le côlon a été opéré"
+    corpora = Corpora()
+    corpora.add_text(str(write("text.jsonl", json.dumps({"text": "le colon a ete opere"}) + "\n")))
+    for form in ("NFC", "NFD"):
+        assert leakage([Example("a", normalize(form, said), None, (), ())], corpora)["found"] == 1
 
 
 def test_leakage_looks_at_shards_and_at_the_run_before(toy_shards: Path, write: Write, tmp_path: Path) -> None:

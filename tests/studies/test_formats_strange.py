@@ -83,6 +83,8 @@ CONLLU = "1\tAspirin\tNOUN\tB-X\n2\thelps\tVERB\tO\n"
     ("train", "test", "code", "file"),
     [
         (CONLLU, "d\tB-X\n", "words-are-numbers", "train.tsv"),
+        ("1\ta\tB-X\n1\tb\tO\n", "d\tB-X\n", "words-are-numbers", "train.tsv"),
+        ("sentence\tword\ttag\ns1\ta\tB-X\ns1\tb\tO\n", "d\tB-X\n", "word-not-first", "train.tsv"),
         ("a\tB-X|B-Y\nb\tO\n", "d\tB-X\n", "bad-tag", "train.tsv"),
         ("a\tO\nb\tO\n", "d\tB-X\n", "nothing-to-learn", "train.tsv"),
         ("a\tB-X\nb\tO\n", "c\tO\nd\tO\n", "test-without-labels", "test.tsv"),
@@ -108,6 +110,18 @@ def test_labels_that_mean_the_same(write: Write, rows: tuple[str, ...], labels: 
     assert read(write, "single", table(*rows), table(*labels), ".csv").labels == labels
 
 
+@pytest.mark.parametrize("written", ["{'no', 'yes'}", "('yes', 'no',)", "['yes', 'no']", "yes|no"])
+def test_several_labels_as_python_writes_them(write: Write, written: str) -> None:
+    splits = read(write, "multi", table(f'"{written}"', "(yes)"), table("no"), ".csv")
+    assert [set(example.labels) for example in splits.train] == [{"yes", "no"}, {"(yes)"}]
+
+
+@pytest.mark.parametrize("settings", [{"types": ["B-X", "I-X"]}, {"separator": ""}])
+def test_settings_that_cannot_be_meant_are_refused(write: Write, settings: dict[str, Any]) -> None:
+    _, message = refused(write, "tokens", "a\tB-X\nb\tI-X\n", "d\tB-X\n", ".tsv", **settings)
+    assert next(iter(settings)) in message
+
+
 def test_labels_that_differ_in_case_are_told(write: Write) -> None:
     assert any("case only" in note for note in read(write, "single", table("Yes", "yes"), table("yes"), ".csv").notes)
 
@@ -127,6 +141,7 @@ def test_labels_that_differ_in_case_are_told(write: Write) -> None:
         ("regression", table('"3,5"', "2"), table("1", "2"), "bad-label", "decimal comma"),
         ("regression", table("1.5", "2.5"), table("-1", "-1"), "test-without-labels", "test.csv"),
         ("single", "text,label,label\na,x,y\n", table("x"), "column-twice", "train.csv"),
+        ("single", "text,label\rt0,x\r\nt1,y\r\n", table("x"), "bad-csv", "train.csv"),
     ],
 )
 def test_labels_that_are_none_are_refused(write: Write, kind: str, train: str, test: str, code: str, file: str) -> None:
@@ -339,6 +354,37 @@ def test_unlabelled_examples_of_a_hugging_face_dataset_are_refused(write: Write)
         read_splits(loaded, folder)
     loaded, _, _ = load_task(str(path), {"files.test": None})
     assert read_splits(loaded, folder).labels == ("neg", "pos")
+
+
+CLASS_LABEL = {"_type": "ClassLabel", "names": ["neg", "pos"]}
+
+
+def hugging_face(write: Write, labels: list[Any], info: Any) -> Splits:
+    path = write("t.yaml", "")
+    for name in ("train", "dev", "test"):
+        made = pa.table({"text": [f"{name}{label}" for label in labels], "label": labels})
+        parquet.write_table(
+            made.replace_schema_metadata({"huggingface": json.dumps(info)}), path.with_name(f"{name}.parquet")
+        )
+    files = {name: f"{file}.parquet" for name, file in (("train", "train"), ("validation", "dev"), ("test", "test"))}
+    task = {"name": "t", "kind": "single", "score": "accuracy", "files": files, "columns": COLUMNS}
+    write("t.yaml", yaml.safe_dump({**task, "protocol": {"preset": "english"}}))
+    loaded, _, folder = load_task(str(path), {})
+    return read_splits(loaded, folder)
+
+
+def test_ids_of_classes_that_are_floats_have_names(write: Write) -> None:
+    """pandas writes ids so where a column has gaps."""
+    assert hugging_face(write, [0.0, 1.0], {"info": {"features": {"label": CLASS_LABEL}}}).labels == ("neg", "pos")
+
+
+@pytest.mark.parametrize(
+    "info", ["x", {"info": {"features": [1]}}, {"info": {"features": {"label": {"_type": "ClassLabel"}}}}]
+)
+def test_metadata_that_describe_no_columns_are_refused(write: Write, info: Any) -> None:
+    with pytest.raises(InputError, match=r"train\.parquet") as error:
+        hugging_face(write, [0, 1], info)
+    assert error.value.code == "not-readable"
 
 
 def test_brat_tells_what_it_leaves_out_and_why_offsets_are_wrong(write: Write) -> None:

@@ -54,6 +54,21 @@ def test_probes_of_texts(model: Path, write: Write, tmp_path: Path, kind: str, m
     assert max(row["score"] for row in summary["layers"]) > best
 
 
+def test_probes_of_one_label_and_of_empty_texts(model: Path, write: Write, tmp_path: Path) -> None:
+    """The tokenizer frames nothing, so an empty text has no token."""
+    folder = save_model(tmp_path / "unframed")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    rows = [{"text": "fever" * (number % 2), "label": ["ill"] * (number % 2)} for number in range(40)]
+    for count, name in enumerate(("train", "validation", "test")):
+        write(f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows[2 * count :]))
+    tree = {"name": "one", "kind": "multi", "score": "micro_f1", "columns": {"text": "text", "label": "label"}}
+    files = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
+    task = write("one.yaml", yaml.safe_dump({**tree, "files": files, "protocol": {"preset": "english"}}))
+    summary = probe([str(folder)], quick(str(task)), tmp_path / "out", say=lambda line: None)
+    assert [row["score"] for row in summary["layers"]] == [1, 1, 1]
+
+
 def retention_task(write: Write) -> str:
     lines = [json.dumps({"text": f"The patient number {n} has fever and cough."}) for n in range(12)]
     write("general.jsonl", "\n".join(lines))
@@ -80,6 +95,35 @@ def test_retention_is_measured_on_the_same_tokens(model: Path, write: Write, tmp
     with pytest.raises(InputError) as error:
         probe([str(model)], quick(retention_task(write), epochs=1), tmp_path / "p")
     assert error.value.code == "masked-task"
+
+
+def test_retention_of_models_that_differ_in_files_and_length(model: Path, write: Write, tmp_path: Path) -> None:
+    """A tokenizer that was saved again is the same; the shorter model decides the windows of both."""
+    task, protocol, folder = load_task(retention_task(write), {})
+    short = save_model(tmp_path / "short", max_position_embeddings=8)
+    content = json.loads((short / "tokenizer.json").read_text())
+    (short / "tokenizer.json").write_text(json.dumps(content, indent=4))
+    alone, both = (
+        retention([str(path) for path in paths], task, protocol, folder, tmp_path / "out")
+        for paths in ([short], [model, short])
+    )
+    assert alone["masked_tokens"] == both["masked_tokens"]
+    assert both["models"][0]["perplexity"] == both["models"][1]["perplexity"], "of the same tokens"
+
+
+def test_documents_without_a_masked_token_take_no_part(model: Path, write: Write, tmp_path: Path) -> None:
+    """Resamples of them alone would have no accuracy, and the interval no ends."""
+    reference = retention_task(write)
+    task, protocol, folder = load_task(reference, {})
+    texts = ["a", "", "b", *(f"The patient number {n} has fever and cough. " * 3 for n in range(3))]
+    write("general.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    summary = retention([str(model), str(model)], task, protocol, folder, tmp_path / "out")
+    assert summary["documents"] == 3
+    assert summary["models"][1]["ratio"] == [1, 1, 1]
+    write("general.jsonl", "\n".join(json.dumps({"text": text}) for text in texts[:3]))
+    with pytest.raises(InputError) as error:
+        retention([str(model)], task, protocol, folder, tmp_path / "out")
+    assert error.value.code == "too-little-text"
 
 
 def test_few_long_documents_are_read_in_windows(model: Path, write: Write, tmp_path: Path) -> None:
@@ -117,3 +161,14 @@ def test_other_shapes_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         transplant(str(model), str(wider), (0,), tmp_path / "out")
     assert error.value.code == "different-shapes"
+
+
+@pytest.mark.parametrize("key", ["local_attention", "num_attention_heads", "norm_eps"])
+def test_layers_that_would_compute_something_else_are_refused(model: Path, tmp_path: Path, key: str) -> None:
+    other = save_model(tmp_path / "other", seed=1)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, key: 2 * config[key]}))
+    with pytest.raises(InputError, match=key) as error:
+        transplant(str(model), str(other), (0,), tmp_path / "out")
+    assert error.value.code == "models-differ"
+    assert not (tmp_path / "out").exists()
