@@ -18,9 +18,8 @@ Unit = Literal["tokens", "steps", "minutes"]
 def parse_count(value: Any) -> int:
     """Parse ``50B``, ``100M``, ``1.5k``, ``1e6`` or a plain number. Raises ValueError for anything else."""
     match = None if isinstance(value, bool) else _COUNT.fullmatch(str(value).strip().replace("_", ""))
-    number = (
-        Decimal(match[1]) * _SUFFIX[match[2].lower()] if match else Decimal("NaN")
-    )  # a float makes 16.1k a fraction
+    # Not a float, which would make 16.1k a fraction.
+    number = Decimal(match[1]) * _SUFFIX[match[2].lower()] if match else Decimal("NaN")
     if number.is_nan() or number % 1:
         raise ValueError(f"expected a count such as 2M or 50B, got {value!r}")
     return int(number)
