@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -14,8 +15,10 @@ from configs.errors import RunFailedError
 from configs.load import dump_config
 from datapipe.tokenizer import load_tokenizer
 from launcher.exits import BAD_INPUT, FAILED, run_command
-from launcher.job import _finish, failures_recorded
+from launcher.job import _end_without_head, _finish, failures_recorded
+from launcher.stop import StopRequest
 from monitoring.log import read_events
+from monitoring.progress import Progress
 from monitoring.run_directory import RunDirectory
 from tests.monitoring.synthetic import make_config
 from tests.toy_recipe import TOKENIZER
@@ -66,3 +69,15 @@ def test_paths_and_disks_that_take_no_file_are_no_traceback(
         run_command(command)
     printed = capsys.readouterr().err
     assert end.value.code == code and printed.startswith("error: ") and words in printed and "Traceback" not in printed
+
+
+def test_a_signal_that_ends_the_head_of_ray_too_is_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunDirectory(tmp_path).config.write_text(dump_config(make_config()))
+    monkeypatch.setattr("launcher.job.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    with StopRequest() as stop:
+        for kind in ("failed", "stopped"):
+            _end_without_head("the head is gone", tmp_path, stop, Progress(tmp_path, Console(quiet=True)))
+            assert read_events(tmp_path)[-1]["event"] == kind
+            if kind == "failed":
+                os.kill(os.getpid(), signal.SIGTERM)
