@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -15,8 +16,10 @@ from pathlib import Path
 
 from configs.errors import InputError, RunFailedError
 
-UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+UNREACHABLE: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+UNREACHABLE += (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 """Errors of a path that the user named, and may not or cannot be used."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _OPTION_AT_HOME = re.compile(r"^(--[a-z-]+=)~/")
 """Matches the beginning of `--output=~/runs/a`: shells put the home directory only after a space."""
 DONE, BAD_INPUT, FAILED, STOPPED = 0, 2, 3, 75
@@ -43,7 +46,12 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(FAILED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNREACHABLE and error.filename is not None:
-            _fail(InputError(f"{error.filename}: {error.strerror}"), BAD_INPUT)
+            _fail(InputError(f"{error.filename2 or error.filename}: {error.strerror}"), BAD_INPUT)
+        if isinstance(error, shutil.Error):  # of a folder that is copied: a list of what failed
+            _fail(RunFailedError(str(error.args[0][0][-1])), FAILED)
+        if isinstance(error, OSError) and error.errno in FULL:
+            name = f" ({error.filename})" if error.filename else ""
+            _fail(RunFailedError(f"{error.strerror}{name}; free space, and run the same command again"), FAILED)
         if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
             name = error.object[: error.end].split("\n")[-1][-100:]
             _fail(InputError(f"...{name}...: a name of a file that is not UTF-8; rename it"), BAD_INPUT)

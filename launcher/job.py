@@ -31,7 +31,7 @@ from launcher.head import HeadWatch
 from launcher.preflight import check, check_initial_model, node_range, require_lasting
 from launcher.rules import require_sound_schedule, workers_per_node
 from launcher.status_line import status_line
-from launcher.stop import HEAD_LOST, StopRequest
+from launcher.stop import HEAD_LOST, SIGNAL, StopRequest
 from launcher.summary import print_header, print_summary
 from launcher.supervisor import Run, last_step, saved_step, supervise
 from launcher.worker import RunResult
@@ -150,13 +150,18 @@ def _end_without_head(message: str, directory: Path, stop: StopRequest, progress
     Workers reach each other without the head. Their nodes may outlive it by a minute, in which they would write into
     the directory of a run that has been started again. Therefore they are asked to stop.
     """
+    asked = stop.reason == SIGNAL  # a signal to all processes, as `timeout` sends it, ends the head too
     saved_before, until = saved_step(directory), time.monotonic() + SAVE_SECONDS
     stop.relay(HEAD_LOST)
     while (saved := saved_step(directory)) == saved_before and time.monotonic() < until:
         time.sleep(0.5)
     failure = RunFailedError(f"{message}; the newest checkpoint is of step {saved}")
     try:
-        _record_failure(directory, failure)
+        if asked and saved >= last_step(directory):
+            record(directory, Stopped(step=saved, reason=SIGNAL))
+            write_report(directory)
+        else:
+            _record_failure(directory, failure)
         progress.tell_events()
         print(f"stopped: {failure}; the same command again continues", file=sys.stderr, flush=True)
     finally:
