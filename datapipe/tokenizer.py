@@ -206,6 +206,7 @@ def load_tokenizer(reference: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
+    _require_any_text(reference, backend)
     named = _named_tokens(reference, directory)
     prefix, suffix = _added_by_post_processor(reference, backend)
     ids = {role: _token_id(reference, backend, named, role) for role in USUAL_TOKENS}
@@ -322,6 +323,17 @@ def _require_own_mask(reference: str, ids: dict[str, int], unk_id: int | None) -
                 f"tokenizer {reference}: its mask token and its {role} token are both id {token_id}; give the mask a "
                 "token of its own"
             )
+
+
+def _require_any_text(reference: str, backend: tokenizers.Tokenizer) -> None:
+    """Refuse a tokenizer that fails on a word it does not know, which would end hours of preparation."""
+    try:
+        backend.encode("a \u4e2d \U0010ffff", add_special_tokens=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise _unusable(
+            f"tokenizer {reference} cannot encode words that it does not know ({error}); name its unknown token, "
+            "`unk_token` of `model` in tokenizer.json, and give it an entry"
+        ) from None
 
 
 def _added_by_post_processor(reference: str, backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -202,6 +202,16 @@ def test_a_tokenizer_that_cannot_be_trained_with(config: str, names: str, tmp_pa
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("model", [tokenizers.models.WordLevel, tokenizers.models.WordPiece])
+def test_a_tokenizer_that_fails_at_unknown_words(model: Any, tmp_path: Path) -> None:
+    names = ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "a")
+    backend = tokenizers.Tokenizer(model({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with refused("tokenizer-unusable", "unk_token", key="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_model_directory_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with refused("tokenizer-unusable", "tokenizer.json", key="tokenizer"):
