@@ -195,9 +195,8 @@ def _finish(config: RunConfig, directory: Path, tokenizer: Tokenizer, console: C
             export_hf(step_directory(run.checkpoints, config.total_steps), partial, tokenizer)
             partial.rename(export)
         record(directory, Exported(step=config.total_steps, path=export.name))
-    if (
-        is_new or state_of(read_events(directory)) != "finished"
-    ):  # also where a kill or a full disk came before the event
+    # The event is also missing where a kill or a full disk came between it and the export.
+    if is_new or state_of(read_events(directory)) != "finished":
         record(directory, Finished(step=config.total_steps))
     print_summary(console, config, directory, export, write_report(directory), tokenizer.mask_token)
     return RunResult(config.total_steps, finished=True)
