@@ -124,8 +124,6 @@ def _leads_out(path: PurePosixPath) -> bool:
 class _Members:
     """Answers what a RemoteEntry asks of its file system, for the members of an archive."""
 
-    protocol = ("archive",)
-
     def __init__(self, root: str, read: Callable[[PurePosixPath], bytes]) -> None:
         self._root, self._read = root, read
 

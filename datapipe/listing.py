@@ -153,7 +153,7 @@ class RemoteEntry:
 
         A web server lists no folders.
         """
-        if "http" in self.system.protocol:
+        if self.shown.startswith("http"):
             return []
         try:
             found = self.system.ls(str(folder), detail=True)

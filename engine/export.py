@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +18,9 @@ from engine.model_card import CARD, ExportKind, model_card
 from engine.modernbert.config import build_config, read_config, special_ids
 from engine.modernbert.huggingface import DTYPES, ExportDtype, decoder_config, decoder_weights, encoder_config
 from engine.parallel import single_process
+
+if TYPE_CHECKING:
+    from engine.modernbert.convert import WeightSource
 
 MAIN_WEIGHTS = "optimizer.state.param."
 """Start of the names of the optimizer's fp32 weights in a checkpoint."""
@@ -77,6 +80,22 @@ def stored_names(checkpoint: Path, names: list[str]) -> dict[str, str]:
 
     main = {name: f"{MAIN_WEIGHTS}{name}" for name in names}
     return main if tensor_names(checkpoint).issuperset(main.values()) else {name: name for name in names}
+
+
+def checkpoint_weights(checkpoint: Path, architecture: ModernBertConfig) -> WeightSource:
+    """Open a verified checkpoint's fp32 main weights, or its weights where it has no others; each is read on demand."""
+    from engine.megatron.torch_index import read_tensors
+    from engine.modernbert.convert import parameters, to_hf
+
+    table = {hf: (ours, row) for hf, ours, row in parameters(architecture)}
+    names = stored_names(checkpoint, [ours for ours, _ in table.values()])
+
+    def source(hf: str) -> torch.Tensor:
+        ours, row = table[hf]
+        (tensor,) = read_tensors(checkpoint, [names[ours]]).values()
+        return to_hf(tensor, row, architecture)
+
+    return source
 
 
 def import_hf(init: str, out: Path, seed: int = 17, source: str | None = None) -> None:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import ModernBertConfig
 
 from configs.errors import InputError
@@ -16,19 +15,15 @@ from datapipe.tokenizer import Tokenizer, load_tokenizer
 from datapipe.vocabulary import first_difference, pieces_of_new_tokens
 from engine import checkpoint as checkpoints
 from engine.checkpoint.manager import require_same_shape
-from engine.export import stored_names
+from engine.export import checkpoint_weights
 from engine.megatron.optimizer import PARTS, replace_weights
-from engine.megatron.torch_index import read_tensors
 from engine.modernbert.config import build_config, is_checkpoint, locate, read_config
 from engine.modernbert.convert import (
     NewTokens,
-    WeightSource,
     huggingface_weights,
     open_weights,
-    parameters,
     random_weights,
     rank_slices,
-    to_hf,
 )
 from engine.modernbert.model import ModernBert
 from engine.modernbert.pretrained import PretrainedWeights
@@ -84,26 +79,13 @@ def load_initial_weights(
         source = random_weights(architecture, config.seed)
     elif is_checkpoint(path := locate(init)):
         require_same_shape(path, checkpoints.verify(path), architecture)
-        source = _checkpoint_weights(path, architecture)
+        source = checkpoint_weights(path, architecture)
     else:
         new_tokens = _new_tokens(init, _trained_tokenizer(path)[0], tokenizer)
         source = huggingface_weights(init, architecture, config.seed, new_tokens)
     for parameter, tensor in rank_slices(model, source):
         # Megatron's `reload_model_params` would fill the main weights from the model's, which may be rounded to BF16.
         replace_weights(optimizer, {parameter: tensor})
-
-
-def _checkpoint_weights(checkpoint: Path, architecture: ModernBertConfig) -> WeightSource:
-    """Open a verified checkpoint's fp32 main weights, or its weights where it has no others."""
-    table = {hf: (ours, row) for hf, ours, row in parameters(architecture)}
-    names = stored_names(checkpoint, [ours for ours, _ in table.values()])
-
-    def source(hf: str) -> Tensor:
-        ours, row = table[hf]
-        name = names[ours]
-        return to_hf(read_tensors(checkpoint, [name])[name], row, architecture)
-
-    return source
 
 
 def reset_head(model: ModernBert, optimizer: Any, seed: int, phase: int) -> None:

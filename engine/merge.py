@@ -25,7 +25,7 @@ from configs.files import partial_path
 from datapipe.tokenizer import Tokenizer, load_tokenizer
 from datapipe.vocabulary import first_difference
 from engine import checkpoint as checkpoints
-from engine.export import import_hf, stored_names, write_model
+from engine.export import checkpoint_weights, import_hf, write_model
 from engine.model_card import has_trained_masks, merge_card
 from engine.modernbert.config import CONFIG_FILE, build_config, locate, read_config
 from engine.modernbert.huggingface import encoder_config
@@ -230,20 +230,10 @@ def _open(reference: str) -> Origin:
 
 
 def _open_checkpoint(path: Path) -> Origin:
-    from engine.megatron.torch_index import read_tensors
-    from engine.modernbert.convert import parameters, to_hf
-
     meta = checkpoints.verify(path)
     architecture = ModernBertConfig(**meta.architecture)
-    table = {hf: (ours, row) for hf, ours, row in parameters(architecture)}
-    names = stored_names(path, [ours for ours, _ in table.values()])
-
-    def read(hf: str) -> torch.Tensor:
-        ours, row = table[hf]
-        (tensor,) = read_tensors(path, [names[ours]]).values()
-        return to_hf(tensor, row, architecture)
-
-    return Origin(str(path), architecture, _tokenizer(path, str(path)), has_trained_masks(meta), read)
+    tokenizer, read = _tokenizer(path, str(path)), checkpoint_weights(path, architecture)
+    return Origin(str(path), architecture, tokenizer, has_trained_masks(meta), read)
 
 
 def _tokenizer(place: Path, model: str) -> Tokenizer:

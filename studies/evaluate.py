@@ -37,7 +37,7 @@ class _Model:
     """The word that the user named it by."""
     folder: Path
     """Hugging Face directory."""
-    weights: str
+    digest: str
     """sha256 of weights, configuration and tokenizer."""
 
     @property
@@ -45,7 +45,7 @@ class _Model:
         """Folder name of its results, which does not depend on the other models."""
         skipped = ("/", RunDirectory(Path()).export.name)
         parts = [part for part in Path(self.reference).parts if part not in skipped]
-        return f"{parts[-1] if parts else 'model'}-{self.weights[:8]}"
+        return f"{parts[-1] if parts else 'model'}-{self.digest[:8]}"
 
 
 def evaluate(
@@ -202,7 +202,7 @@ def _jobs(
 ) -> list[Job]:
     settings = {
         "model": model.reference,
-        "weights": model.weights,
+        "weights": model.digest,
         "task": task.name,
         "metric": task.score,
         "positive": task.positive,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +163,18 @@ def prune(checkpoints: Path, config: RunConfig) -> None:
 
 
 def expired(newest_first: Sequence[Path], config: RunConfig) -> list[Path]:
-    """Return the checkpoints beyond the newest `checkpoint.keep` that nothing else keeps.
+    """Return the checkpoints beyond the newest `checkpoint.keep` that nothing else keeps."""
+    staying = lasting(map(step_of, newest_first), config)
+    return [path for path in newest_first[config.checkpoint.keep :] if step_of(path) not in staying]
 
-    Checkpoints at a multiple of `checkpoint.keep_every` steps stay. Those at the end of a phase stay as well, because
-    other runs branch off there.
+
+def lasting(steps: Iterable[int], config: RunConfig) -> set[int]:
+    """Return the steps whose checkpoints stay, however old they get.
+
+    These are the multiples of `checkpoint.keep_every`, and the ends of phases, because other runs branch off there.
     """
-    keep_every, phase_ends = config.checkpoint.keep_every, {span.last for span in config.spans}
-    return [
-        path
-        for path in newest_first[config.checkpoint.keep :]
-        if step_of(path) not in phase_ends and (not keep_every or step_of(path) % keep_every)
-    ]
+    phase_ends, interval = {span.last for span in config.spans}, config.checkpoint.keep_every
+    return {step for step in steps if step in phase_ends or (interval and step % interval == 0)}
 
 
 def clear_partial(checkpoints: Path) -> None:

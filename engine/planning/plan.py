@@ -11,6 +11,7 @@ from transformers import ModernBertConfig
 
 from configs.schema import RunConfig
 from configs.spans import PhaseSpan
+from engine.checkpoint import lasting
 from engine.micro_batch import MEMORY_SHARE, largest_that_fits, too_large
 from engine.modernbert.config import parameter_count
 from engine.parallel import Layout, micro_setting
@@ -113,15 +114,9 @@ def make_plan(
         stages=tuple(stages),
         phases=tuple(phases),
         checkpoint_bytes=checkpoint_bytes(parameters, WIDTH[precision]),
-        checkpoints_kept=config.checkpoint.keep - 1 + len(_lasting_steps(config)),  # the newest is at a phase's end
+        # The newest is at a phase's end.
+        checkpoints_kept=config.checkpoint.keep - 1 + len(lasting(range(1, config.total_steps + 1), config)),
     )
-
-
-def _lasting_steps(config: RunConfig) -> set[int]:
-    """The steps whose checkpoints stay, however old they get."""
-    ends = {span.last for span in config.spans}
-    interval = config.checkpoint.keep_every
-    return ends | set(range(interval, max(ends) + 1, interval)) if interval else ends
 
 
 def _plan_phase(

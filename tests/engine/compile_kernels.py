@@ -52,7 +52,7 @@ def main() -> None:
             {"width": 50368, "BLOCK": 4096, "WRITES": writes},
             num_warps=16,
         )
-    for tile in ((attention.BLOCK_M, attention.BLOCK_N, attention.WARPS), *LOCAL_TILES.values()):
+    for tile in ((attention.BLOCK_M, attention.BLOCK_N, attention.WARPS), *LOCAL_TILES):
         sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
         for kernel in (attention._forward, attention._backward):
             build(kernel, LOCAL, sizes, num_stages=1, num_warps=tile[2])
