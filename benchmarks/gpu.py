@@ -23,11 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -35,6 +35,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import ModernBertConfig
 
+from benchmarks.changes import BASE_CLM, BASE_MLM, CHANGES, LARGE_CLM, Change
 from benchmarks.cpu_vs_transformers import documents_of, ours, race, theirs
 from benchmarks.table import Row, report, write
 from configs.load import validate
@@ -46,8 +47,7 @@ from datapipe.tokenizer import load_tokenizer
 from engine.build import build
 from engine.checkpoint import step_directory
 from engine.device import HostCopy, device, total_memory_bytes
-from engine.modernbert import convert, layers
-from engine.modernbert.attention import PackedDocuments
+from engine.modernbert import convert
 from engine.objectives import objective_of
 from engine.parallel import Layout, initialise
 from engine.precision import resolve_precision
@@ -64,42 +64,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "3B": {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
 SPEEDS = (  # name, model, objective, rows per step, published tokens/s of an H100, bar in tokens/s
-    ("base, CLM, bf16", BASE, "clm", 16, 239e3, 440e3),
-    ("base, MLM 15 %, bf16", BASE, "mlm", 16, 218e3, 500e3),
-    ("large, CLM, bf16", LARGE, "clm", 16, 116e3, 196e3),
+    (BASE_CLM, BASE, "clm", 16, 239e3, 440e3),
+    (BASE_MLM, BASE, "mlm", 16, 218e3, 500e3),
+    (LARGE_CLM, LARGE, "clm", 16, 116e3, 196e3),
     ("base, CLM, bf16, 4 rows per step", BASE, "clm", 4, 239e3, 370e3),
 )
-LOCAL_TILES = ((128, 64, 8), (64, 32, 8))
-"""Other values of the local attention kernels' BLOCK_M, BLOCK_N and WARPS."""
-
-
-class Change(NamedTuple):
-    """A change to the model: whether it is in by default, and how a run has the other of the two."""
-
-    predicted: tuple[float, float, float]
-    """Milliseconds a step for the first three rows of SPEEDS."""
-    is_default: bool
-    other: Callable[[], AbstractContextManager[Any]] = nullcontext
-    settings: dict[str, Any] | None = None
-
-
-def _tiles(sizes: tuple[int, int, int]) -> AbstractContextManager[Any]:
-    from engine.modernbert.kernels import attention  # needs Triton
-
-    return mock.patch.multiple(attention, BLOCK_M=sizes[0], BLOCK_N=sizes[1], WARPS=sizes[2])
-
-
-CHANGES = {
-    "plain linear layers": Change(
-        (-3, -3, -2), True, lambda: mock.patch.object(layers, "takes_plain_linears", lambda _: False)
-    ),
-    "last layer where it pays": Change(
-        (0, -12, 0), True, lambda: mock.patch.object(PackedDocuments, "from_lengths", _whole)
-    ),
-    "flash-attn-4": Change((-8, -15, -12), False, settings={"attention": "flash_attn_4"}),
-    "local attention in tiles of 128 x 64, 8 warps": Change((-9, -12, -15), False, partial(_tiles, LOCAL_TILES[0])),
-    "local attention in tiles of 64 x 32, 8 warps": Change((-7, -9, -11), False, partial(_tiles, LOCAL_TILES[1])),
+CHANGE_RUNS: dict[str, tuple[dict[str, Any], str, int, dict[str, Any]]] = {
+    **{name: (model, objective, rows, {"precision": "bf16"}) for name, model, objective, rows, *_ in SPEEDS[:3]},
 }
+"""Model, objective, rows per step and precision of the runs that `changes` measures."""
 FP8_BARS = {"400M": 1.0, "1B": 1.3, "3B": 1.4}
 """Speed of FP8 relative to BF16, by model."""
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -185,30 +158,25 @@ def milliseconds(config: RunConfig, quick: bool) -> float:
         return (time.perf_counter() - started) / steps * 1000
 
 
-def _whole(*arguments: Any, of: Any = PackedDocuments.from_lengths) -> PackedDocuments:
-    """`PackedDocuments.from_lengths` without its last argument, so that the last layer computes every position."""
-    packed: PackedDocuments = of(*arguments[:4])
-    return packed
-
-
-def predicted_changes() -> Iterator[tuple[str, Change, tuple[Any, ...]]]:
-    """Yield the name of a row, its change and its entry of SPEEDS, where the change was predicted to matter."""
-    for number, entry in enumerate(SPEEDS[:3]):
+def predicted_changes() -> Iterator[tuple[str, Change, str]]:
+    """Yield the name of a row, its change and its run, where the change was predicted to matter."""
+    for run in CHANGE_RUNS:
         for name, change in CHANGES.items():
-            if predicted := change.predicted[number]:
-                yield f"{name}: {entry[0]}, predicted {predicted:+g} ms", change, entry
+            if predicted := change.predicted.get(run):
+                yield f"{name}: {run}, predicted {predicted:+g} ms", change, run
 
 
 def changes_rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure a step with and without each change, and name the milliseconds that were predicted for it."""
     default: dict[str, float] = {}
-    for name, change, (speed_name, model, objective, rows, *_) in predicted_changes():
-        config_of = partial(run_config, folder, model, objective, sequences=rows, precision="bf16")
-        if speed_name not in default:
-            default[speed_name] = measured(speed_name, partial(milliseconds, config_of(), quick))
+    for name, change, run in predicted_changes():
+        model, objective, rows, precision = CHANGE_RUNS[run]
+        config_of = partial(run_config, folder, model, objective, sequences=rows, **precision)
+        if run not in default:
+            default[run] = measured(run, partial(milliseconds, config_of(), quick))
         with change.other():
             other = measured(name, partial(milliseconds, config_of(**change.settings or {}), quick))
-        before, after = (other, default[speed_name]) if change.is_default else (default[speed_name], other)
+        before, after = (other, default[run]) if change.is_default else (default[run], other)
         if before and after:
             yield Row.at_most(name, after, before, None, "ms a step")
 

@@ -7,7 +7,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from benchmarks.gpu import LOCAL_TILES
+from benchmarks.changes import LOCAL_TILES
 from engine.modernbert.kernels import attention, pointwise
 
 BF16, FP32 = "*bf16", "*fp32"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.gpu import LOCAL_TILES
+from benchmarks.changes import LOCAL_TILES
 from engine.modernbert import linear_cross_entropy as head
 from engine.modernbert import ops
 from engine.modernbert.attention import PackedDocuments
