@@ -162,8 +162,10 @@ def predicted_changes() -> Iterator[tuple[str, Change, str]]:
     """Yield the name of a row, its change and its run, where the change was predicted to matter."""
     for run in CHANGE_RUNS:
         for name, change in CHANGES.items():
-            if predicted := change.predicted.get(run):
-                yield f"{name}: {run}, predicted {predicted:+g} ms", change, run
+            if run in change.predicted:
+                predicted = change.predicted[run]
+                says = "not predicted" if predicted is None else f"predicted {predicted:+g} ms"
+                yield f"{name}: {run}, {says}", change, run
 
 
 def changes_rows(folder: Path, quick: bool) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
+from benchmarks.changes import tuned_products
 from engine.modernbert import layers
 from engine.modernbert.attention import PackedDocuments
 
@@ -24,8 +25,8 @@ LOCAL_TILES = ((128, 64, 8), (64, 32, 8))
 class Change(NamedTuple):
     """A change to the model: whether it is in by default, and how a run has the other of the two."""
 
-    predicted: dict[str, float]
-    """Milliseconds that it adds to a step, by the name of a run."""
+    predicted: dict[str, float | None]
+    """Milliseconds that it adds to a step, by the name of a run; None where nobody knows."""
     is_default: bool
     other: Callable[[], AbstractContextManager[Any]] = nullcontext
     settings: dict[str, Any] | None = None
@@ -35,6 +36,12 @@ def _tiles(sizes: tuple[int, int, int]) -> AbstractContextManager[Any]:
     from engine.modernbert.kernels import attention  # needs Triton
 
     return mock.patch.multiple(attention, BLOCK_M=sizes[0], BLOCK_N=sizes[1], WARPS=sizes[2])
+
+
+def _geglu_in_products() -> AbstractContextManager[Any]:
+    from benchmarks.changes import geglu_products  # needs Triton
+
+    return geglu_products.geglu_in_products()
 
 
 def _whole(*arguments: Any, of: Any = PackedDocuments.from_lengths) -> PackedDocuments:
@@ -61,4 +68,7 @@ CHANGES = {
     "local attention in tiles of 64 x 32, 8 warps": Change(
         {BASE_CLM: -7, BASE_MLM: -9, LARGE_CLM: -11}, False, partial(_tiles, LOCAL_TILES[1])
     ),
+    "GeGLU in the products beside it": Change({BASE_CLM: -7, BASE_MLM: -7, LARGE_CLM: -20}, False, _geglu_in_products),
+    "products by shape": Change({BASE_CLM: -8, BASE_MLM: -8, LARGE_CLM: -20}, False, tuned_products.by_shape),
+    "cuBLASLt": Change(dict.fromkeys((BASE_CLM, BASE_MLM, LARGE_CLM)), False, tuned_products.by_cublaslt),
 }

@@ -63,12 +63,21 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         states, weight = ctx.saved_tensors
         grad_states = grads[0] @ weight if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_states, None
-        rows, grad = states.reshape(-1, states.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        if not hasattr(weight, "main_grad"):
-            return grad_states, grad.t() @ rows
-        add_product_(weight.main_grad, grad.t(), rows)
-        weight.grad_added_to_main_grad = True
-        # Megatron's hook drops it unread. Without a gradient the hook would run on another thread.
-        return grad_states, torch.empty_like(weight)
+        return grad_states, add_weight_gradient(weight, grads[0], states) if ctx.needs_input_grad[1] else None
+
+
+def add_weight_gradient(weight: Tensor, grad: Tensor, states: Tensor) -> Tensor:
+    """Add a weight's gradient to Megatron's fp32 sum `main_grad`, if there is one; return what autograd shall have.
+
+    Args:
+        weight: [n, k]
+        grad: [..., n], the gradient of the product.
+        states: [..., k], what the weight was multiplied with.
+    """
+    rows, grad = states.reshape(-1, states.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    if not hasattr(weight, "main_grad"):
+        return grad.t() @ rows
+    add_product_(weight.main_grad, grad.t(), rows)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    # Megatron's hook drops it unread. Without a gradient the hook would run on another thread.
+    return torch.empty_like(weight)

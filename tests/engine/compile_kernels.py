@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.changes import LOCAL_TILES
+from benchmarks.changes import LOCAL_TILES, geglu_products
 from engine.modernbert.kernels import attention, pointwise
 
 BF16, FP32 = "*bf16", "*fp32"
@@ -24,6 +26,19 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], **optio
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, constants, built.metadata.shared, "bytes of shared memory")
+
+
+def build_tilings(kernel: Any) -> None:
+    """Build each tiling of a product of base."""
+    for config in kernel.configs:
+        tiles: dict[str, Any] = {
+            name: TensorDescriptor(torch.empty(1, 16), [1, 16], [16, 1], [1, 16]) for name in kernel.arg_names
+        }
+        config.pre_hook(tiles | config.kwargs)
+        types = {name: f"tensordesc<bf16{tile.block_shape}>" for name, tile in tiles.items()}
+        types |= {"rows": "i32", "width": "i32", "inner": "i32"}
+        types = {name: kind for name, kind in types.items() if name not in config.kwargs}
+        build(kernel.fn, types, config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def main() -> None:
@@ -56,6 +71,8 @@ def main() -> None:
         sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
         for kernel in (attention._forward, attention._backward):
             build(kernel, LOCAL, sizes, num_stages=1, num_warps=tile[2])
+    for product in (geglu_products._linear_and_gate, geglu_products._gate_gradient):
+        build_tilings(product)
 
 
 if __name__ == "__main__":

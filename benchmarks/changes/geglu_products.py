@@ -1,0 +1,217 @@
+"""GeGLU inside the products beside it: the gate in fc1's, its gradient in the product that brings fc2's gradient back.
+
+fc1's product writes what backward needs and the gated states at once, and fc2's reads no gated gradient: that saves a
+read of both halves and of one written tile, 4 n times 2 bytes per token and layer in each direction. The products are
+Triton's instead of cuBLAS's, and therefore slower. Only a GPU can say which of the two weighs more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from megatron.core.transformer.mlp import MLPSubmodules
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from engine.modernbert import layers
+from engine.modernbert.layers import GatedMLP
+from engine.modernbert.linears import PlainColumnLinear, PlainRowLinear, add_weight_gradient, takes_plain_linears
+
+BLOCK_K = 64
+GROUP = 8
+"""Blocks of rows whose programs run one after the other, so that the weight's tiles stay in the L2 cache."""
+
+
+def geglu_in_products() -> AbstractContextManager[Any]:
+    """Build models with `FusedMLP` in this context."""
+    return mock.patch.object(layers, "GatedMLP", FusedMLP)
+
+
+class FusedMLP(GatedMLP):
+    """`GatedMLP` with the gate inside the products, where the linear layers are plain ones."""
+
+    def __init__(self, config: Any, submodules: MLPSubmodules, *args: Any, **kwargs: Any) -> None:
+        self.fuses = takes_plain_linears(config) and submodules.linear_fc1 is PlainColumnLinear
+        if self.fuses:
+            submodules = MLPSubmodules(linear_fc1=LinearAndGate, linear_fc2=LinearAfterGate)
+        super().__init__(config, submodules, *args, **kwargs)
+
+    def forward(
+        self, hidden_states: Tensor, drop: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map [T, 1, hidden] to ([T, 1, hidden], no bias); `drop` is dropout between the matrices."""
+        if not self.fuses:
+            return super().forward(hidden_states, drop)
+        gated, states = self.linear_fc1(hidden_states)
+        if drop is None:
+            output: tuple[Tensor, None] = self.linear_fc2(gated, states)
+            return output
+        return self.linear_fc2(drop(layers.geglu(states)))
+
+
+class LinearAndGate(PlainColumnLinear):
+    """fc1 and the gate."""
+
+    def forward(self, states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Map [T, 1, h] to the gated states [T, 1, n], which have no gradient, and to what is gated, [T, 1, 2 n]."""
+        gated, product = _LinearAndGate.apply(states, self.weight)
+        return gated, product
+
+
+class LinearAfterGate(PlainRowLinear):
+    """fc2, whose backward pass goes through the gate as well."""
+
+    def forward(self, states: Tensor, ungated: Tensor | None = None) -> tuple[Tensor, None]:
+        """Map [T, 1, n] to [T, 1, h]; the gradient goes to `ungated` [T, 1, 2 n], if it is given."""
+        return (
+            super().forward(states) if ungated is None else (_LinearAfterGate.apply(states, ungated, self.weight), None)
+        )
+
+
+class _LinearAndGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(states, weight)
+        gated, product = linear_and_gate(states.reshape(-1, states.shape[-1]), weight)
+        gated, product = (x.view(*states.shape[:-1], -1) for x in (gated, product))
+        ctx.mark_non_differentiable(gated)
+        ctx.set_materialize_grads(False)
+        return gated, product
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        states, weight = ctx.saved_tensors
+        grad_states = grads[1] @ weight if ctx.needs_input_grad[0] else None
+        return grad_states, add_weight_gradient(weight, grads[1], states) if ctx.needs_input_grad[1] else None
+
+
+class _LinearAfterGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gated: Tensor, ungated: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gated, ungated, weight)
+        return torch.nn.functional.linear(gated, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        gated, ungated, weight = ctx.saved_tensors
+        grad, result = grads[0].contiguous(), None
+        if ctx.needs_input_grad[1]:
+            result = gate_gradient(grad.flatten(end_dim=-2), ungated.flatten(end_dim=-2), weight).view_as(ungated)
+        return None, result, add_weight_gradient(weight, grad, gated) if ctx.needs_input_grad[2] else None
+
+
+def linear_and_gate(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply and gate.
+
+    Args:
+        states: [T, h]
+        weight: [2 n, h], those of the gate's input first; n is a multiple of 8.
+
+    Returns:
+        The gated states [T, n], and the product [T, 2 n].
+    """
+    states, width = states.contiguous(), len(weight) // 2
+    gated, product = states.new_empty(len(states), width), states.new_empty(len(states), 2 * width)
+    first, second = weight.split(width)
+    tensors = (states, first, second, *product.split(width, dim=1), gated)
+    _linear_and_gate[_grid(gated)](*map(_descriptor, tensors), *gated.shape, states.shape[1])
+    return gated, product
+
+
+def gate_gradient(grad: Tensor, ungated: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of what is gated, [T, 2 n].
+
+    Args:
+        grad: [T, h], the gradient of fc2's output.
+        ungated: [T, 2 n]
+        weight: [h, n] of fc2.
+    """
+    result, width = torch.empty_like(ungated), weight.shape[1]
+    tensors = (grad, weight, *ungated.split(width, dim=1), *result.split(width, dim=1))
+    _gate_gradient[_grid(ungated[:, :width])](*map(_descriptor, tensors), len(grad), width, grad.shape[1])
+    return result
+
+
+def _descriptor(tensor: Tensor) -> TensorDescriptor:
+    """Describe a matrix to the hardware that copies tiles; `_set_tiles` fills in the size of a tile."""
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [1, 16])
+
+
+def _grid(output: Tensor) -> Callable[[dict[str, int]], tuple[int]]:
+    rows, width = output.shape
+    return lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),)
+
+
+def _set_tiles(arguments: dict[str, Any]) -> None:
+    """Give each descriptor the tile that its matrix is read or written in."""
+    m, n = arguments["BLOCK_M"], arguments["BLOCK_N"]
+    factors = {"states": [m, BLOCK_K], "grad": [m, BLOCK_K], "weight": [BLOCK_K, n]}
+    factors |= {name: [n, BLOCK_K] for name in ("first_weight", "second_weight")}
+    for name, descriptor in arguments.items():
+        if isinstance(descriptor, TensorDescriptor):
+            descriptor.block_shape = factors.get(name, [m, n])
+
+
+def _config(m: int, n: int, warps: int, stages: int) -> triton.Config:
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": BLOCK_K, "GROUP": GROUP}
+    return triton.Config(sizes, num_warps=warps, num_stages=stages, pre_hook=_set_tiles)
+
+
+FORWARD = [_config(128, 64, 4, 3), _config(128, 64, 8, 4), _config(128, 128, 8, 3), _config(128, 128, 8, 4)]
+BACKWARD = [_config(128, 128, 8, 3), _config(128, 128, 8, 4), _config(128, 64, 4, 4), _config(64, 128, 4, 4)]
+"""Tilings that a GPU times once per shape. All of them add up a product in the same order."""
+
+
+@triton.jit
+def _place(rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Find the first row and column of the program's tile."""
+    high, wide = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    program = tl.program_id(0)
+    start = program // (GROUP * wide) * GROUP
+    size = tl.minimum(high - start, GROUP)
+    within = program % (GROUP * wide)
+    return (start + within % size) * BLOCK_M, (within // size) * BLOCK_N
+
+
+@triton.autotune(FORWARD, key=["width", "inner"])
+@triton.jit
+def _linear_and_gate(  # type: ignore[no-untyped-def]
+    states, first_weight, second_weight, first_product, second_product, gated, rows, width, inner,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column = _place(rows, width, BLOCK_M, BLOCK_N, GROUP)
+    first, second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, inner, BLOCK_K):
+        x = states.load([row, k])
+        first = tl.dot(x, first_weight.load([column, k]).T, first)
+        second = tl.dot(x, second_weight.load([column, k]).T, second)
+    first, second = first.to(gated.dtype), second.to(gated.dtype)  # what is stored is gated
+    first_product.store([row, column], first)
+    second_product.store([row, column], second)
+    x = first.to(tl.float32)
+    result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476)) * second.to(tl.float32)
+    gated.store([row, column], result.to(gated.dtype))
+
+
+@triton.autotune(BACKWARD, key=["width", "inner"])
+@triton.jit
+def _gate_gradient(  # type: ignore[no-untyped-def]
+    grad, weight, first, second, first_result, second_result, rows, width, inner,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column = _place(rows, width, BLOCK_M, BLOCK_N, GROUP)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, inner, BLOCK_K):
+        sums = tl.dot(grad.load([row, k]), weight.load([k, column]), sums)
+    grad_gated = sums.to(first.dtype).to(tl.float32)  # rounded, as the product alone would be
+    x, y = first.load([row, column]).to(tl.float32), second.load([row, column]).to(tl.float32)
+    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # the normal distribution function
+    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    first_result.store([row, column], (grad_gated * y * (below + x * density)).to(first.dtype))
+    second_result.store([row, column], (grad_gated * x * below).to(first.dtype))
