@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from benchmarks.changes import tuned_products
+from benchmarks.changes.layer_graphs import graphs_of_local_layers
 from engine.modernbert import layers
 from engine.modernbert.attention import PackedDocuments
 
 BASE_CLM, BASE_MLM, LARGE_CLM = "base, CLM, bf16", "base, MLM 15 %, bf16", "large, CLM, bf16"
+FOUR_ROWS, ONE_ROW = "base, CLM, bf16, 4 rows per step", "base, CLM, bf16, 1 row per step"
 """Runs that a change is measured in, as `benchmarks.gpu.CHANGE_RUNS` describes them."""
 LOCAL_TILES = ((128, 64, 8), (64, 32, 8))
 """Other values of the local attention kernels' BLOCK_M, BLOCK_N and WARPS."""
@@ -71,4 +73,5 @@ CHANGES = {
     "GeGLU in the products beside it": Change({BASE_CLM: -7, BASE_MLM: -7, LARGE_CLM: -20}, False, _geglu_in_products),
     "products by shape": Change({BASE_CLM: -8, BASE_MLM: -8, LARGE_CLM: -20}, False, tuned_products.by_shape),
     "cuBLASLt": Change(dict.fromkeys((BASE_CLM, BASE_MLM, LARGE_CLM)), False, tuned_products.by_cublaslt),
+    "CUDA graphs of the local layers": Change({FOUR_ROWS: 0, ONE_ROW: -7}, False, graphs_of_local_layers),
 }

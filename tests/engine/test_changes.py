@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from megatron.core.transformer.mlp import MLPSubmodules
 from torch import Tensor
 
+from configs.schema import RunConfig
 from engine.modernbert.layers import GatedMLP
 from engine.modernbert.linears import PlainColumnLinear, PlainRowLinear
 from engine.modernbert.model import transformer_config
+from monitoring.log import read_metrics
+from tests.engine.recorded_graph import RecordedGraph, record
 from tests.engine.test_kernels import DEVICE, ON_GPU, near
 from tests.engine.test_parity import build
+from tests.engine.world import run_world, stored, toy_config, train
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("alone")
 
-from benchmarks.changes import geglu_products, tuned_products  # noqa: E402
+from benchmarks.changes import CHANGES, geglu_products, layer_graphs, tuned_products  # noqa: E402
 from benchmarks.changes.geglu_products import FusedMLP  # noqa: E402
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # Triton's interpreter multiplies no BF16
@@ -74,3 +81,73 @@ def test_products_by_shape() -> None:
     with tuned_products.by_shape():
         all_near(passes(layer(), (128, 40, 128)), expected)
     assert tuned_products._multiply.rows == tuned_products._add_multiplied.rows == 128
+
+
+def _train_plainly(config: RunConfig, directory: Path, graphs: bool) -> int:
+    """Train with plain linear layers, with or without graphs of the local layers; the number of replays."""
+    from engine import build
+    from engine.modernbert import layers
+    from engine.modernbert.attention_kernels import BlockedAttention
+
+    bare, config_of, replays = build.ModernBert, build.transformer_config, 0
+
+    class Graph(RecordedGraph):
+        def replay(self) -> None:
+            nonlocal replays
+            replays += 1
+            super().replay()
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (layers, "FlashAttention", BlockedAttention),
+            (build, "ModernBert", lambda *args, **more: bare(*args, **{**more, "transformer_engine": True})),
+            (
+                build,
+                "transformer_config",
+                lambda *args, **more: config_of(*args, **{**more, "gradient_accumulation_fusion": True}),
+            ),
+            (torch.cuda, "CUDAGraph", Graph),
+            (torch.cuda, "graph", record),
+            (layer_graphs, "_on_gpu", lambda states: True),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        if graphs:
+            stack.enter_context(layer_graphs.graphs_of_local_layers())
+        train(config, directory, None)
+    return replays
+
+
+def test_graphs_of_local_layers(shards: Path, tmp_path: Path) -> None:
+    """Causal and bidirectional steps of two micro-batches each: the same losses, gradient norms and weights."""
+    config = toy_config(
+        shards,
+        model={"num_hidden_layers": 3},
+        precision="bf16",
+        attention="torch",
+        data={"sequence_length": 64},
+        batch={"sequences": 4, "micro": 2},
+        phases=[{"objective": "clm", "steps": 3}, {"objective": "mlm", "steps": 2}],
+    )
+    for name, graphs, replays in (("plain", False, 0), ("graphs", True, 2 * 2 * (5 + 3))):
+        (tmp_path / name).mkdir()
+        assert run_world(1, _train_plainly, config, tmp_path / name, graphs) == [replays]
+    lines, expected = (read_metrics(tmp_path / name) for name in ("graphs", "plain"))
+    assert all(
+        line[key] == one[key] for line, one in zip(lines, expected, strict=True) for key in ("loss", "grad_norm")
+    )
+    weights, expected_weights = stored(tmp_path / "graphs", 5), stored(tmp_path / "plain", 5)
+    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights.items())
+
+
+def _names_of_rows() -> tuple[list[str], list[str]]:
+    """Return the names of the benchmark's rows, and those announced, where a step takes 100 ms with every change."""
+    from benchmarks import gpu
+
+    with mock.patch.object(gpu, "milliseconds", lambda config, quick: 100.0):
+        rows = [row.name for row in gpu.changes_rows(Path(), quick=True)]
+    return rows, [name for name, *_ in gpu.predicted_changes()]
+
+
+def test_the_benchmark_measures_each_change() -> None:
+    ((rows, announced),) = run_world(1, _names_of_rows)
+    assert rows == announced and len({name.partition(":")[0] for name in rows}) == len(CHANGES)

@@ -1,0 +1,122 @@
+"""CUDA graphs of the local layers: the host launches one graph instead of each kernel.
+
+A graph repeats kernels on the same memory. A local layer can be one, because its kernels hold no number of the host: T
+is the same in every micro-batch, and the documents are a tensor. Global layers depend on the longest document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.modernbert.attention import PackedDocuments
+from engine.modernbert.layers import ModernBertLayer
+from engine.modernbert.linears import takes_plain_linears
+
+
+@contextmanager
+def graphs_of_local_layers() -> Iterator[None]:
+    """Replay graphs of local layers in training in this context.
+
+    The first micro-batch of a shape runs without a graph: it compiles kernels and lets libraries allocate what they
+    keep. One rank alone is served. In a pipeline a second micro-batch would overwrite what the backward pass of the
+    first needs, and among data-parallel ranks Megatron waits for gathered weights in hooks, which a replay does not
+    call.
+    """
+    graphs: dict[Any, LayerGraph | None] = {}
+    ordinary = ModernBertLayer.forward
+
+    def forward(layer: ModernBertLayer, hidden_states: Any, **more: Any) -> Any:
+        packed, rotary = more["packed_seq_params"], more["rotary_pos_emb"]
+        states = hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
+        if not _can_be_graph(layer, states[0], packed):
+            return ordinary(layer, hidden_states, **more)
+        key = (layer, states[0].shape, packed.causal, tuple(tensor.requires_grad for tensor in states))
+        if key not in graphs:
+            graphs[key] = None
+            return ordinary(layer, hidden_states, **more)
+        inputs = (*states, rotary, packed.documents)
+        graph = graphs[key] = graphs[key] or LayerGraph(ordinary, layer, inputs, packed)
+        outputs = _Replay.apply(graph, *inputs, *graph.weights)
+        return (outputs if layer.gives_summands else outputs[0]), None
+
+    with mock.patch.object(ModernBertLayer, "forward", forward):
+        yield
+
+
+def _can_be_graph(layer: ModernBertLayer, states: Tensor, packed: PackedDocuments) -> bool:
+    trains = torch.is_grad_enabled() and packed.dropout is None  # the elements to drop depend on numbers of the host
+    plain = takes_plain_linears(layer.config) and layer.config.recompute_granularity is None
+    return _on_gpu(states) and layer.self_attention.is_local and trains and plain and dist.get_world_size() == 1
+
+
+def _on_gpu(states: Tensor) -> bool:
+    return states.is_cuda
+
+
+class LayerGraph:
+    """The graphs of a layer's forward and backward pass, and the memory that they read and write.
+
+    Args:
+        ordinary: The layer's forward pass.
+        layer: A local layer.
+        inputs: One or two residual states [T, 1, h], RoPE's angles [2, 2, T, d] and the documents [T].
+        packed: Parameters of the micro-batch.
+    """
+
+    def __init__(
+        self, ordinary: Any, layer: ModernBertLayer, inputs: tuple[Tensor, ...], packed: PackedDocuments
+    ) -> None:
+        self.weights = [weight for weight in layer.parameters() if weight.requires_grad]
+        self.inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        *states, rotary, documents = self.inputs
+        static = replace(packed, documents=documents, queries=None, _masks={})
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Another thread prepares the next batch on the GPU meanwhile.
+        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
+            output, _ = ordinary(
+                layer,
+                tuple(states) if len(states) == 2 else states[0],
+                rotary_pos_emb=rotary,
+                packed_seq_params=static,
+            )
+        self.outputs: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
+        self.grad_outputs = [torch.empty_like(tensor) for tensor in self.outputs]
+        needed = [tensor for tensor in (*self.inputs, *self.weights) if tensor.requires_grad]
+        marks = [getattr(weight, "grad_added_to_main_grad", False) for weight in self.weights]
+        for weight in self.weights:
+            weight.grad_added_to_main_grad = False
+        with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
+            grads = torch.autograd.grad(self.outputs, needed, self.grad_outputs)
+        self.adds_itself = [weight for weight in self.weights if weight.grad_added_to_main_grad]
+        for weight, mark in zip(self.weights, marks, strict=True):
+            weight.grad_added_to_main_grad = mark
+        found = iter(grads)
+        self.grads = [next(found) if tensor.requires_grad else None for tensor in (*self.inputs, *self.weights)]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: LayerGraph, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.graph = graph
+        for static, tensor in zip(graph.inputs, tensors, strict=False):
+            static.detach().copy_(tensor)
+        graph.forward.replay()
+        return tuple(tensor.detach() for tensor in graph.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        graph: LayerGraph = ctx.graph
+        for static, grad in zip(graph.grad_outputs, grads, strict=True):
+            static.copy_(grad)
+        graph.backward.replay()
+        for weight in graph.adds_itself:
+            weight.grad_added_to_main_grad = True
+        return None, *(grad if grad is None else grad.detach() for grad in graph.grads)
