@@ -46,6 +46,12 @@ def _geglu_in_products() -> AbstractContextManager[Any]:
     return geglu_products.geglu_in_products()
 
 
+def _residuals_in_products() -> AbstractContextManager[Any]:
+    from benchmarks.changes import residual_products  # needs Triton
+
+    return residual_products.residuals_in_products()
+
+
 def _whole(*arguments: Any, of: Any = PackedDocuments.from_lengths) -> PackedDocuments:
     """`PackedDocuments.from_lengths` without its last argument, so that the last layer computes every position."""
     packed: PackedDocuments = of(*arguments[:4])
@@ -71,6 +77,9 @@ CHANGES = {
         {BASE_CLM: -7, BASE_MLM: -9, LARGE_CLM: -11}, False, partial(_tiles, LOCAL_TILES[1])
     ),
     "GeGLU in the products beside it": Change({BASE_CLM: -7, BASE_MLM: -7, LARGE_CLM: -20}, False, _geglu_in_products),
+    "residual sums in the products before them": Change(
+        {BASE_CLM: -2.9, BASE_MLM: -2.9, LARGE_CLM: -4.8}, False, _residuals_in_products
+    ),
     "products by shape": Change({BASE_CLM: -8, BASE_MLM: -8, LARGE_CLM: -20}, False, tuned_products.by_shape),
     "cuBLASLt": Change(dict.fromkeys((BASE_CLM, BASE_MLM, LARGE_CLM)), False, tuned_products.by_cublaslt),
     "CUDA graphs of the local layers": Change({FOUR_ROWS: 0, ONE_ROW: -7}, False, graphs_of_local_layers),

@@ -17,15 +17,11 @@ import triton
 import triton.language as tl
 from megatron.core.transformer.mlp import MLPSubmodules
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks.changes.products import descriptor, grid_of, place, tiling
 from engine.modernbert import layers
 from engine.modernbert.layers import GatedMLP
 from engine.modernbert.linears import PlainColumnLinear, PlainRowLinear, add_weight_gradient, takes_plain_linears
-
-BLOCK_K = 64
-GROUP = 8
-"""Blocks of rows whose programs run one after the other, so that the weight's tiles stay in the L2 cache."""
 
 
 def geglu_in_products() -> AbstractContextManager[Any]:
@@ -120,7 +116,7 @@ def linear_and_gate(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     gated, product = states.new_empty(len(states), width), states.new_empty(len(states), 2 * width)
     first, second = weight.split(width)
     tensors = (states, first, second, *product.split(width, dim=1), gated)
-    _linear_and_gate[_grid(gated)](*map(_descriptor, tensors), *gated.shape, states.shape[1])
+    _linear_and_gate[grid_of(gated)](*map(descriptor, tensors), *gated.shape, states.shape[1])
     return gated, product
 
 
@@ -134,49 +130,13 @@ def gate_gradient(grad: Tensor, ungated: Tensor, weight: Tensor) -> Tensor:
     """
     result, width = torch.empty_like(ungated), weight.shape[1]
     tensors = (grad, weight, *ungated.split(width, dim=1), *result.split(width, dim=1))
-    _gate_gradient[_grid(ungated[:, :width])](*map(_descriptor, tensors), len(grad), width, grad.shape[1])
+    _gate_gradient[grid_of(ungated[:, :width])](*map(descriptor, tensors), len(grad), width, grad.shape[1])
     return result
 
 
-def _descriptor(tensor: Tensor) -> TensorDescriptor:
-    """Describe a matrix to the hardware that copies tiles; `_set_tiles` fills in the size of a tile."""
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [1, 16])
-
-
-def _grid(output: Tensor) -> Callable[[dict[str, int]], tuple[int]]:
-    rows, width = output.shape
-    return lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),)
-
-
-def _set_tiles(arguments: dict[str, Any]) -> None:
-    """Give each descriptor the tile that its matrix is read or written in."""
-    m, n = arguments["BLOCK_M"], arguments["BLOCK_N"]
-    factors = {"states": [m, BLOCK_K], "grad": [m, BLOCK_K], "weight": [BLOCK_K, n]}
-    factors |= {name: [n, BLOCK_K] for name in ("first_weight", "second_weight")}
-    for name, descriptor in arguments.items():
-        if isinstance(descriptor, TensorDescriptor):
-            descriptor.block_shape = factors.get(name, [m, n])
-
-
-def _config(m: int, n: int, warps: int, stages: int) -> triton.Config:
-    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": BLOCK_K, "GROUP": GROUP}
-    return triton.Config(sizes, num_warps=warps, num_stages=stages, pre_hook=_set_tiles)
-
-
-FORWARD = [_config(128, 64, 4, 3), _config(128, 64, 8, 4), _config(128, 128, 8, 3), _config(128, 128, 8, 4)]
-BACKWARD = [_config(128, 128, 8, 3), _config(128, 128, 8, 4), _config(128, 64, 4, 4), _config(64, 128, 4, 4)]
+FORWARD = [tiling(128, 64, 4, 3), tiling(128, 64, 8, 4), tiling(128, 128, 8, 3), tiling(128, 128, 8, 4)]
+BACKWARD = [tiling(128, 128, 8, 3), tiling(128, 128, 8, 4), tiling(128, 64, 4, 4), tiling(64, 128, 4, 4)]
 """Tilings that a GPU times once per shape. All of them add up a product in the same order."""
-
-
-@triton.jit
-def _place(rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Find the first row and column of the program's tile."""
-    high, wide = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    program = tl.program_id(0)
-    start = program // (GROUP * wide) * GROUP
-    size = tl.minimum(high - start, GROUP)
-    within = program % (GROUP * wide)
-    return (start + within % size) * BLOCK_M, (within // size) * BLOCK_N
 
 
 @triton.autotune(FORWARD, key=["width", "inner"])
@@ -185,7 +145,7 @@ def _linear_and_gate(  # type: ignore[no-untyped-def]
     states, first_weight, second_weight, first_product, second_product, gated, rows, width, inner,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row, column = _place(rows, width, BLOCK_M, BLOCK_N, GROUP)
+    row, column = place(rows, width, BLOCK_M, BLOCK_N, GROUP)
     first, second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, inner, BLOCK_K):
         x = states.load([row, k])
@@ -202,13 +162,13 @@ def _linear_and_gate(  # type: ignore[no-untyped-def]
 @triton.autotune(BACKWARD, key=["width", "inner"])
 @triton.jit
 def _gate_gradient(  # type: ignore[no-untyped-def]
-    grad, weight, first, second, first_result, second_result, rows, width, inner,
+    grad, back_weight, first, second, first_result, second_result, rows, width, inner,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row, column = _place(rows, width, BLOCK_M, BLOCK_N, GROUP)
+    row, column = place(rows, width, BLOCK_M, BLOCK_N, GROUP)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, inner, BLOCK_K):
-        sums = tl.dot(grad.load([row, k]), weight.load([k, column]), sums)
+        sums = tl.dot(grad.load([row, k]), back_weight.load([k, column]), sums)
     grad_gated = sums.to(first.dtype).to(tl.float32)  # rounded, as the product alone would be
     x, y = first.load([row, column]).to(tl.float32), second.load([row, column]).to(tl.float32)
     below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # the normal distribution function

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.changes import LOCAL_TILES, geglu_products
+from benchmarks.changes import LOCAL_TILES, geglu_products, residual_products
 from engine.modernbert.kernels import attention, pointwise
 
 BF16, FP32 = "*bf16", "*fp32"
@@ -71,7 +71,11 @@ def main() -> None:
         sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
         for kernel in (attention._forward, attention._backward):
             build(kernel, LOCAL, sizes, num_stages=1, num_warps=tile[2])
-    for product in (geglu_products._linear_and_gate, geglu_products._gate_gradient):
+    for product in (
+        geglu_products._linear_and_gate,
+        geglu_products._gate_gradient,
+        residual_products._linear_and_add,
+    ):
         build_tilings(product)
 
 

@@ -27,7 +27,7 @@ from tests.engine.world import run_world, stored, toy_config, train
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("alone")
 
-from benchmarks.changes import CHANGES, geglu_products, layer_graphs, tuned_products  # noqa: E402
+from benchmarks.changes import CHANGES, geglu_products, layer_graphs, residual_products, tuned_products  # noqa: E402
 from benchmarks.changes.geglu_products import FusedMLP  # noqa: E402
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # Triton's interpreter multiplies no BF16
@@ -83,11 +83,10 @@ def test_products_by_shape() -> None:
     assert tuned_products._multiply.rows == tuned_products._add_multiplied.rows == 128
 
 
-def _train_plainly(config: RunConfig, directory: Path, graphs: bool) -> int:
-    """Train with plain linear layers, with or without graphs of the local layers; the number of replays."""
+def _train_plainly(config: RunConfig, directory: Path, change: str | None) -> int:
+    """Train with plain linear layers, with a change or without; return how often a graph was replayed."""
     from engine import build
     from engine.modernbert import layers
-    from engine.modernbert.attention_kernels import BlockedAttention
 
     bare, config_of, replays = build.ModernBert, build.transformer_config, 0
 
@@ -99,51 +98,73 @@ def _train_plainly(config: RunConfig, directory: Path, graphs: bool) -> int:
 
     with ExitStack() as stack:
         for owner, name, value in (
-            (layers, "FlashAttention", BlockedAttention),
             (build, "ModernBert", lambda *args, **more: bare(*args, **{**more, "transformer_engine": True})),
             (
                 build,
                 "transformer_config",
                 lambda *args, **more: config_of(*args, **{**more, "gradient_accumulation_fusion": True}),
             ),
+            (layers, "takes_plain_linears", lambda config: True),
+            (layer_graphs, "takes_plain_linears", lambda config: True),
             (torch.cuda, "CUDAGraph", Graph),
             (torch.cuda, "graph", record),
             (layer_graphs, "_on_gpu", lambda states: True),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        if graphs:
+        if change == "graphs":
             stack.enter_context(layer_graphs.graphs_of_local_layers())
+        elif change == "residuals":
+            kernel = residual_products._linear_and_add
+            stack.enter_context(mock.patch.object(kernel, "configs", kernel.configs[:1]))
+            stack.enter_context(residual_products.residuals_in_products())
         train(config, directory, None)
     return replays
 
 
-def test_graphs_of_local_layers(shards: Path, tmp_path: Path) -> None:
-    """Causal and bidirectional steps of two micro-batches each: the same losses, gradient norms and weights."""
-    config = toy_config(
+@pytest.fixture(scope="module")
+def toy(shards: Path) -> RunConfig:
+    """Causal and bidirectional steps of two micro-batches each; in the latter the last layer computes labels alone."""
+    return toy_config(
         shards,
-        model={"num_hidden_layers": 3},
-        precision="bf16",
-        attention="torch",
+        model={"num_hidden_layers": 4},
         data={"sequence_length": 64},
         batch={"sequences": 4, "micro": 2},
         phases=[{"objective": "clm", "steps": 3}, {"objective": "mlm", "steps": 2}],
     )
-    for name, graphs, replays in (("plain", False, 0), ("graphs", True, 2 * 2 * (5 + 3))):
-        (tmp_path / name).mkdir()
-        assert run_world(1, _train_plainly, config, tmp_path / name, graphs) == [replays]
-    lines, expected = (read_metrics(tmp_path / name) for name in ("graphs", "plain"))
-    assert all(
-        line[key] == one[key] for line, one in zip(lines, expected, strict=True) for key in ("loss", "grad_norm")
-    )
-    weights, expected_weights = stored(tmp_path / "graphs", 5), stored(tmp_path / "plain", 5)
-    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights.items())
+
+
+@pytest.fixture(scope="module")
+def plain(toy: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plain")
+    run_world(1, _train_plainly, toy, directory, None)
+    return directory
+
+
+@pytest.mark.skipif(ON_GPU, reason="the stand-in for a graph is for a CPU")
+def test_graphs_of_local_layers(toy: RunConfig, plain: Path, tmp_path: Path) -> None:
+    """The same losses, gradient norms and weights to the bit, two graphs replayed forward and backward."""
+    assert run_world(1, _train_plainly, toy, tmp_path, "graphs") == [2 * 2 * (5 + 3)]
+    for line, expected in zip(read_metrics(tmp_path), read_metrics(plain), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (expected["loss"], expected["grad_norm"])
+    expected_weights = stored(plain, 5)
+    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in stored(tmp_path, 5).items())
+
+
+@pytest.mark.skipif(ON_GPU, reason="one tiling alone, in fp32")
+def test_residual_sums_in_products(toy: RunConfig, plain: Path, tmp_path: Path) -> None:
+    run_world(1, _train_plainly, toy, tmp_path, "residuals")
+    for line, expected in zip(read_metrics(tmp_path), read_metrics(plain), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    expected_weights = stored(plain, 5)
+    assert all((tensor - expected_weights[name]).abs().max() < 1e-5 for name, tensor in stored(tmp_path, 5).items())
 
 
 def _names_of_rows() -> tuple[list[str], list[str]]:
     """Return the names of the benchmark's rows, and those announced, where a step takes 100 ms with every change."""
     from benchmarks import gpu
 
-    with mock.patch.object(gpu, "milliseconds", lambda config, quick: 100.0):
+    with mock.patch.object(gpu, "measured", lambda name, step: 100.0):
         rows = [row.name for row in gpu.changes_rows(Path(), quick=True)]
     return rows, [name for name, *_ in gpu.predicted_changes()]
 
