@@ -1,4 +1,4 @@
-"""What the products in Triton share: tiles that a GPU's hardware copies, and which program computes which tile."""
+"""The common parts of the products in Triton: tiles that the hardware copies, and the program of each tile."""
 
 from __future__ import annotations
 

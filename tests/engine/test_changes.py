@@ -66,7 +66,7 @@ def all_near(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("drop", [None, partial(torch.mul, 2.0)])
 def test_geglu_in_products(drop: Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With edges inside the tiles of every axis."""
+    """The sizes have edges inside the tiles of every axis."""
     if not ON_GPU:
         for kernel in (geglu_products._linear_and_gate, geglu_products._gate_gradient):
             monkeypatch.setattr(kernel, "configs", kernel.configs[:1])  # the interpreter times nothing
