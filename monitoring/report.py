@@ -7,7 +7,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,11 @@ def write_report(directory: Path) -> Path:
 
 def _state(run: RunFiles) -> str:
     step = f"step {run.step:,} of {run.config.total_steps:,}"
+    # A launcher that was killed leaves no event, so the reader has to judge by the time.
+    heard = f"; last heard of {datetime.fromtimestamp(run.now.time, UTC):%Y-%m-%d %H:%M} UTC" if run.now else ""
     return {
         "finished": "Finished",
-        "running": f"Running, {step}",
+        "running": f"Running, {step}{heard}",
         "stopped": f"Stopped early at {step}, everything saved",
         "failed": f"Failed at {step}",
         "not_started": "Not started",

@@ -99,6 +99,15 @@ def test_a_young_run_has_a_report_too(tmp_path: Path, steps: int) -> None:
     assert ("Nothing logged yet." in page.said) == (steps < 4)
 
 
+def test_a_run_that_no_one_ended_has_the_time_of_its_last_word(tmp_path: Path) -> None:
+    config = make_config()
+    record(tmp_path, STARTED)
+    recorder = make_recorder(tmp_path, config)
+    drive(recorder, config, range(1, 5))
+    recorder.close()
+    assert re.search(r"Running, step 4 of \d+; last heard of \d{4}-\d\d-\d\d \d\d:\d\d UTC", read(tmp_path).said)
+
+
 def test_losses_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     config = make_config(monitoring={"every": "1 steps"})
     recorder = make_recorder(tmp_path, config)
