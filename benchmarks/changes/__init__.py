@@ -16,6 +16,7 @@ from engine.modernbert import layers
 from engine.modernbert.attention import PackedDocuments
 
 BASE_CLM, BASE_MLM, LARGE_CLM = "base, CLM, bf16", "base, MLM 15 %, bf16", "large, CLM, bf16"
+LARGE_FP8, BILLION_FP8 = "large, CLM, fp8 delayed, 8 rows per step", "1B, CLM, fp8 delayed, 4 rows per step"
 """Runs that a change is measured in, as `benchmarks.gpu.CHANGE_RUNS` describes them."""
 LOCAL_TILES = ((128, 64, 8), (64, 32, 8))
 """Other values of the local attention kernels' BLOCK_M, BLOCK_N and WARPS."""
@@ -35,6 +36,12 @@ def _tiles(sizes: tuple[int, int, int]) -> AbstractContextManager[Any]:
     from engine.modernbert.kernels import attention  # needs Triton
 
     return mock.patch.multiple(attention, BLOCK_M=sizes[0], BLOCK_N=sizes[1], WARPS=sizes[2])
+
+
+def _fp8_casts() -> AbstractContextManager[Any]:
+    from benchmarks.changes.fp8_casts import fp8_casts  # needs Transformer Engine
+
+    return fp8_casts()
 
 
 def _whole(*arguments: Any, of: Any = PackedDocuments.from_lengths) -> PackedDocuments:
@@ -61,4 +68,5 @@ CHANGES = {
     "local attention in tiles of 64 x 32, 8 warps": Change(
         {BASE_CLM: -7, BASE_MLM: -9, LARGE_CLM: -11}, False, partial(_tiles, LOCAL_TILES[1])
     ),
+    "FP8 written by norm and GeGLU": Change({LARGE_FP8: -24, BILLION_FP8: -18}, False, _fp8_casts),
 }
