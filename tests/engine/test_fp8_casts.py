@@ -22,7 +22,7 @@ from tests.engine.test_transformer_engine import _train, alone, fp8
 from tests.engine.world import stored
 
 pytestmark = pytest.mark.skipif("TE_PYTHON" not in os.environ, reason="TE_PYTHON names no directory")
-KEYS = ("step", "loss", "grad_norm")
+KEYS = ("step", "loss", "grad_norm", "eval_loss")
 
 
 def _train_casting(config: RunConfig, directory: Path) -> dict[str, int]:
@@ -33,29 +33,38 @@ def _train_casting(config: RunConfig, directory: Path) -> dict[str, int]:
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
-    return [{key: line[key] for key in KEYS} for line in read_metrics(directory)]
+    return [{key: line.get(key) for key in KEYS} for line in read_metrics(directory)]
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
     assert lines(found) == lines(expected)
     weights, expected_weights = stored(found, 3), stored(expected, 3)
     assert weights.keys() == expected_weights.keys()
+    assert any(name.startswith("scaling.") for name in weights)
     assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights.items())
 
 
-def test_a_run_is_the_same_to_the_bit(shards: Path, tmp_path: Path) -> None:
-    """Training in CLM, then MLM, in steps of two micro-batches; then from a checkpoint of one without the other."""
-    config = fp8(shards, precision="fp8", fp8_recipe="delayed")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_is_the_same_to_the_bit(dropout: float, shards: Path, tmp_path: Path) -> None:
+    """Losses, weights, moments and FP8 state, in CLM, then MLM, in steps of two micro-batches, with evaluations.
+
+    Also after a restart without the change from a checkpoint with it.
+    """
+    held_out = {"shards": str(shards / "en"), "every": "2 steps", "sequences": 2}
+    config = fp8(shards, precision="fp8", fp8_recipe="delayed", evaluation=held_out, dropout=dropout)
     casting, plain, resumed = tmp_path / "casting", tmp_path / "plain", tmp_path / "resumed"
     calls, expected_calls = alone(_train_casting, config, casting), alone(_train, config, plain)
-    # Input and gradient of 4 linear layers in 2 blocks, in 2 micro-batches of 3 steps, and their weights once per step.
-    quantizations = 4 * 2 * 2 * 2 * 3 + 4 * 2 * 3
-    products = {"fp8 product": 3 * 4 * 2 * 2 * 3}
+    linears, micro_batches, evaluations, steps = 4 * 2, 2 * 3, 2 * 2, 3
+    products = {"fp8 product": linears * (3 * micro_batches + evaluations)}
+    # Inputs and gradients, and the weights once per step and evaluation.
+    quantizations = linears * (2 * micro_batches + evaluations + steps + evaluations)
     assert expected_calls == {"Float8Quantizer": quantizations, **products}
-    # Without the inputs of qkv in one block, and those of fc1 and fc2 and the gradient of fc1 in both.
-    written = (1 + 2 * 3) * 2 * 3
+    # The inputs of qkv in one block, of fc1 in two, and without dropout of fc2 in two; the gradient of fc1 in two.
+    written = (3 if dropout else 5) * micro_batches + 5 * evaluations + 2 * micro_batches
     assert calls == {"Float8Quantizer": quantizations - written, **products}, "and no copy is transposed afterwards"
     assert_same_run(casting, plain)
+    if dropout:
+        return
     shutil.copytree(casting, resumed)
     for step in (2, 3):
         shutil.rmtree(step_directory(resumed / "checkpoints", step))
@@ -63,11 +72,18 @@ def test_a_run_is_the_same_to_the_bit(shards: Path, tmp_path: Path) -> None:
     assert_same_run(resumed, plain)
 
 
+def _check_all_kernels() -> None:
+    from triton.runtime import interpreter
+
+    with mock.patch.object(interpreter, "_convert_float", _round_as_a_gpu(interpreter._convert_float)):
+        for rows, width in ((1, 8), (70, 72), (128, 64)):
+            _check_kernels(rows, width)
+
+
 def _check_kernels(rows: int, width: int) -> None:
     """Compare the kernels' bits with casts of what the kernels for BF16 write, both in Triton's interpreter."""
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer, Float8Tensor
-    from triton.runtime import interpreter
 
     from benchmarks.changes import fp8_casts
     from engine.modernbert.kernels.pointwise import AddAndNorm, GeGLU
@@ -82,6 +98,7 @@ def _check_kernels(rows: int, width: int) -> None:
         for one, other in zip(found.get_data_tensors(), expected.get_data_tensors(), strict=True):
             assert torch.equal(one, other)
         assert torch.equal(found.get_metadata()["fp8_scale_inv"], 1 / ours.scale.view(1))
+        assert len(found.get_data_tensors()[0].unique()) > 5 or rows == 1
         assert torch.equal(ours.amax, reference.amax)
 
     def leaf(*shape: int) -> torch.Tensor:
@@ -89,35 +106,37 @@ def _check_kernels(rows: int, width: int) -> None:
         return (torch.randn(*shape) * 10 ** (4 * torch.rand(*shape) - 3)).bfloat16().requires_grad_()
 
     torch.manual_seed(rows)
-    with mock.patch.object(interpreter, "_convert_float", _round_as_a_gpu(interpreter._convert_float)):
-        states, grad = leaf(rows, 1, 2 * width), leaf(rows, 1, width).detach()
-        result, gradient = quantizers(7.3), quantizers(3000.0, e5m2=True)
-        found, expected = fp8_casts._GeGLUByKernel.apply(states, result[0], gradient[0]), GeGLU.apply(states)
-        assert_same(found, expected.detach(), *result)
-        grads = [torch.autograd.grad(output, states, grad)[0] for output in (found, expected)]
-        assert_same(*grads, *gradient)
-        rows_of_gradient = grads[0].reshape((-1, 2 * width))
-        assert type(rows_of_gradient) is Float8Tensor
-        for one, other in zip(rows_of_gradient.get_data_tensors(), grads[0].get_data_tensors(), strict=True):
-            assert torch.equal(one.flatten(), other.flatten())
-        plain = fp8_casts._GeGLUByKernel.apply(states, None, None)
-        assert torch.equal(plain, expected) and torch.equal(torch.autograd.grad(plain, states, grad)[0], grads[1])
+    states, grad = leaf(rows, 1, 2 * width), leaf(rows, 1, width).detach()
+    result, gradient = quantizers(7.3), quantizers(3000.0, e5m2=True)
+    found, expected = fp8_casts._GeGLUByKernel.apply(states, result[0], gradient[0]), GeGLU.apply(states)
+    assert_same(found, expected.detach(), *result)
+    grads = [torch.autograd.grad(output, states, grad)[0] for output in (found, expected)]
+    assert_same(*grads, *gradient)
+    rows_of_gradient = grads[0].reshape((-1, 2 * width))
+    assert type(rows_of_gradient) is Float8Tensor
+    for one, other in zip(rows_of_gradient.get_data_tensors(), grads[0].get_data_tensors(), strict=True):
+        assert torch.equal(one.flatten(), other.flatten())
+    fp8_casts._drop_rows(None, (found,), None)
+    data, transposed = found.get_data_tensors()
+    assert data is None and transposed is not None and found.shape == (rows, 1, width)
+    plain = fp8_casts._GeGLUByKernel.apply(states, None, None)
+    assert torch.equal(plain, expected) and torch.equal(torch.autograd.grad(plain, states, grad)[0], grads[1])
 
-        for other in (None, leaf(rows, 1, width)):
-            states, weight = leaf(rows, 1, width), leaf(width)
-            ours, reference = quantizers(200.0, amax=1e9 if other is None else 0.0)
-            total, normed = fp8_casts._NormByKernel.apply(states, other, weight, 1e-5, ours)
-            expected_total, expected = AddAndNorm.apply(states, other, weight, 1e-5)
-            assert torch.equal(total, expected_total)
-            assert_same(normed, expected.detach(), ours, reference)
-            leaves = [states, weight, *([] if other is None else [other])]
-            given = [leaf(rows, 1, width).detach() for _ in range(2)]
-            for one, another in zip(
-                torch.autograd.grad((total, normed), leaves, given),
-                torch.autograd.grad((expected_total, expected), leaves, given),
-                strict=True,
-            ):
-                assert torch.equal(one, another)
+    for other in (None, leaf(rows, 1, width)):
+        states, weight = leaf(rows, 1, width), leaf(width)
+        ours, reference = quantizers(200.0, amax=1e9 if other is None else 0.0)
+        total, normed = fp8_casts._NormByKernel.apply(states, other, weight, 1e-5, ours)
+        expected_total, expected = AddAndNorm.apply(states, other, weight, 1e-5)
+        assert torch.equal(total, expected_total)
+        assert_same(normed, expected.detach(), ours, reference)
+        leaves = [states, weight, *([] if other is None else [other])]
+        given = [leaf(rows, 1, width).detach() for _ in range(2)]
+        for one, another in zip(
+            torch.autograd.grad((total, normed), leaves, given),
+            torch.autograd.grad((expected_total, expected), leaves, given),
+            strict=True,
+        ):
+            assert torch.equal(one, another)
 
 
 def _round_as_a_gpu(convert: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +158,6 @@ def _round_as_a_gpu(convert: Callable[..., Any]) -> Callable[..., Any]:
     return converted
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 8), (70, 72), (128, 64)])
-def test_the_kernels_write_the_bits_of_a_cast(rows: int, width: int) -> None:
+def test_the_kernels_write_the_bits_of_a_cast() -> None:
     pytest.importorskip("triton")
-    alone(_check_kernels, rows, width)
+    alone(_check_all_kernels)
