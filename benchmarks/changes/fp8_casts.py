@@ -1,10 +1,10 @@
 """FP8 whose casts cost nothing: norm and GeGLU write the FP8 that the next linear layer multiplies, and no BF16.
 
-For delayed scaling, whose scales are known beforehand, on GPUs whose FP8 products read a transposed copy (Hopper).
-Without tensor parallelism and recomputation. In every other case the classes below do what the engine's do.
+Delayed scaling alone is served, because its scales are known beforehand, on a GPU whose FP8 products read a transposed
+copy (Hopper), without tensor parallelism and recomputation. Elsewhere the classes below do what the engine's do.
 
-The layers are Transformer Engine's, and so are quantizers, amax histories and checkpoint keys. Written for its
-version 2.20: a linear layer takes an input or a gradient that is quantized already as it is.
+The linear layers stay Transformer Engine's, with their quantizers, amax histories and checkpoint keys. Written for its
+version 2.20, whose linear layer casts no input and no gradient that is a `Float8Tensor` already.
 """
 
 from __future__ import annotations
@@ -52,11 +52,15 @@ class CastingNorm(layers.SummingNorm):
 class CastingMLP(layers.GatedMLP):
     """GatedMLP with the input of its second matrix, and the gradient of its first one's output, in FP8."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.casts = can_cast(self.config)
+
     def forward(
         self, hidden_states: Tensor, drop: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Map [T, 1, hidden] to ([T, 1, hidden], bias). Dropout between the matrices takes its elements in BF16."""
-        if not can_cast(self.config):
+        if not self.casts:
             return super().forward(hidden_states, drop)
         states = self.linear_fc1(hidden_states)[0]
         result = None if drop else input_quantizer(self.linear_fc2)

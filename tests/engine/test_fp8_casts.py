@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -106,21 +107,24 @@ def _check_kernels(rows: int, width: int) -> None:
         return (torch.randn(*shape) * 10 ** (4 * torch.rand(*shape) - 3)).bfloat16().requires_grad_()
 
     torch.manual_seed(rows)
-    states, grad = leaf(rows, 1, 2 * width), leaf(rows, 1, width).detach()
-    result, gradient = quantizers(7.3), quantizers(3000.0, e5m2=True)
-    found, expected = fp8_casts._GeGLUByKernel.apply(states, result[0], gradient[0]), GeGLU.apply(states)
-    assert_same(found, expected.detach(), *result)
-    grads = [torch.autograd.grad(output, states, grad)[0] for output in (found, expected)]
-    assert_same(*grads, *gradient)
-    rows_of_gradient = grads[0].reshape((-1, 2 * width))
-    assert type(rows_of_gradient) is Float8Tensor
-    for one, other in zip(rows_of_gradient.get_data_tensors(), grads[0].get_data_tensors(), strict=True):
-        assert torch.equal(one.flatten(), other.flatten())
-    fp8_casts._drop_rows(None, (found,), None)
-    data, transposed = found.get_data_tensors()
-    assert data is None and transposed is not None and found.shape == (rows, 1, width)
-    plain = fp8_casts._GeGLUByKernel.apply(states, None, None)
-    assert torch.equal(plain, expected) and torch.equal(torch.autograd.grad(plain, states, grad)[0], grads[1])
+    for smaller in (slice(width), slice(width, None)):
+        states, grad = leaf(rows, 1, 2 * width), leaf(rows, 1, width).detach()
+        with torch.no_grad():
+            states[..., smaller] /= 1000  # so that the largest gradient is in the other half
+        result, gradient = quantizers(7.3), quantizers(3000.0, e5m2=True)
+        found, expected = fp8_casts._GeGLUByKernel.apply(states, result[0], gradient[0]), GeGLU.apply(states)
+        assert_same(found, expected.detach(), *result)
+        grads = [torch.autograd.grad(output, states, grad)[0] for output in (found, expected)]
+        assert_same(*grads, *gradient)
+        rows_of_gradient = grads[0].reshape((-1, 2 * width))
+        assert type(rows_of_gradient) is Float8Tensor
+        for one, other in zip(rows_of_gradient.get_data_tensors(), grads[0].get_data_tensors(), strict=True):
+            assert torch.equal(one.flatten(), other.flatten())
+        fp8_casts._drop_rows(None, (found,), None)
+        data, transposed = found.get_data_tensors()
+        assert data is None and transposed is not None and found.shape == (rows, 1, width)
+        plain = fp8_casts._GeGLUByKernel.apply(states, None, None)
+        assert torch.equal(plain, expected) and torch.equal(torch.autograd.grad(plain, states, grad)[0], grads[1])
 
     for other in (None, leaf(rows, 1, width)):
         states, weight = leaf(rows, 1, width), leaf(width)
@@ -156,6 +160,20 @@ def _round_as_a_gpu(convert: Callable[..., Any]) -> Callable[..., Any]:
         return found.to(dtype).view(torch.int16 if target == tl.bfloat16 else torch.uint8).numpy()
 
     return converted
+
+
+def _served() -> list[bool]:
+    from benchmarks.changes.fp8_casts import can_cast
+
+    served = {"fp8": "hybrid", "fp8_recipe": "delayed", "tensor_model_parallel_size": 1, "recompute_granularity": None}
+    others = {"fp8": None, "fp8_recipe": "tensorwise", "tensor_model_parallel_size": 2, "recompute_granularity": "full"}
+    changed = [{**served, key: value} for key, value in others.items()]
+    return [can_cast(SimpleNamespace(**config)) for config in (served, *changed)]  # type: ignore[arg-type]
+
+
+def test_what_is_served() -> None:
+    """Other recipes, tensor parallelism and recomputation take the ordinary path."""
+    assert alone(_served) == [True, False, False, False, False]
 
 
 def test_the_kernels_write_the_bits_of_a_cast() -> None:
