@@ -35,7 +35,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import ModernBertConfig
 
-from benchmarks.changes import BASE_CLM, BASE_MLM, CHANGES, FOUR_ROWS, LARGE_CLM, ONE_ROW, Change
+from benchmarks.changes import (
+    BASE_CLM,
+    BASE_MLM,
+    BILLION_FP8,
+    CHANGES,
+    FOUR_ROWS,
+    LARGE_CLM,
+    LARGE_FP8,
+    ONE_ROW,
+    Change,
+)
 from benchmarks.cpu_vs_transformers import documents_of, ours, race, theirs
 from benchmarks.table import Row, report, write
 from configs.load import validate
@@ -69,9 +79,12 @@ SPEEDS = (  # name, model, objective, rows per step, published tokens/s of an H1
     (LARGE_CLM, LARGE, "clm", 16, 116e3, 196e3),
     (FOUR_ROWS, BASE, "clm", 4, 239e3, 370e3),
 )
+DELAYED = {"precision": "fp8", "fp8_recipe": "delayed"}
 CHANGE_RUNS: dict[str, tuple[dict[str, Any], str, int, dict[str, Any]]] = {
     **{name: (model, objective, rows, {"precision": "bf16"}) for name, model, objective, rows, *_ in SPEEDS},
     ONE_ROW: (BASE, "clm", 1, {"precision": "bf16"}),
+    LARGE_FP8: (LARGE, "clm", 8, DELAYED),
+    BILLION_FP8: (MODELS["1B"], "clm", 4, DELAYED),
 }
 """Model, objective, rows per step and precision of the runs that `changes` measures."""
 FP8_BARS = {"400M": 1.0, "1B": 1.3, "3B": 1.4}
@@ -177,11 +190,15 @@ def changes_rows(folder: Path, quick: bool) -> Iterator[Row]:
         config_of = partial(run_config, folder, model, objective, sequences=rows, **precision)
         if run not in default:
             default[run] = measured(run, partial(milliseconds, config_of(), quick))
-        with change.other():
-            other = measured(name, partial(milliseconds, config_of(**change.settings or {}), quick))
+        other = measured(name, partial(with_the_other, change, config_of(**change.settings or {}), quick))
         before, after = (other, default[run]) if change.is_default else (default[run], other)
         if before and after:
             yield Row.at_most(name, after, before, None, "ms a step")
+
+
+def with_the_other(change: Change, config: RunConfig, quick: bool) -> float:
+    with change.other():
+        return milliseconds(config, quick)
 
 
 def measured(name: str, function: Callable[[], Any]) -> Any:

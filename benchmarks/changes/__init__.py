@@ -19,6 +19,7 @@ from engine.modernbert.attention import PackedDocuments
 
 BASE_CLM, BASE_MLM, LARGE_CLM = "base, CLM, bf16", "base, MLM 15 %, bf16", "large, CLM, bf16"
 FOUR_ROWS, ONE_ROW = "base, CLM, bf16, 4 rows per step", "base, CLM, bf16, 1 row per step"
+LARGE_FP8, BILLION_FP8 = "large, CLM, fp8 delayed, 8 rows per step", "1B, CLM, fp8 delayed, 4 rows per step"
 """Runs that a change is measured in, as `benchmarks.gpu.CHANGE_RUNS` describes them."""
 LOCAL_TILES = ((128, 64, 8), (64, 32, 8))
 """Other values of the local attention kernels' BLOCK_M, BLOCK_N and WARPS."""
@@ -52,6 +53,12 @@ def _residuals_in_products() -> AbstractContextManager[Any]:
     return residual_products.residuals_in_products()
 
 
+def _fp8_casts() -> AbstractContextManager[Any]:
+    from benchmarks.changes.fp8_casts import fp8_casts  # needs Transformer Engine
+
+    return fp8_casts()
+
+
 def _whole(*arguments: Any, of: Any = PackedDocuments.from_lengths) -> PackedDocuments:
     """`PackedDocuments.from_lengths` without its last argument, so that the last layer computes every position."""
     packed: PackedDocuments = of(*arguments[:4])
@@ -83,4 +90,5 @@ CHANGES = {
     "products by shape": Change({BASE_CLM: -8, BASE_MLM: -8, LARGE_CLM: -20}, False, tuned_products.by_shape),
     "cuBLASLt": Change(dict.fromkeys((BASE_CLM, BASE_MLM, LARGE_CLM)), False, tuned_products.by_cublaslt),
     "CUDA graphs of the local layers": Change({FOUR_ROWS: 0, ONE_ROW: -7}, False, graphs_of_local_layers),
+    "FP8 written by norm and GeGLU": Change({LARGE_FP8: -24, BILLION_FP8: -18}, False, _fp8_casts),
 }

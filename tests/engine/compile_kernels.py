@@ -9,23 +9,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.changes import LOCAL_TILES, geglu_products, residual_products
+from benchmarks.changes import LOCAL_TILES, fp8_kernels, geglu_products, residual_products
 from engine.modernbert.kernels import attention, pointwise
 
 BF16, FP32 = "*bf16", "*fp32"
 NORM = {"states": BF16, "weight": BF16, "mean": FP32, "inverse": FP32, "normed": BF16, "width": "i32"}
 LOCAL = dict.fromkeys(("qkv", "cos", "sin", "out", "grad", "dqkv"), BF16)
+FP8 = {"data": "*u8", "transposed": "*u8", "scale_inverse": FP32, "scale": FP32, "amax": FP32, "rows": "i32"}
 LOCAL |= {"documents": "*i32", "lse": FP32, "tokens": "i32"}
 
 
-def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> None:
-    """For compute capability 9.0."""
+def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> str:
+    """Compile for compute capability 9.0, and return the PTX."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if "*" in signature[name]}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, constants, built.metadata.shared, "bytes of shared memory")
+    ptx: str = built.asm["ptx"]
+    return ptx
 
 
 def build_tilings(kernel: Any) -> None:
@@ -67,6 +70,7 @@ def main() -> None:
             {"width": 50368, "BLOCK": 4096, "WRITES": writes},
             num_warps=16,
         )
+    _build_fp8()
     for tile in ((attention.BLOCK_M, attention.BLOCK_N, attention.WARPS), *LOCAL_TILES):
         sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
         for kernel in (attention._forward, attention._backward):
@@ -77,6 +81,22 @@ def main() -> None:
         residual_products._linear_and_add,
     ):
         build_tilings(product)
+
+
+def _build_fp8() -> None:
+    """Each must cast by the instruction that rounds to the nearest and saturates."""
+    tile, warps = {"width": 2624, "TILE": fp8_kernels.TILE}, {"num_warps": fp8_kernels.WARPS}
+    names = {**FP8, "states": BF16, "grad": BF16}
+    built = [
+        (build(fp8_kernels._geglu, names, tile, **warps), "e4m3x2"),
+        (build(fp8_kernels._geglu_backward, names, tile, **warps), "e5m2x2"),
+    ]
+    names |= {**NORM, "added": BF16, "total": BF16, "eps": "fp32"}
+    for adds in (False, True):
+        sizes = {"ADDS": adds, "ROWS": fp8_kernels.ROWS, "COLUMNS": fp8_kernels.COLUMNS, "BLOCK": 1024}
+        built.append((build(fp8_kernels._norm, names, sizes, num_warps=4), "e4m3x2"))
+    for ptx, kind in built:
+        assert f"cvt.rn.satfinite.{kind}.f32" in ptx
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ UNUSED = ("einops", "onnx", "onnxscript")
 BLOCK = 128
 """Elements that share a scale in the blockwise recipe, along one axis or both."""
 CALLS: Counter[str] = Counter()
-"""Quantizations by quantizer, and matrix products by operands."""
+"""Quantizations by quantizer, matrix products by operands, and transpositions of what was quantized before."""
 
 
 class _Anything(type):
@@ -98,7 +98,7 @@ def _extension() -> types.ModuleType:
     extension.create_empty_quantized_tensor = _empty
     extension.quantize = _quantize
     extension.generic_gemm = _gemm
-    extension.fp8_transpose = _transpose
+    extension.fp8_transpose = _transpose_later
     return extension
 
 
@@ -215,7 +215,12 @@ def _cast_blocks(matrix: torch.Tensor, quantizer: Any, dtype: torch.dtype) -> tu
     return cast, inverse if high == BLOCK else inverse.t()
 
 
-def _transpose(data: torch.Tensor, dtype: Any = None, out: torch.Tensor | None = None) -> torch.Tensor:
+def _transpose_later(data: torch.Tensor, dtype: Any = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    CALLS["transposition"] += 1
+    return _transpose(data, out)
+
+
+def _transpose(data: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """[..., n] -> [n, ...]."""
     moved = data.reshape(-1, data.shape[-1]).t().reshape(data.shape[-1], *data.shape[:-1])
     return moved.contiguous() if out is None else out.copy_(moved)

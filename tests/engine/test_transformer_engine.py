@@ -88,15 +88,15 @@ def _train(config: RunConfig, directory: Path) -> dict[str, int]:
     return dict(CALLS)
 
 
-def fp8(shards: Path, **changes: Any) -> RunConfig:
+def fp8(shards: Path, *, dropout: float = 0.0, evaluation: Any = None, **changes: Any) -> RunConfig:
     """A run as short as it gets: a CPU without AMX multiplies the vocabulary in BF16 very slowly.
 
     Its last layer is global, so that in MLM it computes the labels alone, in FP8 as well.
     """
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "global_attn_every_n_layers": 1}
     tree = {
-        "model": shape,
-        "data": {"sequence_length": 64},
+        "model": {**shape, "mlp_dropout": dropout},
+        "data": {"sequence_length": 64, "evaluation": evaluation},
         "batch": {"sequences": 4, "micro": 2},
         "phases": [{"objective": "clm", "steps": 2}, {"objective": "mlm", "steps": 1}],
         "checkpoint": {"every": "1 steps", "keep": 9},

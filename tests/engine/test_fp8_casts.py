@@ -1,0 +1,181 @@
+"""Norm and GeGLU that write FP8: whole runs on a CPU by `te_on_cpu`, and the kernels in Triton's interpreter.
+
+Needs Transformer Engine's Python package, as `test_transformer_engine` does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from configs.schema import RunConfig
+from engine.checkpoint import step_directory
+from monitoring.log import read_metrics
+from tests.engine.test_transformer_engine import _train, alone, fp8
+from tests.engine.world import stored
+
+pytestmark = pytest.mark.skipif("TE_PYTHON" not in os.environ, reason="TE_PYTHON names no directory")
+KEYS = ("step", "loss", "grad_norm", "eval_loss")
+
+
+def _train_casting(config: RunConfig, directory: Path) -> dict[str, int]:
+    from benchmarks.changes import CHANGES
+
+    with CHANGES["FP8 written by norm and GeGLU"].other():
+        return _train(config, directory)
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [{key: line.get(key) for key in KEYS} for line in read_metrics(directory)]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert lines(found) == lines(expected)
+    weights, expected_weights = stored(found, 3), stored(expected, 3)
+    assert weights.keys() == expected_weights.keys()
+    assert any(name.startswith("scaling.") for name in weights)
+    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_is_the_same_to_the_bit(dropout: float, shards: Path, tmp_path: Path) -> None:
+    """Losses, weights, moments and FP8 state, in CLM, then MLM, in steps of two micro-batches, with evaluations.
+
+    Also after a restart without the change from a checkpoint with it.
+    """
+    held_out = {"shards": str(shards / "en"), "every": "2 steps", "sequences": 2}
+    config = fp8(shards, precision="fp8", fp8_recipe="delayed", evaluation=held_out, dropout=dropout)
+    casting, plain, resumed = tmp_path / "casting", tmp_path / "plain", tmp_path / "resumed"
+    calls, expected_calls = alone(_train_casting, config, casting), alone(_train, config, plain)
+    linears, micro_batches, evaluations, steps = 4 * 2, 2 * 3, 2 * 2, 3
+    products = {"fp8 product": linears * (3 * micro_batches + evaluations)}
+    # Inputs and gradients, and the weights once per step and evaluation.
+    quantizations = linears * (2 * micro_batches + evaluations + steps + evaluations)
+    assert expected_calls == {"Float8Quantizer": quantizations, **products}
+    # The inputs of qkv in one block, of fc1 in two, and without dropout of fc2 in two; the gradient of fc1 in two.
+    written = (3 if dropout else 5) * micro_batches + 5 * evaluations + 2 * micro_batches
+    assert calls == {"Float8Quantizer": quantizations - written, **products}, "and no copy is transposed afterwards"
+    assert_same_run(casting, plain)
+    if dropout:
+        return
+    shutil.copytree(casting, resumed)
+    for step in (2, 3):
+        shutil.rmtree(step_directory(resumed / "checkpoints", step))
+    alone(_train, config, resumed)
+    assert_same_run(resumed, plain)
+
+
+def _check_all_kernels() -> None:
+    from triton.runtime import interpreter
+
+    with mock.patch.object(interpreter, "_convert_float", _round_as_a_gpu(interpreter._convert_float)):
+        for rows, width in ((1, 8), (70, 72), (128, 64)):
+            _check_kernels(rows, width)
+
+
+def _check_kernels(rows: int, width: int) -> None:
+    """Compare the kernels' bits with casts of what the kernels for BF16 write, both in Triton's interpreter."""
+    from transformer_engine.pytorch.constants import DType
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer, Float8Tensor
+
+    from benchmarks.changes import fp8_casts
+    from engine.modernbert.kernels.pointwise import AddAndNorm, GeGLU
+
+    def quantizers(scale: float, e5m2: bool = False, amax: float = 0.0) -> list[Any]:
+        kind = DType.kFloat8E5M2 if e5m2 else DType.kFloat8E4M3
+        return [Float8Quantizer(torch.tensor(scale), torch.tensor([amax]), kind) for _ in range(2)]
+
+    def assert_same(found: Any, values: torch.Tensor, ours: Any, reference: Any) -> None:
+        assert values.dtype == torch.bfloat16
+        expected = fp8_casts.cast(values, reference, type(found))
+        for one, other in zip(found.get_data_tensors(), expected.get_data_tensors(), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(found.get_metadata()["fp8_scale_inv"], 1 / ours.scale.view(1))
+        assert len(found.get_data_tensors()[0].unique()) > 5 or rows == 1
+        assert torch.equal(ours.amax, reference.amax)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        """Return values of many magnitudes: some underflow in FP8, and some saturate."""
+        return (torch.randn(*shape) * 10 ** (4 * torch.rand(*shape) - 3)).bfloat16().requires_grad_()
+
+    torch.manual_seed(rows)
+    for smaller in (slice(width), slice(width, None)):
+        states, grad = leaf(rows, 1, 2 * width), leaf(rows, 1, width).detach()
+        with torch.no_grad():
+            states[..., smaller] /= 1000  # so that the largest gradient is in the other half
+        result, gradient = quantizers(7.3), quantizers(3000.0, e5m2=True)
+        found, expected = fp8_casts._GeGLUByKernel.apply(states, result[0], gradient[0]), GeGLU.apply(states)
+        assert_same(found, expected.detach(), *result)
+        grads = [torch.autograd.grad(output, states, grad)[0] for output in (found, expected)]
+        assert_same(*grads, *gradient)
+        rows_of_gradient = grads[0].reshape((-1, 2 * width))
+        assert type(rows_of_gradient) is Float8Tensor
+        for one, other in zip(rows_of_gradient.get_data_tensors(), grads[0].get_data_tensors(), strict=True):
+            assert torch.equal(one.flatten(), other.flatten())
+        fp8_casts._drop_rows(None, (found,), None)
+        data, transposed = found.get_data_tensors()
+        assert data is None and transposed is not None and found.shape == (rows, 1, width)
+        plain = fp8_casts._GeGLUByKernel.apply(states, None, None)
+        assert torch.equal(plain, expected) and torch.equal(torch.autograd.grad(plain, states, grad)[0], grads[1])
+
+    for other in (None, leaf(rows, 1, width)):
+        states, weight = leaf(rows, 1, width), leaf(width)
+        ours, reference = quantizers(200.0, amax=1e9 if other is None else 0.0)
+        total, normed = fp8_casts._NormByKernel.apply(states, other, weight, 1e-5, ours)
+        expected_total, expected = AddAndNorm.apply(states, other, weight, 1e-5)
+        assert torch.equal(total, expected_total)
+        assert_same(normed, expected.detach(), ours, reference)
+        leaves = [states, weight, *([] if other is None else [other])]
+        given = [leaf(rows, 1, width).detach() for _ in range(2)]
+        for one, another in zip(
+            torch.autograd.grad((total, normed), leaves, given),
+            torch.autograd.grad((expected_total, expected), leaves, given),
+            strict=True,
+        ):
+            assert torch.equal(one, another)
+
+
+def _round_as_a_gpu(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a conversion for Triton's interpreter, which truncates to BF16, and to FP8 neither saturates nor rounds
+    values next to the smallest normal one.
+    """
+    import triton.language as tl
+
+    types = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+    def converted(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source != tl.float32 or target not in types:
+            return convert(values, source, target, rounding)
+        dtype, found = types[target], torch.from_numpy(values)
+        if target != tl.bfloat16:
+            found = found.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+        return found.to(dtype).view(torch.int16 if target == tl.bfloat16 else torch.uint8).numpy()
+
+    return converted
+
+
+def _served() -> list[bool]:
+    from benchmarks.changes.fp8_casts import can_cast
+
+    served = {"fp8": "hybrid", "fp8_recipe": "delayed", "tensor_model_parallel_size": 1, "recompute_granularity": None}
+    others = {"fp8": None, "fp8_recipe": "tensorwise", "tensor_model_parallel_size": 2, "recompute_granularity": "full"}
+    changed = [{**served, key: value} for key, value in others.items()]
+    return [can_cast(SimpleNamespace(**config)) for config in (served, *changed)]  # type: ignore[arg-type]
+
+
+def test_what_is_served() -> None:
+    """Other recipes, tensor parallelism and recomputation take the ordinary path."""
+    assert alone(_served) == [True, False, False, False, False]
+
+
+def test_the_kernels_write_the_bits_of_a_cast() -> None:
+    pytest.importorskip("triton")
+    alone(_check_all_kernels)
