@@ -5,9 +5,10 @@ resumes exactly. The rows are packed from MedQuAD's documents. Without a GPU eve
 
     python -m benchmarks.gpu [--quick] [--json FILE] [PART ...]
 
-Parts: speed, changes, fp8, fp8-loss, attention, deterministic, staging, idle, transformers. On an H100 or H200 speed
-and idle take a minute, fp8 three with --quick, fp8-loss four; all of them together about half an hour (estimated).
-`changes` names the milliseconds that each change to the model was predicted to save, and measures those it saves.
+Parts: speed, changes, changes-large, fp8, fp8-loss, attention, deterministic, staging, idle, transformers. On an H100
+or H200 speed and idle take a minute, fp8 three with --quick, fp8-loss four, the two parts of changes about seven each
+(estimated). `changes` names the milliseconds that each change to the model was predicted to save, and measures those it
+saves: base's, and `changes-large` those of larger models.
 FILE has every row as soon as it is measured.
 """
 
@@ -22,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
@@ -172,9 +173,9 @@ def milliseconds(config: RunConfig, quick: bool) -> float:
         return (time.perf_counter() - started) / steps * 1000
 
 
-def predicted_changes() -> Iterator[tuple[str, Change, str]]:
+def predicted_changes(runs: Iterable[str] = CHANGE_RUNS) -> Iterator[tuple[str, Change, str]]:
     """Yield the name of a row, its change and its run, where the change was predicted to matter."""
-    for run in CHANGE_RUNS:
+    for run in runs:
         for name, change in CHANGES.items():
             if run in change.predicted:
                 predicted = change.predicted[run]
@@ -182,10 +183,10 @@ def predicted_changes() -> Iterator[tuple[str, Change, str]]:
                 yield f"{name}: {run}, {says}", change, run
 
 
-def changes_rows(folder: Path, quick: bool) -> Iterator[Row]:
+def changes_rows(folder: Path, quick: bool, runs: Iterable[str] = CHANGE_RUNS) -> Iterator[Row]:
     """Measure a step with and without each change, and name the milliseconds that were predicted for it."""
     default: dict[str, float] = {}
-    for name, change, run in predicted_changes():
+    for name, change, run in predicted_changes(runs):
         model, objective, rows, precision = CHANGE_RUNS[run]
         config_of = partial(run_config, folder, model, objective, sequences=rows, **precision)
         if run not in default:
@@ -423,7 +424,8 @@ def transformers_rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
     "speed": speed_rows,
-    "changes": changes_rows,
+    "changes": partial(changes_rows, runs=[run for run, (model, *_) in CHANGE_RUNS.items() if model is BASE]),
+    "changes-large": partial(changes_rows, runs=[run for run, (model, *_) in CHANGE_RUNS.items() if model is not BASE]),
     "fp8": fp8_speed_rows,
     "fp8-loss": fp8_loss_rows,
     "attention": attention_rows,
