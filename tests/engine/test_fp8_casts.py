@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,22 @@ pytestmark = pytest.mark.skipif("TE_PYTHON" not in os.environ, reason="TE_PYTHON
 KEYS = ("step", "loss", "grad_norm", "eval_loss")
 
 
-def _train_casting(config: RunConfig, directory: Path) -> dict[str, int]:
+def _train_both_ways(config: RunConfig, folder: Path, resumes: bool) -> list[dict[str, int]]:
+    """Train with the change and without, and from the former's first checkpoint without; return what the CPU called."""
     from benchmarks.changes import CHANGES
+    from tests.engine.te_on_cpu import CALLS
 
-    with CHANGES["FP8 written by norm and GeGLU"].other():
-        return _train(config, directory)
+    found = []
+    for name, context in (("casting", CHANGES["FP8 written by norm and GeGLU"].other), ("plain", nullcontext)):
+        CALLS.clear()
+        with context():
+            found.append(_train(config, folder / name))
+    if resumes:
+        shutil.copytree(folder / "casting", folder / "resumed")
+        for step in (2, 3):
+            shutil.rmtree(step_directory(folder / "resumed/checkpoints", step))
+        _train(config, folder / "resumed")
+    return found
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -53,8 +65,7 @@ def test_a_run_is_the_same_to_the_bit(dropout: float, shards: Path, tmp_path: Pa
     """
     held_out = {"shards": str(shards / "en"), "every": "2 steps", "sequences": 2}
     config = fp8(shards, precision="fp8", fp8_recipe="delayed", evaluation=held_out, dropout=dropout)
-    casting, plain, resumed = tmp_path / "casting", tmp_path / "plain", tmp_path / "resumed"
-    calls, expected_calls = alone(_train_casting, config, casting), alone(_train, config, plain)
+    calls, expected_calls = alone(_train_both_ways, config, tmp_path, not dropout)
     linears, micro_batches, evaluations, steps = 4 * 2, 2 * 3, 2 * 2, 3
     products = {"fp8 product": linears * (3 * micro_batches + evaluations)}
     # Inputs and gradients, and the weights once per step and evaluation.
@@ -63,14 +74,9 @@ def test_a_run_is_the_same_to_the_bit(dropout: float, shards: Path, tmp_path: Pa
     # The inputs of qkv in one block, of fc1 in two, and without dropout of fc2 in two; the gradient of fc1 in two.
     written = (3 if dropout else 5) * micro_batches + 5 * evaluations + 2 * micro_batches
     assert calls == {"Float8Quantizer": quantizations - written, **products}, "and no copy is transposed afterwards"
-    assert_same_run(casting, plain)
-    if dropout:
-        return
-    shutil.copytree(casting, resumed)
-    for step in (2, 3):
-        shutil.rmtree(step_directory(resumed / "checkpoints", step))
-    alone(_train, config, resumed)
-    assert_same_run(resumed, plain)
+    assert_same_run(tmp_path / "casting", tmp_path / "plain")
+    if not dropout:
+        assert_same_run(tmp_path / "resumed", tmp_path / "plain")
 
 
 def _check_all_kernels() -> None:
@@ -171,11 +177,12 @@ def _served() -> list[bool]:
     return [can_cast(SimpleNamespace(**config)) for config in (served, *changed)]  # type: ignore[arg-type]
 
 
-def test_what_is_served() -> None:
+def _check_all() -> None:
     """Other recipes, tensor parallelism and recomputation take the ordinary path."""
-    assert alone(_served) == [True, False, False, False, False]
+    assert _served() == [True, False, False, False, False]
+    _check_all_kernels()
 
 
 def test_the_kernels_write_the_bits_of_a_cast() -> None:
     pytest.importorskip("triton")
-    alone(_check_all_kernels)
+    alone(_check_all)
