@@ -7,7 +7,7 @@ cuBLAS and its own Triton kernels once per shape in each process, so a run is no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -32,15 +32,21 @@ def by_cublaslt() -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(before)
 
 
-def by_shape() -> AbstractContextManager[Any]:
+@contextmanager
+def by_shape() -> Iterator[None]:
     """Let plain linear layers take the fastest kernels in this context; a weight's gradient is added in its product."""
-    return mock.patch.multiple(linears, _Product=_TunedProduct, add_product_=_add_product_)
+    torch.compiler.reset()  # torch compiles a function for eight shapes, which the model before may have used up
+    for tuned in (_output, _input_gradient, _weight_gradient):
+        tuned.rows = None
+    with mock.patch.multiple(linears, _Product=_TunedProduct, add_product_=_add_product_):
+        yield
 
 
 class Tuned:
     """A function on matrices, compiled for each of their shapes at the first number of rows that it meets.
 
-    Other numbers of rows are those of the model's last layer, which change with every micro-batch.
+    Other numbers of rows are those of the model's last layer, which change with every micro-batch. So the micro-batch
+    must be set: `auto` would try others first.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -53,7 +59,21 @@ class Tuned:
         return (self.compiled if rows == self.rows else self.function)(*matrices)
 
 
-_multiply, _add_multiplied = Tuned(torch.mm), Tuned(add_product_)
+@Tuned
+def _output(states: Tensor, weight: Tensor) -> Tensor:
+    return states @ weight.t()
+
+
+@Tuned
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad @ weight
+
+
+_weight_gradient = Tuned(add_product_)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    _weight_gradient(len(right), total, left, right)
 
 
 class _TunedProduct(torch.autograd.Function):
@@ -62,19 +82,16 @@ class _TunedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(states, weight)
-        return _product(states, weight.t())
+        return _by_rows(_output, states, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         states, weight = ctx.saved_tensors
-        grad_states = _product(grads[0], weight) if ctx.needs_input_grad[0] else None
+        grad_states = _by_rows(_input_gradient, grads[0], weight) if ctx.needs_input_grad[0] else None
         return grad_states, add_weight_gradient(weight, grads[0], states) if ctx.needs_input_grad[1] else None
 
 
-def _product(states: Tensor, factor: Tensor) -> Tensor:
-    output: Tensor = _multiply(states.numel() // states.shape[-1], states.reshape(-1, states.shape[-1]), factor)
+def _by_rows(function: Tuned, states: Tensor, weight: Tensor) -> Tensor:
+    rows = states.reshape(-1, states.shape[-1])
+    output: Tensor = function(len(rows), rows, weight)
     return output.view(*states.shape[:-1], -1)
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    _add_multiplied(len(right), total, left, right)
