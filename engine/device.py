@@ -58,8 +58,12 @@ class HostCopy:
         return values
 
 
+@functools.cache
 def compiles_kernels() -> bool:
-    """Return whether the model's Triton kernels can be compiled here: there is a GPU, and nothing is missing."""
+    """Return whether the model's Triton kernels can be compiled here: there is a GPU, and nothing is missing.
+
+    Ask at the first operation, and not before: the question initialises CUDA.
+    """
     return torch.cuda.is_available() and kernels_lack() is None
 
 

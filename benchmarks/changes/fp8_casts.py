@@ -9,7 +9,6 @@ version 2.20, whose linear layer casts no input and no gradient that is a `Float
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,8 +25,6 @@ from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
 from engine import device
 from engine.modernbert import layers, ops
-
-_has_kernels = functools.cache(device.compiles_kernels)
 
 
 def fp8_casts() -> AbstractContextManager[Any]:
@@ -124,7 +121,7 @@ def add_and_norm(
     states: Tensor, other: Tensor | None, weight: Tensor, eps: float, quantizer: Float8Quantizer
 ) -> tuple[Tensor, Tensor]:
     """Return `states + other` in BF16 and the LayerNorm of the sum in FP8, [..., h] each."""
-    if states.is_cuda and _has_kernels():
+    if states.is_cuda and device.compiles_kernels():
         both: tuple[Tensor, Tensor] = _NormByKernel.apply(states, other, weight, eps, quantizer)
         return both
     total, normed = ops.add_and_norm(states, other, weight, eps)
@@ -139,7 +136,7 @@ def geglu(states: Tensor, result: Float8Quantizer | None, gradient: Float8Quanti
         result: Quantizer of the result; None for BF16.
         gradient: Quantizer of the gradient; None for BF16.
     """
-    if states.is_cuda and _has_kernels():
+    if states.is_cuda and device.compiles_kernels():
         by_kernel: Tensor = _GeGLUByKernel.apply(states, result, gradient)
         return by_kernel
     gated = ops.geglu(states if gradient is None else _CastGradient.apply(states, gradient))

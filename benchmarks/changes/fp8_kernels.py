@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.modernbert.kernels.pointwise import gate, gate_gradients
+
 TILE, WARPS = 64, 8
 """Rows and columns of a tile of GeGLU, whose copies are written in pieces of 64 bytes, and warps per program."""
 ROWS, COLUMNS = 32, 64
@@ -108,8 +110,7 @@ def _geglu(  # type: ignore[no-untyped-def]
     offs = row * (2 * width) + column
     first = tl.load(states + offs, mask, 0.0).to(tl.float32)
     second = tl.load(states + offs + width, mask, 0.0).to(tl.float32)
-    result = 0.5 * first * (1.0 + tl.erf(first * 0.7071067811865476)) * second
-    result = result.to(states.dtype.element_ty)
+    result = gate(first, second).to(states.dtype.element_ty)
     magnitudes = _write(result, data, transposed, scale, row, column, rows, width, mask, tl.float8e4nv)
     _finish(magnitudes, scale_inverse, scale, amax)
 
@@ -123,10 +124,8 @@ def _geglu_backward(  # type: ignore[no-untyped-def]
     first = tl.load(states + offs, mask, 0.0).to(tl.float32)
     second = tl.load(states + offs + width, mask, 0.0).to(tl.float32)
     grad_output = tl.load(grad + row * width + column, mask, 0.0).to(tl.float32)
-    below = 0.5 * (1.0 + tl.erf(first * 0.7071067811865476))  # the normal distribution function
-    density = 0.3989422804014327 * tl.exp(-0.5 * first * first)
-    left = (grad_output * second * (below + first * density)).to(states.dtype.element_ty)
-    right = (grad_output * first * below).to(states.dtype.element_ty)
+    left, right = gate_gradients(first, second, grad_output)
+    left, right = left.to(states.dtype.element_ty), right.to(states.dtype.element_ty)
     magnitudes = _write(left, data, transposed, scale, row, column, rows, 2 * width, mask, tl.float8e5)
     column += width
     others = _write(right, data, transposed, scale, row, column, rows, 2 * width, mask, tl.float8e5)

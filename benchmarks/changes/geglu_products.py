@@ -1,8 +1,9 @@
 """GeGLU inside the products beside it: the gate in fc1's, its gradient in the product that brings fc2's gradient back.
 
-fc1's product writes what backward needs and the gated states at once, and fc2's reads no gated gradient: that saves a
-read of both halves and of one written tile, 4 n times 2 bytes per token and layer in each direction. The products are
-Triton's instead of cuBLAS's, and therefore slower. Only a GPU can say which of the two weighs more.
+fc1's product writes the gated states beside what backward needs, so that nothing reads both halves for the gate alone.
+The other product writes the gradient of both halves, so that the gradient of the gated states is neither written nor
+read. Each saves 4 n bytes per token and layer. The products are Triton's instead of cuBLAS's. Only a GPU can say which
+weighs more.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from torch import Tensor
 
 from benchmarks.changes.products import descriptor, grid_of, place, tiling
 from engine.modernbert import layers
+from engine.modernbert.kernels.pointwise import gate, gate_gradients
 from engine.modernbert.layers import GatedMLP
-from engine.modernbert.linears import PlainColumnLinear, PlainRowLinear, add_weight_gradient, takes_plain_linears
+from engine.modernbert.linears import (
+    PlainColumnLinear,
+    PlainRowLinear,
+    add_weight_gradient,
+    product_gradients,
+    takes_plain_linears,
+)
 
 
 def geglu_in_products() -> AbstractContextManager[Any]:
@@ -82,9 +90,7 @@ class _LinearAndGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        states, weight = ctx.saved_tensors
-        grad_states = grads[1] @ weight if ctx.needs_input_grad[0] else None
-        return grad_states, add_weight_gradient(weight, grads[1], states) if ctx.needs_input_grad[1] else None
+        return product_gradients(ctx, grads[1])
 
 
 class _LinearAfterGate(torch.autograd.Function):
@@ -154,9 +160,7 @@ def _linear_and_gate(  # type: ignore[no-untyped-def]
     first, second = first.to(gated.dtype), second.to(gated.dtype)  # what is stored is gated
     first_product.store([row, column], first)
     second_product.store([row, column], second)
-    x = first.to(tl.float32)
-    result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476)) * second.to(tl.float32)
-    gated.store([row, column], result.to(gated.dtype))
+    gated.store([row, column], gate(first.to(tl.float32), second.to(tl.float32)).to(gated.dtype))
 
 
 @triton.autotune(BACKWARD, key=["width", "inner"])
@@ -171,7 +175,6 @@ def _gate_gradient(  # type: ignore[no-untyped-def]
         sums = tl.dot(grad.load([row, k]), back_weight.load([k, column]), sums)
     grad_gated = sums.to(first.dtype).to(tl.float32)  # rounded, as the product alone would be
     x, y = first.load([row, column]).to(tl.float32), second.load([row, column]).to(tl.float32)
-    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # the normal distribution function
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    first_result.store([row, column], (grad_gated * y * (below + x * density)).to(first.dtype))
-    second_result.store([row, column], (grad_gated * x * below).to(first.dtype))
+    dx, dy = gate_gradients(x, y, grad_gated)
+    first_result.store([row, column], dx.to(first.dtype))
+    second_result.store([row, column], dy.to(first.dtype))

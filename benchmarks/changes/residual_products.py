@@ -6,8 +6,7 @@ The norm after it then reads one tensor instead of two and writes one instead of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -20,14 +19,12 @@ from benchmarks.changes.products import descriptor, grid_of, place, tiling
 from engine.modernbert import layers
 from engine.modernbert.attention import PackedDocuments
 from engine.modernbert.layers import ModernBertLayer, Summands
-from engine.modernbert.linears import PlainRowLinear, add_weight_gradient
+from engine.modernbert.linears import PlainRowLinear, product_gradients
 
 
-@contextmanager
-def residuals_in_products() -> Iterator[None]:
+def residuals_in_products() -> AbstractContextManager[Any]:
     """Build models with the layers below in this context."""
-    with mock.patch.multiple(layers, ModernBertLayer=AddingLayer, PlainRowLinear=AddingRowLinear):
-        yield
+    return mock.patch.multiple(layers, ModernBertLayer=AddingLayer, PlainRowLinear=AddingRowLinear)
 
 
 class AddingRowLinear(PlainRowLinear):
@@ -75,10 +72,7 @@ class _LinearAndAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        states, weight = ctx.saved_tensors
-        grad_states = grads[0] @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = add_weight_gradient(weight, grads[0], states) if ctx.needs_input_grad[1] else None
-        return grad_states, grad_weight, grads[0]
+        return *product_gradients(ctx, grads[0]), grads[0]
 
 
 def linear_and_add(states: Tensor, weight: Tensor, residual: Tensor) -> Tensor:

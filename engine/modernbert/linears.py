@@ -61,9 +61,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        states, weight = ctx.saved_tensors
-        grad_states = grads[0] @ weight if ctx.needs_input_grad[0] else None
-        return grad_states, add_weight_gradient(weight, grads[0], states) if ctx.needs_input_grad[1] else None
+        return product_gradients(ctx, grads[0])
+
+
+def product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `states` and `weight`, which `ctx` has saved, by that of states @ weight.T, [..., n]."""
+    states, weight = ctx.saved_tensors
+    grad_states = grad @ weight if ctx.needs_input_grad[0] else None
+    return grad_states, add_weight_gradient(weight, grad, states) if ctx.needs_input_grad[1] else None
 
 
 def add_weight_gradient(weight: Tensor, grad: Tensor, states: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -18,15 +17,9 @@ STEP = 0x9E3779B9
 """Distance of the hashes' inputs of two neighbouring channels, as in `datapipe.targets.position_hashes`."""
 
 
-@functools.cache
-def _has_kernels() -> bool:
-    """Whether this process can build Triton kernels; asked at the first operation, since it initialises CUDA."""
-    return device.compiles_kernels()
-
-
 def geglu(states: Tensor) -> Tensor:
     """Compute the exact GELU of the first half times the second half, [..., 2 n] -> [..., n]."""
-    if states.is_cuda and _has_kernels():
+    if states.is_cuda and device.compiles_kernels():
         from engine.modernbert.kernels import pointwise
 
         output: Tensor = pointwise.GeGLU.apply(states)
@@ -60,7 +53,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     The rotation is the half-split one of Hugging Face; cos and sin are [T, d] with two equal halves.
     """
-    if qkv.is_cuda and _has_kernels():
+    if qkv.is_cuda and device.compiles_kernels():
         from engine.modernbert.kernels import pointwise
 
         rotated: tuple[Tensor, Tensor, Tensor] = pointwise.Rotate.apply(qkv, cos, sin)
@@ -101,7 +94,9 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor, result: Tensor | None = None
 
 def takes_local_attention(qkv: Tensor) -> bool:
     """Whether `local_attention` can be called: on a GPU in half precision, for heads of 32, 64 or 128."""
-    return bool(qkv.is_cuda and qkv.dtype != torch.float32 and qkv.shape[-1] in (32, 64, 128) and _has_kernels())
+    return bool(
+        qkv.is_cuda and qkv.dtype != torch.float32 and qkv.shape[-1] in (32, 64, 128) and device.compiles_kernels()
+    )
 
 
 def local_attention(qkv: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, before: int, after: int) -> Tensor:
@@ -126,7 +121,7 @@ def add_and_norm(states: Tensor, other: Tensor | None, weight: Tensor, eps: floa
 
     A GPU adds the gradients of both results in the norm's backward pass.
     """
-    if states.is_cuda and _has_kernels():
+    if states.is_cuda and device.compiles_kernels():
         from engine.modernbert.kernels import pointwise
 
         both: tuple[Tensor, Tensor] = pointwise.AddAndNorm.apply(states, other, weight, eps)
@@ -145,7 +140,7 @@ def drop(states: Tensor, keys: Tensor, site: int, first_channel: int, rate: floa
         first_channel: Number of the first of the n channels in the whole model.
         rate: Share of the elements, below 1.
     """
-    if states.is_cuda and _has_kernels():
+    if states.is_cuda and device.compiles_kernels():
         from engine.modernbert.kernels import pointwise
 
         output: Tensor = pointwise.Drop.apply(states, keys, site, first_channel, int(threshold(rate)), 1 / (1 - rate))
@@ -211,7 +206,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def takes_whole_rows(states: Tensor) -> bool:
     """Whether `softmax_minus_label_` can be called: on a GPU. A CPU has no cache for the rows of a tile."""
-    return bool(states.is_cuda and _has_kernels())
+    return bool(states.is_cuda and device.compiles_kernels())
 
 
 def softmax_minus_label_(logits: Tensor, labels: Tensor, writes: bool) -> Tensor:
@@ -236,7 +231,7 @@ def exponentials_(logits: Tensor, largest: Tensor | None) -> Tensor:
 
     `largest` is [N, 1] fp32; None subtracts nothing.
     """
-    if largest is not None and logits.is_cuda and _has_kernels():
+    if largest is not None and logits.is_cuda and device.compiles_kernels():
         from engine.modernbert.kernels import pointwise
 
         sums: Tensor = pointwise.exponentials_(logits, largest)
