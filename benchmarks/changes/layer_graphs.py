@@ -6,6 +6,7 @@ is the same in every micro-batch, and the documents are a tensor. Global layers 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
+from megatron.core.distributed import distributed_data_parallel
 from torch import Tensor
 
 from engine.modernbert.attention import PackedDocuments
@@ -25,12 +26,11 @@ from engine.modernbert.linears import takes_plain_linears
 def graphs_of_local_layers() -> Iterator[None]:
     """Replay graphs of local layers in training in this context.
 
-    The first micro-batch of a shape runs without a graph: it compiles kernels and lets libraries allocate what they
-    keep. One rank alone is served. In a pipeline a second micro-batch would overwrite what the backward pass of the
-    first needs, and among data-parallel ranks Megatron waits for gathered weights in hooks, which a replay does not
-    call.
+    Micro-batches of a shape run without a graph until one has come to its backward pass: kernels are compiled then, and
+    libraries have allocated what they keep. A micro-batch holds its graph until its backward pass, so a pipeline has as
+    many graphs of a layer as micro-batches in flight.
     """
-    graphs: dict[Any, LayerGraph | None] = {}
+    free: dict[Any, list[LayerGraph]] = {}
     ordinary = ModernBertLayer.forward
 
     def forward(layer: ModernBertLayer, hidden_states: Any, **more: Any) -> Any:
@@ -39,12 +39,18 @@ def graphs_of_local_layers() -> Iterator[None]:
         if not _can_be_graph(layer, states[0], packed):
             return ordinary(layer, hidden_states, **more)
         key = (layer, states[0].shape, packed.causal, tuple(tensor.requires_grad for tensor in states))
-        if key not in graphs:
-            graphs[key] = None
-            return ordinary(layer, hidden_states, **more)
+        if key not in free:
+            output, context = ordinary(layer, hidden_states, **more)
+
+            def finish(_grad: Tensor) -> None:
+                free.setdefault(key, [])
+
+            (output[-1] if isinstance(output, tuple) else output).register_hook(finish)
+            return output, context
+        _wait_for_weights(layer)
         inputs = (*states, rotary, packed.documents)
-        graph = graphs[key] = graphs[key] or LayerGraph(ordinary, layer, inputs, packed)
-        outputs = _Replay.apply(graph, *inputs, *graph.weights)
+        graph = free[key].pop() if free[key] else LayerGraph(ordinary, layer, inputs, packed)
+        outputs = _Replay.apply(graph, free[key], *inputs, *graph.weights)
         return (outputs if layer.gives_summands else outputs[0]), None
 
     with mock.patch.object(ModernBertLayer, "forward", forward):
@@ -54,7 +60,15 @@ def graphs_of_local_layers() -> Iterator[None]:
 def _can_be_graph(layer: ModernBertLayer, states: Tensor, packed: PackedDocuments) -> bool:
     trains = torch.is_grad_enabled() and packed.dropout is None  # the elements to drop depend on numbers of the host
     plain = takes_plain_linears(layer.config) and layer.config.recompute_granularity is None
-    return _on_gpu(states) and layer.self_attention.is_local and trains and plain and dist.get_world_size() == 1
+    return _on_gpu(states) and layer.self_attention.is_local and trains and plain
+
+
+def _wait_for_weights(layer: ModernBertLayer) -> None:
+    """Wait until other data-parallel ranks have sent the weights, in Megatron's hooks, which a replay does not call."""
+    for module in layer.modules():
+        for hook in module._forward_pre_hooks.values():  # noqa: SLF001
+            if inspect.getmodule(hook) is distributed_data_parallel:
+                hook(module, ())
 
 
 def _on_gpu(states: Tensor) -> bool:
@@ -104,8 +118,8 @@ class LayerGraph:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: LayerGraph, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.graph = graph
+    def forward(ctx: Any, graph: LayerGraph, free: list[LayerGraph], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.graph, ctx.free = graph, free
         for static, tensor in zip(graph.inputs, tensors, strict=False):
             static.detach().copy_(tensor)
         graph.forward.replay()
@@ -119,4 +133,5 @@ class _Replay(torch.autograd.Function):
         graph.backward.replay()
         for weight in graph.adds_itself:
             weight.grad_added_to_main_grad = True
-        return None, *(grad if grad is None else grad.detach() for grad in graph.grads)
+        ctx.free.append(graph)
+        return None, None, *(grad if grad is None else grad.detach() for grad in graph.grads)

@@ -110,6 +110,7 @@ def _train_plainly(config: RunConfig, directory: Path, change: str | None) -> in
             (torch.cuda, "CUDAGraph", Graph),
             (torch.cuda, "graph", record),
             (layer_graphs, "_on_gpu", lambda states: True),
+            (build, "BUCKET_PARAMETERS", 1),  # each weight has a bucket, which its module waits for
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         if change == "graphs":
@@ -142,13 +143,29 @@ def plain(toy: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(ON_GPU, reason="the stand-in for a graph is for a CPU")
-def test_graphs_of_local_layers(toy: RunConfig, plain: Path, tmp_path: Path) -> None:
-    """The same losses, gradient norms and weights to the bit, two graphs replayed forward and backward."""
-    assert run_world(1, _train_plainly, toy, tmp_path, "graphs") == [2 * 2 * (5 + 3)]
-    for line, expected in zip(read_metrics(tmp_path), read_metrics(plain), strict=True):
-        assert (line["loss"], line["grad_norm"]) == (expected["loss"], expected["grad_norm"])
-    expected_weights = stored(plain, 5)
-    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in stored(tmp_path, 5).items())
+@pytest.mark.parametrize(
+    ("pipeline", "replays"),
+    [(1, [2 * 2 * (5 + 3)]), (1, [2 * 2 * (2 + 1)] * 2), (2, [2 * (4 + 2), 2 * (5 + 3)])],
+    ids=["one rank", "two data-parallel ranks", "two pipeline stages"],
+)
+def test_graphs_of_local_layers(pipeline: int, replays: list[int], toy: RunConfig, plain: Path, tmp_path: Path) -> None:
+    """The same losses, gradient norms and weights to the bit, with graphs replayed forward and backward.
+
+    Layers 2 and 3 of 4 are local. The first micro-batch of an objective has no graph, in the first of two stages the
+    first two, because both are in flight.
+    """
+    config = toy.model_copy(update={"parallel": toy.parallel.model_copy(update={"pipeline": pipeline})})
+    found, expected, world = tmp_path / "graphs", plain, len(replays)
+    found.mkdir()
+    if world > 1:
+        expected = tmp_path / "plain"
+        expected.mkdir()
+        run_world(world, _train_plainly, config, expected, None)
+    assert run_world(world, _train_plainly, config, found, "graphs") == replays
+    for line, other in zip(read_metrics(found), read_metrics(expected), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (other["loss"], other["grad_norm"])
+    expected_weights = stored(expected, 5)
+    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in stored(found, 5).items())
 
 
 @pytest.mark.skipif(ON_GPU, reason="one tiling alone, in fp32")
