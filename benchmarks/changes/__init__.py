@@ -21,8 +21,11 @@ BASE_CLM, BASE_MLM, LARGE_CLM = "base, CLM, bf16", "base, MLM 15 %, bf16", "larg
 FOUR_ROWS, ONE_ROW = "base, CLM, bf16, 4 rows per step", "base, CLM, bf16, 1 row per step"
 LARGE_FP8, BILLION_FP8 = "large, CLM, fp8 delayed, 8 rows per step", "1B, CLM, fp8 delayed, 4 rows per step"
 """Runs that a change is measured in, as `benchmarks.gpu.CHANGE_RUNS` describes them."""
-LOCAL_TILES = ((128, 64, 8), (64, 32, 8))
-"""Other values of the local attention kernels' BLOCK_M, BLOCK_N and WARPS."""
+LOCAL_TILES = (
+    (128, 64, {"num_stages": 1, "num_warps": 8}),
+    (64, 32, {"num_stages": 1, "num_warps": 8, "maxnreg": 128}),
+)
+"""Other values of the local attention kernels' BLOCK_M, BLOCK_N and OPTIONS."""
 
 
 class Change(NamedTuple):
@@ -35,10 +38,10 @@ class Change(NamedTuple):
     settings: dict[str, Any] | None = None
 
 
-def _tiles(sizes: tuple[int, int, int]) -> AbstractContextManager[Any]:
+def _tiles(sizes: tuple[int, int, dict[str, int]]) -> AbstractContextManager[Any]:
     from engine.modernbert.kernels import attention  # needs Triton
 
-    return mock.patch.multiple(attention, BLOCK_M=sizes[0], BLOCK_N=sizes[1], WARPS=sizes[2])
+    return mock.patch.multiple(attention, BLOCK_M=sizes[0], BLOCK_N=sizes[1], OPTIONS=sizes[2])
 
 
 def _geglu_in_products() -> AbstractContextManager[Any]:

@@ -36,7 +36,10 @@ class _CoreAttention(MegatronModule):
         if self.window is not None and takes_local_attention(qkv):
             after = 0 if packed.causal else self.window
             return local_attention(qkv, cos, sin, packed.documents, self.window, after)
-        query, key, value = rotate(qkv, cos, sin)
+        return self.attend_selected(*rotate(qkv, cos, sin), packed)
+
+    def attend_selected(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """Map q, k and v after RoPE, [T, heads, d] each, to [T or Q, heads, d]."""
         if packed.is_selected:
             assert packed.queries is not None
             query = query.index_select(0, packed.queries.positions)

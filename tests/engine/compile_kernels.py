@@ -16,6 +16,8 @@ BF16, FP32 = "*bf16", "*fp32"
 NORM = {"states": BF16, "weight": BF16, "mean": FP32, "inverse": FP32, "normed": BF16, "width": "i32"}
 LOCAL = dict.fromkeys(("qkv", "cos", "sin", "out", "grad", "dqkv"), BF16)
 FP8 = {"data": "*u8", "transposed": "*u8", "scale_inverse": FP32, "scale": FP32, "amax": FP32, "rows": "i32"}
+SIZES = ("rows", "width", "tokens", "stride")
+"""Numbers that are multiples of 16 in training."""
 LOCAL |= {"documents": "*i32", "lse": FP32, "tokens": "i32"}
 
 
@@ -23,7 +25,11 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], **optio
     """Compile for compute capability 9.0, and return the PTX."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if "*" in signature[name]}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]  # which Triton sees when it launches a kernel
+        for place, name in enumerate(names)
+        if "*" in signature[name] or (name in SIZES and signature[name] == "i32")
+    }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, constants, built.metadata.shared, "bytes of shared memory")
@@ -56,7 +62,7 @@ def main() -> None:
         build(pointwise._rotate, {**turned, "rows": "i32", "heads": "i32"}, sizes)
         build(pointwise._norm, {**NORM, "added": BF16, "total": BF16, "eps": "fp32"}, {"ADDS": back, "BLOCK": 1024})
     more = {"kept": BF16, "result": BF16, "parts": FP32, "rows": "i32"}
-    build(pointwise._norm_backward, {**NORM, **more}, {"ROWS_PER_PROGRAM": pointwise.ROWS_PER_PROGRAM, "BLOCK": 1024})
+    build(pointwise.norm_backward, {**NORM, **more}, {"ROWS_PER_PROGRAM": pointwise.ROWS_PER_PROGRAM, "BLOCK": 1024})
     build(
         pointwise._exponentials,
         {"logits": BF16, "largest": FP32, "sums": FP32, "stride": "i32"},
@@ -71,10 +77,10 @@ def main() -> None:
             num_warps=16,
         )
     _build_fp8()
-    for tile in ((attention.BLOCK_M, attention.BLOCK_N, attention.WARPS), *LOCAL_TILES):
+    for tile in ((attention.BLOCK_M, attention.BLOCK_N, attention.OPTIONS), *LOCAL_TILES):
         sizes = {"HEADS": 12, "DIM": 64, "BEFORE": 64, "AFTER": 0, "BLOCK_M": tile[0], "BLOCK_N": tile[1]}
         for kernel in (attention._forward, attention._backward):
-            build(kernel, LOCAL, sizes, num_stages=1, num_warps=tile[2])
+            build(kernel, LOCAL, sizes, **tile[2])
     for product in (
         geglu_products._linear_and_gate,
         geglu_products._gate_gradient,

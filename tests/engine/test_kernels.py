@@ -150,9 +150,11 @@ def test_loss_of_whole_rows(height: int, monkeypatch: pytest.MonkeyPatch) -> Non
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6).map(tuple),
     window=st.sampled_from([8, 40, 64, 100]),
     causal=st.booleans(),
-    tile=st.sampled_from([(64, 64, 4), *LOCAL_TILES]),
+    tile=st.sampled_from([(64, 64, attention.OPTIONS), *LOCAL_TILES]),
 )
-def test_local_attention(lengths: tuple[int, ...], window: int, causal: bool, tile: tuple[int, int, int]) -> None:
+def test_local_attention(
+    lengths: tuple[int, ...], window: int, causal: bool, tile: tuple[int, int, dict[str, int]]
+) -> None:
     """Queries next to the ends of documents, of blocks, and of the row; on a GPU matrix products are in TF32."""
     tokens, bar = sum(lengths), 1e-2 if ON_GPU else BAR
     torch.manual_seed(tokens)
@@ -162,7 +164,7 @@ def test_local_attention(lengths: tuple[int, ...], window: int, causal: bool, ti
     expected = BlockedAttention._by_band(*ops.rotate(reference, *theirs), packed, window)
     documents = packed.documents.to(ours.device)
     grad = torch.randn_like(expected)
-    with mock.patch.multiple(attention, BLOCK_M=tile[0], BLOCK_N=tile[1], WARPS=tile[2]):
+    with mock.patch.multiple(attention, BLOCK_M=tile[0], BLOCK_N=tile[1], OPTIONS=tile[2]):
         found = LocalAttention.apply(ours, *mine, documents, window, 0 if causal else window)
         (one,) = torch.autograd.grad(found, ours, grad.to(found.device))
     near(found, expected, bar)

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M, BLOCK_N, WARPS = 64, 64, 4
-"""Tokens of a program, tokens per tile of those that they attend to, and warps of a program.
+BLOCK_M, BLOCK_N, OPTIONS = 64, 64, {"num_stages": 1, "num_warps": 4}
+"""Tokens of a program, tokens per tile of those that they attend to, and Triton's options of a launch.
 
 `benchmarks.gpu changes` measures others, each for another guess why the kernels reach 40 % of an H100's bandwidth: 128
 tokens load and turn fewer keys per query, and 32 keys with 8 warps keep twice as many loads in flight.
@@ -47,7 +47,7 @@ class LocalAttention(torch.autograd.Function):
         out = qkv.new_empty(tokens, heads, dim)
         lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
         ctx.sizes = (tokens, heads, dim, before, after, BLOCK_M, BLOCK_N)
-        ctx.grid, ctx.options = (triton.cdiv(tokens, BLOCK_M), heads), {"num_stages": 1, "num_warps": WARPS}
+        ctx.grid, ctx.options = (triton.cdiv(tokens, BLOCK_M), heads), OPTIONS
         _forward[ctx.grid](qkv, cos, sin, documents, out, lse, *ctx.sizes, **ctx.options)
         ctx.save_for_backward(qkv, cos, sin, documents, out, lse)
         return out
@@ -74,16 +74,15 @@ def _load_turned(source, cos, sin, offs, offs_angle, mask, HALF: tl.constexpr): 
 
 
 @triton.jit
-def _store_turned_back(target, cos, sin, offs, offs_angle, mask, d1, d2, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Turn both halves of a tile of dq or dk back and store them."""
+def turned_back(d1, d2, cos, sin, offs_angle, mask):  # type: ignore[no-untyped-def]
+    """Turn both halves of a tile of dq or dk back."""
     c = tl.load(cos + offs_angle, mask, 0.0).to(tl.float32)
     s = tl.load(sin + offs_angle, mask, 0.0).to(tl.float32)
-    tl.store(target + offs, d1 * c + d2 * s, mask)
-    tl.store(target + offs + HALF, d2 * c - d1 * s, mask)
+    return d1 * c + d2 * s, d2 * c - d1 * s
 
 
 @triton.jit
-def _tile(start, tokens, BLOCK_M: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile(start, tokens, BLOCK_M: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Tokens of a tile that starts `start` places after the program's first token.
 
     These are their numbers, whether they exist, and the numbers as an int64 column for pointers.
@@ -116,24 +115,23 @@ def _load_do_and_delta(grad, out, offs, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
-    qkv, cos, sin, documents, out, lse, tokens,
+def attend(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, documents, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Compute the output of one tile of queries of one head."""
+    """Compute the output of the program's queries of one head, [BLOCK_M, d] fp32, and their lse, [BLOCK_M] fp32."""
     HALF: tl.constexpr = DIM // 2
     SCALE: tl.constexpr = 1.4426950408889634 / DIM**0.5  # log2(e) / sqrt(d)
-    head = tl.program_id(1)
     offs_half, offs_d = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
-    qkv += head * 3 * DIM
-    offs_m, mask_m, m = _tile(0, tokens, BLOCK_M, BLOCK_M)
+    qkv += tl.program_id(1) * 3 * DIM
+    offs_m, mask_m, m = tile(0, tokens, BLOCK_M, BLOCK_M)
     q1, q2 = _load_turned(qkv, cos, sin, m * (3 * HEADS * DIM) + offs_half, m * DIM + offs_half, mask_m[:, None], HALF)
     document_m = tl.load(documents + offs_m, mask_m, -1)
     m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM], tl.float32)
     for start in range(-BEFORE, BLOCK_M + AFTER, BLOCK_N):
-        offs_n, mask_n, n = _tile(start, tokens, BLOCK_M, BLOCK_N)
+        offs_n, mask_n, n = tile(start, tokens, BLOCK_M, BLOCK_N)
         k1, k2, v = _load_keys_and_values(qkv, cos, sin, n, mask_n, offs_half, offs_d, HEADS, DIM)
         mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
         qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
@@ -145,8 +143,89 @@ def _forward(  # type: ignore[no-untyped-def]
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
         m_i = m_new
     l_i = tl.where(mask_m, l_i, 1.0)
-    tl.store(out + m * (HEADS * DIM) + head * DIM + offs_d, acc / l_i[:, None], mask_m[:, None])
-    tl.store(lse + head * tokens + offs_m, m_i + tl.log2(l_i), mask_m)
+    return acc / l_i[:, None], m_i + tl.log2(l_i)
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, documents, out, lse, tokens,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute and store the output and lse of one tile of queries of one head."""
+    offs_m, mask_m, m = tile(0, tokens, BLOCK_M, BLOCK_M)
+    head = tl.program_id(1)
+    output, lse_m = attend(qkv, cos, sin, documents, tokens, HEADS, DIM, BEFORE, AFTER, BLOCK_M, BLOCK_N)
+    tl.store(out + (m * HEADS + head) * DIM + tl.arange(0, DIM)[None, :], output, mask_m[:, None])
+    tl.store(lse + head * tokens + offs_m, lse_m, mask_m)
+
+
+@triton.jit
+def query_gradients(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, documents, out, lse, grad, tokens,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute dq of the program's tokens of one head in two halves, [BLOCK_M, d / 2] fp32 each."""
+    HALF: tl.constexpr = DIM // 2
+    SCALE: tl.constexpr = 1.4426950408889634 / DIM**0.5
+    head = tl.program_id(1)
+    offs_half, offs_d = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
+    qkv += head * 3 * DIM
+    offs_m, mask_m, m = tile(0, tokens, BLOCK_M, BLOCK_M)
+    angle_m = m * DIM + offs_half
+    document_m = tl.load(documents + offs_m, mask_m, -1)
+    q1, q2 = _load_turned(qkv, cos, sin, m * (3 * HEADS * DIM) + offs_half, angle_m, mask_m[:, None], HALF)
+    do, delta = _load_do_and_delta(grad, out, (m * HEADS + head) * DIM + offs_d, mask_m[:, None])
+    lse_m = tl.load(lse + head * tokens + offs_m, mask_m, 0.0)
+    dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
+    for start in range(-BEFORE, BLOCK_M + AFTER, BLOCK_N):
+        offs_n, mask_n, n = tile(start, tokens, BLOCK_M, BLOCK_N)
+        k1, k2, v = _load_keys_and_values(qkv, cos, sin, n, mask_n, offs_half, offs_d, HEADS, DIM)
+        mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
+        qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
+        p = tl.where(mask, tl.exp2(qk - lse_m[:, None]), 0.0)
+        ds = (p * (tl.dot(do, tl.trans(v)) - delta[:, None])).to(v.dtype)
+        dq1, dq2 = tl.dot(ds, k1, dq1), tl.dot(ds, k2, dq2)
+    scale: tl.constexpr = 1.0 / DIM**0.5
+    return turned_back(dq1 * scale, dq2 * scale, cos, sin, angle_m, mask_m[:, None])
+
+
+@triton.jit
+def key_and_value_gradients(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, documents, out, lse, grad, tokens,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute dk in two halves and dv, [BLOCK_M, d] fp32, of the program's tokens of one head.
+
+    The tokens m are keys here, and n queries: a key sees queries BEFORE and AFTER the other way round.
+    """
+    HALF: tl.constexpr = DIM // 2
+    SCALE: tl.constexpr = 1.4426950408889634 / DIM**0.5
+    head = tl.program_id(1)
+    offs_half, offs_d = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
+    qkv += head * 3 * DIM
+    offs_m, mask_m, m = tile(0, tokens, BLOCK_M, BLOCK_M)
+    document_m = tl.load(documents + offs_m, mask_m, -1)
+    k1, k2, v = _load_keys_and_values(qkv, cos, sin, m, mask_m, offs_half, offs_d, HEADS, DIM)
+    dk1, dk2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
+    dv = tl.zeros([BLOCK_M, DIM], tl.float32)
+    for start in range(-AFTER, BLOCK_M + BEFORE, BLOCK_N):
+        offs_n, mask_n, n = tile(start, tokens, BLOCK_M, BLOCK_N)
+        row_n = n * (3 * HEADS * DIM)
+        q1_n, q2_n = _load_turned(qkv, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
+        do_n, delta_n = _load_do_and_delta(grad, out, (n * HEADS + head) * DIM + offs_d, mask_n[:, None])
+        lse_n = tl.load(lse + head * tokens + offs_n, mask_n, 0.0)
+        mask = _visible(document_m, offs_m, documents, offs_n, mask_n, AFTER, BEFORE)
+        qk = tl.dot(k2, tl.trans(q2_n), tl.dot(k1, tl.trans(q1_n))) * SCALE
+        p = tl.where(mask, tl.exp2(qk - lse_n[None, :]), 0.0)
+        dv = tl.dot(p.to(do_n.dtype), do_n, dv)
+        ds = (p * (tl.dot(v, tl.trans(do_n)) - delta_n[None, :])).to(do_n.dtype)
+        dk1, dk2 = tl.dot(ds, q1_n, dk1), tl.dot(ds, q2_n, dk2)
+    scale: tl.constexpr = 1.0 / DIM**0.5
+    dk1, dk2 = turned_back(dk1 * scale, dk2 * scale, cos, sin, m * DIM + offs_half, mask_m[:, None])
+    return dk1, dk2, dv
 
 
 @triton.jit
@@ -157,50 +236,17 @@ def _backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Compute dq of one tile of tokens of one head, and then dk and dv of the same tokens."""
     HALF: tl.constexpr = DIM // 2
-    SCALE: tl.constexpr = 1.4426950408889634 / DIM**0.5
-    head = tl.program_id(1)
-    offs_half, offs_d = tl.arange(0, HALF)[None, :], tl.arange(0, DIM)[None, :]
-    qkv += head * 3 * DIM
-    dqkv += head * 3 * DIM
-    out += head * DIM
-    grad += head * DIM
-    lse += head * tokens
-    offs_m, mask_m, m = _tile(0, tokens, BLOCK_M, BLOCK_M)
-    row_m, angle_m, flat_m = m * (3 * HEADS * DIM), m * DIM + offs_half, m * (HEADS * DIM) + offs_d
-    document_m = tl.load(documents + offs_m, mask_m, -1)
-
-    q1, q2 = _load_turned(qkv, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], HALF)
-    do, delta = _load_do_and_delta(grad, out, flat_m, mask_m[:, None])
-    lse_m = tl.load(lse + offs_m, mask_m, 0.0)
-    dq1, dq2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
-    for start in range(-BEFORE, BLOCK_M + AFTER, BLOCK_N):
-        offs_n, mask_n, n = _tile(start, tokens, BLOCK_M, BLOCK_N)
-        k1, k2, v = _load_keys_and_values(qkv, cos, sin, n, mask_n, offs_half, offs_d, HEADS, DIM)
-        mask = _visible(document_m, offs_m, documents, offs_n, mask_n, BEFORE, AFTER)
-        qk = tl.dot(q2, tl.trans(k2), tl.dot(q1, tl.trans(k1))) * SCALE
-        p = tl.where(mask, tl.exp2(qk - lse_m[:, None]), 0.0)
-        ds = (p * (tl.dot(do, tl.trans(v)) - delta[:, None])).to(v.dtype)
-        dq1, dq2 = tl.dot(ds, k1, dq1), tl.dot(ds, k2, dq2)
-    scale: tl.constexpr = 1.0 / DIM**0.5
-    _store_turned_back(dqkv, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], dq1 * scale, dq2 * scale, HALF)
-
-    # The tokens m are keys from here on, and n queries: a key sees queries BEFORE and AFTER the other way round.
-    k1, k2, v = _load_keys_and_values(qkv, cos, sin, m, mask_m, offs_half, offs_d, HEADS, DIM)
-    dk1, dk2 = tl.zeros([BLOCK_M, HALF], tl.float32), tl.zeros([BLOCK_M, HALF], tl.float32)
-    dv = tl.zeros([BLOCK_M, DIM], tl.float32)
-    for start in range(-AFTER, BLOCK_M + BEFORE, BLOCK_N):
-        offs_n, mask_n, n = _tile(start, tokens, BLOCK_M, BLOCK_N)
-        row_n = n * (3 * HEADS * DIM)
-        q1_n, q2_n = _load_turned(qkv, cos, sin, row_n + offs_half, n * DIM + offs_half, mask_n[:, None], HALF)
-        do_n, delta_n = _load_do_and_delta(grad, out, n * (HEADS * DIM) + offs_d, mask_n[:, None])
-        lse_n = tl.load(lse + offs_n, mask_n, 0.0)
-        mask = _visible(document_m, offs_m, documents, offs_n, mask_n, AFTER, BEFORE)
-        qk = tl.dot(k2, tl.trans(q2_n), tl.dot(k1, tl.trans(q1_n))) * SCALE
-        p = tl.where(mask, tl.exp2(qk - lse_n[None, :]), 0.0)
-        dv = tl.dot(p.to(do.dtype), do_n, dv)
-        ds = (p * (tl.dot(v, tl.trans(do_n)) - delta_n[None, :])).to(do.dtype)
-        dk1, dk2 = tl.dot(ds, q1_n, dk1), tl.dot(ds, q2_n, dk2)
-    _store_turned_back(
-        dqkv + DIM, cos, sin, row_m + offs_half, angle_m, mask_m[:, None], dk1 * scale, dk2 * scale, HALF
+    _, mask_m, m = tile(0, tokens, BLOCK_M, BLOCK_M)
+    mask_m, row = mask_m[:, None], dqkv + (m * HEADS + tl.program_id(1)) * (3 * DIM)
+    half = row + tl.arange(0, HALF)[None, :]
+    dq1, dq2 = query_gradients(
+        qkv, cos, sin, documents, out, lse, grad, tokens, HEADS, DIM, BEFORE, AFTER, BLOCK_M, BLOCK_N
     )
-    tl.store(dqkv + 2 * DIM + row_m + offs_d, dv, mask_m[:, None])
+    tl.store(half, dq1, mask_m)
+    tl.store(half + HALF, dq2, mask_m)
+    dk1, dk2, dv = key_and_value_gradients(
+        qkv, cos, sin, documents, out, lse, grad, tokens, HEADS, DIM, BEFORE, AFTER, BLOCK_M, BLOCK_N
+    )
+    tl.store(half + DIM, dk1, mask_m)
+    tl.store(half + DIM + HALF, dk2, mask_m)
+    tl.store(row + 2 * DIM + tl.arange(0, DIM)[None, :], dv, mask_m)

@@ -180,7 +180,7 @@ class AddAndNorm(torch.autograd.Function):
         result, block = torch.empty_like(states), triton.next_power_of_2(width)
         programs = triton.cdiv(rows, ROWS_PER_PROGRAM)
         parts = torch.empty(programs, width, dtype=torch.float32, device=states.device)
-        _norm_backward[(programs,)](
+        norm_backward[(programs,)](
             states, weight, mean, inverse, kept, normed, result, parts, rows, width, ROWS_PER_PROGRAM, block,
             num_warps=_warps(block),
         )  # fmt: skip
@@ -214,20 +214,11 @@ def _norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_backward(  # type: ignore[no-untyped-def]
-    states,
-    weight,
-    mean,
-    inverse,
-    kept,
-    normed,
-    result,
-    parts,
-    rows,
-    width,
-    ROWS_PER_PROGRAM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def norm_backward(  # type: ignore[no-untyped-def]
+    states, weight, mean, inverse, kept, normed, result, parts, rows, width,
+    ROWS_PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of the sum, and the program's share of the weight's gradient."""
     column = tl.arange(0, BLOCK)
     mask = column < width
     w = tl.load(weight + column, mask, 0.0).to(tl.float32)
