@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.modernbert.kernels import pointwise
 from engine.modernbert.kernels.pointwise import gate, gate_gradients
 
 TILE, WARPS = 64, 8
 """Rows and columns of a tile of GeGLU, whose copies are written in pieces of 64 bytes, and warps per program."""
 ROWS, COLUMNS = 32, 64
 """Rows per program of the norm, and the columns that it casts at once."""
+GRADIENT_COLUMNS = 32
+"""Columns that the norm's backward pass casts at once; 64 of them would take 148 registers for 95."""
 
 Target = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Tensors of a result [..., n] in FP8.
@@ -59,9 +62,37 @@ def add_and_norm(
     block = triton.next_power_of_2(width)
     _norm[(triton.cdiv(rows, ROWS),)](
         states, added, total, weight, mean, inverse, *target, rows, width, eps, other is not None, ROWS, COLUMNS, block,
-        num_warps=min(8, max(1, block // 256)),  # as the norm that writes BF16, so that both add in the same order
+        num_warps=pointwise.warps(block),  # as the norm that writes BF16, so that both add in the same order
     )  # fmt: skip
     return total, mean, inverse
+
+
+def norm_backward(
+    states: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, kept: Tensor, normed: Tensor, target: Target
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of `states` as E5M2.
+
+    Args:
+        states: [..., h] BF16, the normalised sum.
+        weight: [h]
+        mean: Mean of each row, [rows] fp32.
+        inverse: Inverse standard deviation of each row, [rows] fp32.
+        kept: Gradient of the sum, [..., h] BF16.
+        normed: Gradient of the norm, [..., h] BF16.
+        target: For [..., h].
+
+    Returns:
+        The gradient in BF16, and the weight's, [h] fp32.
+    """
+    rows, width = _shape(states)
+    result, block = torch.empty_like(states), triton.next_power_of_2(width)
+    programs = triton.cdiv(rows, pointwise.ROWS_PER_PROGRAM)
+    parts = torch.empty(programs, width, dtype=torch.float32, device=states.device)
+    _norm_backward[(programs,)](
+        states, weight, mean, inverse, kept, normed, result, parts, *target, rows, width,
+        pointwise.ROWS_PER_PROGRAM, GRADIENT_COLUMNS, block, num_warps=pointwise.warps(block),
+    )  # fmt: skip
+    return result, parts.sum(dim=0)
 
 
 def _shape(states: Tensor) -> tuple[int, int]:
@@ -81,7 +112,7 @@ def _tile(rows, width, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _write(value, data, transposed, scale, row, column, rows, width, mask, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
+def write(value, data, transposed, scale, row, column, rows, width, mask, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store a tile of BF16 values as FP8 in both copies, and return its magnitudes."""
     value = value.to(tl.float32)
     cast = (value * tl.load(scale)).to(FORMAT).to(tl.uint8, bitcast=True)
@@ -91,13 +122,19 @@ def _write(value, data, transposed, scale, row, column, rows, width, mask, FORMA
 
 
 @triton.jit
-def _finish(magnitudes, inverse, scale, amax):  # type: ignore[no-untyped-def]
-    """Raise amax to the largest magnitude, and store the inverse of the scale once.
+def largest(magnitudes):  # type: ignore[no-untyped-def]
+    """Return the largest of a tile of magnitudes."""
+    return tl.max(tl.max(magnitudes, 1), 0)
+
+
+@triton.jit
+def finish(magnitude, inverse, scale, amax):  # type: ignore[no-untyped-def]
+    """Raise amax to the program's largest magnitude, and store the inverse of the scale once.
 
     Floats that are not negative are ordered as their bits are. A maximum does not depend on the order of programs.
     """
-    largest = tl.max(tl.max(magnitudes, 1), 0)
-    tl.atomic_max(amax.to(tl.pointer_type(tl.int32), bitcast=True), largest.to(tl.int32, bitcast=True), sem="relaxed")
+    bits = magnitude.to(tl.int32, bitcast=True)
+    tl.atomic_max(amax.to(tl.pointer_type(tl.int32), bitcast=True), bits, sem="relaxed")
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(inverse, tl.div_rn(1.0, tl.load(scale)))
 
@@ -111,8 +148,8 @@ def _geglu(  # type: ignore[no-untyped-def]
     first = tl.load(states + offs, mask, 0.0).to(tl.float32)
     second = tl.load(states + offs + width, mask, 0.0).to(tl.float32)
     result = gate(first, second).to(states.dtype.element_ty)
-    magnitudes = _write(result, data, transposed, scale, row, column, rows, width, mask, tl.float8e4nv)
-    _finish(magnitudes, scale_inverse, scale, amax)
+    magnitudes = write(result, data, transposed, scale, row, column, rows, width, mask, tl.float8e4nv)
+    finish(largest(magnitudes), scale_inverse, scale, amax)
 
 
 @triton.jit
@@ -126,10 +163,10 @@ def _geglu_backward(  # type: ignore[no-untyped-def]
     grad_output = tl.load(grad + row * width + column, mask, 0.0).to(tl.float32)
     left, right = gate_gradients(first, second, grad_output)
     left, right = left.to(states.dtype.element_ty), right.to(states.dtype.element_ty)
-    magnitudes = _write(left, data, transposed, scale, row, column, rows, 2 * width, mask, tl.float8e5)
+    magnitudes = write(left, data, transposed, scale, row, column, rows, 2 * width, mask, tl.float8e5)
     column += width
-    others = _write(right, data, transposed, scale, row, column, rows, 2 * width, mask, tl.float8e5)
-    _finish(tl.maximum(magnitudes, others), scale_inverse, scale, amax)
+    others = write(right, data, transposed, scale, row, column, rows, 2 * width, mask, tl.float8e5)
+    finish(largest(tl.maximum(magnitudes, others)), scale_inverse, scale, amax)
 
 
 @triton.jit
@@ -174,6 +211,25 @@ def _norm(  # type: ignore[no-untyped-def]
         x = _sum(states, added, row * width + column, mask, ADDS)
         w = tl.load(weight + column, column < width, 0.0).to(tl.float32)
         result = ((x - averages[:, None]) * deviations[:, None] * w).to(states.dtype.element_ty)
-        written = _write(result, data, transposed, scale, row, column, rows, width, mask, tl.float8e4nv)
+        written = write(result, data, transposed, scale, row, column, rows, width, mask, tl.float8e4nv)
         magnitudes = tl.maximum(magnitudes, written)
-    _finish(magnitudes, scale_inverse, scale, amax)
+    finish(largest(magnitudes), scale_inverse, scale, amax)
+
+
+@triton.jit
+def _norm_backward(  # type: ignore[no-untyped-def]
+    states, weight, mean, inverse, kept, normed, result, parts, data, transposed, scale_inverse, scale, amax,
+    rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient in BF16, and cast it from the cache in tiles for both copies."""
+    pointwise.norm_backward(states, weight, mean, inverse, kept, normed, result, parts, rows, width, ROWS, BLOCK)
+    tl.debug_barrier()  # other threads have stored what is loaded from here on
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    magnitudes = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, width, COLUMNS):
+        column = (first + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+        mask = (row < rows) & (column < width)
+        value = tl.load(result + row * width + column, mask, 0.0)
+        written = write(value, data, transposed, scale, row, column, rows, width, mask, tl.float8e5)
+        magnitudes = tl.maximum(magnitudes, written)
+    finish(largest(magnitudes), scale_inverse, scale, amax)

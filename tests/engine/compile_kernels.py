@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.changes import LOCAL_TILES, fp8_kernels, geglu_products, residual_products
+from benchmarks.changes import LOCAL_TILES, fp8_attention_kernels, fp8_kernels, geglu_products, residual_products
 from engine.modernbert.kernels import attention, pointwise
 
 BF16, FP32 = "*bf16", "*fp32"
@@ -101,6 +101,22 @@ def _build_fp8() -> None:
     for adds in (False, True):
         sizes = {"ADDS": adds, "ROWS": fp8_kernels.ROWS, "COLUMNS": fp8_kernels.COLUMNS, "BLOCK": 1024}
         built.append((build(fp8_kernels._norm, names, sizes, num_warps=4), "e4m3x2"))
+    more = {"kept": BF16, "result": BF16, "parts": FP32}
+    sizes = {"ROWS": pointwise.ROWS_PER_PROGRAM, "COLUMNS": fp8_kernels.GRADIENT_COLUMNS, "BLOCK": 1024}
+    built.append((build(fp8_kernels._norm_backward, {**names, **more}, sizes, num_warps=4), "e5m2x2"))
+    names = {**FP8, **LOCAL, **dict.fromkeys(("dq", "dk", "dv"), BF16)}
+    sizes = {"HEADS": 16, "DIM": 64, "ROWS": fp8_kernels.TILE}
+    built.append((build(fp8_attention_kernels._rotate_backward, names, sizes), "e5m2x2"))
+    sizes = {
+        "HEADS": 16,
+        "DIM": 64,
+        "BEFORE": 64,
+        "AFTER": 0,
+        "BLOCK_M": attention.BLOCK_M,
+        "BLOCK_N": attention.BLOCK_N,
+    }
+    built.append((build(fp8_attention_kernels._forward, names, sizes, **attention.OPTIONS), "e4m3x2"))
+    built.append((build(fp8_attention_kernels._backward, names, sizes, **attention.OPTIONS), "e5m2x2"))
     for ptx, kind in built:
         assert f"cvt.rn.satfinite.{kind}.f32" in ptx
 

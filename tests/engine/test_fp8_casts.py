@@ -1,4 +1,4 @@
-"""Norm and GeGLU that write FP8: whole runs on a CPU by `te_on_cpu`, and the kernels in Triton's interpreter.
+"""Operations that write FP8: whole runs on a CPU by `te_on_cpu`, and the kernels in Triton's interpreter.
 
 Needs Transformer Engine's Python package, as `test_transformer_engine` does.
 """
@@ -33,7 +33,7 @@ def _train_both_ways(config: RunConfig, folder: Path, resumes: bool) -> list[dic
     from tests.engine.te_on_cpu import CALLS
 
     found = []
-    for name, context in (("casting", CHANGES["FP8 written by norm and GeGLU"].other), ("plain", nullcontext)):
+    for name, context in (("casting", CHANGES["FP8 written where it is computed"].other), ("plain", nullcontext)):
         CALLS.clear()
         with context():
             found.append(_train(config, folder / name))
@@ -65,14 +65,21 @@ def test_a_run_is_the_same_to_the_bit(dropout: float, shards: Path, tmp_path: Pa
     """
     held_out = {"shards": str(shards / "en"), "every": "2 steps", "sequences": 2}
     config = fp8(shards, precision="fp8", fp8_recipe="delayed", evaluation=held_out, dropout=dropout)
+    # The second of three layers is local.
+    shape = {"num_hidden_layers": 3, "global_attn_every_n_layers": 2, "attention_output_dropout": dropout}
+    config = config.model_copy(update={"model": config.model.model_copy(update=shape)})
     calls, expected_calls = alone(_train_both_ways, config, tmp_path, not dropout)
-    linears, micro_batches, evaluations, steps = 4 * 2, 2 * 3, 2 * 2, 3
+    layers, micro_batches, evaluations, steps = 3, 2 * 3, 2 * 2, 3
+    linears = 4 * layers
     products = {"fp8 product": linears * (3 * micro_batches + evaluations)}
     # Inputs and gradients, and the weights once per step and evaluation.
     quantizations = linears * (2 * micro_batches + evaluations + steps + evaluations)
     assert expected_calls == {"Float8Quantizer": quantizations, **products}
-    # The inputs of qkv in one block, of fc1 in two, and without dropout of fc2 in two; the gradient of fc1 in two.
-    written = (3 if dropout else 5) * micro_batches + 5 * evaluations + 2 * micro_batches
+    # Left to cast are the input of the first qkv, those of proj in global layers, and the gradient of the last fc2.
+    inputs, gradients = linears - 1 - 2, linears - 1
+    # Dropout reads what fc2 multiplies and what proj has multiplied.
+    dropped = layers if dropout else 0
+    written = inputs * evaluations + (inputs + gradients - 2 * dropped) * micro_batches
     assert calls == {"Float8Quantizer": quantizations - written, **products}, "and no copy is transposed afterwards"
     assert_same_run(tmp_path / "casting", tmp_path / "plain")
     if not dropout:
@@ -92,16 +99,17 @@ def _check_kernels(rows: int, width: int) -> None:
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer, Float8Tensor
 
-    from benchmarks.changes import fp8_casts
-    from engine.modernbert.kernels.pointwise import AddAndNorm, GeGLU
+    from benchmarks.changes import fp8_casts, fp8_ops
+    from engine.modernbert.kernels.attention import LocalAttention
+    from engine.modernbert.kernels.pointwise import AddAndNorm, GeGLU, Rotate
 
     def quantizers(scale: float, e5m2: bool = False, amax: float = 0.0) -> list[Any]:
         kind = DType.kFloat8E5M2 if e5m2 else DType.kFloat8E4M3
         return [Float8Quantizer(torch.tensor(scale), torch.tensor([amax]), kind) for _ in range(2)]
 
     def assert_same(found: Any, values: torch.Tensor, ours: Any, reference: Any) -> None:
-        assert values.dtype == torch.bfloat16
-        expected = fp8_casts.cast(values, reference, type(found))
+        assert found.shape == values.shape and found.dtype == values.dtype
+        expected = fp8_ops.cast(values, reference, type(found))
         for one, other in zip(found.get_data_tensors(), expected.get_data_tensors(), strict=True):
             assert torch.equal(one, other)
         assert torch.equal(found.get_metadata()["fp8_scale_inv"], 1 / ours.scale.view(1))
@@ -118,7 +126,7 @@ def _check_kernels(rows: int, width: int) -> None:
         with torch.no_grad():
             states[..., smaller] /= 1000  # so that the largest gradient is in the other half
         result, gradient = quantizers(7.3), quantizers(3000.0, e5m2=True)
-        found, expected = fp8_casts._GeGLUByKernel.apply(states, result[0], gradient[0]), GeGLU.apply(states)
+        found, expected = fp8_ops.GeGLUByKernel.apply(states, result[0], gradient[0]), GeGLU.apply(states)
         assert_same(found, expected.detach(), *result)
         grads = [torch.autograd.grad(output, states, grad)[0] for output in (found, expected)]
         assert_same(*grads, *gradient)
@@ -129,24 +137,47 @@ def _check_kernels(rows: int, width: int) -> None:
         fp8_casts._drop_rows(None, (found,), None)
         data, transposed = found.get_data_tensors()
         assert data is None and transposed is not None and found.shape == (rows, 1, width)
-        plain = fp8_casts._GeGLUByKernel.apply(states, None, None)
+        plain = fp8_ops.GeGLUByKernel.apply(states, None, None)
         assert torch.equal(plain, expected) and torch.equal(torch.autograd.grad(plain, states, grad)[0], grads[1])
 
     for other in (None, leaf(rows, 1, width)):
         states, weight = leaf(rows, 1, width), leaf(width)
-        ours, reference = quantizers(200.0, amax=1e9 if other is None else 0.0)
-        total, normed = fp8_casts._NormByKernel.apply(states, other, weight, 1e-5, ours)
+        result, gradient = quantizers(200.0, amax=1e9 if other is None else 0.0), quantizers(3.0, e5m2=True)
+        total, normed = fp8_ops.NormByKernel.apply(states, other, weight, 1e-5, result[0], gradient[0])
         expected_total, expected = AddAndNorm.apply(states, other, weight, 1e-5)
         assert torch.equal(total, expected_total)
-        assert_same(normed, expected.detach(), ours, reference)
+        assert_same(normed, expected.detach(), *result)
         leaves = [states, weight, *([] if other is None else [other])]
         given = [leaf(rows, 1, width).detach() for _ in range(2)]
-        for one, another in zip(
-            torch.autograd.grad((total, normed), leaves, given),
-            torch.autograd.grad((expected_total, expected), leaves, given),
-            strict=True,
-        ):
-            assert torch.equal(one, another)
+        grads = torch.autograd.grad((total, normed), leaves, given)
+        expected_grads = torch.autograd.grad((expected_total, expected), leaves, given)
+        assert all(torch.equal(*pair) for pair in zip(grads[:2], expected_grads[:2], strict=True))
+        if other is not None:
+            assert_same(grads[2], expected_grads[2], *gradient)
+        without = fp8_ops.NormByKernel.apply(states, other, weight, 1e-5, result[0], None)
+        for pair in zip(torch.autograd.grad(without, leaves, given), expected_grads, strict=True):
+            assert torch.equal(*pair)
+
+    tokens, heads, dim = rows, 2, 16
+    cos, sin = torch.rand(2, tokens, dim).bfloat16()
+    states, gradient = leaf(tokens, 1, heads * 3 * dim), quantizers(2.0, e5m2=True)
+    turned = fp8_ops.RotateByKernel.apply(states, heads, cos, sin, gradient[0])
+    expected_turned = Rotate.apply(states.view(tokens, heads, 3, dim), cos, sin)
+    assert all(torch.equal(*pair) for pair in zip(turned, expected_turned, strict=True))
+    given = [leaf(tokens, heads, dim).detach() for _ in range(3)]
+    grads = [torch.autograd.grad(outputs, states, given)[0] for outputs in (turned, expected_turned)]
+    assert_same(*grads, *gradient)
+
+    # Attention in fp32, because the interpreter multiplies no BF16.
+    qkv = torch.randn(tokens, 1, heads * 3 * dim, requires_grad=True)
+    documents = (torch.arange(tokens, dtype=torch.int32) * 3 // tokens).int()
+    result, gradient = quantizers(300.0), quantizers(3000.0, e5m2=True)
+    settings = (heads, cos.float(), sin.float(), documents, (20, 5), result[0], gradient[0])
+    found = fp8_ops.LocalAttentionByKernel.apply(qkv, *settings)
+    expected = LocalAttention.apply(qkv.view(tokens, heads, 3, dim), *settings[1:4], 20, 5).flatten(1)[:, None]
+    assert_same(found, expected.detach(), *result)
+    grad = torch.randn(tokens, 1, heads * dim)
+    assert_same(*(torch.autograd.grad(output, qkv, grad)[0] for output in (found, expected)), *gradient)
 
 
 def _round_as_a_gpu(convert: Callable[..., Any]) -> Callable[..., Any]:

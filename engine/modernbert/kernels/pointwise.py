@@ -166,7 +166,7 @@ class AddAndNorm(torch.autograd.Function):
         mean, inverse = torch.empty(2, rows, dtype=torch.float32, device=states.device)
         block = triton.next_power_of_2(width)
         _norm[(rows,)](
-            states, added, total, weight, normed, mean, inverse, width, eps, ctx.adds, block, num_warps=_warps(block)
+            states, added, total, weight, normed, mean, inverse, width, eps, ctx.adds, block, num_warps=warps(block)
         )
         ctx.save_for_backward(total, weight, mean, inverse)
         return total.view_as(total), normed
@@ -182,12 +182,13 @@ class AddAndNorm(torch.autograd.Function):
         parts = torch.empty(programs, width, dtype=torch.float32, device=states.device)
         norm_backward[(programs,)](
             states, weight, mean, inverse, kept, normed, result, parts, rows, width, ROWS_PER_PROGRAM, block,
-            num_warps=_warps(block),
+            num_warps=warps(block),
         )  # fmt: skip
         return result, result if ctx.adds else None, parts.sum(dim=0).to(weight.dtype), None
 
 
-def _warps(block: int) -> int:
+def warps(block: int) -> int:
+    """Choose the warps of a program that takes rows of `block` columns."""
     return min(8, max(1, block // 256))
 
 
