@@ -1,7 +1,7 @@
 """CUDA graphs of the local layers: the host launches one graph instead of each kernel.
 
 A graph repeats kernels on the same memory. A local layer can be one, because its kernels hold no number of the host: T
-is the same in every micro-batch, and the documents are a tensor. Global layers depend on the longest document.
+is the same in every micro-batch, and documents and dropout are tensors. Global layers depend on the longest document.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def graphs_of_local_layers() -> Iterator[None]:
     def forward(layer: ModernBertLayer, hidden_states: Any, **more: Any) -> Any:
         packed, rotary = more["packed_seq_params"], more["rotary_pos_emb"]
         states = hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
-        if not _can_be_graph(layer, states[0], packed):
+        if not _can_be_graph(layer, states[0]):
             return ordinary(layer, hidden_states, **more)
-        key = (layer, states[0].shape, packed.causal, tuple(tensor.requires_grad for tensor in states))
+        needs_grad = tuple(tensor.requires_grad for tensor in states)
+        key = (layer, states[0].shape, packed.causal, packed.dropout is None, needs_grad)
         if key not in free:
             output, context = ordinary(layer, hidden_states, **more)
 
@@ -48,7 +49,7 @@ def graphs_of_local_layers() -> Iterator[None]:
             (output[-1] if isinstance(output, tuple) else output).register_hook(finish)
             return output, context
         _wait_for_weights(layer)
-        inputs = (*states, rotary, packed.documents)
+        inputs = (rotary, packed.documents, *([packed.dropout.keys] if packed.dropout else []), *states)
         graph = free[key].pop() if free[key] else LayerGraph(ordinary, layer, inputs, packed)
         outputs = _Replay.apply(graph, free[key], *inputs, *graph.weights)
         return (outputs if layer.gives_summands else outputs[0]), None
@@ -57,10 +58,9 @@ def graphs_of_local_layers() -> Iterator[None]:
         yield
 
 
-def _can_be_graph(layer: ModernBertLayer, states: Tensor, packed: PackedDocuments) -> bool:
-    trains = torch.is_grad_enabled() and packed.dropout is None  # the elements to drop depend on numbers of the host
+def _can_be_graph(layer: ModernBertLayer, states: Tensor) -> bool:
     plain = takes_plain_linears(layer.config) and layer.config.recompute_granularity is None
-    return _on_gpu(states) and layer.self_attention.is_local and trains and plain
+    return _on_gpu(states) and layer.self_attention.is_local and torch.is_grad_enabled() and plain
 
 
 def _wait_for_weights(layer: ModernBertLayer) -> None:
@@ -81,7 +81,8 @@ class LayerGraph:
     Args:
         ordinary: The layer's forward pass.
         layer: A local layer.
-        inputs: One or two residual states [T, 1, h], RoPE's angles [2, 2, T, d] and the documents [T].
+        inputs: RoPE's angles [2, 2, T, d], the documents [T], with dropout its keys [T], and one or two residual
+            states [T, 1, h].
         packed: Parameters of the micro-batch.
     """
 
@@ -90,8 +91,9 @@ class LayerGraph:
     ) -> None:
         self.weights = [weight for weight in layer.parameters() if weight.requires_grad]
         self.inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
-        *states, rotary, documents = self.inputs
-        static = replace(packed, documents=documents, queries=None, _masks={})
+        rotary, documents, *states = self.inputs
+        dropout = replace(packed.dropout, keys=states.pop(0)) if packed.dropout else None
+        static = replace(packed, documents=documents, dropout=dropout, queries=None, _masks={})
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Another thread prepares the next batch on the GPU meanwhile.
         with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):

@@ -144,17 +144,21 @@ def plain(toy: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(ON_GPU, reason="the stand-in for a graph is for a CPU")
 @pytest.mark.parametrize(
-    ("pipeline", "replays"),
-    [(1, [2 * 2 * (5 + 3)]), (1, [2 * 2 * (2 + 1)] * 2), (2, [2 * (4 + 2), 2 * (5 + 3)])],
-    ids=["one rank", "two data-parallel ranks", "two pipeline stages"],
+    ("pipeline", "dropout", "replays"),
+    [(1, 0.0, [2 * 2 * (5 + 3)]), (1, 0.1, [2 * 2 * (2 + 1)] * 2), (2, 0.0, [2 * (4 + 2), 2 * (5 + 3)])],
+    ids=["one rank", "two data-parallel ranks with dropout", "two pipeline stages"],
 )
-def test_graphs_of_local_layers(pipeline: int, replays: list[int], toy: RunConfig, plain: Path, tmp_path: Path) -> None:
+def test_graphs_of_local_layers(
+    pipeline: int, dropout: float, replays: list[int], toy: RunConfig, plain: Path, tmp_path: Path
+) -> None:
     """The same losses, gradient norms and weights to the bit, with graphs replayed forward and backward.
 
     Layers 2 and 3 of 4 are local. The first micro-batch of an objective has no graph, in the first of two stages the
     first two, because both are in flight.
     """
-    config = toy.model_copy(update={"parallel": toy.parallel.model_copy(update={"pipeline": pipeline})})
+    rates = {"mlp_dropout": dropout, "attention_output_dropout": dropout}
+    layout = toy.parallel.model_copy(update={"pipeline": pipeline})
+    config = toy.model_copy(update={"parallel": layout, "model": toy.model.model_copy(update=rates)})
     found, expected, world = tmp_path / "graphs", plain, len(replays)
     found.mkdir()
     if world > 1:
