@@ -108,6 +108,19 @@ def read_yaml(text: str, origin: str) -> Any:
     return OmegaConf.to_container(tree)["value"]  # type: ignore[index, call-overload]
 
 
+def require_no_comment(override: str, key: str) -> None:
+    """Raise InputError if YAML would take a part of an override's value for a comment."""
+    text = override[len(key) + 1 :]
+    try:
+        scalars = [token for token in yaml.scan(text, Loader=yaml.SafeLoader) if isinstance(token, yaml.ScalarToken)]
+    except yaml.YAMLError:
+        return  # reading the value will tell
+    for sign in re.finditer("#", text):
+        if not any(token.start_mark.index <= sign.start() < token.end_mark.index for token in scalars):
+            message = f"{override!r}: YAML takes `{text[sign.start() :]}` for a comment; quote a text: '{key}=\"...\"'"
+            raise InputError(message, key=key, code="override-malformed")
+
+
 def _require_decimal(text: str, origin: str) -> None:
     """Raise InputError for numbers that YAML 1.1 reads otherwise than a person: 010 as octal, 12:30 to the base 60."""
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
@@ -154,6 +167,7 @@ def _apply(tree: Any, override: str, recipe: str) -> None:
     if _NEGATIVE_INDEX.search(key):
         message = f"{override!r}: entries of a list are numbered from 0 and not from the end"
         raise InputError(message, key=key, code="override-malformed")
+    require_no_comment(override, key)
     try:
         _require_decimal(override[len(key) + 1 :], repr(override))
         value = OmegaConf.to_container(OmegaConf.from_dotlist(["value" + override[len(key) :]]))["value"]  # type: ignore[index, call-overload]

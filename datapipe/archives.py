@@ -40,6 +40,9 @@ def read_zip(content: Content, read: Reader, raw: IO[bytes]) -> Iterator[Record]
             for info, path in names:
                 if path not in members:
                     continue
+                if members[path] is not info:
+                    _note_replaced(content, path)
+                    continue
                 try:
                     yield from _member(content, read, path, chosen.get(path), lambda info=info: archive.open(info))  # type: ignore[misc]
                 except (RuntimeError, NotImplementedError) as error:  # a password, or an unknown compression
@@ -63,7 +66,7 @@ def read_tar(content: Content, read: Reader, raw: IO[bytes]) -> Iterator[Record]
     suffixed = "" if content.name.lower().endswith((".tgz", ".tar")) else content.name
     if not raw.seekable():
         raw, suffixed = seekable(raw, suffixed), ""
-    members = _list_tar(raw)
+    members, places = _list_tar(raw)
     try:
         chosen = _choose(content, members, lambda path: members[path])
     except InputError as error:
@@ -76,6 +79,9 @@ def read_tar(content: Content, read: Reader, raw: IO[bytes]) -> Iterator[Record]
             for info in archive:
                 if info.isfile():
                     path = _path(info.name)
+                    if info.offset < places.get(path, 0):
+                        _note_replaced(content, path)
+                        continue
                     opened = cast("Any", lambda info=info: Forward(archive.extractfile(info)))
                     yield from _member(content, read, path, chosen.get(path), opened)
                 elif not info.isdir():
@@ -88,12 +94,18 @@ def read_tar(content: Content, read: Reader, raw: IO[bytes]) -> Iterator[Record]
         yield content.fault(f"no readable tar file ({error})", "not-readable")
 
 
-def _list_tar(raw: IO[bytes]) -> dict[PurePosixPath, bytes]:
-    """The files of a tar up to where it is damaged, and the content of those that describe others.
+def _note_replaced(content: Content, path: PurePosixPath) -> None:
+    """Tell of a member that unpacking would replace by a later one, which `tar --append` and `--update` add."""
+    content.notes.unread("replaced", "a later member has the same name", f"{content.name}!{printable(str(path))}")
+
+
+def _list_tar(raw: IO[bytes]) -> tuple[dict[PurePosixPath, bytes], dict[PurePosixPath, int]]:
+    """The files of a tar up to where it is damaged: the content of those that describe others, and the last places.
 
     A tar has no list of its members, and the choice between splits needs all names.
     """
     members: dict[PurePosixPath, bytes] = {}
+    places: dict[PurePosixPath, int] = {}
     is_compressed = read_fully(raw, 8).startswith(_MAGIC)
     raw.seek(0)
     with suppress(tarfile.TarError, *DAMAGE):
@@ -108,8 +120,9 @@ def _list_tar(raw: IO[bytes]) -> dict[PurePosixPath, bytes]:
                     path = _path(info.name)
                     file = archive.extractfile(info) if path.name in DESCRIBING else None
                     members[path] = file.read(_IN_MEMORY) if file else b""
+                    places[path] = info.offset
     raw.seek(0)
-    return members
+    return members, places
 
 
 def _path(member: str) -> PurePosixPath:

@@ -9,6 +9,7 @@ import io
 import lzma
 import re
 import zlib
+from collections.abc import Callable
 from typing import IO, Any
 
 import zstandard
@@ -61,11 +62,11 @@ def decompress(file: IO[bytes], name: str) -> tuple[IO[bytes], bytes]:
     if kind == ".gz":
         stream = gzip.GzipFile(fileobj=io.BufferedReader(stream))
     elif kind == ".bz2":
-        stream = bz2.BZ2File(io.BufferedReader(stream))
+        stream = _Parts(stream, bz2.BZ2Decompressor, "bz2")
     elif kind == ".xz":
-        stream = lzma.LZMAFile(io.BufferedReader(stream))  # noqa: SIM115
+        stream = _Parts(stream, lzma.LZMADecompressor, "xz")
     elif kind == ".zst":
-        stream = _Zstandard(stream)
+        stream = _Parts(stream, _frame, "zstandard")
     head = read_fully(stream, HEAD)
     return io.BufferedReader(Forward(stream, head), 2**18), head
 
@@ -108,37 +109,50 @@ class Forward(io.RawIOBase):
         return len(content)
 
 
-class _Zstandard(io.RawIOBase):
-    """Frames of zstandard; unlike the library's own reader it tells a file that ends inside a frame."""
+class _Parts(io.RawIOBase):
+    """The content of all compressed streams in a file, which tells a file that ends inside one, and what is none.
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._frame: Any = None
+    The standard library's readers of bz2 and xz take bytes after a stream that begin no other one for its end. Zero
+    bytes may fill up a file, or the space between two streams of xz.
+
+    Args:
+        stream: The file.
+        new: Returns a decompressor of one stream.
+        kind: Name of the compression.
+    """
+
+    def __init__(self, stream: Any, new: Callable[[], Any], kind: str) -> None:
+        self._stream, self._new, self._kind = stream, new, kind
+        self._part: Any = None
+        self._rest = b""
         self._content = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        rest = b""
         while not self._content:
-            compressed = rest or self._stream.read(2**16)
+            compressed = self._rest or self._stream.read(2**14)
+            self._rest = b""
             if not compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstandard frame")
+                if self._part is not None:
+                    raise EOFError(f"the file ends inside a stream of {self._kind}")
                 return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            self._content = memoryview(self._frame.decompress(compressed))
-            rest = b""
-            if self._frame.eof:
-                rest, self._frame = self._frame.unused_data, None
-                if rest:
-                    self._stream = Forward(self._stream, rest)
-                    rest = b""
+            if self._part is None:
+                compressed = compressed.lstrip(b"\0")
+                if not compressed:
+                    continue
+                self._part = self._new()
+            self._content = memoryview(self._part.decompress(compressed))
+            if self._part.eof:
+                self._rest, self._part = self._part.unused_data, None
         content, self._content = self._content[: len(buffer)], self._content[len(buffer) :]
         buffer[: len(content)] = content
         return len(content)
+
+
+def _frame() -> Any:
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
 def detect_encoding(head: bytes) -> str | None:

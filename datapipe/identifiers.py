@@ -146,7 +146,9 @@ def load_patterns(path: str) -> Patterns:
         InputError: The file cannot be read, or a line is no expression; the message names it.
     """
     patterns = []
-    for number, line in enumerate(_content(path).split("\n"), 1):
+    content = _content(path)
+    spaces = " +" if "\t" in content else "  +"  # one space may belong to an expression
+    for number, line in enumerate(content.split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip() or line.startswith("#"):
             continue
@@ -154,6 +156,8 @@ def load_patterns(path: str) -> Patterns:
         if not tab:
             label, expression = UNLABELLED, line
         fault = None if _LABEL.fullmatch(label) else f"{label!r} is no label; write a tab in an expression as \\t"
+        if not tab and re.match(rf"[A-Z][A-Z0-9_-]+{spaces}\S", line):
+            fault = "a tab stands between a label and its expression; in an expression write a space as [ ]"
         try:
             pattern = re.compile(expression)
             if pattern.search("") or not expression:

@@ -218,7 +218,10 @@ def _csv(content: Content, stream: IO[bytes], encoding: _Encoding, delimiter: st
         _DELIMITERS,
         key=lambda d: (len(named & set(_names(next(csv.reader([first], delimiter=d), [])))), first.count(d)),
     )
-    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    cells_of_first = next(csv.reader([first], delimiter=delimiter), [])
+    # Where each name follows a space, so does each cell, and a quote after it opens a cell.
+    spaced = len(cells_of_first) > 1 and all(cell.startswith(" ") for cell in cells_of_first[1:])
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     record = content.records("line")
     header: list[str] | None = None
     while True:

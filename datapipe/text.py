@@ -21,12 +21,14 @@ def read_texts(file: InputFile | Path, reading: Reading | None = None) -> Iterat
     """Yield the documents of one file in order.
 
     Raises:
-        InputError: The file is unreadable or wrong; the message names file and line.
+        InputError: The file is unreadable or wrong; the message names file and line. A reading that skips faults
+            leaves them out.
     """
     if isinstance(file, Path):
         file = InputFile(file.name, printable(file), format_of(file.name) or "txt", 0, file)
-    for record in read_records(file, reading or Reading(), Notes()):
-        if isinstance(record, InputError):
+    reading = reading or Reading()
+    for record in read_records(file, reading, Notes()):
+        if isinstance(record, InputError) and reading.on_error == "stop":
             raise record
         if isinstance(record, Text):
             yield record

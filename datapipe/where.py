@@ -26,8 +26,8 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.IsNot: operator.ne,
 }
 _CONSTANTS = {"true": True, "false": False, "null": None}
-_BOOLEANS = {"true": True, "t": True, "false": False, "f": False}
-"""Texts by which pandas, R and PostgreSQL write booleans into a table, in small letters."""
+_BOOLEANS = dict.fromkeys(("true", "t", "yes", "y"), True) | dict.fromkeys(("false", "f", "no", "n", ""), False)
+"""Texts by which pandas, R, PostgreSQL and people write booleans into a table, in small letters."""
 _QUOTED = "quoted_"
 """Start of the identifier that stands for a name in backticks: the hexadecimal bytes of the name follow."""
 _NAMES = re.compile(
@@ -146,9 +146,14 @@ def _boolean(node: ast.expr) -> Callable[[Any], bool]:
         inner = _boolean(node.operand)
         return lambda record: not inner(record)
     if isinstance(node, ast.Compare):
+        for op, right in zip(node.ops, node.comparators, strict=True):
+            if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Constant):
+                raise ValueError(f"{_shown(right)} is no list; write ({_shown(right)},) with a comma")
         values = [_value(operand) for operand in (node.left, *node.comparators)]
         pairs = list(zip(map(_comparison, node.ops), values, values[1:], strict=False))
         return lambda record: all(compare(left(record), right(record)) for compare, left, right in pairs)
+    if not isinstance(node, ast.Name | ast.Attribute):
+        raise ValueError(f'{_shown(node)} is no condition; several values are written column in ("fr", "de")')
     value = _value(node)
     return lambda record: _truth(value(record))
 
@@ -157,7 +162,13 @@ def _truth(value: Any) -> bool:
     """A column as a condition; a table may hold false or 0 as text."""
     value = _as_text(value)
     if isinstance(value, str):
-        return _BOOLEANS.get(value.strip().lower(), value.strip() not in ("", "0"))
+        text = value.strip().lower()
+        if text in _BOOLEANS:
+            return _BOOLEANS[text]
+        try:
+            return float(text) != 0
+        except ValueError:
+            raise ValueError(f'--where: {value!r} is neither true nor false; compare it, as in column != ""') from None
     return bool(value)
 
 

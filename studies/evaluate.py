@@ -86,6 +86,7 @@ def evaluate(
     with ExitStack() as stack:
         opened = [_open(stack, model) for model in models]
         jobs = [job for model in opened for job in _jobs(model, task, protocol, splits, evaluated.seeds, output)]
+        leaked = leakage(splits.test, corpora) if corpora else None
         results = _run(jobs, parallel, say)
     order = {model: index for index, model in enumerate(models)}
     results.sort(key=lambda result: (order[result["model"]], result["seed"]))
@@ -98,7 +99,7 @@ def evaluate(
         "baselines": baselines(task, splits),
         "models": [_summary(model, task, results) for model in models],
         "pairs": _pairs(opened, task, splits, evaluated.seeds, output),
-        "leakage": leakage(splits.test, corpora) if corpora else None,
+        "leakage": leaked,
         "runs": results,
     }
     output.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,11 @@ from typing import Any
 from unicodedata import normalize
 
 from configs.errors import InputError
-from configs.schema import SCRATCH, RunConfig
+from configs.schema import SCRATCH, Reading, RunConfig, Source
 from datapipe.input_file import InputFile
-from datapipe.inputs import find_files
+from datapipe.inputs import find_files, find_inputs
 from datapipe.manifest import NAME, read_manifest
+from datapipe.notes import Notes
 from datapipe.shards import ShardReader
 from datapipe.text import read_texts
 from datapipe.tokenizer import load_tokenizer
@@ -42,8 +43,8 @@ Owners = dict[tuple[str, ...], set[int]]
 class Corpora:
     """The training text of some models."""
 
-    files: dict[Path | InputFile, str | None] = field(default_factory=dict)
-    """Text files, and the paths of shards with the tokenizer of their ids."""
+    files: dict[Path | InputFile, str | Reading | None] = field(default_factory=dict)
+    """Text files with their reading, and the paths of shards with the tokenizer of their ids."""
     unseen: list[str] = field(default_factory=list)
     """Sources that cannot be searched, each with the reason."""
 
@@ -53,7 +54,7 @@ class Corpora:
         Raises:
             InputError: The reference names no text.
         """
-        self.files |= dict.fromkeys(find_files(reference))
+        self.files |= dict.fromkeys(find_files(reference), Reading())
 
     def add_run(self, model: str, config: RunConfig | None) -> None:
         """Add every source of a run, and of the run that it began from."""
@@ -61,7 +62,7 @@ class Corpora:
             self._miss(f"the training text of {model}, which is no run")
             return
         for source in config.data.sources:
-            if not self._add_source(list(source.text), source.shards):
+            if not self._add_shards(source.shards) and not self._add_source_text(source):
                 self._miss(f"source {source.name} of {config.name} (neither its text nor local shards are here)")
         if config.origin is not None:
             self.add_run(config.origin.run, config_of_run(config.origin.run))
@@ -70,15 +71,17 @@ class Corpora:
             before = config_of_run(init) if Path(init).exists() else None
             self.add_run(init, before if before != config else None)
 
-    def _add_source(self, text: Sequence[str], shards: str) -> bool:
-        """Add the text of a source, or its shards if the text is not here; return whether all of it was added."""
+    def _add_source_text(self, source: Source) -> bool:
+        """Add the text of a source, as its run reads it; return whether there is any."""
         try:
-            for reference in text:
-                self.add_text(reference)
-            if text:
-                return True
+            files = find_inputs(source.text, source.reading, Notes()) if source.text else []
         except InputError:
-            pass  # the run read its shards, so they are as good
+            return False
+        self.files |= dict.fromkeys(files, source.reading)
+        return bool(files)
+
+    def _add_shards(self, shards: str) -> bool:
+        """Add the shards of a source, which the run has read; return whether all of them are here."""
         try:
             manifest = read_manifest(Path(shards))
         except InputError:
@@ -141,7 +144,7 @@ def leakage(examples: Sequence[Example], corpora: Corpora, processes: int | None
 
 
 def _scan_all(
-    owners: Owners, files: Sequence[tuple[Path | InputFile, str | None]], processes: int
+    owners: Owners, files: Sequence[tuple[Path | InputFile, str | Reading | None]], processes: int
 ) -> Iterator[tuple[set[int], int]]:
     if processes <= 1:
         yield from (_scan(owners, *file) for file in files)
@@ -160,16 +163,16 @@ class _Searcher:
         cls.owners = owners
 
     @classmethod
-    def scan(cls, file: tuple[Path | InputFile, str | None]) -> tuple[set[int], int]:
+    def scan(cls, file: tuple[Path | InputFile, str | Reading | None]) -> tuple[set[int], int]:
         return _scan(cls.owners, *file)
 
 
-def _scan(owners: Owners, file: Path | InputFile, tokenizer: str | None) -> tuple[set[int], int]:
+def _scan(owners: Owners, file: Path | InputFile, how: str | Reading | None) -> tuple[set[int], int]:
     """Search one file; return the leaked examples and the number of documents."""
     sizes = sorted({len(ngram) for ngram in owners})
     leaked: set[int] = set()
     documents = 0
-    for text in _texts(file, tokenizer):
+    for text in _texts(file, how):
         documents += 1
         words = _words(text)
         for size in sizes:
@@ -189,11 +192,12 @@ def size_of(file: Path | InputFile) -> int:
     return file.size if isinstance(file, InputFile) else file.stat().st_size
 
 
-def _texts(file: Path | InputFile, tokenizer: str | None) -> Iterator[str]:
+def _texts(file: Path | InputFile, how: str | Reading | None) -> Iterator[str]:
     if isinstance(file, InputFile):
-        yield from (text.text.decode("utf-8", "replace") for text in read_texts(file))
+        assert isinstance(how, Reading)
+        yield from (text.text.decode("utf-8", "replace") for text in read_texts(file, how))
         return
-    backend = load_tokenizer(tokenizer).backend if tokenizer else None
+    backend = load_tokenizer(how).backend if isinstance(how, str) else None
     reader = ShardReader(file.open("rb", buffering=0), str(file))
     try:
         for document in range(len(reader)):

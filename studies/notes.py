@@ -60,7 +60,7 @@ def leakage_lines(trials: Sequence[Trial], measures: Sequence[Measure], output: 
     corpora = Corpora()
     for trial in trials:
         corpora.add_run(trial.name, trial.config)
-    text = [[name_of(file), size_of(file)] for file in corpora.files]
+    text = [[name_of(file), size_of(file), str(how)] for file, how in corpora.files.items()]
     for measure in measures:
         if measure.splits is None:
             continue

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from configs.errors import InputError
-from configs.load import read_mapping, read_yaml, validate
+from configs.load import read_mapping, read_yaml, require_no_comment, validate
 from configs.schema import Paths, Section
 
 SHIPPED = resources.files("studies") / "tasks_described"
@@ -209,6 +209,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise InputError(f"{override!r} is not an override; write key=value", key=key, code="not-an-override")
+        require_no_comment(override, key)
         values[key] = read_yaml(text, override)
     return values
 

@@ -114,11 +114,23 @@ def test_environment_variables_give_numbers(monkeypatch: pytest.MonkeyPatch) -> 
     assert phases[0].mask_rate == 0.3 and phases[1].objective == {"clm": 0.3, "mlm": 1}
 
 
-@pytest.mark.parametrize("override", ["seed", "=1", "phases.nine.steps=1", "seed={", "phases={}", "seed=&a [*a]"])
+@pytest.mark.parametrize(
+    "override", ["seed", "=1", "phases.nine.steps=1", "seed={", "phases={}", "seed=&a [*a]", "name=#1"]
+)
 def test_malformed_override(override: str) -> None:
     with pytest.raises(InputError) as error:
         load_config("demo", [override])
     assert error.value.code == "override-malformed" and override in str(error.value)
+
+
+def test_an_override_has_no_comment() -> None:
+    """A folder may be called `notes #2`, and `notes` beside it must not take its place."""
+    for value in ("notes #2", "Anna's notes #2's", "[a, b #c]"):
+        with pytest.raises(InputError) as error:
+            load_config("demo", [f"data.sources.0.text={value}"])
+        assert error.value.code == "override-malformed" and "comment" in str(error.value)
+    for value, name in (('"notes #2"', "notes #2"), ("a#b", "a#b"), ("'#'", "#")):
+        assert load_config("demo", [f"data.sources.0.text={value}"]).data.sources[0].text == (name,)
 
 
 @pytest.mark.parametrize(

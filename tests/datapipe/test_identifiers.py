@@ -406,7 +406,14 @@ def test_patterns(tmp_path: Path) -> None:
     masked, places = with_placeholders(text, found)
     assert masked == "MRN [ID], [NAME] on [DATE] and 4"
     assert [masked[one.start : one.end] for one in places] == ["[ID]", "[NAME]", "[DATE]"]
-    for content, line in (("ok\n(", 2), ("\\d*", 1), ("a b\tc", 1), ("NAME\t", 1)):
+    for content, line in (
+        ("ok\n(", 2),
+        ("\\d*", 1),
+        ("a b\tc", 1),
+        ("NAME\t", 1),
+        ("x\nMRN  \\d+", 2),
+        ("A\tb\nMRN \\d+", 2),
+    ):
         path.write_text(content)
         with refused("pattern-invalid", f"phi.txt, line {line}: ", "--identifiers"):
             load_patterns(str(path))

@@ -47,7 +47,7 @@ from datapipe.tokenizer import Tokenizer
 from datapipe.where import parse_where
 from launcher.cli import app
 from tests.datapipe.conftest import refused
-from tests.datapipe.tars import tar_member
+from tests.datapipe.tars import TAR_END, tar_member
 from tests.datapipe.test_prepare import digests
 
 RECORDS = [
@@ -592,13 +592,28 @@ def test_columns_that_folders_name(tmp_path: Path) -> None:
         ("code == 'fr' and code in ('de', 'fr')", True),
         ("`note type` == 'discharge' and `class` == 3", True),
         ("dose_\u00b5g > 2 and lang != '`fr`'", True),
+        ("consent or empty", False),
+        ("not consent and score", True),
     ],
 )
 def test_where(expression: str, kept: bool) -> None:
     record = {"score": "7", "lang": "fr", "note": {"kind": "x"}, "missing": None, "flag": False, "empty": ""}
     record |= {"deleted": "False", "kept": "TRUE", "code": b"fr", "note type": "discharge", "class": "3"}
-    record |= {"day": date(2021, 5, 3), "moment": datetime(2021, 5, 3, 8, tzinfo=UTC), "dose_\u00b5g": 2.5}
+    record |= {
+        "consent": "No",
+        "day": date(2021, 5, 3),
+        "moment": datetime(2021, 5, 3, 8, tzinfo=UTC),
+        "dose_\u00b5g": 2.5,
+    }
     assert parse_where(expression)(record) is kept
+
+
+@pytest.mark.parametrize(
+    "expression", ["lang in ('fr')", "lang == 'fr' or 'de'", "score not in 7", "('fr', 'de')", "1"]
+)
+def test_a_condition_that_says_something_else_than_it_means(expression: str) -> None:
+    with refused("where-invalid", key="--where"):
+        parse_where(expression)
 
 
 @pytest.mark.parametrize(
@@ -614,9 +629,49 @@ def test_a_condition_on_a_column_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x", "score": 1}\n{"text": "y", "score": "high"}\n')
     missing, _ = read(tmp_path / "a.jsonl", where="scor > 1")
     assert missing.code == "text-missing" and "did you mean `score`?" in str(missing)
-    for condition in ("score > 1", "'x' in score"):
+    for condition in ("score > 1", "'x' in score", "score"):
         unlike = read(tmp_path / "a.jsonl", where=condition)[condition.startswith("score")]
         assert unlike.code == "where-invalid" and "line " in str(unlike)
+
+
+def test_all_streams_of_a_compressed_file_are_read(tmp_path: Path) -> None:
+    """Parallel compressors write many, zero bytes may stand between those of xz, and other bytes are a fault."""
+    path = tmp_path / "a.jsonl"
+    lines = [f'{{"text": "{n}"}}\n'.encode() for n in range(2000)]
+    for suffix, compress in (("xz", lzma.compress), ("bz2", bz2.compress), ("zst", zstandard.compress)):
+        streams = [compress(line) for line in lines]
+        path = tmp_path / f"a.jsonl.{suffix}"
+        path.write_bytes((b"\0" * 4 if suffix == "xz" else b"").join(streams) + b"\0" * 512)
+        assert texts(read(path)) == [str(n) for n in range(2000)]
+        for rest in (b"rubbish", streams[0][:-9], b"BZi" + streams[1][3:]):
+            path.write_bytes(streams[0] + rest)
+            *_, fault = read(path)
+            assert fault.code == "not-readable", (suffix, rest)
+
+
+def test_spaces_after_the_delimiters_of_a_table_belong_to_no_cell(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id, text, lang\n1, hello, fr\n2, "by, e", en\n3,  x, en\n')
+    (tmp_path / "b.csv").write_text("id,text, lang\n1, kept,fr\n")
+    assert texts(read(tmp_path / "a.csv")) == ["hello", "by, e", "x"]
+    kept = [record for record in read(tmp_path / "a.csv", where='lang != "en"') if isinstance(record, Text)]
+    assert [record.text for record in kept] == [b"hello"]
+    assert texts(read(tmp_path / "b.csv")) == [" kept"]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_that_a_later_one_replaces_is_not_read(tmp_path: Path) -> None:
+    """As when the archive is unpacked; `tar --update` appends."""
+    members = (("a.txt", b"old"), ("b.txt", b"other"), ("a.txt", b"new"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    tar = b"".join(tar_member(*member) for member in members) + TAR_END
+    (tmp_path / "a.tar").write_bytes(tar)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar))
+    for name in ("a.zip", "a.tar", "a.tar.gz"):
+        notes = Notes()
+        assert texts(read(tmp_path / name, notes)) == ["other", "new"]
+        assert "replaced" in "\n".join(notes.lines())
 
 
 def test_control_characters_and_detected_encodings_are_told(tmp_path: Path) -> None:

@@ -387,6 +387,22 @@ def test_leakage_finds_runs_of_words(write: Write) -> None:
         assert "1 examples below 4 words" in said_of_leakage(leaked)[1]
 
 
+def test_leakage_reads_the_text_as_the_run_did(write: Write, tmp_path: Path) -> None:
+    """Another column and split than the default, and records that the run leaves out."""
+    from configs.load import load_config
+
+    said = "the patient was seen by nobody"
+    for split, note in (("train", "something else"), ("validation", said)):
+        rows = [{"note": note, "text": "other"}, {"note": 7, "text": said}]
+        write(f"notes/{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    reading = "reading: {text: note, split: validation, on_error: skip}"
+    source = f'{{name: a, shards: "{tmp_path}/none", text: "{tmp_path}/notes", {reading}}}'
+    corpora = Corpora()
+    corpora.add_run("run", load_config("demo", [f"data.sources=[{source}]"]))
+    leaked = leakage([Example("x", said, None, (), ())], corpora)
+    assert (leaked["found"], leaked["training_documents"]) == (1, 1)
+
+
 def test_leakage_does_not_depend_on_the_form_of_accents(write: Write) -> None:
     """Shards of an uncased tokenizer have none, and those of ModernBERT's join what a file may state apart."""
     said = "Le côlon a été opéré"
