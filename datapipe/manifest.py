@@ -88,6 +88,8 @@ class Manifest:
 
     identifiers: dict[str, str | bool] = field(default_factory=dict)
     """`identifiers.policy` of the preparation."""
+    prepared_from: dict[str, Any] = field(default_factory=dict)
+    """`text` and `reading` of the preparation; empty in the manifests of earlier versions."""
 
     @property
     def documents(self) -> int:
@@ -131,12 +133,13 @@ def parse_manifest(content: str | bytes, origin: str) -> Manifest:
         shards = tuple(Shard(**shard) for shard in tree["shards"])
         sources = {name: dict(counts) for name, counts in tree.get("sources", {}).items()}
         identifiers = dict(tree.get("identifiers", {}))
+        prepared_from = dict(tree.get("prepared_from", {}))
         faults = {name: (int(count), str(first)) for name, (count, first) in tree.get("faults", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _invalid(f"{origin}: missing or unknown key ({error})") from None
     for wrong_value in _wrong_values(tokenizer, shards, sources):
         raise _invalid(f"{origin}: {wrong_value}")
-    return Manifest(tokenizer, shards, sources, faults, identifiers)
+    return Manifest(tokenizer, shards, sources, faults, identifiers, prepared_from)
 
 
 def _invalid(fault: str) -> InputError:
@@ -189,8 +192,9 @@ def read_manifest(directory: Path) -> Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json into a directory, atomically."""
     tree = asdict(manifest)
-    if not manifest.identifiers:
-        del tree["identifiers"]
+    for key in ("identifiers", "prepared_from"):
+        if not tree[key]:
+            del tree[key]
     write_json(directory / NAME, {"format_version": FORMAT_VERSION, **tree})
 
 

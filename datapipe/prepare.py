@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -33,6 +34,7 @@ from datapipe.manifest import (
     Manifest,
     TokenizerIdentity,
     add_counts,
+    read_manifest,
     write_manifest,
 )
 from datapipe.near_duplicates import near_duplicates
@@ -199,9 +201,16 @@ def _prepare(
             line = write_canaries(output, canaries, manifest)
             if report is not None:
                 report(line)
+        manifest = replace(manifest, prepared_from={"text": list(inputs), "reading": _choice(reading)})
         write_manifest(output, manifest)
     journal.remove()
     return manifest
+
+
+def _choice(reading: Reading) -> dict[str, Any]:
+    """The settings that decide which documents a text holds, where they are not the default."""
+    keys = {"text", "where", "split", "lines", "encoding", "format"}
+    return reading.model_dump(mode="json", include=keys, exclude_defaults=True)
 
 
 def _shard_text(total: int) -> int:
@@ -254,7 +263,31 @@ def ensure_prepared(
             with exclusive(output):
                 if not (output / NAME).exists():
                     _prepare(source.text, tokenizer, output, show, KEEP_ALL, source.reading, say, 0)
+        elif source.text:
+            _require_same_text(source, read_manifest(output).prepared_from, report)
         _require_identifiers(source, data)
+
+
+def _require_same_text(source: Source, prepared_from: dict[str, Any], report: Report | None) -> None:
+    """Raise InputError if shards were prepared by another `reading` than their source asks for.
+
+    Another `text`, or a reading that the source does not have, is told alone: the shards may come from another machine,
+    or from `detour prepare`.
+    """
+    before, now = prepared_from.get("reading", {}), _choice(source.reading)
+    if prepared_from and now and before != now:
+        raise InputError(
+            f"source {source.name}: {source.shards} was prepared with reading {before}, and the source has {now}; "
+            "delete the shards to prepare them anew, let `shards` name another directory, or set `reading` to theirs",
+            key="data.sources.reading",
+            code="other-reading",
+        )
+    text = prepared_from.get("text", list(source.text))
+    if report is not None and (text != list(source.text) or before != now) and prepared_from:
+        report(
+            f"{source.name}: {source.shards} was prepared from {', '.join(text)} with reading {before}. It is used as "
+            f"it is, and {', '.join(source.text)} is not read"
+        )
 
 
 def _require_identifiers(source: Source, data: Data) -> None:

@@ -674,6 +674,35 @@ def test_a_member_that_a_later_one_replaces_is_not_read(tmp_path: Path) -> None:
         assert "replaced" in "\n".join(notes.lines())
 
 
+def test_shards_of_another_text_or_reading_are_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """They are used as they are, so a condition that they do not follow is refused."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "x", "lang": "fr"}\n{"text": "y", "lang": "en"}\n')
+
+    def source(name: str, **reading: str) -> dict[str, object]:
+        return {
+            "name": "s",
+            "text": str(tmp_path / f"{name}.jsonl"),
+            "shards": str(tmp_path / "out"),
+            "reading": reading,
+        }
+
+    said: list[str] = []
+
+    def prepared(entry: dict[str, object]) -> int:
+        said.clear()
+        ensure_prepared(Data.model_validate({"sources": [entry]}), tokenizer, None, said.append)
+        return len(said)
+
+    french, english = ({"where": f'lang == "{lang}"'} for lang in ("fr", "en"))
+    assert (prepared(source("a", **french)), prepared(source("a", **french))) == (0, 0)
+    with refused("other-reading", key="data.sources.reading"):
+        prepared(source("a", **english))
+    assert prepared(source("b", **french)) == 1 and "b.jsonl is not read" in said[0]
+    assert prepared(source("a")) == 1 and "fr" in said[0]
+    assert read_manifest(tmp_path / "out").documents == 1
+
+
 def test_control_characters_and_detected_encodings_are_told(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"plain " * 200 + b"\0" * 200)
     (tmp_path / "b.txt").write_bytes("d\x93\xe9j\xe0 vu, le patient l'a dit".encode("latin-1"))
