@@ -185,7 +185,7 @@ def _norm(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Normalise ROWS rows: first the statistics, one row after the other, then tiles for both copies.
 
-    The tiles load the summands again, from the cache. Whole rows at once would not fit into the registers.
+    The tiles load the summands again. Whole rows at once would not fit into the registers.
     """
     start = tl.program_id(0).to(tl.int64) * ROWS
     place = tl.arange(0, ROWS)
@@ -221,7 +221,7 @@ def _norm_backward(  # type: ignore[no-untyped-def]
     states, weight, mean, inverse, kept, normed, result, parts, data, transposed, scale_inverse, scale, amax,
     rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient in BF16, and cast it from the cache in tiles for both copies."""
+    """Store the gradient in BF16, and load it again in tiles that are cast for both copies."""
     pointwise.norm_backward(states, weight, mean, inverse, kept, normed, result, parts, rows, width, ROWS, BLOCK)
     tl.debug_barrier()  # other threads have stored what is loaded from here on
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -81,8 +81,8 @@ class LayerGraph:
     Args:
         ordinary: The layer's forward pass.
         layer: A local layer.
-        inputs: RoPE's angles [2, 2, T, d], the documents [T], with dropout its keys [T], and one or two residual
-            states [T, 1, h].
+        inputs: RoPE's cosines and sines [2, 2, T, d], the documents [T], with dropout its keys [T], and one or two
+            residual states [T, 1, h].
         packed: Parameters of the micro-batch.
     """
 
@@ -95,8 +95,13 @@ class LayerGraph:
         dropout = replace(packed.dropout, keys=states.pop(0)) if packed.dropout else None
         static = replace(packed, documents=documents, dropout=dropout, queries=None, _masks={})
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Another thread prepares the next batch on the GPU meanwhile.
-        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
+        aliases = {weight: _alias(weight) for weight in self.weights}
+        with ExitStack() as stack:
+            for module in layer.modules():
+                own = {name: aliases[weight] for name, weight in module.named_parameters(recurse=False)}
+                stack.enter_context(mock.patch.dict(module._parameters, own))  # noqa: SLF001
+            # Another thread prepares the next batch on the GPU meanwhile.
+            stack.enter_context(torch.cuda.graph(self.forward, capture_error_mode="thread_local"))
             output, _ = ordinary(
                 layer,
                 tuple(states) if len(states) == 2 else states[0],
@@ -105,17 +110,25 @@ class LayerGraph:
             )
         self.outputs: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
         self.grad_outputs = [torch.empty_like(tensor) for tensor in self.outputs]
-        needed = [tensor for tensor in (*self.inputs, *self.weights) if tensor.requires_grad]
-        marks = [getattr(weight, "grad_added_to_main_grad", False) for weight in self.weights]
-        for weight in self.weights:
-            weight.grad_added_to_main_grad = False
+        needed = [tensor for tensor in (*self.inputs, *aliases.values()) if tensor.requires_grad]
         with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
             grads = torch.autograd.grad(self.outputs, needed, self.grad_outputs)
-        self.adds_itself = [weight for weight in self.weights if weight.grad_added_to_main_grad]
-        for weight, mark in zip(self.weights, marks, strict=True):
-            weight.grad_added_to_main_grad = mark
+        self.adds_itself = [weight for weight, alias in aliases.items() if alias.grad_added_to_main_grad]
         found = iter(grads)
         self.grads = [next(found) if tensor.requires_grad else None for tensor in (*self.inputs, *self.weights)]
+
+
+def _alias(weight: Any) -> Any:
+    """Return a tensor with the weight's memory that autograd does not know.
+
+    Megatron has made the weight's node in autograd on the ordinary stream, and a backward pass that reached the node
+    would make that stream wait for the one that is captured, which ends the capture.
+    """
+    alias: Any = weight.detach().requires_grad_()
+    if hasattr(weight, "main_grad"):
+        alias.main_grad = weight.main_grad
+    alias.grad_added_to_main_grad = False
+    return alias
 
 
 class _Replay(torch.autograd.Function):

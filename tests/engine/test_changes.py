@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -84,12 +85,30 @@ def test_products_by_shape() -> None:
         assert tuned.rows == 128
 
 
+def _leaves(nodes: list[Any]) -> set[int]:
+    """Return the ids of the leaves that a backward pass from these nodes reaches."""
+    seen, found = set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= {id(node.variable)} if hasattr(node, "variable") else set()
+            nodes += [following for following, _ in node.next_functions]
+    return found
+
+
 def _train_plainly(config: RunConfig, directory: Path, change: str | None) -> int:
     """Train with plain linear layers, with a change or without; return how often a graph was replayed."""
     from engine import build
     from engine.modernbert import layers
 
     bare, config_of, replays = build.ModernBert, build.transformer_config, 0
+
+    class LayerGraph(layer_graphs.LayerGraph):
+        def __init__(self, ordinary: Any, layer: Any, *more: Any) -> None:
+            super().__init__(ordinary, layer, *more)
+            reached = _leaves([tensor.grad_fn for tensor in self.outputs])
+            assert len(reached) > len(self.weights) and not reached & set(map(id, layer.parameters()))
 
     class Graph(RecordedGraph):
         def replay(self) -> None:
@@ -110,6 +129,7 @@ def _train_plainly(config: RunConfig, directory: Path, change: str | None) -> in
             (torch.cuda, "CUDAGraph", Graph),
             (torch.cuda, "graph", record),
             (layer_graphs, "_on_gpu", lambda states: True),
+            (layer_graphs, "LayerGraph", LayerGraph),
             (build, "BUCKET_PARAMETERS", 1),  # each weight has a bucket, which its module waits for
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
