@@ -65,36 +65,22 @@ class CastingAttention(layers.ModernBertSelfAttention):
         super().__init__(config, *args, **kwargs)
         self.casts = can_cast(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: None = None,
-        *,
-        rotary_pos_emb: Tensor,
-        packed_seq_params: PackedDocuments,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Map [T, 1, hidden] to ([T or Q, 1, hidden], bias)."""
+    def attend(self, states: Tensor, cos: Tensor, sin: Tensor, packed: PackedDocuments) -> Tensor:
+        """Map qkv, [T, 1, heads * 3 * d], to [T or Q, 1, heads * d]."""
         result = input_quantizer(self.linear_proj) if self.casts else None
         gradient = gradient_quantizer(self.linear_qkv) if self.casts else None
         if result is None or gradient is None:
-            return super().forward(hidden_states, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params)
-        states, _bias = self.linear_qkv(hidden_states)
-        heads, (cos, sin) = self.num_attention_heads_per_partition, rotary_pos_emb[int(self.is_local)]
-        packed = packed_seq_params.at_queries() if self.selects(packed_seq_params) else packed_seq_params
-        core = self.core_attention
+            return super().attend(states, cos, sin, packed)
+        heads, core = self.num_attention_heads_per_partition, self.core_attention
         if self.is_local and takes_local_attention(states.view(len(states), heads, 3, -1)):
             reach = (core.window, 0 if packed.causal else core.window)
-            context = fp8_ops.LocalAttentionByKernel.apply(
+            local: Tensor = fp8_ops.LocalAttentionByKernel.apply(
                 states, heads, cos, sin, packed.documents, reach, result, gradient
             )
-        else:
-            context = core.attend_selected(*fp8_ops.rotate(states, heads, cos, sin, gradient), packed)
-            context = context.reshape(len(context), 1, -1)
-            if self.is_local:
-                context = fp8_ops.Cast.apply(context, result)
-        output: tuple[Tensor, Tensor | None] = self.linear_proj(context)
-        return output
+            return local
+        context = core.attend_selected(*fp8_ops.rotate(states, heads, cos, sin, gradient), packed)
+        context = context.reshape(len(context), 1, -1)
+        return fp8_ops.Cast.apply(context, result) if self.is_local else context
 
 
 class CastingMLP(layers.GatedMLP):

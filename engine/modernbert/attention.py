@@ -229,9 +229,13 @@ class ModernBertSelfAttention(SelfAttention):
         `rotary_pos_emb` is [global or local, cos or sin, T, d].
         """
         qkv, _bias = self.linear_qkv(hidden_states)
-        heads, dim = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
         cos, sin = rotary_pos_emb[int(self.is_local)]
         packed = packed_seq_params.at_queries() if self.selects(packed_seq_params) else packed_seq_params
-        context = self.core_attention(qkv.view(qkv.shape[0], heads, 3, dim), cos, sin, packed)
-        output: tuple[Tensor, Tensor | None] = self.linear_proj(context.reshape(context.shape[0], 1, heads * dim))
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(self.attend(qkv, cos, sin, packed))
         return output
+
+    def attend(self, states: Tensor, cos: Tensor, sin: Tensor, packed: PackedDocuments) -> Tensor:
+        """Map qkv, [T, 1, heads * 3 * d], to what the last matrix multiplies, [T or Q, 1, heads * d]."""
+        heads, dim = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
+        context = self.core_attention(states.view(states.shape[0], heads, 3, dim), cos, sin, packed)
+        return context.reshape(context.shape[0], 1, heads * dim)
